@@ -1,0 +1,150 @@
+//! The port that PEFT methods implement: where they attach and what they do there.
+
+use crate::Result;
+use crate::params::{FlatBuffer, ParamId, ParamLayoutBuilder};
+use ferrotune_kernels::{Tensor, View, ViewMut};
+use std::fmt::Debug;
+use std::path::Path;
+
+/// A place in the model where a method can attach. Index into [`Site::id`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SiteId(pub usize);
+
+/// What stands at a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SiteKind {
+    /// `y = x W^T (+ b)`, W `[out_features, in_features]`.
+    Linear,
+    /// Rows of a table `[out_features = vocabulary, in_features = hidden]`.
+    Embedding,
+    /// A norm weight `[out_features]`.
+    Norm,
+}
+
+/// A site, known before any weight is read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    /// Its index.
+    pub id: SiteId,
+    /// Module path in the Hugging Face model, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// What stands there.
+    pub kind: SiteKind,
+    /// Columns of the weight; 1 for a norm.
+    pub in_features: usize,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Whether the base has a bias here.
+    pub bias: bool,
+    /// Decoder layer, if it is in one.
+    pub layer: Option<usize>,
+    /// Whether it is the output head (PEFT's `all-linear` leaves that one out).
+    pub output_head: bool,
+    /// The site whose weight it shares, for a head tied to the embedding.
+    pub tied_to: Option<SiteId>,
+    /// When forward uses it: smaller is earlier.
+    pub execution_order: usize,
+}
+
+/// What a method does at one site.
+#[derive(Debug)]
+pub enum Attachment {
+    /// `y += scale * dropout(x) A^T B^T`, folded into the linear's own products.
+    LowRank(LowRank),
+    /// The base weight (and bias) itself is trained, starting from the base's values.
+    TrainBase {
+        /// Weight, same shape as the base's.
+        weight: ParamId,
+        /// Bias, if the base has one.
+        bias: Option<ParamId>,
+    },
+    /// Anything else on a linear, with its own forward and backward.
+    Custom(Box<dyn CustomLinear>),
+}
+
+/// A low-rank update of a linear.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LowRank {
+    /// A, `[rank, in_features]`.
+    pub a: ParamId,
+    /// B, `[out_features, rank]`.
+    pub b: ParamId,
+    /// Rank.
+    pub rank: usize,
+    /// Factor of the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    pub scale: f32,
+    /// Probability that an element of x is dropped before A, in training.
+    pub dropout: f32,
+}
+
+/// A method's own arithmetic on one linear. Parameters and gradients live in the flat buffers.
+pub trait CustomLinear: Debug + Send + Sync {
+    /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
+    ///
+    /// Returns what backward needs; x `[T, in]` need not be in it.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn forward(&self, params: &FlatBuffer, x: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>>;
+
+    /// `dy` `[T, out]` holds the gradient of the adapted output on entry and of the base output on
+    /// return; the linear turns that into its own share of `dx` afterwards.
+    ///
+    /// Direct contributions to the gradient of x are added to `dx` `[T, in]`, which is `None` when
+    /// nobody needs it. Parameter gradients are added to `grads`.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: &[Tensor],
+        dy: ViewMut<'_>,
+        dx: Option<ViewMut<'_>>,
+    ) -> Result<()>;
+
+    /// Folds the method into the base weight `[out, in]`, in f32.
+    ///
+    /// # Errors
+    /// If the method cannot be merged.
+    fn merge(&self, params: &FlatBuffer, weight: &mut [f32]) -> Result<()>;
+}
+
+/// A PEFT method over a whole model.
+pub trait Adapter: Debug + Send + Sync {
+    /// Declares what is trained and where it attaches, from names and shapes alone.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if a pattern matches nothing, with the nearest names.
+    fn attach(
+        &self,
+        sites: &[Site],
+        params: &mut ParamLayoutBuilder,
+    ) -> Result<Vec<(SiteId, Attachment)>>;
+
+    /// Fills the parameters with the method's initial values, a pure function of `seed`.
+    ///
+    /// Parameters of [`Attachment::TrainBase`] hold the base's values already.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()>;
+
+    /// Writes the method's files (for PEFT: `adapter_config.json`, `adapter_model.safetensors`).
+    ///
+    /// # Errors
+    /// [`crate::Error::Write`].
+    fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()>;
+
+    /// Reads what [`Adapter::save`] wrote, strictly: every tensor of the file must land, every
+    /// parameter must be found.
+    ///
+    /// # Errors
+    /// [`crate::Error::Adapter`] naming the file and the tensor.
+    fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()>;
+
+    /// Short name for logs and model cards, such as `LoRA r=16 alpha=32`.
+    fn describe(&self) -> String;
+}

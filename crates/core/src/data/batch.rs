@@ -1,0 +1,137 @@
+//! One micro-batch: documents packed into a single row, never padded.
+
+/// A label that is not trained on, as everywhere in the Hugging Face ecosystem.
+pub const IGNORE_INDEX: i32 = -100;
+
+/// One tokenised document.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids.
+    pub input_ids: Vec<u32>,
+    /// For each token itself (not shifted): its id if it is to be predicted, else [`IGNORE_INDEX`].
+    /// The first token of a document is never predicted, whatever its label.
+    pub labels: Vec<i32>,
+}
+
+impl Example {
+    /// Number of tokens.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Whether there are no tokens.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.input_ids.is_empty()
+    }
+
+    /// Number of tokens that are predicted.
+    #[must_use]
+    pub fn trained_tokens(&self) -> usize {
+        self.labels
+            .iter()
+            .skip(1)
+            .filter(|&&l| l != IGNORE_INDEX)
+            .count()
+    }
+}
+
+/// Documents packed into one row of T tokens. Attention never crosses a document.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PackedBatch {
+    /// Token ids, `[T]`.
+    pub input_ids: Vec<u32>,
+    /// Labels, not shifted, `[T]`.
+    pub labels: Vec<i32>,
+    /// Position of each token in its document, `[T]`.
+    pub position_ids: Vec<u32>,
+    /// Document s is rows `cu_seqlens[s]..cu_seqlens[s + 1]`, `[S + 1]`; `[0]` when empty.
+    pub cu_seqlens: Vec<u32>,
+    /// Identity of each document in its optimizer step, `[S]`: the key of random draws, so that
+    /// they do not depend on how documents are split into micro-batches.
+    pub sequence_ids: Vec<u64>,
+    /// Length by which dynamic RoPE scales each document, `[S]`: its own length, unless a caller
+    /// reproduces a padded batch.
+    pub rope_lengths: Vec<u32>,
+}
+
+impl PackedBatch {
+    /// Packs documents in the given order; the id of each is its place in the optimizer step.
+    #[must_use]
+    pub fn pack<'a>(documents: impl IntoIterator<Item = (u64, &'a Example)>) -> Self {
+        let mut batch = Self {
+            cu_seqlens: vec![0],
+            ..Self::default()
+        };
+        for (id, document) in documents {
+            batch.input_ids.extend_from_slice(&document.input_ids);
+            batch.labels.extend_from_slice(&document.labels);
+            batch.position_ids.extend(0..document.len() as u32);
+            batch.cu_seqlens.push(batch.input_ids.len() as u32);
+            batch.sequence_ids.push(id);
+            batch.rope_lengths.push(document.len() as u32);
+        }
+        batch
+    }
+
+    /// T, the number of tokens.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// S, the number of documents.
+    #[must_use]
+    pub fn sequences(&self) -> usize {
+        self.sequence_ids.len()
+    }
+
+    /// The rows whose next token is trained on, and that token: `(rows, targets)`, both `[N]`.
+    ///
+    /// Row t predicts the label of t + 1 within its document.
+    #[must_use]
+    pub fn targets(&self) -> (Vec<u32>, Vec<u32>) {
+        let mut rows = Vec::new();
+        let mut targets = Vec::new();
+        for bounds in self.cu_seqlens.windows(2) {
+            for row in bounds[0]..bounds[1].saturating_sub(1).max(bounds[0]) {
+                let label = self.labels[row as usize + 1];
+                if label != IGNORE_INDEX {
+                    rows.push(row);
+                    targets.push(label as u32);
+                }
+            }
+        }
+        (rows, targets)
+    }
+
+    /// Number of tokens that are trained on.
+    #[must_use]
+    pub fn trained_tokens(&self) -> usize {
+        self.targets().0.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_never_cross_a_document() {
+        let a = Example {
+            input_ids: vec![1, 2, 3],
+            labels: vec![1, IGNORE_INDEX, 3],
+        };
+        let b = Example {
+            input_ids: vec![4, 5],
+            labels: vec![4, 5],
+        };
+        let batch = PackedBatch::pack([(0, &a), (1, &b)]);
+        assert_eq!(batch.cu_seqlens, [0, 3, 5]);
+        assert_eq!(batch.position_ids, [0, 1, 2, 0, 1]);
+        assert_eq!(batch.targets(), (vec![1, 3], vec![3, 5]));
+        assert_eq!(a.trained_tokens() + b.trained_tokens(), 2);
+        assert_eq!(PackedBatch::pack([]).targets(), (vec![], vec![]));
+    }
+}

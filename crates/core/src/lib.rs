@@ -1,0 +1,12 @@
+//! The vocabulary and the single-process engine of ferrotune.
+
+pub mod adapter;
+pub mod data;
+mod error;
+mod exit_code;
+pub mod params;
+pub mod process_group;
+pub mod suggest;
+
+pub use error::{Error, Result};
+pub use exit_code::{EXIT_CODES, ExitCode};

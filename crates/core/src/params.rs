@@ -1,0 +1,278 @@
+//! All trainable parameters in one flat f32 buffer, and the table that says what lies where.
+//!
+//! Gradients and optimizer moments are buffers of the same layout, so accumulation, all-reduce,
+//! clipping, AdamW and checkpoints each work on one slice. The physical order is reverse execution
+//! order, so that gradients become ready from the front of the buffer during backward; files are
+//! sorted by name instead.
+
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Segments start at multiples of this many floats (16 bytes).
+const ALIGN: usize = 4;
+
+/// A trainable tensor: its place in the [`ParamLayout`]. Stays valid when the layout is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ParamId(usize);
+
+/// What a method says of a tensor it wants to train.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamSpec {
+    /// Name in this run, unique; the name in files follows from it.
+    pub name: String,
+    /// Dimensions; the last one is contiguous.
+    pub shape: Vec<usize>,
+    /// When forward first uses it: smaller is earlier. Decides the physical order.
+    pub execution_order: usize,
+    /// Which adapter of the run it belongs to.
+    pub adapter: usize,
+    /// Learning rate of this tensor over the run's learning rate.
+    pub lr_scale: f64,
+    /// Whether weight decay applies. Transformers exempts biases and norms.
+    pub weight_decay: bool,
+}
+
+impl ParamSpec {
+    /// A tensor of adapter 0 at the run's learning rate.
+    ///
+    /// Weight decay applies unless the name matches Transformers' exemptions (`bias`, `norm`).
+    pub fn new(
+        name: impl Into<String>,
+        shape: impl Into<Vec<usize>>,
+        execution_order: usize,
+    ) -> Self {
+        let name = name.into();
+        let lower = name.to_lowercase();
+        let weight_decay = !(lower.contains("bias") || lower.contains("norm"));
+        Self {
+            name,
+            shape: shape.into(),
+            execution_order,
+            adapter: 0,
+            lr_scale: 1.0,
+            weight_decay,
+        }
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A tensor with its place in the buffer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    /// What it is.
+    pub spec: ParamSpec,
+    /// Elements before it.
+    pub offset: usize,
+}
+
+impl Segment {
+    /// Its elements in the flat buffer.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.spec.len()
+    }
+}
+
+/// Collects [`ParamSpec`]s before the buffer exists.
+#[derive(Debug, Default)]
+pub struct ParamLayoutBuilder {
+    specs: Vec<ParamSpec>,
+}
+
+impl ParamLayoutBuilder {
+    /// An empty layout.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a tensor.
+    pub fn add(&mut self, spec: ParamSpec) -> ParamId {
+        self.specs.push(spec);
+        ParamId(self.specs.len() - 1)
+    }
+
+    /// Fixes the physical order.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if two tensors have one name.
+    pub fn build(self) -> Result<Arc<ParamLayout>> {
+        let mut by_name = BTreeMap::new();
+        for (id, spec) in self.specs.iter().enumerate() {
+            if by_name.insert(spec.name.clone(), ParamId(id)).is_some() {
+                return Err(Error::config(
+                    "adapter",
+                    format!("two trainable tensors are named `{}`", spec.name),
+                ));
+            }
+        }
+        let mut order: Vec<usize> = (0..self.specs.len()).collect();
+        order.sort_by_key(|&id| (std::cmp::Reverse(self.specs[id].execution_order), id));
+        let mut segments: Vec<Option<Segment>> = vec![None; self.specs.len()];
+        let mut len = 0;
+        for &id in &order {
+            let spec = self.specs[id].clone();
+            let offset = len;
+            len += spec.len().next_multiple_of(ALIGN);
+            segments[id] = Some(Segment { spec, offset });
+        }
+        let segments = segments.into_iter().flatten().collect();
+        let order = order.into_iter().map(ParamId).collect();
+        Ok(Arc::new(ParamLayout {
+            segments,
+            order,
+            by_name,
+            len,
+        }))
+    }
+}
+
+/// Which tensor lies where in the flat buffer.
+#[derive(Debug, Default)]
+pub struct ParamLayout {
+    segments: Vec<Segment>,
+    order: Vec<ParamId>,
+    by_name: BTreeMap<String, ParamId>,
+    len: usize,
+}
+
+impl ParamLayout {
+    /// Length of the flat buffer, alignment gaps included. The gaps are always zero.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is trained.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Number of trainable scalars, without alignment gaps.
+    #[must_use]
+    pub fn trainable(&self) -> usize {
+        self.segments.iter().map(|s| s.spec.len()).sum()
+    }
+
+    /// The segment of a tensor.
+    #[must_use]
+    pub fn segment(&self, id: ParamId) -> &Segment {
+        &self.segments[id.0]
+    }
+
+    /// The tensor called `name`.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.by_name.get(name).copied()
+    }
+
+    /// Tensors in the order of the buffer.
+    pub fn physical(&self) -> impl Iterator<Item = (ParamId, &Segment)> {
+        self.order.iter().map(|&id| (id, self.segment(id)))
+    }
+
+    /// Tensors in the order of their names.
+    pub fn by_name(&self) -> impl Iterator<Item = (ParamId, &Segment)> {
+        self.by_name.values().map(|&id| (id, self.segment(id)))
+    }
+}
+
+/// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
+#[derive(Clone, Debug)]
+pub struct FlatBuffer {
+    layout: Arc<ParamLayout>,
+    data: Vec<f32>,
+}
+
+impl FlatBuffer {
+    /// Zeros.
+    #[must_use]
+    pub fn zeros(layout: &Arc<ParamLayout>) -> Self {
+        Self {
+            layout: Arc::clone(layout),
+            data: vec![0.0; layout.len()],
+        }
+    }
+
+    /// What lies where.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<ParamLayout> {
+        &self.layout
+    }
+
+    /// One tensor.
+    #[must_use]
+    pub fn get(&self, id: ParamId) -> &[f32] {
+        &self.data[self.layout.segment(id).range()]
+    }
+
+    /// One tensor, to be written.
+    pub fn get_mut(&mut self, id: ParamId) -> &mut [f32] {
+        let range = self.layout.segment(id).range();
+        &mut self.data[range]
+    }
+
+    /// The whole buffer.
+    #[must_use]
+    pub fn as_slice(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// The whole buffer, to be written. Alignment gaps must stay zero.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn physical_order_is_reverse_execution_order_and_aligned() {
+        let mut builder = ParamLayoutBuilder::new();
+        let a = builder.add(ParamSpec::new("a", [3], 0));
+        let b = builder.add(ParamSpec::new("b", [2, 5], 1));
+        let layout = builder.build().expect("unique names");
+        assert_eq!(layout.segment(b).range(), 0..10);
+        assert_eq!(layout.segment(a).range(), 12..15);
+        assert_eq!((layout.len(), layout.trainable()), (16, 13));
+        assert_eq!(
+            layout.by_name().map(|(id, _)| id).collect::<Vec<_>>(),
+            [a, b]
+        );
+        assert_eq!(
+            layout.physical().map(|(id, _)| id).collect::<Vec<_>>(),
+            [b, a]
+        );
+    }
+
+    #[test]
+    fn two_tensors_of_one_name_are_refused() {
+        let mut builder = ParamLayoutBuilder::new();
+        builder.add(ParamSpec::new("a", [1], 0));
+        builder.add(ParamSpec::new("a", [1], 1));
+        assert!(builder.build().is_err());
+    }
+
+    #[test]
+    fn norms_and_biases_are_not_decayed() {
+        assert!(!ParamSpec::new("model.norm.weight", [1], 0).weight_decay);
+        assert!(!ParamSpec::new("q_proj.bias", [1], 0).weight_decay);
+        assert!(ParamSpec::new("q_proj.lora_A.weight", [1], 0).weight_decay);
+    }
+}
