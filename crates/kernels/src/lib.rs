@@ -7,10 +7,21 @@
 //!
 //! This crate knows no model, no config and no rank.
 
+pub mod adamw;
+mod candle;
+pub mod dropout;
+pub mod embedding;
 mod error;
+mod lanes;
+pub mod rms_norm;
 pub mod rng;
+pub mod rope;
+mod row_blocks;
 mod simd;
+pub mod swiglu;
 mod tensor;
+#[cfg(test)]
+mod test_support;
 mod workspace;
 
 pub use error::{Error, Result};
