@@ -8,6 +8,7 @@
 //! This crate knows no model, no config and no rank.
 
 pub mod adamw;
+pub mod bias;
 mod candle;
 pub mod dropout;
 pub mod embedding;
