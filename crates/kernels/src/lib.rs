@@ -15,6 +15,7 @@ pub mod embedding;
 mod error;
 mod lanes;
 pub mod rms_norm;
+pub mod matmul;
 pub mod rng;
 pub mod rope;
 mod row_blocks;
