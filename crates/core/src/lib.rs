@@ -4,6 +4,7 @@ pub mod adapter;
 pub mod data;
 mod error;
 mod exit_code;
+pub mod lr_schedule;
 pub mod params;
 pub mod process_group;
 pub mod suggest;
