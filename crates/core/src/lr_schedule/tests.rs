@@ -95,7 +95,10 @@ fn the_fixture_covers_every_name() {
 fn mistakes_are_named_with_the_nearest_valid_name() {
     assert!(message("cosin", json!({})).ends_with("did you mean `cosine`?"));
     let unknown = message("cosine", json!({"num_cycle": 2}));
-    assert!(unknown.contains("lr_scheduler_kwargs.num_cycle"), "{unknown}");
+    assert!(
+        unknown.contains("lr_scheduler_kwargs.num_cycle"),
+        "{unknown}"
+    );
     assert!(unknown.contains("did you mean `num_cycles`?"), "{unknown}");
     assert!(message("linear", json!({"power": 2})).contains("takes none"));
     assert!(message("cosine_with_min_lr", json!({})).contains("set min_lr"));
@@ -124,7 +127,10 @@ fn degenerate_lengths_give_finite_rates() {
             let schedule =
                 LrSchedule::new(name, &kwargs(arguments.clone()), 1e-3, warmup, total).unwrap();
             for step in 0..10 {
-                assert!(schedule.lr(step).is_finite(), "{name} {warmup} {total} {step}");
+                assert!(
+                    schedule.lr(step).is_finite(),
+                    "{name} {warmup} {total} {step}"
+                );
             }
         }
     }
