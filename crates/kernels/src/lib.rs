@@ -8,6 +8,7 @@
 //! This crate knows no model, no config and no rank.
 
 mod error;
+pub mod matmul;
 pub mod rng;
 mod simd;
 mod tensor;

@@ -1,0 +1,217 @@
+use super::block::{Matrix, SharedMut, gemm_raw, with_scratch};
+use super::transpose::transpose;
+use super::{Layout, Product};
+use crate::{DType, Element, Rows, RowsMut, simd};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Multiply-adds below which one thread is quicker than waking another.
+const PARALLEL_WORK: usize = 1 << 19;
+/// Longest tile in rows of `dst`. A longer one leaves other threads idle on short batches; a
+/// shorter one repacks `b` more often.
+const TILE_ROWS: usize = 512;
+/// Longest tile in columns of `dst`.
+const TILE_COLS: usize = 384;
+/// At most this many columns are never split: the tiles are rows alone.
+const NARROW: usize = 64;
+/// Rows of a tile of a narrow product.
+const NARROW_ROWS: usize = 256;
+/// Depth converted or transposed at once: with `TILE_COLS`, 768 KiB of f32, which stays in L2.
+const TILE_DEPTH: usize = 512;
+/// Rows of `dst` from which transposing a block of `b` first pays for itself.
+const TRANSPOSE_ROWS: usize = 48;
+
+/// The product in tiles of `dst`, whose bounds depend on the shape alone.
+pub(super) fn product<D: Element, A: Element, B: Element>(
+    mut dst: RowsMut<'_, D>,
+    a: Rows<'_, A>,
+    b: Rows<'_, B>,
+    product: &Product,
+) {
+    let (m, n) = (product.m, product.n);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (tile_rows, tile_cols) = if m * n * product.k < PARALLEL_WORK {
+        (m.min(TILE_ROWS), n.min(TILE_COLS))
+    } else if n <= NARROW {
+        (even_tiles(m, NARROW_ROWS), n)
+    } else {
+        (m.div_ceil(m.div_ceil(TILE_ROWS)), even_tiles(n, TILE_COLS))
+    };
+    let pitch = dst.pitch();
+    let target = SharedMut::new(dst.data_mut());
+    let row_tiles = m.div_ceil(tile_rows);
+    let run = |tile: usize| {
+        let (i, j) = (tile % row_tiles * tile_rows, tile / row_tiles * tile_cols);
+        let (rows, cols) = (i..m.min(i + tile_rows), j..n.min(j + tile_cols));
+        // SAFETY: tiles are disjoint rectangles inside `dst`, which is borrowed until all end.
+        unsafe { compute_tile(&target, pitch, &a, &b, product, rows, cols) }
+    };
+    let tiles = row_tiles * n.div_ceil(tile_cols);
+    if m * n * product.k < PARALLEL_WORK {
+        (0..tiles).for_each(run);
+    } else {
+        (0..tiles).into_par_iter().with_max_len(1).for_each(run);
+    }
+}
+
+/// The length of a tile such that an even number of tiles of at most `longest` covers `len`: two
+/// threads then finish together. A multiple of the vector width.
+fn even_tiles(len: usize, longest: usize) -> usize {
+    let tiles = len.div_ceil(longest).next_multiple_of(2);
+    len.div_ceil(tiles).next_multiple_of(16)
+}
+
+/// One tile of the result, `product.k` deep.
+///
+/// # Safety
+/// `rows` x `cols` must lie inside the matrix behind `dst`, and be accessed by nobody else.
+unsafe fn compute_tile<D: Element, A: Element, B: Element>(
+    dst: &SharedMut<D>,
+    pitch: usize,
+    a: &Rows<'_, A>,
+    b: &Rows<'_, B>,
+    product: &Product,
+    rows: Range<usize>,
+    cols: Range<usize>,
+) {
+    let (m, n) = (rows.len(), cols.len());
+    let start = rows.start * pitch + cols.start;
+    if D::DTYPE == DType::F32 {
+        // SAFETY: D is f32, and the caller vouches for the rectangle.
+        unsafe {
+            let dst = dst.at(start).cast::<f32>();
+            accumulate(dst, pitch, product.beta, a, b, product, rows, cols);
+        }
+        return;
+    }
+    with_scratch(m * n, |sum| {
+        // SAFETY: `sum` is [m, n] with pitch n, and belongs to this thread.
+        unsafe { accumulate(sum.as_mut_ptr(), n, 0.0, a, b, product, rows, cols) };
+        for (r, sum) in sum.chunks_exact(n).enumerate() {
+            // SAFETY: row r of the rectangle that the caller vouches for.
+            let row = unsafe { dst.slice(start + r * pitch..start + r * pitch + n) };
+            simd::dispatch(
+                #[inline(always)]
+                || round_row(row, product.beta, sum),
+            );
+        }
+    });
+}
+
+#[inline(always)]
+fn round_row<D: Element>(row: &mut [D], beta: f32, sum: &[f32]) {
+    if beta == 0.0 {
+        for (to, &sum) in row.iter_mut().zip(sum) {
+            *to = D::from_f32(sum);
+        }
+    } else {
+        for (to, &sum) in row.iter_mut().zip(sum) {
+            *to = D::from_f32(beta.mul_add(to.to_f32(), sum));
+        }
+    }
+}
+
+/// The f32 tile: `dst = beta * dst + alpha * a b`, in steps of `TILE_DEPTH` where an operand has to
+/// be converted or transposed.
+///
+/// # Safety
+/// As [`gemm_raw`].
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a tile of a product of two matrices"
+)]
+unsafe fn accumulate<A: Element, B: Element>(
+    dst: *mut f32,
+    pitch: usize,
+    beta: f32,
+    a: &Rows<'_, A>,
+    b: &Rows<'_, B>,
+    product: &Product,
+    rows: Range<usize>,
+    cols: Range<usize>,
+) {
+    let flip = product.layout == Layout::Nt && rows.len() >= TRANSPOSE_ROWS;
+    let direct = A::DTYPE == DType::F32 && B::DTYPE == DType::F32 && !flip;
+    let depth = if direct { product.k.max(1) } else { TILE_DEPTH };
+    let scratch_a = scratch_len::<A>(rows.len(), depth);
+    let scratch_b = if flip {
+        cols.len() * depth
+    } else {
+        scratch_len::<B>(cols.len(), depth)
+    };
+    with_scratch(scratch_a + scratch_b, |scratch| {
+        let (scratch_a, scratch_b) = scratch.split_at_mut(scratch_a);
+        let mut beta = beta;
+        // One pass even if K = 0: it scales or zeroes dst.
+        for k in (0..product.k.max(1)).step_by(depth) {
+            let ks = k..product.k.min(k + depth);
+            let a = match product.layout {
+                Layout::Nt | Layout::Nn => operand(a, rows.clone(), ks.clone(), scratch_a),
+                Layout::Tn => operand(a, ks.clone(), rows.clone(), scratch_a).transposed(),
+            };
+            let b = match product.layout {
+                Layout::Nt if flip => flipped(b, cols.clone(), ks, scratch_b),
+                Layout::Nt => operand(b, cols.clone(), ks, scratch_b).transposed(),
+                Layout::Nn | Layout::Tn => operand(b, ks, cols.clone(), scratch_b),
+            };
+            // SAFETY: the caller's promise.
+            unsafe { gemm_raw(dst, pitch, beta, product.alpha, a, b) };
+            beta = 1.0;
+        }
+    });
+}
+
+fn scratch_len<T: Element>(rows: usize, depth: usize) -> usize {
+    if T::DTYPE == DType::F32 {
+        0
+    } else {
+        rows * depth
+    }
+}
+
+/// The block in f32: as it lies if it is f32, converted into `scratch` if not.
+fn operand<'s, T: Element>(
+    source: &Rows<'s, T>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    if rows.is_empty() || cols.is_empty() {
+        return Matrix::new(&[], rows.len(), cols.len(), cols.len());
+    }
+    if T::DTYPE == DType::F32 {
+        let data: &'s [f32] = bytemuck::cast_slice(source.data());
+        let data = &data[rows.start * source.pitch() + cols.start..];
+        return Matrix::new(data, rows.len(), cols.len(), source.pitch());
+    }
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            for (to, r) in scratch.chunks_exact_mut(cols.len()).zip(rows.clone()) {
+                for (to, from) in to.iter_mut().zip(&source.row(r)[cols.clone()]) {
+                    *to = from.to_f32();
+                }
+            }
+        },
+    );
+    Matrix::new(scratch, rows.len(), cols.len(), cols.len())
+}
+
+/// The transpose of the block, in `scratch`.
+fn flipped<'s, T: Element>(
+    source: &Rows<'_, T>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            let row = |r: usize| &source.row(rows.start + r)[cols.clone()];
+            transpose(row, rows.len(), cols.len(), scratch, rows.len());
+        },
+    );
+    Matrix::new(scratch, cols.len(), rows.len(), rows.len())
+}

@@ -1,0 +1,247 @@
+use super::{nn, nt, tn};
+use crate::rng::Stream;
+use crate::{DType, Error, Tensor, View, ViewMut};
+
+type Op = fn(ViewMut<'_>, f32, f32, View<'_>, View<'_>) -> crate::Result<()>;
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Nt,
+    Nn,
+    Tn,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Nt, Self::Nn, Self::Tn];
+
+    fn op(self) -> Op {
+        match self {
+            Self::Nt => nt,
+            Self::Nn => nn,
+            Self::Tn => tn,
+        }
+    }
+
+    /// Stored shapes of a and b.
+    fn shapes(self, m: usize, n: usize, k: usize) -> [[usize; 2]; 2] {
+        match self {
+            Self::Nt => [[m, k], [n, k]],
+            Self::Nn => [[m, k], [k, n]],
+            Self::Tn => [[k, m], [k, n]],
+        }
+    }
+
+    /// (sum, sum of magnitudes) of element (i, j), in f64.
+    fn dot(self, a: &[f32], b: &[f32], [m, n, k]: [usize; 3], [i, j]: [usize; 2]) -> (f64, f64) {
+        (0..k).fold((0.0, 0.0), |(sum, size), l| {
+            let (x, y) = match self {
+                Self::Nt => (a[i * k + l], b[j * k + l]),
+                Self::Nn => (a[i * k + l], b[l * n + j]),
+                Self::Tn => (a[l * m + i], b[l * n + j]),
+            };
+            let product = f64::from(x) * f64::from(y);
+            (sum + product, size + product.abs())
+        })
+    }
+}
+
+/// A random matrix with `gap` elements of NaN between its rows.
+struct Padded {
+    tensor: Tensor,
+    cols: usize,
+}
+
+impl Padded {
+    fn random(dtype: DType, [rows, cols]: [usize; 2], gap: usize, stream: &mut Stream) -> Self {
+        let width = cols + gap;
+        let values = (0..rows * width)
+            .map(|i| {
+                if i % width < cols {
+                    stream.normal() as f32
+                } else {
+                    f32::NAN
+                }
+            })
+            .collect();
+        Self {
+            tensor: Tensor::from_f32(values, rows, width).to_dtype(dtype),
+            cols,
+        }
+    }
+
+    fn view(&self) -> View<'_> {
+        self.tensor.view().columns(0..self.cols)
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_> {
+        self.tensor.view_mut().columns(0..self.cols)
+    }
+}
+
+fn check(kind: Kind, [m, n, k]: [usize; 3], dtypes: [DType; 3], [beta, alpha]: [f32; 2]) {
+    let mut stream = Stream::new((m * 1_000_003 + n * 1009 + k) as u64);
+    let [a_shape, b_shape] = kind.shapes(m, n, k);
+    let a = Padded::random(dtypes[1], a_shape, 5, &mut stream);
+    let b = Padded::random(dtypes[2], b_shape, 3, &mut stream);
+    let mut dst = Padded::random(dtypes[0], [m, n], 7, &mut stream);
+    let before = dst.view().to_f32_vec();
+    if beta == 0.0 {
+        dst.view_mut().fill(f32::NAN);
+    }
+    kind.op()(dst.view_mut(), beta, alpha, a.view(), b.view()).expect("shapes fit");
+    let (a, b, got) = (
+        a.view().to_f32_vec(),
+        b.view().to_f32_vec(),
+        dst.view().to_f32_vec(),
+    );
+    for i in 0..m {
+        for j in 0..n {
+            let (sum, size) = kind.dot(&a, &b, [m, n, k], [i, j]);
+            let want = f64::from(alpha) * sum + f64::from(beta) * f64::from(before[i * n + j]);
+            let size = size + want.abs();
+            // f32: rounding of a running sum. bf16: one rounding of the result, at most 2^-8.
+            let rounding = if dtypes[0] == DType::F32 {
+                0.0
+            } else {
+                want.abs() / 255.0
+            };
+            let error = (f64::from(got[i * n + j]) - want).abs();
+            assert!(
+                error <= 1e-6 * size + 1e-6 + rounding,
+                "{kind:?} [{m},{n},{k}] {dtypes:?} beta {beta}: [{i},{j}] is {}, expected {want}",
+                got[i * n + j]
+            );
+        }
+    }
+    // The gaps between the rows of dst stay untouched.
+    let all = dst.tensor.to_f32_vec();
+    let width = n + 7;
+    assert!(
+        all.iter()
+            .enumerate()
+            .all(|(i, v)| i % width < n || v.is_nan())
+    );
+}
+
+const SHAPES: [[usize; 3]; 14] = [
+    [1, 1, 1],
+    [1, 17, 3],
+    [3, 1, 123],
+    [17, 3, 0],
+    [123, 17, 16],
+    [49, 123, 1],
+    [64, 16, 130],
+    [16, 200, 300],
+    [1, 700, 600],
+    [300, 2, 40],
+    [70, 401, 33],
+    [513, 65, 31],
+    [600, 390, 5],
+    [52, 50, 1100],
+];
+
+#[test]
+fn f32_products_match_f64_loops_on_odd_shapes_and_pitched_views() {
+    for kind in Kind::ALL {
+        for shape in SHAPES {
+            for factors in [[0.0, 1.0], [1.0, 1.0], [1.0, 0.3], [-0.5, 2.0]] {
+                check(kind, shape, [DType::F32; 3], factors);
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_and_mixed_products_round_once() {
+    use DType::{Bf16, F32};
+    for kind in Kind::ALL {
+        for shape in SHAPES {
+            for dtypes in [
+                [Bf16, Bf16, Bf16],
+                [F32, Bf16, Bf16],
+                [F32, F32, Bf16],
+                [F32, Bf16, F32],
+                [Bf16, F32, F32],
+            ] {
+                check(kind, shape, dtypes, [0.0, 1.0]);
+                check(kind, shape, dtypes, [1.0, 0.25]);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_tokens_and_no_depth_are_legal() {
+    for kind in Kind::ALL {
+        for shape in [[0, 5, 7], [5, 0, 7], [0, 0, 0], [5, 7, 0]] {
+            check(kind, shape, [DType::F32; 3], [0.0, 1.0]);
+            check(
+                kind,
+                shape,
+                [DType::Bf16, DType::F32, DType::Bf16],
+                [1.0, 1.0],
+            );
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let mut stream = Stream::new(3);
+    for kind in Kind::ALL {
+        for shape @ [m, n, k] in [
+            [1024, 256, 256],
+            [700, 16, 500],
+            [16, 900, 300],
+            [700, 2304, 16],
+            [1, 4000, 300],
+            [130, 390, 1100],
+            [600, 100, 77],
+        ] {
+            for dtype in [DType::F32, DType::Bf16] {
+                let [a_shape, b_shape] = kind.shapes(m, n, k);
+                let a = Padded::random(dtype, a_shape, 0, &mut stream);
+                let b = Padded::random(dtype, b_shape, 1, &mut stream);
+                let results = [1, 2, 3].map(|threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let mut dst = Tensor::zeros(dtype, m, n);
+                    pool.expect("threads start").install(|| {
+                        kind.op()(dst.view_mut(), 0.0, 1.0, a.view(), b.view())
+                            .expect("shapes fit");
+                    });
+                    dst.to_f32_vec()
+                        .into_iter()
+                        .map(f32::to_bits)
+                        .collect::<Vec<_>>()
+                });
+                assert!(
+                    results[0] == results[1],
+                    "{kind:?} {shape:?} {dtype}: 1 and 2 threads"
+                );
+                assert!(
+                    results[0] == results[2],
+                    "{kind:?} {shape:?} {dtype}: 1 and 3 threads"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_refused() {
+    let (a, b) = (
+        Tensor::zeros(DType::F32, 2, 3),
+        Tensor::zeros(DType::F32, 4, 5),
+    );
+    let mut dst = Tensor::zeros(DType::F32, 2, 4);
+    for kind in Kind::ALL {
+        let error = kind.op()(dst.view_mut(), 0.0, 1.0, a.view(), b.view());
+        assert!(matches!(error, Err(Error::Shape { .. })), "{kind:?}");
+    }
+    let b = Tensor::zeros(DType::F32, 5, 3);
+    let error = nt(dst.view_mut(), 0.0, 1.0, a.view(), b.view()).expect_err("dst is [2,4]");
+    assert_eq!(
+        error.to_string(),
+        "matmul::nt: dst [M,N] is [2, 4] [rows, columns], expected [2, 5]"
+    );
+}
