@@ -8,6 +8,7 @@ mod exit_code;
 pub mod lr_schedule;
 pub mod params;
 pub mod process_group;
+pub mod run_log;
 pub mod suggest;
 
 pub use error::{Error, Result};
