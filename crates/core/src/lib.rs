@@ -6,6 +6,7 @@ pub mod data;
 mod error;
 mod exit_code;
 pub mod lr_schedule;
+pub mod model_card;
 pub mod params;
 pub mod process_group;
 pub mod run_log;

@@ -366,9 +366,8 @@ impl ForeignKey {
             .map(|text| serde_json::from_str::<Value>(text).unwrap_or_else(|_| json!(text)));
         neutral.into_iter().any(|neutral| match value {
             Value::Number(number) => number.as_f64() == neutral.as_f64(),
-            // YAML 1.1 reads a bare `no` as false, and quoted booleans are booleans to TRL.
             Value::String(text) if neutral.is_boolean() => {
-                text.eq_ignore_ascii_case(&neutral.to_string())
+                super::value::word_as_bool(text) == neutral.as_bool()
             }
             value => *value == neutral,
         })

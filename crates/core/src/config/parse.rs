@@ -31,6 +31,9 @@ fn options() -> Options {
 
         },
         with_snippet: false,
+        // Only true and false are booleans; `no` and `on` stay words, and keys that expect a
+        // boolean read them as one.
+        strict_booleans: true,
         non_finite_float_policy: serde_saphyr::NonFiniteFloatPolicy::AsString,
     }
 }
@@ -45,13 +48,7 @@ pub(super) fn entries(text: &str, name: &str) -> Result<Vec<Entry>> {
     let parsed: Option<BTreeMap<String, Spanned<Value>>> = yaml(text).map_err(|error| {
         let line = error.location().map(|location| location.line());
         let place = Origin::file(name, line);
-        Error::config(
-            place.to_string(),
-            format!(
-                "not a mapping of keys to values: {}",
-                error.without_snippet()
-            ),
-        )
+        Error::config(place.to_string(), reason(&error))
     })?;
     let entries = parsed.unwrap_or_default().into_iter();
     Ok(entries
@@ -61,4 +58,20 @@ pub(super) fn entries(text: &str, name: &str) -> Result<Vec<Entry>> {
             value: spanned.value,
         })
         .collect())
+}
+
+/// Why a text is not a configuration, for someone who writes one.
+fn reason(error: &serde_saphyr::Error) -> String {
+    match error.without_snippet() {
+        serde_saphyr::Error::DuplicateMappingKey { key, .. } => {
+            format!(
+                "key {} is set twice; keep one",
+                key.as_deref().unwrap_or_default()
+            )
+        }
+        serde_saphyr::Error::Budget { breach, .. } => {
+            format!("too large, too deep or more than one document for a configuration: {breach:?}")
+        }
+        other => format!("not a mapping of keys to values: {other}"),
+    }
 }

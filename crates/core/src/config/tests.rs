@@ -355,6 +355,25 @@ fn hostile_yaml_is_refused_quickly() {
 }
 
 #[test]
+fn words_that_are_booleans_elsewhere_stay_words_where_a_word_is_expected() {
+    let text = format!("{MINIMAL}run_name: on\neos_token: y\npacking: yes\nsave_strategy: no\n");
+    let config = TrainConfig::from_yaml(&text, "x", &[]).unwrap();
+    assert_eq!(config.output.run_name.as_deref(), Some("on"));
+    assert_eq!(config.data.eos_token.as_deref(), Some("y"));
+    assert!(config.data.packing);
+    assert_eq!(config.output.save_strategy, IntervalStrategy::No);
+}
+
+#[test]
+fn a_key_set_twice_is_named() {
+    let message = yaml_fault("seed: 1\nseed: 2");
+    assert_eq!(
+        message,
+        "config: `sft.yaml:4`: key seed is set twice; keep one"
+    );
+}
+
+#[test]
 fn files_too_large_or_not_text_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.yaml");

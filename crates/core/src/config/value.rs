@@ -42,6 +42,15 @@ fn plain_text(text: &str) -> String {
     text.to_owned()
 }
 
+/// The words YAML 1.1 readers take for booleans, quoted ones too, as Transformers' parser does.
+pub(super) fn word_as_bool(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" => Some(true),
+        "false" | "no" | "off" => Some(false),
+        _ => None,
+    }
+}
+
 impl KeyValue for bool {
     fn schema() -> Value {
         json!({"type": "boolean"})
@@ -50,9 +59,7 @@ impl KeyValue for bool {
     fn from_value(value: &Value) -> Result<Self, String> {
         match value {
             Value::Bool(value) => Ok(*value),
-            // Transformers' argument parser turns quoted booleans into booleans.
-            Value::String(text) if text.eq_ignore_ascii_case("true") => Ok(true),
-            Value::String(text) if text.eq_ignore_ascii_case("false") => Ok(false),
+            Value::String(text) => word_as_bool(text).ok_or_else(|| "true or false".to_owned()),
             _ => Err("true or false".to_owned()),
         }
     }
@@ -330,7 +337,7 @@ impl KeyValue for Names {
 pub(super) fn choice<T: Copy>(value: &Value, choices: &[(&'static str, T)]) -> Result<T, String> {
     let text = match value {
         Value::String(text) => text.as_str(),
-        // YAML 1.1 reads a bare `no` as false.
+        // YAML 1.1 readers make false of a bare `no`, and JSON made by them holds that.
         Value::Bool(false) => "no",
         _ => "",
     };

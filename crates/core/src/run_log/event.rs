@@ -20,6 +20,8 @@ pub struct RunStarted {
     pub max_steps: u64,
     /// Step the run continues from; 0 for a fresh one.
     pub first_step: u64,
+    /// Tokens read before that step.
+    pub first_num_tokens: u64,
     /// Rows per micro-batch and rank.
     pub train_batch_size: u64,
     /// Micro-batches per optimizer step and rank.

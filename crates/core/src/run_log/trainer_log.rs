@@ -16,7 +16,7 @@ pub struct TrainerLogJsonl<W> {
     path: PathBuf,
     total_steps: u64,
     first_step: u64,
-    first_tokens: Option<u64>,
+    first_num_tokens: u64,
     elapsed: f64,
 }
 
@@ -28,7 +28,7 @@ impl<W: Write> TrainerLogJsonl<W> {
             path: path.into(),
             total_steps: 0,
             first_step: 0,
-            first_tokens: None,
+            first_num_tokens: 0,
             elapsed: 0.0,
         }
     }
@@ -62,13 +62,11 @@ impl<W: Write> TrainerLogJsonl<W> {
     }
 
     fn log(&mut self, row: &LogRow) -> Result<()> {
-        // A resumed run's tokens before its first row count as read in no time.
-        let before = row.num_tokens as f64 - row.tokens_per_second * row.elapsed;
-        let first = *self
-            .first_tokens
-            .get_or_insert(before.max(0.0).round() as u64);
         self.elapsed = row.elapsed;
-        let throughput = per_second(row.num_tokens.saturating_sub(first), row.elapsed);
+        let throughput = per_second(
+            row.num_tokens.saturating_sub(self.first_num_tokens),
+            row.elapsed,
+        );
         let mut entries = self.progress(row.step);
         entries.extend([
             ("loss", json_number(row.loss)),
@@ -90,6 +88,7 @@ impl<W: Write> Observer for TrainerLogJsonl<W> {
             Event::RunStarted(run) => {
                 self.total_steps = run.max_steps;
                 self.first_step = run.first_step;
+                self.first_num_tokens = run.first_num_tokens;
                 Ok(())
             }
             Event::StepLogged(row) => self.log(row),
