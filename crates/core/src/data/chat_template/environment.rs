@@ -1,0 +1,194 @@
+//! The sandbox: filters, functions, methods and limits of a chat template.
+
+use super::generation;
+use super::strftime::strftime;
+use super::tojson::tojson;
+use crate::{Error, Result};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, from_args};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
+use std::io;
+
+/// Work a rendering may do: about one unit an instruction and one for 64 bytes of data, so this
+/// is also a bound of 256 MiB on what a template can allocate.
+const FUEL: u64 = 4_000_000;
+
+/// Nested macro and block calls a template may make.
+const MAX_RECURSION: usize = 100;
+
+/// The environment of chat templates, with the date in seconds since 1970-01-01 UTC.
+pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+        .map_err(|e| Error::Template {
+            message: e.to_string(),
+        })?;
+    environment.set_syntax(syntax);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_fuel(Some(FUEL));
+    environment.set_recursion_limit(MAX_RECURSION);
+    environment.set_unknown_method_callback(python_method);
+    environment.add_filter(
+        "tojson",
+        |state: &State,
+         value: &Value,
+         ensure_ascii: Option<bool>,
+         indent: Option<&Value>,
+         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, kwargs),
+    );
+    environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    set_date(&mut environment, date);
+    Ok(environment)
+}
+
+/// Sets what `strftime_now` shows.
+pub(super) fn set_date(environment: &mut Environment<'static>, date: i64) {
+    environment.add_function("strftime_now", move |format: &str| strftime(format, date));
+}
+
+/// Python's methods on strings, lists and mappings.
+fn python_method(
+    state: &mut State,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, minijinja::Error> {
+    let Some(text) = value.as_str() else {
+        return minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args);
+    };
+    match method {
+        "removeprefix" => {
+            let (prefix,): (&str,) = from_args(args)?;
+            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
+        }
+        "removesuffix" => {
+            let (suffix,): (&str,) = from_args(args)?;
+            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
+        }
+        "rsplit" => {
+            let (separator, limit, Rest(rest)): (&str, Option<i64>, Rest<Value>) = from_args(args)?;
+            if separator.is_empty() || !rest.is_empty() {
+                return Err(minijinja::Error::new(
+                    ErrorKind::InvalidOperation,
+                    "rsplit takes a separator that is not empty and a count",
+                ));
+            }
+            let parts = match limit.and_then(|n| usize::try_from(n).ok()) {
+                Some(n) => text.rsplitn(n.saturating_add(1), separator),
+                None => text.rsplitn(usize::MAX, separator),
+            };
+            let mut parts: Vec<Value> = parts.map(Value::from).collect();
+            parts.reverse();
+            Ok(parts.into())
+        }
+        "partition" => {
+            let (separator,): (&str,) = from_args(args)?;
+            let (before, found, after) = match text.split_once(separator) {
+                Some((before, after)) => (before, separator, after),
+                None => (text, "", ""),
+            };
+            Ok(vec![Value::from(before), found.into(), after.into()].into())
+        }
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// A JSON value for templates. With `reserved`, text that holds a generation marker is refused.
+pub(super) fn json_to_value(json: &serde_json::Value, reserved: bool) -> Result<Value, String> {
+    Ok(match json {
+        serde_json::Value::Null => ().into(),
+        serde_json::Value::Bool(value) => (*value).into(),
+        serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(value), _) => value.into(),
+            (None, Some(value)) => value.into(),
+            (None, None) => number.as_f64().unwrap_or(f64::NAN).into(),
+        },
+        serde_json::Value::String(text) => {
+            if reserved && text.contains([generation::BEGIN, generation::END]) {
+                return Err(
+                    "a message holds one of the Unicode noncharacters U+FDD0 and U+FDD1, which \
+                     mark the assistant's text; remove them from the data"
+                        .into(),
+                );
+            }
+            text.as_str().into()
+        }
+        serde_json::Value::Array(items) => items
+            .iter()
+            .map(|item| json_to_value(item, reserved))
+            .collect::<Result<Vec<Value>, String>>()?
+            .into(),
+        serde_json::Value::Object(fields) => Value::from_pairs(
+            fields
+                .iter()
+                .map(|(name, value)| Ok((name.as_str(), json_to_value(value, reserved)?)))
+                .collect::<Result<Vec<(&str, Value)>, String>>()?,
+        ),
+    })
+}
+
+/// A template error in one line: what, why, where.
+pub(super) fn explain(error: &minijinja::Error) -> String {
+    let mut message: String = match error.kind() {
+        ErrorKind::OutOfFuel => {
+            "the template works for too long; it may loop without end".to_owned()
+        }
+        ErrorKind::TemplateNotFound => {
+            "include, import and extends are not available to chat templates".to_owned()
+        }
+        kind => match error.detail() {
+            Some(detail) => detail.to_owned(),
+            None => kind.to_string(),
+        },
+    };
+    if let Some(end) = message.char_indices().nth(400).map(|(i, _)| i) {
+        message.truncate(end);
+        message.push_str("...");
+    }
+    if let Some(line) = error.line() {
+        message.push_str(&format!(" (line {line} of the template)"));
+    }
+    message
+}
+
+/// Output that refuses to grow beyond a limit.
+pub(super) struct CappedOutput {
+    bytes: Vec<u8>,
+    limit: usize,
+}
+
+impl CappedOutput {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            bytes: Vec::new(),
+            limit,
+        }
+    }
+
+    pub(super) fn into_string(self) -> Result<String, String> {
+        String::from_utf8(self.bytes).map_err(|e| e.to_string())
+    }
+}
+
+impl io::Write for CappedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > self.limit {
+            return Err(io::Error::other(format!(
+                "the template wrote more than {} bytes",
+                self.limit
+            )));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

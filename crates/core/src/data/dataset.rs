@@ -1,0 +1,198 @@
+//! A data set in memory: every example of the files, in their order.
+
+use crate::data::batch::Example;
+use crate::data::jsonl::{JsonLines, Line, parse_object};
+use crate::data::prepare::{PrepareOptions, PrepareReport, Preparer, Row};
+use crate::data::record::Record;
+use crate::data::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use rayon::prelude::*;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Rows and bytes that are prepared at a time: what memory holds beside the examples.
+const CHUNK_ROWS: usize = 1024;
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// Prepared examples and what happened to the rows they come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dataset {
+    /// The examples, in the order of the rows; each has a token that is trained.
+    pub examples: Vec<Example>,
+    /// What preparation did.
+    pub report: PrepareReport,
+}
+
+impl Dataset {
+    /// Reads and prepares JSON Lines files. The first row decides what kind all rows are.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with file and line for a row that is broken or of another kind, and when
+    /// no token of any row is trained; [`Error::Read`] for a file that cannot be read; and what
+    /// [`Preparer::new`] and [`Preparer::prepare`] find.
+    pub fn load(
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        options: &PrepareOptions,
+    ) -> Result<Self> {
+        let mut builder = Builder::new(tokenizer, options);
+        for file in files {
+            builder.read(file)?;
+        }
+        builder.finish(
+            files
+                .first()
+                .map_or(Path::new("(no file)"), PathBuf::as_path),
+        )
+    }
+
+    /// Prepares rows that do not come from a file.
+    ///
+    /// # Errors
+    /// As [`Dataset::load`].
+    pub fn from_rows(
+        rows: Vec<Row>,
+        tokenizer: &Tokenizer,
+        options: &PrepareOptions,
+    ) -> Result<Self> {
+        let origin = rows
+            .first()
+            .map_or_else(|| Arc::from(Path::new("(no rows)")), |r| r.path.clone());
+        let mut builder = Builder::new(tokenizer, options);
+        builder.add(rows.into_par_iter().map(Ok).collect())?;
+        builder.finish(&origin)
+    }
+
+    /// The number of tokens of each example.
+    #[must_use]
+    pub fn lengths(&self) -> Vec<usize> {
+        self.examples.iter().map(Example::len).collect()
+    }
+}
+
+/// A data set being read.
+struct Builder<'a> {
+    tokenizer: &'a Tokenizer,
+    options: &'a PrepareOptions,
+    preparer: Option<Preparer<'a>>,
+    dataset: Dataset,
+}
+
+impl<'a> Builder<'a> {
+    fn new(tokenizer: &'a Tokenizer, options: &'a PrepareOptions) -> Self {
+        Self {
+            tokenizer,
+            options,
+            preparer: None,
+            dataset: Dataset::default(),
+        }
+    }
+
+    fn read(&mut self, file: &Path) -> Result<()> {
+        let path: Arc<Path> = Arc::from(file);
+        let mut lines = JsonLines::open(file)?;
+        loop {
+            // A line that cannot be read is reported after the rows before it.
+            let (chunk, failure) = next_chunk(&mut lines);
+            if chunk.is_empty() && failure.is_none() {
+                return Ok(());
+            }
+            let text_field = &self.options.dataset_text_field;
+            let rows = chunk
+                .par_iter()
+                .map(|line| parse_row(&path, line, text_field))
+                .collect();
+            self.add(rows)?;
+            if let Some(error) = failure {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Prepares rows in parallel and appends them in order; the first error in order wins.
+    fn add(&mut self, rows: Vec<Result<Row>>) -> Result<()> {
+        let first_kind = || match rows.first() {
+            Some(Ok(row)) => Some(row.record.kind()),
+            _ => None,
+        };
+        if self.preparer.is_none()
+            && let Some(kind) = first_kind()
+        {
+            self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
+        }
+        let preparer = self.preparer.as_ref();
+        let prepared: Vec<Result<(Arc<Path>, u64, Example, usize)>> = rows
+            .into_par_iter()
+            .map(|row| {
+                let row = row?;
+                let preparer = preparer.ok_or_else(|| {
+                    Error::data(&row.path, row.line, "an earlier row could not be read")
+                })?;
+                let mut example = preparer.prepare(&row)?;
+                let lost = preparer.truncate(&mut example);
+                Ok((row.path, row.line, example, lost))
+            })
+            .collect();
+        for item in prepared {
+            let (path, line, example, lost) = item?;
+            if self.dataset.report.count(&path, line, &example, lost) {
+                self.dataset.examples.push(example);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, origin: &Path) -> Result<Dataset> {
+        let report = &self.dataset.report;
+        if report.rows == 0 {
+            return Err(Error::data(
+                origin,
+                None,
+                "no rows; expected one JSON object per line",
+            ));
+        }
+        if self.dataset.examples.is_empty() {
+            let hint = if report.truncated_rows > 0 {
+                "; truncation cut the trained part off: raise `max_length`"
+            } else {
+                ""
+            };
+            return Err(Error::data(
+                origin,
+                None,
+                format!(
+                    "no token of any of the {} rows is trained{hint}",
+                    report.rows
+                ),
+            ));
+        }
+        Ok(self.dataset)
+    }
+}
+
+/// The next lines, bounded in number and bytes, and the error that ended them.
+fn next_chunk(lines: &mut impl Iterator<Item = Result<Line>>) -> (Vec<Line>, Option<Error>) {
+    let (mut chunk, mut bytes) = (Vec::new(), 0);
+    while chunk.len() < CHUNK_ROWS && bytes < CHUNK_BYTES {
+        match lines.next() {
+            None => break,
+            Some(Err(error)) => return (chunk, Some(error)),
+            Some(Ok(line)) => {
+                bytes += line.text.len();
+                chunk.push(line);
+            }
+        }
+    }
+    (chunk, None)
+}
+
+fn parse_row(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Row> {
+    let object = parse_object(path, line)?;
+    let record = Record::from_row(&object, text_field)
+        .map_err(|message| Error::data(path, line.number, message))?;
+    Ok(Row {
+        record,
+        path: path.clone(),
+        line: line.number,
+    })
+}

@@ -1,0 +1,395 @@
+//! From a record to token ids and labels.
+//!
+//! # Source
+//! The preparation of TRL's `SFTTrainer`, with two differences: what is trained is found by the
+//! offsets of one joint tokenisation instead of the length of the prompt's own, and a row that
+//! cannot be masked is an error instead of a warning.
+
+mod report;
+#[cfg(test)]
+mod tests;
+
+pub use report::PrepareReport;
+
+use crate::data::batch::{Example, IGNORE_INDEX};
+use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
+use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
+use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Which end of a row that is too long is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TruncationMode {
+    /// The beginning (`keep_start`).
+    #[default]
+    KeepStart,
+    /// The end (`keep_end`).
+    KeepEnd,
+}
+
+/// How rows become examples. The names and defaults are TRL's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PrepareOptions {
+    /// The column of plain text.
+    pub dataset_text_field: String,
+    /// Longer rows are cut to this many tokens; none: not cut.
+    pub max_length: Option<usize>,
+    /// Which end is kept.
+    pub truncation_mode: TruncationMode,
+    /// Train on the completion alone; unset: where there is one.
+    pub completion_only_loss: Option<bool>,
+    /// Train on what the assistant says alone.
+    pub assistant_only_loss: bool,
+    /// Ends text and completions instead of the tokenizer's own EOS token.
+    pub eos_token: Option<String>,
+    /// Variables of the chat template; those of a row win.
+    pub chat_template_kwargs: Map<String, Value>,
+}
+
+impl Default for PrepareOptions {
+    fn default() -> Self {
+        Self {
+            dataset_text_field: "text".into(),
+            max_length: Some(1024),
+            truncation_mode: TruncationMode::KeepStart,
+            completion_only_loss: None,
+            assistant_only_loss: false,
+            eos_token: None,
+            chat_template_kwargs: Map::new(),
+        }
+    }
+}
+
+/// A record and where it comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// What it says.
+    pub record: Record,
+    /// Its file.
+    pub path: Arc<Path>,
+    /// Its line in the file, from 1.
+    pub line: u64,
+}
+
+/// Turns the rows of one data set into examples.
+#[derive(Debug)]
+pub struct Preparer<'a> {
+    tokenizer: &'a Tokenizer,
+    options: &'a PrepareOptions,
+    kind: RecordKind,
+    eos: &'a str,
+    mask_prompt: bool,
+}
+
+impl<'a> Preparer<'a> {
+    /// Checks that rows of this kind can be prepared with these options.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an option that does not apply, [`Error::Model`] when the tokenizer
+    /// lacks an EOS token or a chat template, [`Error::Template`] when the template cannot tell
+    /// what the assistant says.
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        options: &'a PrepareOptions,
+        kind: RecordKind,
+    ) -> Result<Self> {
+        let plain = matches!(kind, RecordKind::Text | RecordKind::PromptCompletion);
+        let has_completion = !matches!(kind, RecordKind::Text | RecordKind::Messages);
+        let eos = options.eos_token.as_deref().or(tokenizer.eos_token());
+        if plain && eos.is_none() {
+            return Err(Error::model(
+                tokenizer.path(),
+                "the tokenizer has no EOS token, so no text would ever end; set `eos_token`",
+            ));
+        }
+        if let Some(eos) = &options.eos_token
+            && tokenizer.token_id(eos).is_none()
+        {
+            let message = format!("`{eos}` is not a token of the vocabulary");
+            return Err(Error::config("eos_token", message));
+        }
+        if options.completion_only_loss == Some(true) && !has_completion {
+            return Err(Error::config(
+                "completion_only_loss",
+                format!("needs rows with `prompt` and `completion`; these rows are {kind}"),
+            ));
+        }
+        if options.max_length == Some(0) {
+            return Err(Error::config("max_length", "must be at least 1, or null"));
+        }
+        if plain && options.assistant_only_loss {
+            return Err(Error::config(
+                "assistant_only_loss",
+                format!("needs conversations; these rows are {kind}"),
+            ));
+        }
+        let preparer = Self {
+            tokenizer,
+            options,
+            kind,
+            eos: eos.unwrap_or_default(),
+            mask_prompt: has_completion && options.completion_only_loss != Some(false),
+        };
+        if !plain {
+            preparer.template(None)?;
+        }
+        Ok(preparer)
+    }
+
+    fn template(&self, tools: Option<&Value>) -> Result<&'a ChatTemplate> {
+        let template = self.tokenizer.chat_template(tools).ok_or_else(|| {
+            Error::model(
+                self.tokenizer.path(),
+                "the rows are conversations but the tokenizer has no chat template; add \
+                 chat_template.jinja beside it or set `chat_template_path`",
+            )
+        })?;
+        if self.options.assistant_only_loss && !template.has_generation_tags() {
+            return Err(Error::Template {
+                message: "`assistant_only_loss` needs a template that marks what the assistant \
+                          says by {% generation %} and {% endgeneration %}; add the tags, or use \
+                          `prompt` and `completion` columns"
+                    .into(),
+            });
+        }
+        Ok(template)
+    }
+
+    /// Token ids and labels of a row, not truncated.
+    ///
+    /// # Errors
+    /// [`Error::Data`] or [`Error::Template`], with the file and line of the row.
+    pub fn prepare(&self, row: &Row) -> Result<Example> {
+        let located = |e: Error| match e {
+            Error::Template { message } => Error::Template {
+                message: format!("{}:{}: {message}", row.path.display(), row.line),
+            },
+            Error::Config { message, .. } | Error::Model { message, .. } => {
+                Error::data(&row.path, row.line, message)
+            }
+            other => other,
+        };
+        if row.record.kind() != self.kind {
+            return Err(Error::data(
+                &row.path,
+                row.line,
+                format!(
+                    "this row is {}, but the first row of the data set is {}; all rows must be of \
+                     one kind",
+                    row.record.kind(),
+                    self.kind
+                ),
+            ));
+        }
+        let example = self.example(&row.record).map_err(located)?;
+        self.check_bos(row, &example)?;
+        Ok(example)
+    }
+
+    fn example(&self, record: &Record) -> Result<Example> {
+        match record {
+            Record::Text(text) => {
+                let text = self.with_eos(text);
+                Ok(fully_trained(
+                    self.tokenizer.encode(&text, SpecialTokens::Add)?,
+                ))
+            }
+            Record::PromptCompletion { prompt, completion } => {
+                let text = format!("{prompt}{}", self.with_eos(completion));
+                if !self.mask_prompt {
+                    return Ok(fully_trained(
+                        self.tokenizer.encode(&text, SpecialTokens::Add)?,
+                    ));
+                }
+                let encoded = self
+                    .tokenizer
+                    .encode_with_offsets(&text, SpecialTokens::Add)?;
+                let begin = completion_start(&encoded, prompt.len());
+                Ok(masked(encoded.ids, |i| i >= begin))
+            }
+            Record::Messages { messages, inputs } => {
+                let rendered = self.render(messages, inputs, Ending::Closed)?;
+                self.conversation(&rendered, 0)
+            }
+            Record::PromptCompletionMessages {
+                prompt,
+                completion,
+                inputs,
+            } => self.prompt_completion(prompt, completion, inputs),
+        }
+    }
+
+    /// Text that ends with the EOS token, once.
+    fn with_eos(&self, text: &str) -> String {
+        if text.ends_with(self.eos) {
+            text.to_owned()
+        } else {
+            format!("{text}{}", self.eos)
+        }
+    }
+
+    fn render(
+        &self,
+        messages: &[Message],
+        inputs: &TemplateInputs,
+        ending: Ending,
+    ) -> Result<Rendered> {
+        let mut variables = self.options.chat_template_kwargs.clone();
+        variables.extend(inputs.chat_template_kwargs.clone());
+        let tools = inputs.tools.as_ref();
+        self.template(tools)?.render(&Conversation {
+            messages,
+            tools,
+            variables: &variables,
+            ending,
+        })
+    }
+
+    fn prompt_completion(
+        &self,
+        prompt: &[Message],
+        completion: &[Message],
+        inputs: &TemplateInputs,
+    ) -> Result<Example> {
+        let all = [prompt, completion].concat();
+        let rendered = self.render(&all, inputs, Ending::Closed)?;
+        if !self.mask_prompt {
+            return self.conversation(&rendered, 0);
+        }
+        let given = self.render(prompt, inputs, Ending::GenerationPrompt)?.text;
+        if !rendered.text.starts_with(&given) {
+            let common = given
+                .chars()
+                .zip(rendered.text.chars())
+                .take_while(|(a, b)| a == b)
+                .count();
+            return Err(Error::Template {
+                message: format!(
+                    "the template renders the prompt differently when the completion follows \
+                     (from character {common} on: `{}` against `{}`), so the completion cannot be \
+                     told from the prompt; use `messages`, or set `completion_only_loss: false`",
+                    excerpt(&given, common),
+                    excerpt(&rendered.text, common)
+                ),
+            });
+        }
+        self.conversation(&rendered, given.len())
+    }
+
+    /// A rendered conversation whose first `given` bytes are not trained.
+    fn conversation(&self, rendered: &Rendered, given: usize) -> Result<Example> {
+        if given == 0 && !self.options.assistant_only_loss {
+            let ids = self.tokenizer.encode(&rendered.text, SpecialTokens::Omit)?;
+            return Ok(fully_trained(ids));
+        }
+        let encoded = self
+            .tokenizer
+            .encode_with_offsets(&rendered.text, SpecialTokens::Omit)?;
+        let begin = completion_start(&encoded, given);
+        let assistant = self
+            .options
+            .assistant_only_loss
+            .then(|| assistant_mask(&encoded, rendered));
+        Ok(masked(encoded.ids, |i| {
+            i >= begin && assistant.as_ref().is_none_or(|mask| mask[i])
+        }))
+    }
+
+    fn check_bos(&self, row: &Row, example: &Example) -> Result<()> {
+        match (self.tokenizer.bos_id(), example.input_ids.as_slice()) {
+            (Some(bos), [first, second, ..]) if *first == bos && *second == bos => {
+                Err(Error::data(
+                    &row.path,
+                    row.line,
+                    format!(
+                        "the row begins with two `{0}` tokens: its text already holds `{0}` and \
+                         the tokenizer or template adds another; remove it from the text, or use \
+                         the `messages` column",
+                        self.tokenizer
+                            .special_tokens()
+                            .get("bos_token")
+                            .map_or("", String::as_str)
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Cuts an example to `max_length`; how many tokens went.
+    pub fn truncate(&self, example: &mut Example) -> usize {
+        let Some(lost) = self
+            .options
+            .max_length
+            .and_then(|max| example.len().checked_sub(max))
+        else {
+            return 0;
+        };
+        let kept = match self.options.truncation_mode {
+            TruncationMode::KeepStart => 0..example.len() - lost,
+            TruncationMode::KeepEnd => lost..example.len(),
+        };
+        if lost > 0 {
+            example.input_ids = example.input_ids[kept.clone()].to_vec();
+            example.labels = example.labels[kept].to_vec();
+        }
+        lost
+    }
+}
+
+/// The first token that covers anything beyond `boundary` bytes. A token across the boundary
+/// belongs to the completion: it cannot be given without giving away part of it.
+fn completion_start(encoded: &Encoded, boundary: usize) -> usize {
+    if boundary == 0 {
+        return encoded.offsets.iter().position(|o| o.1 > 0).unwrap_or(0);
+    }
+    encoded
+        .offsets
+        .iter()
+        .position(|offsets| offsets.1 > boundary)
+        .unwrap_or(encoded.ids.len())
+}
+
+/// Which tokens the assistant wrote: for each span, from the token of its first character to the
+/// token of its last.
+fn assistant_mask(encoded: &Encoded, rendered: &Rendered) -> Vec<bool> {
+    let mut mask = vec![false; encoded.ids.len()];
+    let token_at = |byte: usize| {
+        encoded
+            .offsets
+            .iter()
+            .position(|&(begin, end)| begin <= byte && byte < end)
+    };
+    for span in rendered.assistant_spans.iter().filter(|s| !s.is_empty()) {
+        let Some(first) = token_at(span.start) else {
+            continue;
+        };
+        let last = token_at(span.end - 1).unwrap_or(mask.len() - 1);
+        mask[first..=last.max(first)].fill(true);
+    }
+    mask
+}
+
+fn fully_trained(ids: Vec<u32>) -> Example {
+    masked(ids, |_| true)
+}
+
+fn masked(input_ids: Vec<u32>, trained: impl Fn(usize) -> bool) -> Example {
+    let label = |(i, id): (usize, &u32)| if trained(i) { *id as i32 } else { IGNORE_INDEX };
+    Example {
+        labels: input_ids.iter().enumerate().map(label).collect(),
+        input_ids,
+    }
+}
+
+/// Up to 24 characters of a text from a character on, without line breaks.
+fn excerpt(text: &str, from: usize) -> String {
+    text.chars()
+        .skip(from)
+        .take(24)
+        .flat_map(char::escape_debug)
+        .collect()
+}

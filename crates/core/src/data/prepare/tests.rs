@@ -1,0 +1,284 @@
+use super::{PrepareOptions, Preparer, Row, TruncationMode};
+use crate::data::batch::{Example, IGNORE_INDEX};
+use crate::data::fixtures::{read_json, report, repository, roots};
+use crate::data::record::{Message, Record, RecordKind};
+use crate::data::{Dataset, Tokenizer, pack_bfd};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+
+const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+                      {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::from_dir(&repository().join("tokenizers").join(name)).expect("the tokenizer loads")
+}
+
+fn rows(examples: &Value) -> Vec<Row> {
+    let path: Arc<Path> = Arc::from(Path::new("rows.jsonl"));
+    let rows = examples.as_array().into_iter().flatten().enumerate();
+    rows.map(|(i, example)| Row {
+        record: Record::from_row(example.as_object().expect("a row is an object"), "text")
+            .expect("the row is well formed"),
+        path: path.clone(),
+        line: i as u64 + 1,
+    })
+    .collect()
+}
+
+fn options(config: &Value) -> PrepareOptions {
+    PrepareOptions {
+        max_length: config["max_length"]
+            .as_u64()
+            .map_or(Some(1024), |n| Some(n as usize)),
+        truncation_mode: match config["truncation_mode"].as_str() {
+            Some("keep_end") => TruncationMode::KeepEnd,
+            _ => TruncationMode::KeepStart,
+        },
+        completion_only_loss: config["completion_only_loss"].as_bool(),
+        assistant_only_loss: config["assistant_only_loss"] == true,
+        ..PrepareOptions::default()
+    }
+}
+
+/// What the recorded trainer holds after preparation: examples, or packed rows.
+fn expected(case: &Value) -> Vec<Example> {
+    let rows = case["prepared"].as_array().into_iter().flatten();
+    rows.map(|row| Example {
+        input_ids: serde_json::from_value(row["input_ids"].clone()).expect("ids are numbers"),
+        labels: serde_json::from_value(row["labels"].clone()).expect("labels are numbers"),
+    })
+    .collect()
+}
+
+fn packed(dataset: &Dataset, max_length: usize) -> Vec<Example> {
+    let bins = pack_bfd(&dataset.lengths(), max_length);
+    let join = |bin: &Vec<usize>| {
+        let mut row = Example::default();
+        for &i in bin {
+            row.input_ids.extend(&dataset.examples[i].input_ids);
+            row.labels.extend(&dataset.examples[i].labels);
+        }
+        row
+    };
+    bins.iter().map(join).collect()
+}
+
+#[test]
+fn recorded_preparations_are_reproduced() {
+    for root in roots("preparation") {
+        let cases = read_json(&root.join("prepare/prepare.json"));
+        let (mut run, mut failures, mut wrapped) = (0, Vec::new(), 0);
+        for case in cases.as_array().into_iter().flatten() {
+            let config = &case["config"];
+            if config["packing_strategy"] == "wrapped" {
+                wrapped += 1; // Documents that share a context: not built.
+                continue;
+            }
+            run += 1;
+            let name = case["tokenizer"]
+                .as_str()
+                .expect("a case names its tokenizer");
+            let name = name.rsplit('/').next().expect("a path has a last part");
+            let mut tokenizer = tokenizer(name);
+            if let Some(template) = case["chat_template"].as_str() {
+                tokenizer
+                    .set_chat_template(template)
+                    .expect("the template compiles");
+            }
+            let options = options(config);
+            let found =
+                Dataset::from_rows(rows(&case["examples"]), &tokenizer, &options).map(|dataset| {
+                    match (config["packing"] == true, options.max_length) {
+                        (true, Some(max_length)) => packed(&dataset, max_length),
+                        _ => dataset.examples,
+                    }
+                });
+            match found {
+                Ok(found) if found == expected(case) => {}
+                found => failures.push(format!("{}: {found:?}", case["name"])),
+            }
+        }
+        report(&format!(
+            "{} of {run} preparations match; {wrapped} with `wrapped` packing left out",
+            run - failures.len()
+        ));
+        assert!(run >= 16 && failures.is_empty(), "{}", failures.join("\n"));
+    }
+}
+
+/// Every recorded rendering, tokenised, and the assistant's tokens where they are recorded.
+#[test]
+fn tokens_and_assistant_masks_of_renderings_match_transformers() {
+    for root in roots("assistant masks") {
+        let (mut ids_run, mut masks_run) = (0, 0);
+        for folder in crate::data::fixtures::folders(&root.join("chat_templates")) {
+            let cases = read_json(&folder.join("cases.json"));
+            let name = cases["tokenizer"]
+                .as_str()
+                .expect("the cases name their tokenizer");
+            let mut tokenizer = tokenizer(name.rsplit('/').next().expect("a last part"));
+            let source = std::fs::read_to_string(folder.join("template.jinja"));
+            tokenizer
+                .set_chat_template(&source.expect("the template is readable"))
+                .expect("the template compiles");
+            let tagged = tokenizer
+                .chat_template(None)
+                .is_some_and(|t| t.has_generation_tags());
+            for case in cases["cases"].as_array().into_iter().flatten() {
+                let closed = case["kwargs"].get("continue_final_message").is_none()
+                    && case["add_generation_prompt"] == false;
+                let dated = case["rendered"]
+                    .as_str()
+                    .is_some_and(|r| r.contains("2026-11-23"));
+                if !closed || dated || case.get("input_ids").is_none() {
+                    continue;
+                }
+                let mut variables = case["kwargs"].as_object().cloned().unwrap_or_default();
+                let tools = variables.remove("tools").unwrap_or(Value::Null);
+                let row = json!([{"messages": case["messages"], "tools": tools,
+                                  "chat_template_kwargs": variables}]);
+                let row = rows(&row).remove(0);
+                let options = PrepareOptions {
+                    assistant_only_loss: tagged,
+                    ..PrepareOptions::default()
+                };
+                let preparer = Preparer::new(&tokenizer, &options, RecordKind::Messages)
+                    .expect("the options apply");
+                let example = preparer.prepare(&row).expect("the row can be prepared");
+                let ids: Vec<u32> =
+                    serde_json::from_value(case["input_ids"].clone()).expect("numbers");
+                assert_eq!(
+                    example.input_ids,
+                    ids,
+                    "{} {}",
+                    folder.display(),
+                    case["rendered"]
+                );
+                ids_run += 1;
+                if let (true, Some(mask)) = (tagged, case["assistant_masks"].as_array()) {
+                    let found: Vec<u8> = example
+                        .labels
+                        .iter()
+                        .map(|&l| u8::from(l != IGNORE_INDEX))
+                        .collect();
+                    assert_eq!(json!(found), json!(mask), "{}", case["rendered"]);
+                    masks_run += 1;
+                }
+            }
+        }
+        report(&format!(
+            "{ids_run} token lists and {masks_run} masks match"
+        ));
+        assert!(ids_run > 40 && masks_run > 20);
+    }
+}
+
+fn prepare_one(
+    tokenizer: &Tokenizer,
+    options: &PrepareOptions,
+    row: &Value,
+) -> Result<Example, String> {
+    let row = rows(&json!([row])).remove(0);
+    Preparer::new(tokenizer, options, row.record.kind())
+        .and_then(|preparer| preparer.prepare(&row))
+        .map_err(|e| e.to_string())
+}
+
+#[test]
+fn a_token_across_the_boundary_belongs_to_the_completion() {
+    let tokenizer = tokenizer("bpe_llama3");
+    let options = PrepareOptions::default();
+    // "hello world" has the token " w": the prompt's last space is inside it.
+    let row = json!({"prompt": "hello ", "completion": "world"});
+    let joint = prepare_one(&tokenizer, &options, &row).expect("the row can be prepared");
+    assert_eq!(joint.input_ids, [7, 106, 327, 418, 302, 323, 110, 102, 11]);
+    assert_eq!(
+        joint.labels,
+        [-100, -100, -100, -100, 302, 323, 110, 102, 11]
+    );
+    let row = json!({"prompt": "", "completion": "x"});
+    let no_prompt = prepare_one(&tokenizer, &options, &row).expect("the row can be prepared");
+    assert_eq!(no_prompt.labels, [-100, 122, 11]);
+}
+
+#[test]
+fn unusable_options_and_rows_are_refused_with_the_reason() {
+    let plain = tokenizer("bpe_llama3");
+    let mut chat = tokenizer("bpe_llama3");
+    chat.set_chat_template(CHATML)
+        .expect("the template compiles");
+    let mut rewriting = tokenizer("bpe_llama3");
+    rewriting
+        .set_chat_template(
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        )
+        .expect("the template compiles");
+    let mut raising = tokenizer("bpe_llama3");
+    raising
+        .set_chat_template("{{ raise_exception('no ' + messages[0].role) }}")
+        .expect("the template compiles");
+    let defaults = PrepareOptions::default();
+    let assistant = PrepareOptions {
+        assistant_only_loss: true,
+        ..PrepareOptions::default()
+    };
+    let completion = PrepareOptions {
+        completion_only_loss: Some(true),
+        ..PrepareOptions::default()
+    };
+    let text = json!({"text": "a"});
+    let turn = json!([{"role": "user", "content": "a"}]);
+    let messages = json!({"messages": turn});
+    let both = json!({"prompt": turn, "completion": turn});
+    let table = [
+        (&plain, &defaults, &messages, "no chat template"),
+        (
+            &plain,
+            &assistant,
+            &text,
+            "`assistant_only_loss`: needs conversations",
+        ),
+        (
+            &plain,
+            &completion,
+            &text,
+            "`completion_only_loss`: needs rows with",
+        ),
+        (&chat, &assistant, &messages, "{% generation %}"),
+        (
+            &rewriting,
+            &defaults,
+            &both,
+            "rows.jsonl:1: the template renders the prompt differently",
+        ),
+        (&raising, &defaults, &messages, "rows.jsonl:1: no user"),
+    ];
+    for (tokenizer, options, row, expected) in table {
+        let message = prepare_one(tokenizer, options, row).expect_err("the row is refused");
+        assert!(message.contains(expected), "{message} lacks {expected}");
+    }
+    let double = json!({"text": "<|begin_of_text|>hello"});
+    let message = prepare_one(&plain, &defaults, &double).expect_err("two BOS are refused");
+    assert!(
+        message.contains("rows.jsonl:1: the row begins with two"),
+        "{message}"
+    );
+}
+
+#[test]
+fn an_unknown_role_is_the_templates_business() {
+    let mut chat = tokenizer("bpe_llama3");
+    chat.set_chat_template(CHATML)
+        .expect("the template compiles");
+    let row = Row {
+        record: Record::Messages {
+            messages: vec![Message::new("alien", "hello")],
+            inputs: crate::data::TemplateInputs::default(),
+        },
+        path: Arc::from(Path::new("memory")),
+        line: 1,
+    };
+    let dataset = Dataset::from_rows(vec![row], &chat, &PrepareOptions::default());
+    assert_eq!(dataset.expect("the row can be prepared").report.rows, 1);
+}

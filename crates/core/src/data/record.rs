@@ -1,0 +1,367 @@
+//! What a row of a data set says, before it is tokenised.
+
+use crate::data::jsonl::json_kind;
+use crate::suggest::did_you_mean;
+use serde_json::{Map, Value};
+
+/// One message of a conversation: `role`, `content` and whatever else the template reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    fields: Map<String, Value>,
+}
+
+impl Message {
+    /// A message of plain text.
+    #[must_use]
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".into(), Value::String(role.into()));
+        fields.insert("content".into(), Value::String(content.into()));
+        Self { fields }
+    }
+
+    /// A message from a JSON object.
+    ///
+    /// # Errors
+    /// What is wrong, when it is not an object with a string `role`.
+    pub fn from_json(value: &Value) -> Result<Self, String> {
+        let Value::Object(fields) = value else {
+            return Err(format!(
+                "expected an object with `role` and `content`, found {}",
+                json_kind(value)
+            ));
+        };
+        match fields.get("role") {
+            Some(Value::String(_)) => Ok(Self {
+                fields: fields.clone(),
+            }),
+            Some(other) => Err(format!(
+                "`role` must be a string, found {}",
+                json_kind(other)
+            )),
+            None => {
+                let found: Vec<&str> = fields.keys().map(String::as_str).collect();
+                Err(format!(
+                    "`role` is missing, found {}; a message is \
+                     {{\"role\": \"user\", \"content\": \"...\"}}",
+                    list(&found)
+                ))
+            }
+        }
+    }
+
+    /// Who speaks, as the template knows it.
+    #[must_use]
+    pub fn role(&self) -> &str {
+        self.fields
+            .get("role")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    }
+
+    /// The content: a string, a list of parts, or nothing.
+    #[must_use]
+    pub fn content(&self) -> Option<&Value> {
+        self.fields.get("content")
+    }
+
+    /// Every field, in the order of the row.
+    #[must_use]
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+}
+
+/// What the template gets besides messages.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TemplateInputs {
+    /// Tool schemas (`tools`): a list.
+    pub tools: Option<Value>,
+    /// Variables of the template (`chat_template_kwargs`).
+    pub chat_template_kwargs: Map<String, Value>,
+}
+
+/// One row of a data set.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// A conversation.
+    Messages {
+        /// The messages, in order.
+        messages: Vec<Message>,
+        /// Tools and variables.
+        inputs: TemplateInputs,
+    },
+    /// Text that is given, and text that is learnt.
+    PromptCompletion {
+        /// What is given.
+        prompt: String,
+        /// What is learnt.
+        completion: String,
+    },
+    /// A conversation that is given, and its continuation, which is learnt.
+    PromptCompletionMessages {
+        /// What is given.
+        prompt: Vec<Message>,
+        /// What is learnt.
+        completion: Vec<Message>,
+        /// Tools and variables.
+        inputs: TemplateInputs,
+    },
+    /// Text.
+    Text(String),
+}
+
+/// The kinds of [`Record`]. The first row of a data set decides for all rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordKind {
+    /// [`Record::Messages`].
+    Messages,
+    /// [`Record::PromptCompletion`].
+    PromptCompletion,
+    /// [`Record::PromptCompletionMessages`].
+    PromptCompletionMessages,
+    /// [`Record::Text`].
+    Text,
+}
+
+impl std::fmt::Display for RecordKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Messages => "`messages`",
+            Self::PromptCompletion => "`prompt` and `completion` as text",
+            Self::PromptCompletionMessages => "`prompt` and `completion` as messages",
+            Self::Text => "text",
+        })
+    }
+}
+
+impl Record {
+    /// Its kind.
+    #[must_use]
+    pub fn kind(&self) -> RecordKind {
+        match self {
+            Self::Messages { .. } => RecordKind::Messages,
+            Self::PromptCompletion { .. } => RecordKind::PromptCompletion,
+            Self::PromptCompletionMessages { .. } => RecordKind::PromptCompletionMessages,
+            Self::Text(_) => RecordKind::Text,
+        }
+    }
+
+    /// Reads a row by its columns: `prompt` with `completion`, `messages`, or the column that
+    /// `text_field` names. Other columns are ignored.
+    ///
+    /// # Errors
+    /// What is wrong, what was found and what is accepted.
+    ///
+    /// # Source
+    /// The data formats of TRL's `SFTTrainer`.
+    pub fn from_row(row: &Map<String, Value>, text_field: &str) -> Result<Self, String> {
+        if let (Some(prompt), Some(completion)) = (row.get("prompt"), row.get("completion")) {
+            return prompt_completion(row, prompt, completion);
+        }
+        if let Some(messages) = row.get("messages") {
+            return Ok(Self::Messages {
+                messages: read_messages("messages", messages)?,
+                inputs: template_inputs(row)?,
+            });
+        }
+        match row.get(text_field) {
+            Some(Value::String(text)) => Ok(Self::Text(text.clone())),
+            Some(other) => Err(format!(
+                "`{text_field}` must be a string, found {}",
+                json_kind(other)
+            )),
+            None => Err(unknown_columns(row, text_field)),
+        }
+    }
+}
+
+fn prompt_completion(
+    row: &Map<String, Value>,
+    prompt: &Value,
+    completion: &Value,
+) -> Result<Record, String> {
+    match (prompt, completion) {
+        (Value::String(prompt), Value::String(completion)) => Ok(Record::PromptCompletion {
+            prompt: prompt.clone(),
+            completion: completion.clone(),
+        }),
+        (Value::Array(_), Value::Array(_)) => Ok(Record::PromptCompletionMessages {
+            prompt: read_messages("prompt", prompt)?,
+            completion: read_messages("completion", completion)?,
+            inputs: template_inputs(row)?,
+        }),
+        _ => Err(format!(
+            "`prompt` and `completion` must both be strings or both be lists of messages, found \
+             {} and {}",
+            json_kind(prompt),
+            json_kind(completion)
+        )),
+    }
+}
+
+fn read_messages(column: &str, value: &Value) -> Result<Vec<Message>, String> {
+    let Value::Array(items) = value else {
+        return Err(format!(
+            "`{column}` must be a list of messages, found {}",
+            json_kind(value)
+        ));
+    };
+    if items.is_empty() {
+        return Err(format!("`{column}` holds no message"));
+    }
+    items
+        .iter()
+        .enumerate()
+        .map(|(i, item)| Message::from_json(item).map_err(|e| format!("`{column}[{i}]`: {e}")))
+        .collect()
+}
+
+fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs, String> {
+    let tools = match row.get("tools") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) if text.trim().is_empty() => None,
+        Some(Value::String(text)) => {
+            Some(serde_json::from_str(text).map_err(|e| format!("`tools` is not JSON: {e}"))?)
+        }
+        Some(value) => Some(value.clone()),
+    };
+    if let Some(other) = tools.as_ref().filter(|t| !t.is_array() && !t.is_null()) {
+        return Err(format!(
+            "`tools` must be a list of JSON schemas, found {}",
+            json_kind(other)
+        ));
+    }
+    let chat_template_kwargs = match row.get("chat_template_kwargs") {
+        None | Some(Value::Null) => Map::new(),
+        Some(Value::Object(variables)) => variables.clone(),
+        Some(other) => {
+            return Err(format!(
+                "`chat_template_kwargs` must be an object, found {}",
+                json_kind(other)
+            ));
+        }
+    };
+    Ok(TemplateInputs {
+        tools: tools.filter(|t| !t.is_null()),
+        chat_template_kwargs,
+    })
+}
+
+fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
+    let found: Vec<&str> = row.keys().map(String::as_str).collect();
+    let missing = match (row.contains_key("prompt"), row.contains_key("completion")) {
+        (true, false) => vec!["completion"],
+        (false, true) => vec!["prompt"],
+        _ => vec!["messages", "prompt", "completion", text_field],
+    };
+    // The near miss is among the row's own columns, so it is they that are offered.
+    let hint = missing
+        .iter()
+        .map(|name| did_you_mean(name, found.iter().copied()).replace("did you mean", "is it"))
+        .find(|hint| !hint.is_empty())
+        .unwrap_or_default();
+    format!(
+        "no columns to train on: found {}; expected `messages`, or `prompt` and `completion`, or \
+         `{text_field}` (key `dataset_text_field`){hint}",
+        list(&found)
+    )
+}
+
+/// Names in backquotes, at most a dozen.
+fn list(names: &[&str]) -> String {
+    if names.is_empty() {
+        return "nothing".into();
+    }
+    let shown: Vec<String> = names.iter().take(12).map(|n| format!("`{n}`")).collect();
+    let more = names.len().saturating_sub(12);
+    let tail = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    shown.join(", ") + &tail
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(row: &Value) -> Result<Record, String> {
+        Record::from_row(row.as_object().expect("a row is an object"), "text")
+    }
+
+    #[test]
+    fn columns_decide_the_kind_and_other_columns_are_ignored() {
+        let message = json!([{"role": "alien", "content": null, "tool_calls": []}]);
+        let table = [
+            (json!({"id": 1, "text": "a"}), RecordKind::Text),
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                RecordKind::PromptCompletion,
+            ),
+            (
+                json!({"prompt": message, "completion": message, "tools": "[]"}),
+                RecordKind::PromptCompletionMessages,
+            ),
+            (
+                json!({"prompt": "p", "messages": message, "text": "t"}),
+                RecordKind::Messages,
+            ),
+        ];
+        for (row, kind) in table {
+            assert_eq!(read(&row).map(|r| r.kind()), Ok(kind));
+        }
+    }
+
+    #[test]
+    fn wrong_rows_are_explained() {
+        let table = [
+            (json!({}), "found nothing; expected `messages`"),
+            (json!({"promt": "a", "completion": "b"}), "is it `promt`?"),
+            (json!({"message": []}), "is it `message`?"),
+            (
+                json!({"text": 1}),
+                "`text` must be a string, found a number",
+            ),
+            (
+                json!({"prompt": "a", "completion": []}),
+                "found a string and an array",
+            ),
+            (
+                json!({"messages": "hi"}),
+                "`messages` must be a list of messages",
+            ),
+            (json!({"messages": []}), "holds no message"),
+            (
+                json!({"messages": [3]}),
+                "`messages[0]`: expected an object",
+            ),
+            (
+                json!({"messages": [{"role": 1}]}),
+                "`role` must be a string",
+            ),
+            (
+                json!({"messages": [{"from": "human"}]}),
+                "`role` is missing, found `from`",
+            ),
+            (
+                json!({"messages": [{"role": "u"}], "tools": "{"}),
+                "`tools` is not JSON",
+            ),
+            (
+                json!({"messages": [{"role": "u"}], "tools": {}}),
+                "`tools` must be a list",
+            ),
+            (
+                json!({"messages": [{"role": "u"}], "chat_template_kwargs": 1}),
+                "must be an object",
+            ),
+        ];
+        for (row, expected) in table {
+            let message = read(&row).expect_err("the row is wrong");
+            assert!(message.contains(expected), "{message} lacks {expected}");
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! The tokenizer of a model directory, as transformers would load it.
+
+mod files;
+#[cfg(test)]
+mod tests;
+
+use crate::data::chat_template::ChatTemplate;
+use crate::{Error, Result};
+use files::Settings;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Whether encoding adds the tokens that the model expects around a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// As the tokenizer's post-processor says: usually one BOS in front.
+    Add,
+    /// None: the text brings its own, as a rendered chat template does.
+    Omit,
+}
+
+/// What decoding does with special tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decoding {
+    /// Writes them out.
+    KeepSpecialTokens,
+    /// Leaves them out.
+    SkipSpecialTokens,
+}
+
+/// Token ids and where each comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids, `[T]`.
+    pub ids: Vec<u32>,
+    /// The bytes of the text that each token covers, `[T]`; (0, 0) for added special tokens.
+    pub offsets: Vec<(usize, usize)>,
+}
+
+/// What to do with a special token at one end of an encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Edge {
+    Keep,
+    Add(u32),
+    Remove,
+}
+
+/// A tokenizer with its special tokens, chat templates and files.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    special_tokens: BTreeMap<String, String>,
+    chat_templates: BTreeMap<String, ChatTemplate>,
+    stop_ids: Vec<u32>,
+    files: Vec<PathBuf>,
+    front: Edge,
+    back: Edge,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer of a model directory: `tokenizer.json`, `tokenizer_config.json`,
+    /// `special_tokens_map.json`, `chat_template.jinja` (which wins over the configuration's) and
+    /// `generation_config.json` (for stop tokens). Padding, truncation and dropout settings inside
+    /// `tokenizer.json` are not used.
+    ///
+    /// # Errors
+    /// [`Error::Model`] with the file; [`Error::Template`] when a chat template does not parse.
+    pub fn from_dir(directory: &Path) -> Result<Self> {
+        let path = files::tokenizer_json(directory)?;
+        let mut inner = tokenizers::Tokenizer::from_file(&path)
+            .map_err(|e| Error::model(&path, format!("not a tokenizer.json: {e}")))?;
+        make_deterministic(&mut inner, &path)?;
+        let settings = Settings::read(directory)?;
+        settings.check_eos(&inner)?;
+        let chat_templates = settings.compile_templates()?;
+        let mut tokenizer = Self {
+            stop_ids: Vec::new(),
+            files: files::existing(directory),
+            front: Edge::Keep,
+            back: Edge::Keep,
+            special_tokens: settings.special_tokens,
+            inner,
+            path,
+            chat_templates,
+        };
+        tokenizer.set_edges(settings.add_bos_token, settings.add_eos_token)?;
+        tokenizer.stop_ids = tokenizer.eos_id().into_iter().collect();
+        for id in settings.generation_eos_ids {
+            if !tokenizer.stop_ids.contains(&id) {
+                tokenizer.stop_ids.push(id);
+            }
+        }
+        Ok(tokenizer)
+    }
+
+    /// Compares what the post-processor adds with what the configuration asks for.
+    fn set_edges(&mut self, add_bos: Option<bool>, add_eos: Option<bool>) -> Result<()> {
+        let plain = self.encode_inner("a", false)?;
+        let full = self.encode_inner("a", true)?;
+        let edge = |token: Option<u32>, wanted: Option<bool>, has: bool| match (token, wanted) {
+            (Some(_), Some(false)) if has => Edge::Remove,
+            (Some(id), Some(true)) if !has => Edge::Add(id),
+            _ => Edge::Keep,
+        };
+        let (bos, eos) = (self.bos_id(), self.eos_id());
+        let has_bos = full.first() == bos.as_ref() && plain.first() != bos.as_ref();
+        let has_eos = full.last() == eos.as_ref() && plain.last() != eos.as_ref();
+        self.front = edge(bos, add_bos, has_bos);
+        self.back = edge(eos, add_eos, has_eos);
+        Ok(())
+    }
+
+    fn encode_inner(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, special)
+            .map_err(|e| self.error(&e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn error(&self, error: &tokenizers::Error) -> Error {
+        Error::model(&self.path, format!("cannot tokenise: {error}"))
+    }
+
+    /// Token ids of a text.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the tokenizer refuses the text.
+    pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>> {
+        let mut ids = self.encode_inner(text, special == SpecialTokens::Add)?;
+        if special == SpecialTokens::Add {
+            match self.front {
+                Edge::Keep => {}
+                Edge::Add(id) => ids.insert(0, id),
+                Edge::Remove => drop(ids.remove(0)),
+            }
+            match self.back {
+                Edge::Keep => {}
+                Edge::Add(id) => ids.push(id),
+                Edge::Remove => drop(ids.pop()),
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of a text and the bytes that each covers.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the tokenizer refuses the text.
+    pub fn encode_with_offsets(&self, text: &str, special: SpecialTokens) -> Result<Encoded> {
+        let encoding = self
+            .inner
+            .encode(text, special == SpecialTokens::Add)
+            .map_err(|e| self.error(&e))?;
+        let mut encoded = Encoded {
+            ids: encoding.get_ids().to_vec(),
+            offsets: encoding.get_offsets().to_vec(),
+        };
+        if special == SpecialTokens::Add {
+            match self.front {
+                Edge::Keep => {}
+                Edge::Add(id) => {
+                    encoded.ids.insert(0, id);
+                    encoded.offsets.insert(0, (0, 0));
+                }
+                Edge::Remove => {
+                    encoded.ids.remove(0);
+                    encoded.offsets.remove(0);
+                }
+            }
+            match self.back {
+                Edge::Keep => {}
+                Edge::Add(id) => {
+                    encoded.ids.push(id);
+                    encoded.offsets.push((0, 0));
+                }
+                Edge::Remove => {
+                    encoded.ids.pop();
+                    encoded.offsets.pop();
+                }
+            }
+        }
+        Ok(encoded)
+    }
+
+    /// The text of token ids.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the decoder fails.
+    pub fn decode(&self, ids: &[u32], decoding: Decoding) -> Result<String> {
+        self.inner
+            .decode(ids, decoding == Decoding::SkipSpecialTokens)
+            .map_err(|e| Error::model(&self.path, format!("cannot decode: {e}")))
+    }
+
+    /// The id of a token, as it is written in the vocabulary.
+    #[must_use]
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The number of tokens, added tokens included.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The special tokens by name (`bos_token`, `eos_token`, ...): variables of chat templates.
+    #[must_use]
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
+    fn special_id(&self, name: &str) -> Option<u32> {
+        self.token_id(self.special_tokens.get(name)?)
+    }
+
+    /// The token that begins a text.
+    #[must_use]
+    pub fn bos_id(&self) -> Option<u32> {
+        self.special_id("bos_token")
+    }
+
+    /// The token that ends a text.
+    #[must_use]
+    pub fn eos_id(&self) -> Option<u32> {
+        self.special_id("eos_token")
+    }
+
+    /// The padding token.
+    #[must_use]
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special_id("pad_token")
+    }
+
+    /// The token that ends a text, as text.
+    #[must_use]
+    pub fn eos_token(&self) -> Option<&str> {
+        self.special_tokens.get("eos_token").map(String::as_str)
+    }
+
+    /// Where generation stops: the EOS token, then those of `generation_config.json`.
+    #[must_use]
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// The chat template; the one named `tool_use` for a conversation with tools, where there is
+    /// one.
+    #[must_use]
+    pub fn chat_template(&self, tools: Option<&Value>) -> Option<&ChatTemplate> {
+        let named = |name: &str| self.chat_templates.get(name);
+        tools
+            .and_then(|_| named("tool_use"))
+            .or_else(|| named("default"))
+    }
+
+    /// Replaces the chat templates by one (`chat_template_path`).
+    ///
+    /// # Errors
+    /// [`Error::Template`] when it does not parse.
+    pub fn set_chat_template(&mut self, source: &str) -> Result<()> {
+        let template = ChatTemplate::new(source, &self.special_tokens)?;
+        self.chat_templates = BTreeMap::from([("default".to_owned(), template)]);
+        Ok(())
+    }
+
+    /// The file that errors about this tokenizer name.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tokenizer's files, to be copied beside an adapter as they are.
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+}
+
+/// Switches off what would change an encoding by length, batch or chance.
+fn make_deterministic(tokenizer: &mut tokenizers::Tokenizer, path: &Path) -> Result<()> {
+    tokenizer.with_padding(None);
+    tokenizer
+        .with_truncation(None)
+        .map_err(|e| Error::model(path, e.to_string()))?;
+    if let tokenizers::ModelWrapper::BPE(bpe) = tokenizer.get_model()
+        && bpe.dropout.is_some()
+    {
+        let mut bpe = bpe.clone();
+        bpe.dropout = None;
+        tokenizer.with_model(bpe);
+    }
+    Ok(())
+}
