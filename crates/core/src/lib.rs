@@ -7,6 +7,7 @@ mod error;
 mod exit_code;
 pub mod lr_schedule;
 pub mod model_card;
+pub mod io;
 pub mod params;
 pub mod process_group;
 pub mod run_log;
