@@ -90,7 +90,9 @@ mod tests {
     fn other_ranks_and_dtypes_are_refused_with_the_fix() -> Result<(), Error> {
         let zeros = |shape: &[usize], dtype| candle_core::Tensor::zeros(shape, dtype, &Device::Cpu);
         let refusal = |tensor: &candle_core::Tensor| {
-            Tensor::try_from(tensor).err().map(|error| error.to_string())
+            Tensor::try_from(tensor)
+                .err()
+                .map(|error| error.to_string())
         };
         let message = refusal(&zeros(&[2, 3, 4], candle_core::DType::F32)?);
         assert!(message.is_some_and(|m| m.contains("[2, 3, 4]") && m.contains("reshape")));

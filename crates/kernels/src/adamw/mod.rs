@@ -116,7 +116,9 @@ fn check_groups(op: &'static str, ordered: &[&Group], len: usize) -> Result<()> 
             ));
         }
         if group.step == 0 {
-            return invalid(format!("group {range:?} has step 0, but steps count from 1"));
+            return invalid(format!(
+                "group {range:?} has step 0, but steps count from 1"
+            ));
         }
         covered = range.end;
     }

@@ -2,9 +2,7 @@ use crate::lanes::{LANES, total};
 use crate::row_blocks::{RowBlock, blocks, rows_per_block};
 use crate::simd::dispatch;
 use crate::{Element, Rows, RowsMut};
-use rayon::prelude::{
-    IndexedParallelIterator, ParallelIterator, ParallelSlice, ParallelSliceMut,
-};
+use rayon::prelude::{IndexedParallelIterator, ParallelIterator, ParallelSlice, ParallelSliceMut};
 
 pub(super) fn forward<X: Element, Y: Element>(
     x: Rows<'_, X>,
@@ -207,12 +205,7 @@ fn add_and_sum_squares<R: Element, B: Element>(residual: &mut [R], branch: &[B])
 #[inline(always)]
 fn sum_of_products<G: Element, X: Element>(dy: &[G], x: &[X], weight: &[f32]) -> f32 {
     #[inline(always)]
-    fn step<G: Element, X: Element>(
-        lanes: &mut [f32; LANES],
-        dy: &[G],
-        x: &[X],
-        weight: &[f32],
-    ) {
+    fn step<G: Element, X: Element>(lanes: &mut [f32; LANES], dy: &[G], x: &[X], weight: &[f32]) {
         for (((lane, dy), x), weight) in lanes.iter_mut().zip(dy).zip(x).zip(weight) {
             *lane = (dy.to_f32() * weight).mul_add(x.to_f32(), *lane);
         }
