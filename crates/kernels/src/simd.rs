@@ -33,9 +33,11 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let y = (p * r).mul_add(r, r + 1.0);
-    // Two factors so that n = 128 overflows to infinity and n = -149 reaches the denormals.
+    // Two factors so that n = 128 overflows to infinity and n = -149 reaches the denormals. Adding
+    // 1.5 * 2^23 leaves the integer in the low bits; a saturating cast or an overflow check would
+    // keep the loop from vectorising.
     let half = (n * 0.5).floor();
-    let scale = |k: f32| f32::from_bits(((k as i32 + 127) << 23) as u32);
+    let scale = |k: f32| f32::from_bits((k + 12_582_912.0).to_bits().wrapping_add(127) << 23);
     y * scale(half) * scale(n - half)
 }
 

@@ -1,1 +1,102 @@
+use super::{backward, forward};
+use crate::rng::Stream;
+use crate::test_support::{
+    DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_on_any_thread_count, flat, normal,
+    oracle_gradients, tolerance, var,
+};
+use crate::{DType, Error, Tensor};
+use candle_core::Device;
 
+const VOCAB: usize = 13;
+/// Repeats, the first and the last row, and rows that no token hits.
+const IDS: [u32; 7] = [4, 12, 0, 4, 9, 4, 12];
+
+#[test]
+fn both_directions_match_candle() {
+    let index = candle_core::Tensor::new(&IDS, &Device::Cpu).unwrap();
+    for (table_dtype, out_dtype) in DTYPES.into_iter().flat_map(|t| DTYPES.map(|o| (t, o))) {
+        for cols in ODD_COLUMNS {
+            let shape = [IDS.len(), cols];
+            let table = Pitched::normal(1, [VOCAB, cols], table_dtype);
+            let leaf = var(&table.values(), &[VOCAB, cols]);
+            let want = leaf.index_select(&index, 0).unwrap();
+            let what = format!("{table_dtype} -> {out_dtype}, {cols} columns");
+
+            let mut out = Pitched::zeros(shape, out_dtype);
+            forward(table.view(), &IDS, out.view_mut()).unwrap();
+            assert_close(&out.values(), &flat(&want), tolerance(out_dtype), &what);
+
+            let d_out = Pitched::normal(2, shape, out_dtype);
+            let mut d_table = normal(3, VOCAB * cols);
+            let gradient = oracle_gradients(&want, &d_out.values(), &[&leaf]);
+            let want: Vec<f32> = d_table
+                .iter()
+                .zip(&gradient[0])
+                .map(|(a, b)| a + b)
+                .collect();
+            backward(d_out.view(), &IDS, &mut d_table).unwrap();
+            // The table's gradient is f32 whatever the data is.
+            assert_close(&d_table, &want, tolerance(DType::F32), &what);
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_thread_count() {
+    let (tokens, vocab, cols) = (3_000, 400, 123);
+    let mut stream = Stream::new(5);
+    let ids: Vec<u32> = (0..tokens).map(|_| stream.below(vocab) as u32).collect();
+    let table = Pitched::normal(1, [vocab, cols], DType::F32);
+    let d_out = Pitched::normal(2, [tokens, cols], DType::F32);
+    assert_same_on_any_thread_count(|| {
+        let mut out = Pitched::zeros([tokens, cols], DType::F32);
+        forward(table.view(), &ids, out.view_mut()).unwrap();
+        let mut d_table = vec![0.0; vocab * cols];
+        backward(d_out.view(), &ids, &mut d_table).unwrap();
+        vec![out.values(), d_table]
+    });
+}
+
+#[test]
+fn no_rows_is_legal() {
+    let table = Tensor::zeros(DType::F32, VOCAB, 4);
+    let mut out = Tensor::zeros(DType::F32, 0, 4);
+    forward(table.view(), &[], out.view_mut()).unwrap();
+    let mut d_table = vec![1.0; VOCAB * 4];
+    backward(out.view(), &[], &mut d_table).unwrap();
+    assert!(d_table.iter().all(|&v| v == 1.0));
+}
+
+#[test]
+fn an_id_outside_the_table_is_refused_before_anything_is_written() {
+    let table = Tensor::zeros(DType::F32, VOCAB, 4);
+    let mut out = Tensor::from_f32(vec![5.0; 8], 2, 4);
+    let error = forward(table.view(), &[12, 13], out.view_mut()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "embedding::forward: ids[1] is 13, but there are only 13"
+    );
+    assert!(out.to_f32_vec().iter().all(|&v| v == 5.0));
+    let mut d_table = vec![0.0; VOCAB * 4];
+    let error = backward(out.view(), &[12, 13], &mut d_table).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Index {
+            at: 1,
+            index: 13,
+            limit: 13,
+            ..
+        }
+    ));
+    assert!(d_table.iter().all(|&v| v == 0.0));
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    let table = Tensor::zeros(DType::F32, VOCAB, 4);
+    let mut out = Tensor::zeros(DType::F32, 2, 4);
+    assert!(forward(table.view(), &[1], out.view_mut()).is_err());
+    assert!(forward(table.view().columns(0..3), &[1, 2], out.view_mut()).is_err());
+    assert!(backward(out.view(), &[1], &mut [0.0; 52]).is_err());
+    assert!(backward(out.view(), &[1, 2], &mut [0.0; 51]).is_err());
+}
