@@ -1,6 +1,7 @@
 //! The vocabulary and the single-process engine of ferrotune.
 
 pub mod adapter;
+pub mod checkpoint;
 pub mod data;
 mod error;
 mod exit_code;
