@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod config;
+pub mod checkpoint;
 pub mod data;
 mod error;
 mod exit_code;

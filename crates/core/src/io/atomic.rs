@@ -46,7 +46,7 @@ pub(super) fn parent_of(path: &Path) -> &Path {
 }
 
 /// Flushes a directory, so that names made or changed in it survive a power cut.
-pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     if cfg!(not(unix)) {
         return Ok(());
     }

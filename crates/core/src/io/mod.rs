@@ -18,8 +18,8 @@ mod staged_dir;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use atomic::remove_dir;
 pub use atomic::{probe_writable, remove_stale, write_file};
-pub(crate) use atomic::{remove_dir, sync_dir};
 pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
 pub use file_name::safe_file_name;
 pub use model_files::{ModelFiles, find_pickle};
