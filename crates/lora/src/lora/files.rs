@@ -1,5 +1,8 @@
 //! `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them.
 
+#[cfg(test)]
+mod tests;
+
 use super::LoraConfig;
 use super::names::{self, Factor};
 use crate::PeftConfig;
