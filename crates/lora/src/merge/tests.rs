@@ -390,7 +390,7 @@ fn an_adapter_of_another_model_is_refused_before_any_output() {
     let (base, adapter) = (golden("_bases/llama"), copy_of("lora_qv"));
     let config = adapter.path().join("adapter_config.json");
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_proj", "v_proj", "k_proj"])
+        c["target_modules"] = serde_json::json!(["q_proj", "v_proj", "k_proj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(
@@ -398,7 +398,7 @@ fn an_adapter_of_another_model_is_refused_before_any_output() {
         "{error}"
     );
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_proj"])
+        c["target_modules"] = serde_json::json!(["q_proj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(
@@ -406,7 +406,7 @@ fn an_adapter_of_another_model_is_refused_before_any_output() {
         "{error}"
     );
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_prj"])
+        c["target_modules"] = serde_json::json!(["q_prj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(error.contains("did you mean `q_proj`"), "{error}");

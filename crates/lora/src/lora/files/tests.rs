@@ -77,6 +77,23 @@ fn saving_twice_gives_the_same_bytes_and_changed_files_fail_verification() {
 }
 
 #[test]
+fn saved_weights_are_f32_marked_as_pytorchs() {
+    let (adapter, params) = recorded("lora_bf16_base");
+    let directory = tempfile::tempdir().expect("temporary directory");
+    adapter.save(&params, directory.path()).expect("saved");
+    let file = SafetensorsFile::open(directory.path().join("adapter_model.safetensors"))
+        .expect("readable");
+    assert_eq!(
+        file.metadata(),
+        &BTreeMap::from([("format".to_owned(), "pt".to_owned())])
+    );
+    let mut dtypes = file
+        .names()
+        .map(|name| file.meta(name).expect("named").dtype);
+    assert!(dtypes.all(|dtype| dtype == FileDType::F32));
+}
+
+#[test]
 fn all_linear_is_saved_as_sorted_names() {
     let adapter = adapter(LoraConfig {
         target_modules: Some(TargetModules::AllLinear),
