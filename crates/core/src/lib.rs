@@ -4,6 +4,7 @@ pub mod adapter;
 pub mod data;
 mod error;
 mod exit_code;
+pub mod io;
 pub mod params;
 pub mod process_group;
 pub mod suggest;

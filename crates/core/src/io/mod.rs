@@ -1,0 +1,34 @@
+//! Files: safetensors in and out, model directories, and writes that survive a crash.
+//!
+//! Nothing here trusts a file: a header is checked against the length of its file before anything
+//! is allocated, names that come from files pass [`safe_file_name`], and pickle is never read.
+//! Nothing here leaves half a file: every write goes to a hidden temporary name, is flushed to disk
+//! and renamed.
+
+mod atomic;
+mod convert;
+mod digest;
+mod file_name;
+mod json;
+mod model_files;
+mod position;
+mod safetensors_file;
+mod safetensors_writer;
+mod staged_dir;
+#[cfg(test)]
+mod tests;
+
+pub use atomic::{probe_writable, remove_stale, write_file};
+pub(crate) use atomic::{remove_dir, sync_dir};
+pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
+pub use file_name::safe_file_name;
+pub use model_files::{ModelFiles, find_pickle};
+pub use safetensors::Dtype as FileDType;
+pub use safetensors_file::{SafetensorsFile, TensorMeta};
+pub use safetensors_writer::{TensorData, write_safetensors};
+pub use staged_dir::StagedDir;
+
+#[cfg(target_endian = "big")]
+compile_error!(
+    "weights are little-endian on disk and are read in place: big-endian hosts are not supported"
+);

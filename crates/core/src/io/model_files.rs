@@ -1,0 +1,226 @@
+//! The weights of a model directory: one file, or shards and their index.
+
+use super::json::UniqueMap;
+use super::{SafetensorsFile, TensorMeta, safe_file_name};
+use crate::suggest::did_you_mean;
+use crate::{Error, Result};
+use ferrotune_kernels::ViewMut;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// An index names each tensor once; this is room for 500,000 of them.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// Endings of files that are, or may be, pickle.
+const PICKLE: [&str; 6] = ["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
+
+/// The weights of a model directory.
+#[derive(Debug)]
+pub struct ModelFiles {
+    dir: PathBuf,
+    shards: Vec<SafetensorsFile>,
+    shard_of: BTreeMap<String, usize>,
+}
+
+impl ModelFiles {
+    /// Opens `model.safetensors`, or else the shards that `model.safetensors.index.json` names, and
+    /// checks every header.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if there are no weights, only pickle, a shard is missing or unsound, the
+    /// index names a file outside the directory or a tensor that its shard lacks, or a tensor is in
+    /// two shards.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        if !dir.is_dir() {
+            return Err(Error::model(dir, "no such directory"));
+        }
+        if dir.join(SINGLE).exists() {
+            return Self::collect(dir, vec![SafetensorsFile::open(dir.join(SINGLE))?]);
+        }
+        if dir.join(INDEX).exists() {
+            return Self::open_sharded(dir);
+        }
+        Err(no_weights(dir))
+    }
+
+    fn open_sharded(dir: &Path) -> Result<Self> {
+        let index = dir.join(INDEX);
+        let weight_map = read_index(&index)?;
+        let names: BTreeSet<&String> = weight_map.values().collect();
+        let mut shards = Vec::with_capacity(names.len());
+        for &name in &names {
+            let safe = safe_file_name(name).map_err(|e| Error::model(&index, e))?;
+            let path = dir.join(safe);
+            if path.extension().is_none_or(|e| e != "safetensors") {
+                return Err(Error::model(
+                    &index,
+                    format!("names the shard `{safe}`, expected a .safetensors file"),
+                ));
+            }
+            if !path.exists() {
+                return Err(Error::model(
+                    &path,
+                    format!("shard is missing, {INDEX} names it; was the download cut off?"),
+                ));
+            }
+            shards.push(SafetensorsFile::open(path)?);
+        }
+        let files = Self::collect(dir, shards)?;
+        let shard_numbers: BTreeMap<&String, usize> = names
+            .iter()
+            .enumerate()
+            .map(|(i, &name)| (name, i))
+            .collect();
+        for (tensor, shard) in &weight_map {
+            files.check_indexed(tensor, shard, shard_numbers[shard])?;
+        }
+        Ok(files)
+    }
+
+    fn collect(dir: &Path, shards: Vec<SafetensorsFile>) -> Result<Self> {
+        let mut shard_of = BTreeMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            for name in shard.names() {
+                if let Some(other) = shard_of.insert(name.to_owned(), i) {
+                    let other: &SafetensorsFile = &shards[other];
+                    return Err(Error::model(
+                        shard.path(),
+                        format!("tensor `{name}` is also in {}", other.path().display()),
+                    ));
+                }
+            }
+        }
+        Ok(Self {
+            dir: dir.into(),
+            shards,
+            shard_of,
+        })
+    }
+
+    fn check_indexed(&self, tensor: &str, shard: &str, number: usize) -> Result<()> {
+        let message = match self.shard_of.get(tensor) {
+            Some(&found) if found == number => return Ok(()),
+            Some(&found) => format!(
+                "{INDEX} places tensor `{tensor}` here, but it is in {}",
+                self.shards[found].path().display()
+            ),
+            None => format!("{INDEX} places tensor `{tensor}` here, but the shard lacks it"),
+        };
+        Err(Error::model(self.dir.join(shard), message))
+    }
+
+    /// Names of the tensors of all shards, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.shard_of.keys().map(String::as_str)
+    }
+
+    /// Dtype and shape of a tensor.
+    #[must_use]
+    pub fn meta(&self, name: &str) -> Option<&TensorMeta> {
+        let shard = *self.shard_of.get(name)?;
+        self.shards[shard].meta(name)
+    }
+
+    /// The file that a tensor is in, or the directory if there is no such tensor.
+    #[must_use]
+    pub fn file_of(&self, name: &str) -> &Path {
+        match self.shard_of.get(name) {
+            Some(&shard) => self.shards[shard].path(),
+            None => &self.dir,
+        }
+    }
+
+    /// The files, sorted by name.
+    #[must_use]
+    pub fn shards(&self) -> &[SafetensorsFile] {
+        &self.shards
+    }
+
+    /// [`SafetensorsFile::read_rows_into`] of the shard that has the tensor.
+    ///
+    /// # Errors
+    /// [`Error::Model`] as there.
+    pub fn read_rows_into(&self, name: &str, dst: ViewMut<'_>) -> Result<()> {
+        self.shard(name)?.read_rows_into(name, dst)
+    }
+
+    /// [`SafetensorsFile::read_f32`] of the shard that has the tensor.
+    ///
+    /// # Errors
+    /// [`Error::Model`] as there.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.shard(name)?.read_f32(name)
+    }
+
+    fn shard(&self, name: &str) -> Result<&SafetensorsFile> {
+        let shard = self.shard_of.get(name).ok_or_else(|| {
+            Error::model(
+                &self.dir,
+                format!(
+                    "no tensor `{name}` among {}{}",
+                    self.shard_of.len(),
+                    did_you_mean(name, self.names())
+                ),
+            )
+        })?;
+        Ok(&self.shards[*shard])
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: UniqueMap<String>,
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let bytes = fs::metadata(path).map_err(Error::read(path))?.len();
+    if bytes > MAX_INDEX_BYTES {
+        return Err(Error::model(
+            path,
+            format!("has {bytes} bytes, expected at most {MAX_INDEX_BYTES}"),
+        ));
+    }
+    let text = fs::read(path).map_err(Error::read(path))?;
+    let index: Index = serde_json::from_slice(&text)
+        .map_err(|e| Error::model(path, format!("is not a weight index: {e}")))?;
+    if index.weight_map.0.is_empty() {
+        return Err(Error::model(path, "`weight_map` is empty"));
+    }
+    Ok(index.weight_map.0)
+}
+
+/// The first file of `dir`, in order of names, whose ending says pickle.
+#[must_use]
+pub fn find_pickle(dir: &Path) -> Option<PathBuf> {
+    let ends_like_pickle = |path: &PathBuf| {
+        path.extension()
+            .and_then(|e| e.to_str())
+            .is_some_and(|e| PICKLE.contains(&e.to_lowercase().as_str()))
+    };
+    let entries = fs::read_dir(dir).ok()?;
+    entries
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(ends_like_pickle)
+        .min()
+}
+
+fn no_weights(dir: &Path) -> Error {
+    if let Some(pickle) = find_pickle(dir) {
+        return Error::model(
+            pickle,
+            format!(
+                "pickle is never read, because reading it runs code; convert with safetensors \
+                 (Transformers: `save_pretrained(..., safe_serialization=True)`) to get {SINGLE}"
+            ),
+        );
+    }
+    Error::model(
+        dir,
+        format!("no weights: expected {SINGLE}, or {INDEX} and its shards"),
+    )
+}
