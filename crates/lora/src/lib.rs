@@ -7,6 +7,40 @@
 //!
 //! Files are PEFT's: what is written here loads there, and the other way round, strictly. Nothing
 //! is executed on loading: pickles are refused.
+//!
+//! ```
+//! use ferrotune_core::adapter::{Adapter, Site, SiteId, SiteKind};
+//! use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+//! use ferrotune_lora::{LoraAdapter, LoraConfig, TargetModules};
+//!
+//! // A model lists its sites before it reads a weight; here a model of one linear layer.
+//! let site = Site {
+//!     id: SiteId(0),
+//!     name: "model.layers.0.self_attn.q_proj".into(),
+//!     kind: SiteKind::Linear,
+//!     in_features: 32,
+//!     out_features: 64,
+//!     bias: false,
+//!     layer: Some(0),
+//!     output_head: false,
+//!     tied_to: None,
+//!     execution_order: 0,
+//! };
+//! let config = LoraConfig {
+//!     rank: 4,
+//!     alpha: 8.0,
+//!     target_modules: Some(TargetModules::List(vec!["q_proj".into()])),
+//!     ..LoraConfig::default()
+//! };
+//! let adapter = LoraAdapter::new(config, "llama")?;
+//! let mut layout = ParamLayoutBuilder::new();
+//! let attachments = adapter.attach(&[site], &mut layout)?;
+//! let mut params = FlatBuffer::zeros(&layout.build()?);
+//! adapter.init(&mut params, 42)?;
+//! assert_eq!(attachments.len(), 1);
+//! assert_eq!(params.layout().trainable(), 4 * 32 + 64 * 4);
+//! # Ok::<(), ferrotune_core::Error>(())
+//! ```
 
 #![forbid(unsafe_code)]
 

@@ -15,6 +15,7 @@ mod tests;
 
 use ferrotune_core::Result;
 use ferrotune_core::io::{ModelFiles, StagedDir};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Element type of the merged checkpoint.
@@ -111,22 +112,19 @@ pub fn merge(
 
     let staged = StagedDir::create(output_directory)?;
     let mut report = MergeReport::default();
-    let mut weight_map = std::collections::BTreeMap::new();
-    for (file, names) in shards::by_file(&base) {
-        let written = shards::merge_file(file, &names, &updates, options.dtype, staged.path())?;
+    let mut weight_map = BTreeMap::new();
+    for file in base.shards() {
+        let written = shards::merge_file(file, &updates, options.dtype, staged.path())?;
         report.files += 1;
         report.bytes += written.bytes;
         report.tensors.extend(written.tensors);
-        weight_map.extend(
-            names
-                .into_iter()
-                .map(|name| (name, written.file_name.clone())),
-        );
+        let names = file.names().map(str::to_owned);
+        weight_map.extend(names.map(|name| (name, written.file_name.clone())));
     }
     report.tensors.sort_by(|a, b| a.name.cmp(&b.name));
     output::write_index(base_directory, &weight_map, report.bytes, staged.path())?;
     base_config.write(options.dtype, staged.path())?;
     output::copy_side_files(base_directory, adapter_directory, staged.path())?;
-    output::publish(staged, output_directory, options.output)?;
+    staged.publish()?;
     Ok(report)
 }

@@ -107,6 +107,13 @@ pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    // Asked before opening, because opening a pipe would wait for its writer.
+    if !std::fs::metadata(path)
+        .map_err(Error::read(path))?
+        .is_file()
+    {
+        return Err(Error::adapter(path, "is no regular file"));
+    }
     let file = std::fs::File::open(path).map_err(Error::read(path))?;
     let mut bytes = Vec::new();
     file.take(MAX_CONFIG_BYTES + 1)

@@ -7,6 +7,7 @@
 //! PEFT's `check_target_module_exists`, `get_pattern_key` and the `all-linear` shorthand.
 
 mod defaults;
+mod layers;
 mod pattern;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,8 @@ mod tests;
 pub use defaults::default_target_modules;
 pub use pattern::PatternMap;
 pub(crate) use pattern::{Expression, Patterns};
+
+use layers::Layers;
 
 use ferrotune_core::adapter::{Site, SiteKind};
 use ferrotune_core::{Error, Result, suggest};
@@ -260,73 +263,6 @@ impl<'a> Excluded<'a> {
     }
 }
 
-/// `layers_to_transform` with `layers_pattern`.
-struct Layers<'a> {
-    wanted: &'a [usize],
-    expressions: Vec<Expression>,
-}
-
-impl<'a> Layers<'a> {
-    fn compile(selection: &Selection<'a>) -> Result<Option<Self>> {
-        let Some(wanted) = selection.layers_to_transform.filter(|w| !w.is_empty()) else {
-            if selection.layers_pattern.is_empty() {
-                return Ok(None);
-            }
-            return Err(Error::config(
-                "layers_pattern",
-                "is only used with `layers_to_transform`, which is not set",
-            ));
-        };
-        if !matches!(selection.target_modules, TargetModules::List(_)) {
-            return Err(Error::config(
-                "layers_to_transform",
-                "needs `target_modules` as a list of names; a regular expression can name the \
-                 layers itself, and `all-linear` takes every layer",
-            ));
-        }
-        let key = "layers_pattern";
-        let expressions = if selection.layers_pattern.is_empty() {
-            vec![Expression::layer_after(key, "[^.]*")?]
-        } else {
-            selection
-                .layers_pattern
-                .iter()
-                .map(|source| Expression::layer_after(key, source))
-                .collect::<Result<_>>()?
-        };
-        Ok(Some(Self {
-            wanted,
-            expressions,
-        }))
-    }
-
-    fn index(&self, name: &str) -> Result<Option<usize>> {
-        for expression in &self.expressions {
-            if let Some(layer) = expression.layer(name)? {
-                return Ok(Some(layer));
-            }
-        }
-        Ok(None)
-    }
-
-    fn require_all_exist(&self, existing: &BTreeSet<usize>) -> Result<()> {
-        match self.wanted.iter().find(|layer| !existing.contains(layer)) {
-            None => Ok(()),
-            Some(layer) => Err(Error::config(
-                "layers_to_transform",
-                format!(
-                    "no targeted module lies in layer {layer}; {}",
-                    match (existing.first(), existing.last()) {
-                        (Some(first), Some(last)) =>
-                            format!("targeted modules lie in layers {first} to {last}"),
-                        _ => "no targeted module has a layer number: check `layers_pattern`".into(),
-                    }
-                ),
-            )),
-        }
-    }
-}
-
 /// Whether `name` ends in `.entry`.
 fn is_suffix(entry: &str, name: &str) -> bool {
     name.strip_suffix(entry)
@@ -426,10 +362,11 @@ fn last_segments(name: &str, count: usize) -> &str {
 fn known_names(sites: &[Site]) -> String {
     let ends: BTreeSet<&str> = sites
         .iter()
+        .filter(|site| site.kind == SiteKind::Linear)
         .map(|site| last_segments(&site.name, 1))
         .collect();
     format!(
-        "modules of this model: {}",
+        "linear layers of this model: {}",
         ends.into_iter().collect::<Vec<_>>().join(", ")
     )
 }

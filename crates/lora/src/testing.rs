@@ -1,7 +1,9 @@
 //! Fixtures and sites for the tests of this crate.
 
-use ferrotune_core::adapter::{Site, SiteId, SiteKind};
+use crate::{LoraAdapter, LoraConfig, PeftConfig, TargetModules};
+use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::path::{Path, PathBuf};
 
 /// The folder of recorded adapters and bases.
@@ -68,4 +70,64 @@ pub(crate) fn llama_sites(layers: usize) -> Vec<Site> {
             )
         })
         .collect()
+}
+
+/// `target_modules` as a list.
+pub(crate) fn list(names: &[&str]) -> Option<TargetModules> {
+    Some(TargetModules::List(
+        names.iter().map(|&name| name.into()).collect(),
+    ))
+}
+
+/// An adapter for a Llama.
+pub(crate) fn adapter(config: LoraConfig) -> LoraAdapter {
+    LoraAdapter::new(config, "llama").expect("valid configuration")
+}
+
+/// The adapter's parameters over a Llama of two layers, zero, and what it attached.
+pub(crate) fn attach(adapter: &LoraAdapter) -> (FlatBuffer, Vec<LowRank>) {
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = adapter
+        .attach(&llama_sites(2), &mut builder)
+        .expect("attaches")
+        .into_iter()
+        .map(|(_, attachment)| match attachment {
+            Attachment::LowRank(low_rank) => low_rank,
+            other => panic!("not a low-rank update: {other:?}"),
+        })
+        .collect();
+    let layout = builder.build().expect("names are unique");
+    (FlatBuffer::zeros(&layout), attachments)
+}
+
+/// Adapter and parameters as PEFT saved them.
+pub(crate) fn recorded(case: &str) -> (LoraAdapter, FlatBuffer) {
+    let directory = golden(case).join("adapter");
+    let PeftConfig::Lora(config) = PeftConfig::load(&directory).expect("fixture");
+    let adapter = adapter(config);
+    let (mut params, _) = attach(&adapter);
+    adapter.load(&mut params, &directory).expect("fixture");
+    (adapter, params)
+}
+
+/// A copy of a recorded adapter that a test can damage.
+pub(crate) fn copy_of(case: &str) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("temporary directory");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(
+            golden(case).join("adapter").join(file),
+            copy.path().join(file),
+        )
+        .expect("fixture");
+    }
+    copy
+}
+
+/// Changes one key of a copied configuration.
+pub(crate) fn edit_config(directory: &Path, key: &str, value: serde_json::Value) {
+    let path = directory.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).expect("copied");
+    let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    config[key] = value;
+    std::fs::write(&path, config.to_string()).expect("writable");
 }

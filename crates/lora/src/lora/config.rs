@@ -1,6 +1,8 @@
 //! `LoraConfig`: plain names in Rust, PEFT's names in `adapter_config.json`.
 
 mod read;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use crate::target::{

@@ -1,5 +1,8 @@
 //! `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them.
 
+#[cfg(test)]
+mod tests;
+
 use super::LoraConfig;
 use super::names::{self, Factor};
 use crate::PeftConfig;
@@ -133,8 +136,16 @@ fn open_weights(directory: &Path) -> Result<Weights> {
             ),
         ));
     }
-    let file = SafetensorsFile::open(&path)?;
+    let file = SafetensorsFile::open(&path).map_err(as_adapter)?;
     Ok(Weights { path, file })
+}
+
+/// What is wrong with the weights of an adapter is no fault of the model.
+fn as_adapter(error: Error) -> Error {
+    match error {
+        Error::Model { path, message } => Error::Adapter { path, message },
+        other => other,
+    }
 }
 
 impl Weights {
@@ -150,7 +161,7 @@ impl Weights {
                 format!("`{name}` has shape {:?}, expected {shape:?}", meta.shape),
             ));
         }
-        let values = self.file.read_f32(name)?;
+        let values = self.file.read_f32(name).map_err(as_adapter)?;
         match values.iter().position(|value| !value.is_finite()) {
             None => Ok(values),
             Some(at) => Err(Error::adapter(

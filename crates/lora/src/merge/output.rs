@@ -1,7 +1,7 @@
 //! Everything in the output directory but the tensors.
 
 use super::{MergeDType, OutputDirectory};
-use ferrotune_core::io::{self, StagedDir};
+use ferrotune_core::io;
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -69,18 +69,6 @@ pub(super) fn require_usable(
         ));
     }
     Ok(())
-}
-
-/// Moves the finished directory to its place.
-pub(super) fn publish(staged: StagedDir, output: &Path, policy: OutputDirectory) -> Result<()> {
-    if output.exists() {
-        match policy {
-            OutputDirectory::MustBeNew => std::fs::remove_dir(output),
-            OutputDirectory::Replace => std::fs::remove_dir_all(output),
-        }
-        .map_err(Error::write(output))?;
-    }
-    staged.publish()
 }
 
 /// The base's `config.json`.

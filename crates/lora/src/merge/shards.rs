@@ -3,28 +3,14 @@
 use super::plan::Update;
 use super::{MergeDType, MergedTensor};
 use crate::lora::Factors;
-use ferrotune_core::io::{self, FileDType, ModelFiles, SafetensorsFile, TensorData};
+use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{View, ViewMut, matmul};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// The names of the tensors of each file, both sorted.
-pub(super) fn by_file(base: &ModelFiles) -> BTreeMap<&Path, Vec<String>> {
-    let mut files: BTreeMap<&Path, Vec<String>> = BTreeMap::new();
-    for name in base.names() {
-        files
-            .entry(base.file_of(name))
-            .or_default()
-            .push(name.to_owned());
-    }
-    for names in files.values_mut() {
-        names.sort_unstable();
-    }
-    files
-}
 
 /// What became of one file.
 pub(super) struct Written {
@@ -35,17 +21,16 @@ pub(super) struct Written {
 
 /// Writes the merged counterpart of one file into `directory`, under the same name.
 pub(super) fn merge_file(
-    path: &Path,
-    names: &[String],
+    file: &SafetensorsFile,
     updates: &BTreeMap<String, Update>,
     dtype: MergeDType,
     directory: &Path,
 ) -> Result<Written> {
-    let file = SafetensorsFile::open(path)?;
-    let file_name = path
+    let file_name = file
+        .path()
         .file_name()
         .and_then(|name| name.to_str())
-        .ok_or_else(|| Error::model(path, "the file's name is not valid UTF-8"))?
+        .ok_or_else(|| Error::model(file.path(), "the file's name is not valid UTF-8"))?
         .to_owned();
     let mut written = Written {
         file_name,
@@ -53,17 +38,17 @@ pub(super) fn merge_file(
         tensors: Vec::new(),
     };
     let mut tensors = BTreeMap::new();
-    for name in names {
+    for name in file.names() {
         let data = match updates.get(name) {
-            None => unchanged(&file, path, name, dtype)?,
+            None => unchanged(file, name, dtype)?,
             Some(update) => {
-                let (data, merged) = merged(&file, path, name, update, dtype)?;
+                let (data, merged) = merged(file, name, update, dtype)?;
                 written.tensors.push(merged);
                 data
             }
         };
         written.bytes += data.bytes.len() as u64;
-        tensors.insert(name.clone(), data);
+        tensors.insert(name.to_owned(), data);
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     io::write_safetensors(&directory.join(&written.file_name), &tensors, &metadata)?;
@@ -84,19 +69,14 @@ fn output_dtype(base: FileDType, dtype: MergeDType) -> FileDType {
 }
 
 /// Dtype and shape of a tensor that is known to be in the file.
-fn meta(file: &SafetensorsFile, path: &Path, name: &str) -> Result<(FileDType, Vec<usize>)> {
+fn meta(file: &SafetensorsFile, name: &str) -> Result<(FileDType, Vec<usize>)> {
     file.meta(name)
         .map(|meta| (meta.dtype, meta.shape.clone()))
-        .ok_or_else(|| Error::model(path, format!("`{name}` is missing")))
+        .ok_or_else(|| Error::model(file.path(), format!("`{name}` is missing")))
 }
 
-fn unchanged(
-    file: &SafetensorsFile,
-    path: &Path,
-    name: &str,
-    dtype: MergeDType,
-) -> Result<TensorData<'static>> {
-    let (from, shape) = meta(file, path, name)?;
+fn unchanged(file: &SafetensorsFile, name: &str, dtype: MergeDType) -> Result<TensorData<'static>> {
+    let (from, shape) = meta(file, name)?;
     let to = output_dtype(from, dtype);
     if from == to || !is_float(from) {
         let bytes = Cow::Owned(file.read_bytes(name)?);
@@ -107,49 +87,39 @@ fn unchanged(
         });
     }
     let values = file.read_f32(name)?;
-    let bytes = encode(&values, to).bytes;
     Ok(TensorData {
         dtype: to,
         shape,
-        bytes: Cow::Owned(bytes),
+        bytes: Cow::Owned(encode(&values, to)),
     })
 }
 
 fn merged(
     file: &SafetensorsFile,
-    path: &Path,
     name: &str,
     update: &Update,
     dtype: MergeDType,
 ) -> Result<(TensorData<'static>, MergedTensor)> {
-    let (from, shape) = meta(file, path, name)?;
+    let (from, shape) = meta(file, name)?;
     if !is_float(from) {
         return Err(Error::model(
-            path,
+            file.path(),
             format!(
                 "`{name}` is {from:?}, expected F32, F16 or BF16: merge into the unquantised base"
             ),
         ));
     }
     let to = output_dtype(from, dtype);
-    let weight = file.read_f32(name)?;
-    let delta = delta(update)?;
-    let sum: Vec<f32> = weight.iter().zip(&delta).map(|(w, d)| w + d).collect();
-    let Encoded { bytes, values } = encode(&sum, to);
-    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+    let mut weight = file.read_f32(name)?;
+    let (lost, norm) = add_rounded(&mut weight, &delta(update)?, to);
+    if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
         return Err(Error::Numeric {
             message: format!(
-                "merging `{name}` gives {} at element {at} as {to:?} (base {}, update {}); choose \
-                 float32 or bfloat16 as output dtype, or check the adapter",
-                values[at], weight[at], delta[at]
+                "merging `{name}` gives {} at element {at} as {to:?}; choose float32 or bfloat16 \
+                 as output dtype, or check base and adapter for such values",
+                weight[at]
             ),
         });
-    }
-    let (mut lost, mut norm) = (0.0_f64, 0.0_f64);
-    for ((new, old), delta) in values.iter().zip(&weight).zip(&delta) {
-        let delta = f64::from(*delta);
-        lost += (f64::from(*new) - f64::from(*old) - delta).powi(2);
-        norm += delta.powi(2);
     }
     let tensor = MergedTensor {
         name: name.to_owned(),
@@ -163,9 +133,34 @@ fn merged(
     let data = TensorData {
         dtype: to,
         shape,
-        bytes: Cow::Owned(bytes),
+        bytes: Cow::Owned(encode(&weight, to)),
     };
     Ok((data, tensor))
+}
+
+/// Elements whose squares are summed together: fixed, so that the sums do not depend on the number
+/// of threads.
+const CHUNK: usize = 1 << 16;
+
+/// `weight = round(weight + delta)`; the squared norms of what rounding lost of delta, and of delta.
+fn add_rounded(weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64) {
+    let partial: Vec<(f64, f64)> = weight
+        .par_chunks_mut(CHUNK)
+        .zip(delta.par_chunks(CHUNK))
+        .map(|(weight, delta)| {
+            let (mut lost, mut norm) = (0.0_f64, 0.0_f64);
+            for (w, d) in weight.iter_mut().zip(delta) {
+                let new = round(*w + d, dtype);
+                lost += (f64::from(new) - f64::from(*w) - f64::from(*d)).powi(2);
+                norm += f64::from(*d).powi(2);
+                *w = new;
+            }
+            (lost, norm)
+        })
+        .collect();
+    partial
+        .into_iter()
+        .fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
 }
 
 /// `scale * B A`, `[out_features, in_features]`, in f32.
@@ -188,32 +183,26 @@ fn delta(update: &Update) -> Result<Vec<f32>> {
     Ok(delta)
 }
 
-/// Rounded values, as bytes of a file and widened again.
-struct Encoded {
-    bytes: Vec<u8>,
-    values: Vec<f32>,
+/// Rounds to nearest even; types other than the two short floats do not round.
+fn round(value: f32, dtype: FileDType) -> f32 {
+    match dtype {
+        FileDType::BF16 => bf16::from_f32(value).to_f32(),
+        FileDType::F16 => f16::from_f32(value).to_f32(),
+        _ => value,
+    }
 }
 
-/// Rounds to nearest even. Types other than the three floats do not occur here and are kept f32.
-fn encode(values: &[f32], dtype: FileDType) -> Encoded {
+/// The bytes of a file, rounded to nearest even. Only called for the three floats.
+fn encode(values: &[f32], dtype: FileDType) -> Vec<u8> {
     match dtype {
         FileDType::BF16 => {
             let rounded: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
-            Encoded {
-                bytes: bytemuck::cast_slice(&rounded).to_vec(),
-                values: rounded.into_iter().map(bf16::to_f32).collect(),
-            }
+            bytemuck::cast_slice(&rounded).to_vec()
         }
         FileDType::F16 => {
             let rounded: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-            Encoded {
-                bytes: bytemuck::cast_slice(&rounded).to_vec(),
-                values: rounded.into_iter().map(f16::to_f32).collect(),
-            }
+            bytemuck::cast_slice(&rounded).to_vec()
         }
-        _ => Encoded {
-            bytes: bytemuck::cast_slice(values).to_vec(),
-            values: values.to_vec(),
-        },
+        _ => bytemuck::cast_slice(values).to_vec(),
     }
 }

@@ -1,5 +1,5 @@
 use super::{MergeDType, MergeOptions, MergeReport, OutputDirectory, merge};
-use crate::testing::golden;
+use crate::testing::{copy_of, golden};
 use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
 use half::bf16;
 use std::borrow::Cow;
@@ -311,22 +311,9 @@ fn shards_keep_their_names_and_values_and_get_a_new_index() {
     }
 }
 
-/// A copy of a recorded adapter that a test can change.
-fn adapter_copy(case: &str) -> tempfile::TempDir {
-    let copy = tempfile::tempdir().expect("temporary directory");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(
-            golden(case).join("adapter").join(file),
-            copy.path().join(file),
-        )
-        .expect("fixture");
-    }
-    copy
-}
-
 #[test]
 fn the_adapters_own_tokenizer_wins_as_a_whole() {
-    let (base, adapter) = (sharded_base(), adapter_copy("lora_qv"));
+    let (base, adapter) = (sharded_base(), copy_of("lora_qv"));
     std::fs::write(adapter.path().join("tokenizer.json"), "adapter").expect("writable");
     std::fs::write(adapter.path().join("chat_template.jinja"), "adapter").expect("writable");
     let merged = merge_with(base.path(), adapter.path(), &MergeOptions::default());
@@ -361,7 +348,7 @@ fn an_output_directory_in_use_is_refused_unless_replaced() {
 
 #[test]
 fn an_output_directory_that_holds_an_input_is_refused_even_to_be_replaced() {
-    let adapter = adapter_copy("lora_qv");
+    let adapter = copy_of("lora_qv");
     let options = MergeOptions {
         output: OutputDirectory::Replace,
         ..MergeOptions::default()
@@ -400,10 +387,10 @@ fn a_quantised_base_is_refused() {
 
 #[test]
 fn an_adapter_of_another_model_is_refused_before_any_output() {
-    let (base, adapter) = (golden("_bases/llama"), adapter_copy("lora_qv"));
+    let (base, adapter) = (golden("_bases/llama"), copy_of("lora_qv"));
     let config = adapter.path().join("adapter_config.json");
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_proj", "v_proj", "k_proj"])
+        c["target_modules"] = serde_json::json!(["q_proj", "v_proj", "k_proj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(
@@ -411,7 +398,7 @@ fn an_adapter_of_another_model_is_refused_before_any_output() {
         "{error}"
     );
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_proj"])
+        c["target_modules"] = serde_json::json!(["q_proj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(
@@ -419,7 +406,7 @@ fn an_adapter_of_another_model_is_refused_before_any_output() {
         "{error}"
     );
     edit_json(&config, |c| {
-        c["target_modules"] = serde_json::json!(["q_prj"])
+        c["target_modules"] = serde_json::json!(["q_prj"]);
     });
     let error = refusal(&base, adapter.path());
     assert!(error.contains("did you mean `q_proj`"), "{error}");
@@ -435,7 +422,7 @@ type Rename = fn(&str) -> String;
 
 /// A recorded adapter with other tensor names or shapes.
 fn renamed(rename: Rename, shape: fn(&str, &[usize]) -> Vec<usize>) -> tempfile::TempDir {
-    let copy = adapter_copy("lora_qv");
+    let copy = copy_of("lora_qv");
     let path = copy.path().join("adapter_model.safetensors");
     let file = open(&path);
     let tensors = file

@@ -182,7 +182,10 @@ fn every_list_entry_must_match_and_the_nearest_name_is_given() {
         "{message}"
     );
     let message = error(&only(&list(&["qkv"])));
-    assert!(message.contains("down_proj, gate_proj"), "{message}");
+    assert!(
+        message.contains("down_proj, gate_proj, k_proj, lm_head"),
+        "{message}"
+    );
 }
 
 #[test]
