@@ -226,6 +226,24 @@ impl FlatBuffer {
         &mut self.data[range]
     }
 
+    /// Two different tensors, to be written.
+    ///
+    /// # Panics
+    /// If `a` and `b` are the same tensor.
+    pub fn get_two_mut(&mut self, a: ParamId, b: ParamId) -> [&mut [f32]; 2] {
+        assert_ne!(a, b, "get_two_mut needs two different tensors");
+        let (ra, rb) = (
+            self.layout.segment(a).range(),
+            self.layout.segment(b).range(),
+        );
+        let (low, high) = self.data.split_at_mut(ra.start.max(rb.start));
+        if ra.start < rb.start {
+            [&mut low[ra], &mut high[..rb.len()]]
+        } else {
+            [&mut high[..ra.len()], &mut low[rb]]
+        }
+    }
+
     /// The whole buffer.
     #[must_use]
     pub fn as_slice(&self) -> &[f32] {
@@ -259,6 +277,19 @@ mod tests {
             layout.physical().map(|(id, _)| id).collect::<Vec<_>>(),
             [b, a]
         );
+    }
+
+    #[test]
+    fn two_segments_can_be_written_at_once() {
+        let mut builder = ParamLayoutBuilder::new();
+        let a = builder.add(ParamSpec::new("a", [3], 0));
+        let b = builder.add(ParamSpec::new("b", [2], 1));
+        let mut buffer = FlatBuffer::zeros(&builder.build().expect("unique names"));
+        let [x, y] = buffer.get_two_mut(a, b);
+        x.fill(1.0);
+        y.fill(2.0);
+        let [y, x] = buffer.get_two_mut(b, a);
+        assert_eq!((&*x, &*y), (&[1.0; 3][..], &[2.0; 2][..]));
     }
 
     #[test]

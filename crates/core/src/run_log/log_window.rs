@@ -1,4 +1,7 @@
 use super::LogRow;
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::path::Path;
 
 /// What one optimizer step adds to the log: sums over all its micro-batches and ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +20,20 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Learning rate the step used.
     pub learning_rate: f64,
+}
+
+impl StepReport {
+    /// Mean cross-entropy per trained token, nats.
+    #[must_use]
+    pub fn loss(&self) -> f64 {
+        self.loss_sum / self.trained_tokens as f64
+    }
+
+    /// Share of trained tokens predicted best.
+    #[must_use]
+    pub fn mean_token_accuracy(&self) -> f64 {
+        self.correct as f64 / self.trained_tokens as f64
+    }
 }
 
 /// Collects steps into the next [`LogRow`].
@@ -38,6 +55,47 @@ impl LogWindow {
             num_tokens,
             ..Self::default()
         }
+    }
+
+    /// The window as JSON, every bit of its sums, so that a resumed run logs the same row.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let sums = &self.sums;
+        let document = json!({
+            "num_tokens": self.num_tokens,
+            "loss_sum_bits": sums.loss_sum.to_bits(),
+            "entropy_sum_bits": sums.entropy_sum.to_bits(),
+            "trained_tokens": sums.trained_tokens,
+            "correct": sums.correct,
+            "tokens": sums.tokens,
+        });
+        format!("{document:#}\n")
+    }
+
+    /// Reads what [`LogWindow::to_json`] wrote; `path` is named in errors.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if a count is missing.
+    pub fn from_json(text: &str, path: &Path) -> Result<Self> {
+        let document: Value = serde_json::from_str(text)
+            .map_err(|e| Error::checkpoint(path, format!("is not valid JSON: {e}")))?;
+        let count = |key: &str| {
+            let value = document.get(key).and_then(Value::as_u64);
+            value.ok_or_else(|| Error::checkpoint(path, format!("`{key}` is missing or no count")))
+        };
+        let sums = StepReport {
+            loss_sum: f64::from_bits(count("loss_sum_bits")?),
+            entropy_sum: f64::from_bits(count("entropy_sum_bits")?),
+            trained_tokens: count("trained_tokens")?,
+            correct: count("correct")?,
+            tokens: count("tokens")?,
+            ..StepReport::default()
+        };
+        Ok(Self {
+            sums,
+            num_tokens: count("num_tokens")?,
+            window_start: 0.0,
+        })
     }
 
     /// Tokens read since the start of training.
@@ -103,6 +161,18 @@ mod tests {
             tokens: 2 * trained_tokens,
             ..StepReport::default()
         }
+    }
+
+    #[test]
+    fn a_window_survives_a_checkpoint_bit_for_bit() {
+        let mut window = LogWindow::new(7);
+        window.add(&step(0.1 + 0.2, 3));
+        let path = Path::new("run_state.json");
+        let mut read = LogWindow::from_json(&window.to_json(), path).unwrap();
+        read.add(&step(1.0, 2));
+        window.add(&step(1.0, 2));
+        assert_eq!(read.take(2, 0.5, 4.0), window.take(2, 0.5, 4.0));
+        assert!(LogWindow::from_json("{}", path).is_err());
     }
 
     #[test]

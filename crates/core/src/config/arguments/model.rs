@@ -21,7 +21,10 @@ section! {
         model_name_or_path: Option<String> = None, TRL_MODEL;
         /// Data type of the base weights: auto (as stored), float32 or bfloat16. `torch_dtype` is
         /// another name for this key.
-        dtype: Dtype = Dtype::Float32, TRL_MODEL;
+        dtype: Dtype = Dtype::Auto, OURS;
+        /// Start from random weights of the shape in config.json instead of reading any: for
+        /// pre-training small models and for tests. Needs `use_peft: false`.
+        random_init: bool = false, OURS;
         /// Run the base in bfloat16, as Transformers' mixed precision would, whatever `dtype` says;
         /// trained weights stay float32. null and false leave the choice to `dtype`.
         bf16: Option<bool> = None, OURS;

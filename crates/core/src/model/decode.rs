@@ -1,0 +1,190 @@
+//! Generation: the same layers over new tokens only, with keys and values of the past kept.
+
+use super::layer::Layer;
+use super::{Model, Normed, Pass, Run};
+use crate::data::PackedBatch;
+use crate::params::FlatBuffer;
+use crate::{Error, Result};
+use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
+
+/// Keys and values of one document, for every layer.
+#[derive(Debug)]
+pub struct KvCache {
+    /// Per layer: keys and values `[capacity, K E]`.
+    layers: Vec<[Tensor; 2]>,
+    len: usize,
+    capacity: usize,
+}
+
+impl KvCache {
+    /// Room for a document of `capacity` tokens, prompt and answer together.
+    #[must_use]
+    pub fn new(model: &Model, dtype: DType, capacity: usize) -> Self {
+        let tensor = || Tensor::zeros(dtype, capacity, model.config.kv_width());
+        let layers = (0..model.layers.len())
+            .map(|_| [tensor(), tensor()])
+            .collect();
+        Self {
+            layers,
+            len: 0,
+            capacity,
+        }
+    }
+
+    /// Tokens seen so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing was seen yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Model {
+    /// Logits `[S, V]` f32 of the token that follows each document, after appending
+    /// `new_tokens[s]` (at least one) to document s.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary, or a cache is full.
+    pub fn extend(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        caches: &mut [&mut KvCache],
+        new_tokens: &[&[u32]],
+    ) -> Result<Tensor> {
+        let batch = new_batch(caches, new_tokens)?;
+        let run = self.run(pass, params, &batch);
+        let workspace = pass.workspace;
+        let mut stream = workspace.take(run.dtype, run.tokens, self.config.hidden_size);
+        let table = self.table(&self.embedding, params);
+        ferrotune_kernels::embedding::forward(table, &batch.input_ids, stream.view_mut())?;
+        let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
+        let mut normed = first_norm.forward(&run, &stream)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let next_norm = self.layers.get(i + 1).map_or(&self.norm, |l| &l.input_norm);
+            let (middle, y) = layer.attend_cached(&run, i, caches, &stream, normed)?;
+            workspace.give(stream);
+            (stream, normed) = layer.mlp_once(&run, middle, y, next_norm)?;
+        }
+        workspace.give(stream);
+        for (cache, tokens) in caches.iter_mut().zip(new_tokens) {
+            cache.len += tokens.len();
+        }
+        let mut last = Tensor::zeros(run.dtype, caches.len(), self.config.hidden_size);
+        for (s, end) in batch.cu_seqlens[1..].iter().enumerate() {
+            let row = *end as usize - 1;
+            last.view_mut()
+                .row_range(s..s + 1)
+                .copy_from(normed.y.view().row_range(row..row + 1));
+        }
+        workspace.give(normed.y);
+        self.project(params, last.view())
+    }
+}
+
+impl Layer {
+    /// The attention block over new tokens; returns the residual stream after it and its norm.
+    fn attend_cached(
+        &self,
+        run: &Run<'_>,
+        index: usize,
+        caches: &mut [&mut KvCache],
+        input: &Tensor,
+        normed: Normed,
+    ) -> Result<(Tensor, Tensor)> {
+        let workspace = run.workspace;
+        let mut qkv = workspace.take(run.dtype, run.tokens, self.qkv.out_features());
+        self.qkv.forward(run, normed.y.view(), qkv.view_mut())?;
+        workspace.give(normed.y);
+        self.rotate(run, &mut qkv, rope::Direction::Forward)?;
+        let mut attended = workspace.take(run.dtype, run.tokens, self.o.in_features);
+        let [q, k, v] = self.split(&qkv);
+        for (s, bounds) in run.cu_seqlens.windows(2).enumerate() {
+            let rows = bounds[0] as usize..bounds[1] as usize;
+            let (start, end) = (caches[s].len, caches[s].len + rows.len());
+            let [keys, values] = &mut caches[s].layers[index];
+            keys.view_mut()
+                .row_range(start..end)
+                .copy_from(k.row_range(rows.clone()));
+            values
+                .view_mut()
+                .row_range(start..end)
+                .copy_from(v.row_range(rows.clone()));
+            let mut lse = vec![0.0; rows.len() * self.attention.heads];
+            attention::forward(
+                &self.attention,
+                q.row_range(rows.clone()),
+                keys.view().row_range(0..end),
+                values.view().row_range(0..end),
+                &[0, rows.len() as u32],
+                &[0, end as u32],
+                attended.view_mut().row_range(rows),
+                &mut lse,
+            )?;
+        }
+        let mut middle = workspace.take(run.dtype, run.tokens, self.o.out_features());
+        self.o.forward(run, attended.view(), middle.view_mut())?;
+        let normed = self.mlp_norm.add_forward(run, &mut middle, input)?;
+        workspace.give(attended);
+        workspace.give(qkv);
+        Ok((middle, normed.y))
+    }
+
+    /// The mlp block with nothing kept.
+    fn mlp_once(
+        &self,
+        run: &Run<'_>,
+        middle: Tensor,
+        y: Tensor,
+        next_norm: &super::Norm,
+    ) -> Result<(Tensor, Normed)> {
+        let workspace = run.workspace;
+        let mut gate_up = workspace.take(run.dtype, run.tokens, self.gate_up.out_features());
+        self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
+        workspace.give(y);
+        let mut activated = workspace.take(run.dtype, run.tokens, self.down.in_features);
+        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        workspace.give(gate_up);
+        let mut output = workspace.take(run.dtype, run.tokens, self.down.out_features());
+        self.down
+            .forward(run, activated.view(), output.view_mut())?;
+        workspace.give(activated);
+        let normed = next_norm.add_forward(run, &mut output, &middle)?;
+        workspace.give(middle);
+        Ok((output, normed))
+    }
+}
+
+/// The new tokens as one packed batch whose positions go on where the caches end.
+fn new_batch(caches: &[&mut KvCache], new_tokens: &[&[u32]]) -> Result<PackedBatch> {
+    let mut batch = PackedBatch {
+        cu_seqlens: vec![0],
+        ..PackedBatch::default()
+    };
+    for (s, (cache, tokens)) in caches.iter().zip(new_tokens).enumerate() {
+        let end = cache.len + tokens.len();
+        if tokens.is_empty() || end > cache.capacity {
+            let message = format!(
+                "document {s}: {} new tokens after {} do not fit a cache of {}",
+                tokens.len(),
+                cache.len,
+                cache.capacity
+            );
+            return Err(Error::config("max_new_tokens", message));
+        }
+        batch.input_ids.extend_from_slice(tokens);
+        batch
+            .labels
+            .resize(batch.input_ids.len(), crate::data::IGNORE_INDEX);
+        batch.position_ids.extend(cache.len as u32..end as u32);
+        batch.cu_seqlens.push(batch.input_ids.len() as u32);
+        batch.sequence_ids.push(s as u64);
+        batch.rope_lengths.push(end as u32);
+    }
+    Ok(batch)
+}

@@ -1,0 +1,258 @@
+//! Linears that share their input (q/k/v, gate/up, or one alone), with whatever is attached to them.
+//!
+//! Forward of a part: `y = x W^T + b`, then its attachment. Backward computes no gradient of a
+//! frozen weight: only `dx = dy W` and what the attachments train.
+
+use super::run::Run;
+use crate::Result;
+use crate::adapter::{Attachment, LowRank};
+use crate::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, bias, lora_linear, matmul};
+use std::ops::Range;
+
+/// One or more linears over one input.
+#[derive(Debug)]
+pub(crate) struct LinearGroup {
+    pub(crate) in_features: usize,
+    pub(crate) parts: Vec<Part>,
+    /// All frozen weights as one matrix `[out, in]`, if no part trains its own.
+    pub(crate) frozen: Option<Tensor>,
+}
+
+/// One linear of a group.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Index of its site; the key of its random draws.
+    pub(crate) site: usize,
+    /// Its columns of the group's output.
+    pub(crate) columns: Range<usize>,
+    pub(crate) weight: PartWeight,
+    pub(crate) bias: Option<PartBias>,
+    pub(crate) attachment: Option<Attachment>,
+}
+
+#[derive(Debug)]
+pub(crate) enum PartWeight {
+    /// Rows `columns` of the group's frozen matrix.
+    InGroup,
+    /// A frozen matrix of its own, beside trained parts.
+    Alone(Tensor),
+    Trained(ParamId),
+}
+
+#[derive(Debug)]
+pub(crate) enum PartBias {
+    Frozen(Vec<f32>),
+    Trained(ParamId),
+}
+
+/// What a part's attachment needs for backward.
+pub(crate) enum PartSaved {
+    None,
+    /// `dropout(x) A^T`, `[T, rank]`.
+    LowRank(Tensor),
+    Custom(Vec<Tensor>),
+}
+
+impl LinearGroup {
+    /// Columns of the output.
+    pub(crate) fn out_features(&self) -> usize {
+        self.parts.last().map_or(0, |p| p.columns.end)
+    }
+
+    /// Writes `y` `[T, out]` from `x` `[T, in]`.
+    pub(crate) fn forward(
+        &self,
+        run: &Run<'_>,
+        x: View<'_>,
+        mut y: ViewMut<'_>,
+    ) -> Result<Vec<PartSaved>> {
+        for (columns, weight) in self.products(run.params) {
+            matmul::nt(y.reborrow().columns(columns), 0.0, 1.0, x, weight)?;
+        }
+        let mut saved = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let mut y = y.reborrow().columns(part.columns.clone());
+            if let Some(values) = part.bias(run.params) {
+                bias::add(y.reborrow(), values)?;
+            }
+            saved.push(match &part.attachment {
+                None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
+                Some(Attachment::LowRank(low_rank)) => {
+                    let mut s = run.workspace.take(DType::F32, x.rows(), low_rank.rank);
+                    let update = self.update(run, part, low_rank);
+                    lora_linear::forward(x, &update, y, s.view_mut(), run.workspace)?;
+                    PartSaved::LowRank(s)
+                }
+                Some(Attachment::Custom(custom)) => {
+                    PartSaved::Custom(custom.forward(run.params, x, y)?)
+                }
+            });
+        }
+        Ok(saved)
+    }
+
+    /// From `dy` `[T, out]`: writes `dx` `[T, in]` if given, adds parameter gradients to `grads`.
+    pub(crate) fn backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: Vec<PartSaved>,
+        dy: View<'_>,
+        mut dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let custom = self.custom_backward(
+            run,
+            grads,
+            x,
+            &saved,
+            dy,
+            dx.as_mut().map(ViewMut::reborrow),
+        )?;
+        let base_dy = custom.as_ref().map_or(dy, Tensor::view);
+        if let Some(dx) = &mut dx {
+            // After a custom method dx already holds its share.
+            let mut beta = if custom.is_some() { 1.0 } else { 0.0 };
+            for (columns, weight) in self.products(run.params) {
+                matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
+                beta = 1.0;
+            }
+        }
+        for (part, saved) in self.parts.iter().zip(saved) {
+            let part_dy = base_dy.columns(part.columns.clone());
+            part.base_gradients(grads, x, part_dy)?;
+            if let (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank(s)) =
+                (&part.attachment, saved)
+            {
+                let update = self.update(run, part, low_rank);
+                let dx = dx.as_mut().map(ViewMut::reborrow);
+                low_rank_backward(run, grads, low_rank, &update, x, &s, part_dy, dx)?;
+                run.workspace.give(s);
+            }
+        }
+        if let Some(tensor) = custom {
+            run.workspace.give(tensor);
+        }
+        Ok(())
+    }
+
+    /// Whether anything here is trained.
+    pub(crate) fn trained(&self) -> bool {
+        self.parts.iter().any(|p| p.attachment.is_some())
+    }
+
+    /// The gradient of the base output where a custom method changes it, with `dx` begun.
+    fn custom_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: &[PartSaved],
+        dy: View<'_>,
+        mut dx: Option<ViewMut<'_>>,
+    ) -> Result<Option<Tensor>> {
+        if !saved.iter().any(|s| matches!(s, PartSaved::Custom(_))) {
+            return Ok(None);
+        }
+        let mut base_dy = run.workspace.take(dy.dtype(), dy.rows(), dy.cols());
+        base_dy.view_mut().copy_from(dy);
+        if let Some(dx) = &mut dx {
+            dx.reborrow().fill(0.0);
+        }
+        for (part, saved) in self.parts.iter().zip(saved) {
+            if let (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) =
+                (&part.attachment, saved)
+            {
+                let dy = base_dy.view_mut().columns(part.columns.clone());
+                custom.backward(
+                    run.params,
+                    grads,
+                    x,
+                    saved,
+                    dy,
+                    dx.as_mut().map(ViewMut::reborrow),
+                )?;
+            }
+        }
+        Ok(Some(base_dy))
+    }
+
+    /// The products that make the base output: columns of y, and the weight rows they come from.
+    fn products<'a>(&'a self, params: &'a FlatBuffer) -> Vec<(Range<usize>, View<'a>)> {
+        if let Some(frozen) = &self.frozen {
+            return vec![(0..self.out_features(), frozen.view())];
+        }
+        let weight = |part: &'a Part| match &part.weight {
+            PartWeight::Trained(id) => Some(View::from_f32(
+                params.get(*id),
+                part.columns.len(),
+                self.in_features,
+            )),
+            PartWeight::Alone(tensor) => Some(tensor.view()),
+            PartWeight::InGroup => None,
+        };
+        self.parts
+            .iter()
+            .filter_map(|p| weight(p).map(|w| (p.columns.clone(), w)))
+            .collect()
+    }
+
+    fn update<'a>(
+        &self,
+        run: &'a Run<'_>,
+        part: &Part,
+        low_rank: &LowRank,
+    ) -> lora_linear::LowRank<'a> {
+        lora_linear::LowRank {
+            a: View::from_f32(run.params.get(low_rank.a), low_rank.rank, self.in_features),
+            b: View::from_f32(
+                run.params.get(low_rank.b),
+                part.columns.len(),
+                low_rank.rank,
+            ),
+            scale: low_rank.scale,
+            dropout: run.dropout(part.site, low_rank),
+        }
+    }
+}
+
+impl Part {
+    fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<&'a [f32]> {
+        self.bias.as_ref().map(|bias| match bias {
+            PartBias::Frozen(values) => values.as_slice(),
+            PartBias::Trained(id) => params.get(*id),
+        })
+    }
+
+    /// Gradients of a trained base weight and bias.
+    fn base_gradients(&self, grads: &mut FlatBuffer, x: View<'_>, dy: View<'_>) -> Result<()> {
+        if let PartWeight::Trained(id) = self.weight {
+            let d_weight = ViewMut::from_f32(grads.get_mut(id), dy.cols(), x.cols());
+            matmul::tn(d_weight, 1.0, 1.0, dy, x)?;
+        }
+        if let Some(PartBias::Trained(id)) = self.bias {
+            bias::backward(dy, grads.get_mut(id))?;
+        }
+        Ok(())
+    }
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call of one kernel, spelled out"
+)]
+fn low_rank_backward(
+    run: &Run<'_>,
+    grads: &mut FlatBuffer,
+    low_rank: &LowRank,
+    update: &lora_linear::LowRank<'_>,
+    x: View<'_>,
+    s: &Tensor,
+    dy: View<'_>,
+    dx: Option<ViewMut<'_>>,
+) -> Result<()> {
+    let [d_a, d_b] = grads.get_two_mut(low_rank.a, low_rank.b);
+    lora_linear::backward(x, update, s.view(), dy, dx, d_a, d_b, run.workspace)?;
+    Ok(())
+}

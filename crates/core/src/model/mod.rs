@@ -1,0 +1,372 @@
+//! The decoder: frozen base weights, attachments, and an explicit forward and backward.
+//!
+//! [`DecoderConfig`] says what the model is, [`ModelPlan`] which sites it has, [`Model`] holds the
+//! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
+
+mod config;
+mod decode;
+mod hf_config;
+mod layer;
+mod linear;
+mod norm;
+mod plan;
+mod rope;
+mod run;
+mod weights;
+
+pub use config::DecoderConfig;
+pub use decode::KvCache;
+pub use hf_config::HfConfig;
+pub use plan::{LayerPlan, ModelPlan};
+pub use rope::{RopeConfig, RopeScaling};
+pub use run::Mode;
+pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
+
+use crate::Result;
+use crate::adapter::{Attachment, SiteId};
+use crate::data::PackedBatch;
+use crate::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::linear_cross_entropy::{self, Sums};
+use ferrotune_kernels::{DType, Tensor, View, Workspace, embedding, matmul};
+use layer::{Layer, LayerSaved};
+use linear::PartSaved;
+use norm::{Norm, Normed};
+use run::Run;
+use std::collections::BTreeMap;
+
+/// A decoder with its frozen weights.
+#[derive(Debug)]
+pub struct Model {
+    config: DecoderConfig,
+    embedding: Table,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Head,
+    weight_dtype: DType,
+}
+
+/// A matrix `[V, D]`, frozen or trained.
+#[derive(Debug)]
+enum Table {
+    Frozen(Tensor),
+    Trained(ParamId),
+}
+
+#[derive(Debug)]
+enum Head {
+    /// The embedding.
+    Tied,
+    Own(Table),
+}
+
+/// What forward keeps for backward.
+struct Saved {
+    layers: Vec<LayerSaved>,
+    /// Residual stream after the last layer, `[T, D]`, and the final norm's statistics.
+    stream: Tensor,
+    rstd: Vec<f32>,
+}
+
+/// Where and in which precision a pass runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Pool of activation buffers.
+    pub workspace: &'a Workspace,
+    /// Dtype of activations.
+    pub dtype: DType,
+    /// Whether random draws happen.
+    pub mode: Mode,
+}
+
+impl Model {
+    /// Reads the weights of `config` from `source`, with `attachments` in place.
+    ///
+    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Model`] if the weights do not fit the config, before any is read.
+    pub fn load(
+        config: &DecoderConfig,
+        attachments: Vec<(SiteId, Attachment)>,
+        source: &dyn WeightSource,
+        params: &mut FlatBuffer,
+        dtype: DType,
+    ) -> Result<Self> {
+        let plan = ModelPlan::new(config);
+        let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
+        weights::Builder {
+            config,
+            plan: &plan,
+            attachments,
+            source,
+            params,
+            dtype,
+        }
+        .model()
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Dtype of the frozen weights.
+    #[must_use]
+    pub fn weight_dtype(&self) -> DType {
+        self.weight_dtype
+    }
+
+    /// Sum of the losses over the trained tokens of `batch`, and its gradient added to `grads`.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary.
+    pub fn loss_and_gradients(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        batch: &PackedBatch,
+    ) -> Result<Sums> {
+        let run = self.run(pass, params, batch);
+        let mut layers = Vec::with_capacity(self.layers.len());
+        let (hidden, stream, rstd) = self.decoder(&run, batch, Some(&mut layers), None)?;
+        let saved = Saved {
+            layers,
+            stream,
+            rstd,
+        };
+        let mut d_hidden = pass
+            .workspace
+            .take(pass.dtype, batch.tokens(), self.config.hidden_size);
+        let (rows, targets) = batch.targets();
+        let d_head = self.head_param().map(|id| grads.get_mut(id));
+        let sums = linear_cross_entropy::forward_backward(
+            hidden.view(),
+            self.head_weight(params),
+            &rows,
+            &targets,
+            d_hidden.view_mut(),
+            d_head,
+            pass.workspace,
+        )?;
+        pass.workspace.give(hidden);
+        self.backward(&run, grads, batch, saved, d_hidden)?;
+        Ok(sums)
+    }
+
+    /// Sum of the losses over the trained tokens of `batch`, nothing kept.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary.
+    pub fn loss(&self, pass: Pass<'_>, params: &FlatBuffer, batch: &PackedBatch) -> Result<Sums> {
+        let hidden = self.hidden(pass, params, batch)?;
+        let (rows, targets) = batch.targets();
+        let head = self.head_weight(params);
+        let sums =
+            linear_cross_entropy::forward(hidden.view(), head, &rows, &targets, pass.workspace)?;
+        pass.workspace.give(hidden);
+        Ok(sums)
+    }
+
+    /// The hidden states after the final norm, `[T, D]`.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary.
+    pub fn hidden(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        batch: &PackedBatch,
+    ) -> Result<Tensor> {
+        let run = self.run(pass, params, batch);
+        let (hidden, stream, _) = self.decoder(&run, batch, None, None)?;
+        pass.workspace.give(stream);
+        Ok(hidden)
+    }
+
+    /// The residual stream after each layer, the last one after the final norm, `[T, D]` each:
+    /// what Transformers returns as `hidden_states[1..]`.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary.
+    pub fn hidden_states(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        batch: &PackedBatch,
+    ) -> Result<Vec<Tensor>> {
+        let run = self.run(pass, params, batch);
+        let mut states = Vec::new();
+        let (hidden, _, _) = self.decoder(&run, batch, None, Some(&mut states))?;
+        states.pop();
+        states.push(hidden);
+        Ok(states)
+    }
+
+    /// Logits of every token, `[T, V]` f32: for comparison and sampling, never in training.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary.
+    pub fn logits(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        batch: &PackedBatch,
+    ) -> Result<Tensor> {
+        let hidden = self.hidden(pass, params, batch)?;
+        self.project(params, hidden.view())
+    }
+
+    /// `hidden` `[N, D]` times the head: `[N, V]` f32.
+    fn project(&self, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
+        let mut logits = Tensor::zeros(DType::F32, hidden.rows(), self.config.vocab_size);
+        matmul::nt(
+            logits.view_mut(),
+            0.0,
+            1.0,
+            hidden,
+            self.head_weight(params),
+        )?;
+        Ok(logits)
+    }
+
+    fn run<'a>(&self, pass: Pass<'a>, params: &'a FlatBuffer, batch: &'a PackedBatch) -> Run<'a> {
+        Run::new(
+            params,
+            pass.workspace,
+            pass.dtype,
+            &self.config.rope,
+            batch,
+            pass.mode,
+        )
+    }
+
+    /// Hidden states after the final norm, the residual stream before it, and its statistics.
+    fn decoder(
+        &self,
+        run: &Run<'_>,
+        batch: &PackedBatch,
+        mut keep: Option<&mut Vec<LayerSaved>>,
+        mut states: Option<&mut Vec<Tensor>>,
+    ) -> Result<(Tensor, Tensor, Vec<f32>)> {
+        let mut stream = run
+            .workspace
+            .take(run.dtype, run.tokens, self.config.hidden_size);
+        embedding::forward(
+            self.table(&self.embedding, run.params),
+            &batch.input_ids,
+            stream.view_mut(),
+        )?;
+        let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
+        let mut normed = first_norm.forward(run, &stream)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let next_norm = self.layers.get(i + 1).map_or(&self.norm, |l| &l.input_norm);
+            let (next, next_normed, saved) = layer.forward(run, stream, normed, next_norm)?;
+            (stream, normed) = (next, next_normed);
+            match &mut keep {
+                Some(layers) => layers.push(saved),
+                None => saved.release(run.workspace),
+            }
+            if let Some(states) = &mut states {
+                states.push(stream.clone());
+            }
+        }
+        let Normed { y, rstd } = normed;
+        Ok((y, stream, rstd))
+    }
+
+    /// From the gradient of the final hidden states to those of all trained parameters.
+    fn backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        batch: &PackedBatch,
+        saved: Saved,
+        d_hidden: Tensor,
+    ) -> Result<()> {
+        let Saved {
+            mut layers,
+            stream,
+            rstd,
+        } = saved;
+        let mut d_stream =
+            run.workspace
+                .take_zeroed(run.dtype, run.tokens, self.config.hidden_size);
+        self.norm
+            .backward(run, grads, &d_hidden, &stream, &rstd, d_stream.view_mut())?;
+        run.workspace.give(d_hidden);
+        run.workspace.give(stream);
+        let embedding = match self.embedding {
+            Table::Trained(id) => Some(id),
+            Table::Frozen(_) => None,
+        };
+        let first_trained = self
+            .layers
+            .iter()
+            .position(Layer::trained)
+            .unwrap_or(self.layers.len());
+        let stop_at = if embedding.is_some() {
+            0
+        } else {
+            first_trained
+        };
+        while let Some(saved) = layers.pop() {
+            let index = layers.len();
+            if index < stop_at {
+                saved.release(run.workspace);
+                continue;
+            }
+            let needs_input = embedding.is_some() || index > stop_at;
+            self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
+        }
+        if let Some(id) = embedding {
+            embedding::backward(d_stream.view(), &batch.input_ids, grads.get_mut(id))?;
+        }
+        run.workspace.give(d_stream);
+        Ok(())
+    }
+
+    fn table<'a>(&self, table: &'a Table, params: &'a FlatBuffer) -> View<'a> {
+        match table {
+            Table::Frozen(tensor) => tensor.view(),
+            Table::Trained(id) => View::from_f32(
+                params.get(*id),
+                self.config.vocab_size,
+                self.config.hidden_size,
+            ),
+        }
+    }
+
+    fn head_weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
+        match &self.head {
+            Head::Tied => self.table(&self.embedding, params),
+            Head::Own(table) => self.table(table, params),
+        }
+    }
+
+    fn head_param(&self) -> Option<ParamId> {
+        let table = match &self.head {
+            Head::Tied => &self.embedding,
+            Head::Own(table) => table,
+        };
+        match table {
+            Table::Trained(id) => Some(*id),
+            Table::Frozen(_) => None,
+        }
+    }
+}
+
+impl LayerSaved {
+    fn release(self, workspace: &Workspace) {
+        let (tensors, parts) = self.into_parts();
+        tensors.into_iter().for_each(|t| workspace.give(t));
+        for part in parts {
+            match part {
+                PartSaved::None => {}
+                PartSaved::LowRank(s) => workspace.give(s),
+                PartSaved::Custom(tensors) => tensors.into_iter().for_each(|t| workspace.give(t)),
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! An RMSNorm of the model: its weight, frozen or trained.
+
+use super::run::Run;
+use crate::Result;
+use crate::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{Tensor, ViewMut, rms_norm};
+
+/// One RMSNorm. Statistics of each pass are saved by the layer that calls it.
+#[derive(Debug)]
+pub(crate) struct Norm {
+    pub(crate) weight: NormWeight,
+    pub(crate) eps: f32,
+}
+
+#[derive(Debug)]
+pub(crate) enum NormWeight {
+    Frozen(Vec<f32>),
+    Trained(ParamId),
+}
+
+/// A normed activation and the reciprocal standard deviations that made it.
+pub(crate) struct Normed {
+    pub(crate) y: Tensor,
+    pub(crate) rstd: Vec<f32>,
+}
+
+impl Norm {
+    fn weight<'a>(&'a self, params: &'a FlatBuffer) -> &'a [f32] {
+        match &self.weight {
+            NormWeight::Frozen(weight) => weight,
+            NormWeight::Trained(id) => params.get(*id),
+        }
+    }
+
+    pub(crate) fn forward(&self, run: &Run<'_>, x: &Tensor) -> Result<Normed> {
+        let mut normed = Self::output(run, x);
+        rms_norm::forward(
+            x.view(),
+            self.weight(run.params),
+            self.eps,
+            normed.y.view_mut(),
+            &mut normed.rstd,
+        )?;
+        Ok(normed)
+    }
+
+    /// `sum += other`, then the norm of `sum`, in one pass.
+    pub(crate) fn add_forward(
+        &self,
+        run: &Run<'_>,
+        sum: &mut Tensor,
+        other: &Tensor,
+    ) -> Result<Normed> {
+        let mut normed = Self::output(run, sum);
+        let weight = self.weight(run.params);
+        rms_norm::add_forward(
+            sum.view_mut(),
+            other.view(),
+            weight,
+            self.eps,
+            normed.y.view_mut(),
+            &mut normed.rstd,
+        )?;
+        Ok(normed)
+    }
+
+    /// The normed activation again, from the saved statistics: cheaper to recompute than to keep.
+    pub(crate) fn recompute(&self, run: &Run<'_>, x: &Tensor, rstd: &[f32]) -> Result<Tensor> {
+        let mut y = run.workspace.take(run.dtype, x.rows(), x.cols());
+        rms_norm::apply(x.view(), self.weight(run.params), rstd, y.view_mut())?;
+        Ok(y)
+    }
+
+    /// Adds the gradient of x to `dx`, and of the weight, if trained, to `grads`.
+    pub(crate) fn backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        dy: &Tensor,
+        x: &Tensor,
+        rstd: &[f32],
+        dx: ViewMut<'_>,
+    ) -> Result<()> {
+        let d_weight = match self.weight {
+            NormWeight::Frozen(_) => None,
+            NormWeight::Trained(id) => Some(grads.get_mut(id)),
+        };
+        rms_norm::backward(
+            dy.view(),
+            x.view(),
+            self.weight(run.params),
+            rstd,
+            dx,
+            d_weight,
+        )?;
+        Ok(())
+    }
+
+    pub(crate) fn trained(&self) -> bool {
+        matches!(self.weight, NormWeight::Trained(_))
+    }
+
+    fn output(run: &Run<'_>, x: &Tensor) -> Normed {
+        Normed {
+            y: run.workspace.take(run.dtype, x.rows(), x.cols()),
+            rstd: vec![0.0; x.rows()],
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! Rotary position embedding: which frequencies, for every `rope_type` of Transformers that a
+//! Llama checkpoint uses.
+//!
+//! # Source
+//! `transformers/modeling_rope_utils.py` (5.x); YaRN: Peng et al. 2023, arXiv 2309.00071.
+
+use super::hf_config::HfConfig;
+use crate::{Error, Result, suggest};
+use serde_json::{Map, Value};
+use std::f64::consts::TAU;
+
+const TYPES: [&str; 5] = ["default", "linear", "dynamic", "llama3", "yarn"];
+
+/// How positions become angles.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the geometric frequencies.
+    pub theta: f64,
+    /// Rotated dimensions of each head; even.
+    pub rotary_dim: usize,
+    /// The scaling rule.
+    pub scaling: RopeScaling,
+}
+
+/// The scaling rules. Lengths are in tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Plain RoPE.
+    Default,
+    /// Positions divided by `factor`.
+    Linear {
+        /// Divisor.
+        factor: f64,
+    },
+    /// NTK-aware base that grows with the length of the document beyond `max_position`.
+    Dynamic {
+        /// Growth factor.
+        factor: f64,
+        /// Length up to which RoPE is plain.
+        max_position: f64,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths above `original_max_position / low_freq_factor` are low.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_position / high_freq_factor` are high.
+        high_freq_factor: f64,
+        /// Context length of pre-training.
+        original_max_position: f64,
+    },
+    /// YaRN: a ramp over dimensions between divided and plain frequencies, and scaled cos and sin.
+    Yarn {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Rotations over the original context above which a dimension is kept.
+        beta_fast: f64,
+        /// Rotations below which it is divided.
+        beta_slow: f64,
+        /// Context length of pre-training.
+        original_max_position: f64,
+        /// Factor of cos and sin.
+        attention_factor: f64,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+    },
+}
+
+impl RopeConfig {
+    /// Reads `rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (4.x).
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter.
+    pub fn from_hf(config: &HfConfig, head_dim: usize) -> Result<Self> {
+        let (group, parameters) = parameters(config)?;
+        let read = Parameters {
+            config,
+            group,
+            map: &parameters,
+        };
+        let theta = read.number(
+            "rope_theta",
+            Some(config.number_or("rope_theta", 10_000.0)?),
+        )?;
+        let partial = read.number(
+            "partial_rotary_factor",
+            Some(config.number_or("partial_rotary_factor", 1.0)?),
+        )?;
+        let rotary_dim = (head_dim as f64 * partial) as usize;
+        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+            return Err(config.error(
+                "head_dim",
+                format!("rotary dimensions are {rotary_dim}; expected an even number above 0"),
+            ));
+        }
+        let max_position = config.size_or("max_position_embeddings", Some(2048))? as f64;
+        Ok(Self {
+            theta,
+            rotary_dim,
+            scaling: read.scaling(max_position)?,
+        })
+    }
+
+    /// Angles per position, `[rotary_dim / 2]`, for a document of `length` tokens.
+    #[must_use]
+    pub fn inverse_frequencies(&self, length: u32) -> Vec<f32> {
+        let dim = self.rotary_dim as f64;
+        let plain = |theta: f64, i: usize| 1.0 / theta.powf(2.0 * i as f64 / dim);
+        let half = self.rotary_dim / 2;
+        let frequency = |i: usize| match self.scaling {
+            RopeScaling::Default => plain(self.theta, i),
+            RopeScaling::Linear { factor } => plain(self.theta, i) / factor,
+            RopeScaling::Dynamic {
+                factor,
+                max_position,
+            } => {
+                let length = f64::from(length).max(max_position);
+                let growth = factor * length / max_position - (factor - 1.0);
+                plain(self.theta * growth.powf(dim / (dim - 2.0)), i)
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position,
+            } => {
+                let f = plain(self.theta, i);
+                let wavelength = TAU / f;
+                if wavelength > original_max_position / low_freq_factor {
+                    f / factor
+                } else if wavelength < original_max_position / high_freq_factor {
+                    f
+                } else {
+                    let smooth = (original_max_position / wavelength - low_freq_factor)
+                        / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            }
+            RopeScaling::Yarn { factor, .. } => {
+                let keep = 1.0 - self.yarn_ramp(i);
+                let f = plain(self.theta, i);
+                f / factor * (1.0 - keep) + f * keep
+            }
+        };
+        (0..half).map(|i| frequency(i) as f32).collect()
+    }
+
+    /// Factor of cos and sin; 1 except for YaRN.
+    #[must_use]
+    pub fn attention_factor(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
+            _ => 1.0,
+        }
+    }
+
+    /// Whether the frequencies depend on the document's length.
+    #[must_use]
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self.scaling, RopeScaling::Dynamic { .. })
+    }
+
+    /// 0 where a dimension is kept, 1 where it is divided (YaRN, equation 23).
+    fn yarn_ramp(&self, i: usize) -> f64 {
+        let RopeScaling::Yarn {
+            beta_fast,
+            beta_slow,
+            original_max_position,
+            truncate,
+            ..
+        } = self.scaling
+        else {
+            return 0.0;
+        };
+        let dim = self.rotary_dim as f64;
+        let dimension_of = |rotations: f64| {
+            dim * (original_max_position / (rotations * TAU)).ln() / (2.0 * self.theta.ln())
+        };
+        let (low, high) = (dimension_of(beta_fast), dimension_of(beta_slow));
+        let (low, high) = if truncate {
+            (low.floor(), high.ceil())
+        } else {
+            (low, high)
+        };
+        let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high {
+            high += 0.001; // as Transformers: no division by zero
+        }
+        ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)
+    }
+}
+
+/// The parameters of the rope, and the key they stand under.
+fn parameters(config: &HfConfig) -> Result<(&'static str, Map<String, Value>)> {
+    for group in ["rope_parameters", "rope_scaling"] {
+        match config.get(group) {
+            None => {}
+            Some(Value::Object(map)) => return Ok((group, map.clone())),
+            Some(other) => {
+                return Err(config.error(group, format!("is {other}; expected an object or null")));
+            }
+        }
+    }
+    Ok(("rope_parameters", Map::new()))
+}
+
+struct Parameters<'a> {
+    config: &'a HfConfig,
+    group: &'static str,
+    map: &'a Map<String, Value>,
+}
+
+impl Parameters<'_> {
+    fn error(&self, key: &str, message: impl AsRef<str>) -> Error {
+        self.config.error(&format!("{}.{key}", self.group), message)
+    }
+
+    fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
+        match (self.map.get(key).filter(|v| !v.is_null()), default) {
+            (None, Some(default)) => Ok(default),
+            (None, None) => Err(self.error(key, "is missing; this rope_type needs it")),
+            (Some(value), _) => value
+                .as_f64()
+                .filter(|v| v.is_finite() && *v > 0.0)
+                .ok_or_else(|| self.error(key, format!("is {value}; expected a number above 0"))),
+        }
+    }
+
+    fn scaling(&self, max_position: f64) -> Result<RopeScaling> {
+        // `type` is the key's name before Transformers 4.43.
+        let name = ["rope_type", "type"]
+            .iter()
+            .find_map(|k| self.map.get(*k))
+            .and_then(Value::as_str);
+        match name.unwrap_or("default") {
+            "default" => Ok(RopeScaling::Default),
+            "linear" => Ok(RopeScaling::Linear {
+                factor: self.number("factor", None)?,
+            }),
+            "dynamic" => Ok(RopeScaling::Dynamic {
+                factor: self.number("factor", None)?,
+                max_position,
+            }),
+            "llama3" => Ok(RopeScaling::Llama3 {
+                factor: self.number("factor", None)?,
+                low_freq_factor: self.number("low_freq_factor", None)?,
+                high_freq_factor: self.number("high_freq_factor", None)?,
+                original_max_position: self.number("original_max_position_embeddings", None)?,
+            }),
+            "yarn" => self.yarn(max_position),
+            other => Err(self.error(
+                "rope_type",
+                format!(
+                    "`{other}` is not supported{}; supported: {}",
+                    suggest::did_you_mean(other, TYPES),
+                    TYPES.join(", ")
+                ),
+            )),
+        }
+    }
+
+    fn yarn(&self, max_position: f64) -> Result<RopeScaling> {
+        let original = self.number("original_max_position_embeddings", Some(max_position))?;
+        let factor = self.number("factor", Some(max_position / original))?;
+        // Equation 22, with DeepSeek's pair of multipliers where a checkpoint has them.
+        let mscale = |m: f64| {
+            if factor <= 1.0 {
+                1.0
+            } else {
+                0.1 * m * factor.ln() + 1.0
+            }
+        };
+        let multiplier = |key: &str| {
+            self.map
+                .get(key)
+                .and_then(Value::as_f64)
+                .filter(|v| *v != 0.0)
+        };
+        let attention_factor = match (multiplier("mscale"), multiplier("mscale_all_dim")) {
+            (Some(a), Some(b)) => mscale(a) / mscale(b),
+            _ => mscale(1.0),
+        };
+        Ok(RopeScaling::Yarn {
+            factor,
+            beta_fast: self.number("beta_fast", Some(32.0))?,
+            beta_slow: self.number("beta_slow", Some(1.0))?,
+            original_max_position: original,
+            attention_factor: self.number("attention_factor", Some(attention_factor))?,
+            truncate: self
+                .map
+                .get("truncate")
+                .and_then(Value::as_bool)
+                .unwrap_or(true),
+        })
+    }
+}

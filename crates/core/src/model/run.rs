@@ -1,0 +1,120 @@
+//! What one pass over a micro-batch carries besides activations.
+
+use super::rope::RopeConfig;
+use crate::adapter::LowRank;
+use crate::data::PackedBatch;
+use crate::params::FlatBuffer;
+use ferrotune_kernels::{DType, Workspace, dropout, rng};
+use std::collections::BTreeMap;
+
+/// Whether random draws happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// No dropout.
+    Eval,
+    /// Dropout with masks drawn from `(seed, step, site, document, position, column)`.
+    Train {
+        /// Seed of the run.
+        seed: u64,
+        /// Optimizer step, from 0.
+        step: u64,
+    },
+}
+
+/// The surroundings of a forward and its backward.
+pub(crate) struct Run<'a> {
+    pub(crate) params: &'a FlatBuffer,
+    pub(crate) workspace: &'a Workspace,
+    /// Dtype of activations.
+    pub(crate) dtype: DType,
+    pub(crate) tokens: usize,
+    pub(crate) cu_seqlens: &'a [u32],
+    /// cos and sin per token, `[T, rotary_dim / 2]`.
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    mode: Mode,
+    /// (document, position) of each token: the counter of its draws.
+    draw_rows: Vec<[u32; 2]>,
+}
+
+impl<'a> Run<'a> {
+    pub(crate) fn new(
+        params: &'a FlatBuffer,
+        workspace: &'a Workspace,
+        dtype: DType,
+        rope: &RopeConfig,
+        batch: &'a PackedBatch,
+        mode: Mode,
+    ) -> Self {
+        let (cos, sin) = angles(rope, batch);
+        let mut draw_rows = Vec::new();
+        if mode != Mode::Eval {
+            for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
+                let id = batch.sequence_ids[s] as u32;
+                draw_rows.extend((0..bounds[1] - bounds[0]).map(|position| [id, position]));
+            }
+        }
+        let tokens = batch.tokens();
+        Self {
+            params,
+            workspace,
+            dtype,
+            tokens,
+            cu_seqlens: &batch.cu_seqlens,
+            cos,
+            sin,
+            mode,
+            draw_rows,
+        }
+    }
+
+    /// The mask of a low-rank update's dropout at site `site`, if one applies.
+    pub(crate) fn dropout(
+        &self,
+        site: usize,
+        low_rank: &LowRank,
+    ) -> Option<(dropout::Key, &[[u32; 2]])> {
+        match self.mode {
+            Mode::Train { seed, step } if low_rank.dropout > 0.0 => {
+                let seed = rng::mix(rng::mix(rng::key_for(seed, "dropout"), step), site as u64);
+                Some((
+                    dropout::Key {
+                        seed,
+                        p: low_rank.dropout,
+                    },
+                    &self.draw_rows,
+                ))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// cos and sin of every token, in the order Transformers computes them: f32 frequency times f32
+/// position, rounded, then the function.
+fn angles(rope: &RopeConfig, batch: &PackedBatch) -> (Vec<f32>, Vec<f32>) {
+    let half = rope.rotary_dim / 2;
+    let scale = rope.attention_factor() as f32;
+    let mut by_length = BTreeMap::new();
+    let (mut cos, mut sin) = (Vec::new(), Vec::new());
+    cos.reserve(batch.tokens() * half);
+    sin.reserve(batch.tokens() * half);
+    for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
+        let length = if rope.depends_on_length() {
+            batch.rope_lengths[s]
+        } else {
+            0
+        };
+        let frequencies = by_length
+            .entry(length)
+            .or_insert_with(|| rope.inverse_frequencies(length));
+        for &position in &batch.position_ids[bounds[0] as usize..bounds[1] as usize] {
+            for &frequency in frequencies.iter() {
+                let angle = frequency * position as f32;
+                cos.push(angle.cos() * scale);
+                sin.push(angle.sin() * scale);
+            }
+        }
+    }
+    (cos, sin)
+}

@@ -1,0 +1,332 @@
+//! From names and shapes to a model: each weight streams from its source straight into its place.
+
+use super::config::DecoderConfig;
+use super::layer::Layer;
+use super::linear::{LinearGroup, Part, PartBias, PartWeight};
+use super::norm::{Norm, NormWeight};
+use super::plan::{LayerPlan, ModelPlan};
+use super::{Head, Model, Table};
+use crate::adapter::{Attachment, Site, SiteId, SiteKind};
+use crate::io::{ModelFiles, SafetensorsFile};
+use crate::params::FlatBuffer;
+use crate::{Error, Result, suggest};
+use ferrotune_kernels::{DType, Tensor, ViewMut, attention, rng};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Where base weights come from.
+pub trait WeightSource {
+    /// Refuses unless exactly these tensors `(name, shape)` can be read.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a missing, extra or misshapen tensor, before anything is read.
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()>;
+
+    /// Reads tensor `name` into `to`, converting the dtype. A vector is one row.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
+}
+
+/// Random weights of any shape, for benchmarks and tests: normal with Transformers'
+/// `initializer_range` of 0.02, norms one.
+#[derive(Clone, Copy, Debug)]
+pub struct RandomWeights {
+    /// Seed of every tensor, together with its name.
+    pub seed: u64,
+}
+
+impl WeightSource for RandomWeights {
+    fn check(&self, _: &[(String, Vec<usize>)]) -> Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
+        let [rows, cols] = to.shape();
+        let mut values = vec![1.0; rows * cols];
+        if !name.contains("norm") {
+            let mut stream = rng::Stream::new(rng::key_for(self.seed, name));
+            // A sum of four uniforms is close enough to a normal, and quick for a billion draws.
+            let std = 0.02 * 3.0_f32.sqrt() / 2.0_f32.powi(16);
+            for value in &mut values {
+                let bits = stream.bits();
+                let sum: i32 = (0..4).map(|i| i32::from((bits >> (16 * i)) as i16)).sum();
+                *value = sum as f32 * std;
+            }
+        }
+        to_rows(to, &values);
+        Ok(())
+    }
+}
+
+impl WeightSource for ModelFiles {
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        let shapes = self
+            .names()
+            .filter_map(|name| Some((name, self.meta(name)?.shape.as_slice())));
+        let file = self
+            .shards()
+            .first()
+            .map_or(Path::new(""), SafetensorsFile::path);
+        check_tensors(file, expected, &shapes.collect())
+    }
+
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
+        self.read_rows_into(name, to)
+    }
+}
+
+fn to_rows(to: ViewMut<'_>, values: &[f32]) {
+    let [rows, cols] = to.shape();
+    to.copy_from(ferrotune_kernels::View::from_f32(values, rows, cols));
+}
+
+/// Names and shapes of every tensor a model reads, from the plan alone.
+#[must_use]
+pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
+    let mut expected = Vec::new();
+    for site in plan.sites.iter().filter(|s| s.tied_to.is_none()) {
+        let weight = match site.kind {
+            SiteKind::Norm => vec![site.out_features],
+            SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
+        };
+        expected.push((format!("{}.weight", site.name), weight));
+        if site.bias {
+            expected.push((format!("{}.bias", site.name), vec![site.out_features]));
+        }
+    }
+    expected
+}
+
+/// Compares what a checkpoint has with what a model needs: missing, extra, misshapen.
+///
+/// # Errors
+/// [`Error::Model`] naming the tensor, with the nearest name the file has.
+pub fn check_tensors(
+    file: &Path,
+    expected: &[(String, Vec<usize>)],
+    found: &BTreeMap<&str, &[usize]>,
+) -> Result<()> {
+    for (name, shape) in expected {
+        match found.get(name.as_str()) {
+            None => {
+                let hint = suggest::did_you_mean(name, found.keys().copied());
+                return Err(Error::model(
+                    file,
+                    format!(
+                        "tensor `{name}` is missing{hint}; config.json and weights must belong together"
+                    ),
+                ));
+            }
+            Some(got) if *got != shape.as_slice() => {
+                return Err(Error::model(
+                    file,
+                    format!("tensor `{name}` has shape {got:?}, config.json makes it {shape:?}"),
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    let wanted = |name: &str| expected.iter().any(|(n, _)| n == name);
+    // Old checkpoints keep a buffer of frequencies; a tied head may be stored once more.
+    let ignorable = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
+    match found.keys().find(|name| !wanted(name) && !ignorable(name)) {
+        None => Ok(()),
+        Some(extra) => Err(Error::model(
+            file,
+            format!(
+                "tensor `{extra}` belongs to nothing in this architecture; config.json and weights must belong together"
+            ),
+        )),
+    }
+}
+
+/// Builds a [`Model`] part by part.
+pub(super) struct Builder<'a> {
+    pub(super) config: &'a DecoderConfig,
+    pub(super) plan: &'a ModelPlan,
+    pub(super) attachments: BTreeMap<SiteId, Attachment>,
+    pub(super) source: &'a dyn WeightSource,
+    pub(super) params: &'a mut FlatBuffer,
+    pub(super) dtype: DType,
+}
+
+impl Builder<'_> {
+    pub(super) fn model(mut self) -> Result<Model> {
+        let plan = self.plan;
+        self.source.check(&expected_tensors(plan))?;
+        let embedding = self.table(plan.embedding)?;
+        let mut layers = Vec::with_capacity(plan.layers.len());
+        for (index, layer) in plan.layers.iter().enumerate() {
+            layers.push(self.layer(index, layer)?);
+        }
+        let norm = self.norm(plan.norm)?;
+        let head = match plan.site(plan.head).tied_to {
+            Some(_) => Head::Tied,
+            None => Head::Own(self.table(plan.head)?),
+        };
+        if let Some(site) = self.attachments.keys().next() {
+            let name = &plan.site(*site).name;
+            return Err(Error::config(
+                "lora_target_modules",
+                format!("nothing can attach to `{name}` yet; target linears inside the layers"),
+            ));
+        }
+        Ok(Model {
+            config: self.config.clone(),
+            embedding,
+            layers,
+            norm,
+            head,
+            weight_dtype: self.dtype,
+        })
+    }
+
+    fn layer(&mut self, index: usize, layer: &LayerPlan) -> Result<Layer> {
+        let config = self.config;
+        Ok(Layer {
+            input_norm: self.norm(layer.input_norm)?,
+            qkv: self.linears(&[layer.q, layer.k, layer.v])?,
+            o: self.linears(&[layer.o])?,
+            mlp_norm: self.norm(layer.mlp_norm)?,
+            gate_up: self.linears(&[layer.gate, layer.up])?,
+            down: self.linears(&[layer.down])?,
+            attention: attention::Config {
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                scale: config.attention_scale,
+                window: config.sliding_windows[index],
+            },
+            rotary_dim: config.rope.rotary_dim,
+        })
+    }
+
+    fn linears(&mut self, ids: &[SiteId]) -> Result<LinearGroup> {
+        let plan = self.plan;
+        let in_features = plan.site(ids[0]).in_features;
+        let out_features: usize = ids.iter().map(|&id| plan.site(id).out_features).sum();
+        let trains = |b: &Self, id: SiteId| {
+            matches!(b.attachments.get(&id), Some(Attachment::TrainBase { .. }))
+        };
+        let all_frozen = !ids.iter().any(|&id| trains(self, id));
+        let mut frozen = all_frozen.then(|| Tensor::zeros(self.dtype, out_features, in_features));
+        let mut parts = Vec::with_capacity(ids.len());
+        let mut first = 0;
+        for &id in ids {
+            let site = plan.site(id);
+            let columns = first..first + site.out_features;
+            first = columns.end;
+            let attachment = self.attachments.remove(&id);
+            let (weight, trained_bias) = match (&mut frozen, &attachment) {
+                (Some(group), _) => {
+                    let rows = group.view_mut().row_range(columns.clone());
+                    self.source.read(&format!("{}.weight", site.name), rows)?;
+                    (PartWeight::InGroup, None)
+                }
+                (None, Some(Attachment::TrainBase { weight, bias })) => {
+                    self.read_param(site, *weight, "weight")?;
+                    (PartWeight::Trained(*weight), *bias)
+                }
+                (None, _) => (PartWeight::Alone(self.frozen(site)?), None),
+            };
+            let bias = self.bias(site, trained_bias)?;
+            parts.push(Part {
+                site: id.0,
+                columns,
+                weight,
+                bias,
+                attachment,
+            });
+        }
+        Ok(LinearGroup {
+            in_features,
+            parts,
+            frozen,
+        })
+    }
+
+    fn bias(
+        &mut self,
+        site: &Site,
+        trained: Option<crate::params::ParamId>,
+    ) -> Result<Option<PartBias>> {
+        if !site.bias {
+            return Ok(None);
+        }
+        if let Some(id) = trained {
+            self.read_param(site, id, "bias")?;
+            return Ok(Some(PartBias::Trained(id)));
+        }
+        Ok(Some(PartBias::Frozen(self.vector(
+            &format!("{}.bias", site.name),
+            site.out_features,
+        )?)))
+    }
+
+    fn norm(&mut self, id: SiteId) -> Result<Norm> {
+        let site = self.plan.site(id);
+        let weight = match self.attachments.remove(&id) {
+            None => NormWeight::Frozen(
+                self.vector(&format!("{}.weight", site.name), site.out_features)?,
+            ),
+            Some(Attachment::TrainBase { weight, .. }) => {
+                self.read_param(site, weight, "weight")?;
+                NormWeight::Trained(weight)
+            }
+            Some(_) => return Err(unsupported(site)),
+        };
+        Ok(Norm {
+            weight,
+            eps: self.config.rms_norm_eps,
+        })
+    }
+
+    fn table(&mut self, id: SiteId) -> Result<Table> {
+        let site = self.plan.site(id);
+        match self.attachments.remove(&id) {
+            None => Ok(Table::Frozen(self.frozen(site)?)),
+            Some(Attachment::TrainBase { weight, bias: None }) => {
+                self.read_param(site, weight, "weight")?;
+                Ok(Table::Trained(weight))
+            }
+            Some(_) => Err(unsupported(site)),
+        }
+    }
+
+    fn frozen(&self, site: &Site) -> Result<Tensor> {
+        let mut tensor = Tensor::zeros(self.dtype, site.out_features, site.in_features);
+        self.source
+            .read(&format!("{}.weight", site.name), tensor.view_mut())?;
+        Ok(tensor)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; len];
+        self.source
+            .read(name, ViewMut::from_f32(&mut values, 1, len))?;
+        Ok(values)
+    }
+
+    fn read_param(&mut self, site: &Site, id: crate::params::ParamId, suffix: &str) -> Result<()> {
+        let shape = self.params.layout().segment(id).spec.shape.clone();
+        let (rows, cols) = if let [rows, cols] = shape[..] {
+            (rows, cols)
+        } else {
+            (1, shape.iter().product())
+        };
+        let to = ViewMut::from_f32(self.params.get_mut(id), rows, cols);
+        self.source.read(&format!("{}.{suffix}", site.name), to)
+    }
+}
+
+fn unsupported(site: &Site) -> Error {
+    Error::config(
+        "lora_target_modules",
+        format!(
+            "a low-rank update of `{}` is not supported yet; target linears inside the layers",
+            site.name
+        ),
+    )
+}

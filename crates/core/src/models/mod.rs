@@ -1,0 +1,30 @@
+//! Architectures. Each file states how one differs from the common decoder; adding one is a file
+//! and a line of [`ARCHITECTURES`].
+
+mod llama;
+
+use crate::model::{DecoderConfig, HfConfig};
+use crate::{Result, suggest};
+
+/// Turns the keys of a `config.json` into a decoder.
+type Build = fn(&HfConfig) -> Result<DecoderConfig>;
+
+/// `model_type` and how to read it.
+const ARCHITECTURES: [(&str, Build); 1] = [("llama", llama::decoder)];
+
+/// The decoder of a config, by its `model_type`.
+pub(crate) fn architecture(config: &HfConfig) -> Result<DecoderConfig> {
+    let name = config.text_or("model_type", "")?;
+    let known = || ARCHITECTURES.iter().map(|(name, _)| *name);
+    match ARCHITECTURES.iter().find(|(n, _)| *n == name) {
+        Some((_, build)) => build(config),
+        None => Err(config.error(
+            "model_type",
+            format!(
+                "`{name}` is not supported{}; supported: {}",
+                suggest::did_you_mean(name, known()),
+                known().collect::<Vec<_>>().join(", ")
+            ),
+        )),
+    }
+}

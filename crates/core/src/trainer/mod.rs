@@ -1,0 +1,8 @@
+//! One optimizer step, and the run around it.
+
+mod run;
+mod step;
+
+pub use crate::run_log::StepReport;
+pub use run::{Run, RunOutcome, RunPlan, Save, StepData};
+pub use step::{EvalReport, Trainer, TrainerOptions, attach};

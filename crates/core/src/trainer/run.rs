@@ -1,0 +1,231 @@
+//! A training run: steps in order, logging, evaluation, checkpoints, and stopping in between.
+
+use super::step::Trainer;
+use crate::data::PackedBatch;
+use crate::lr_schedule::LrSchedule;
+use crate::run_log::{
+    CheckpointSaved, Evaluated, Event, LogWindow, Observer, RunFinished, RunStarted, StepReport,
+    TrainerState, emit,
+};
+use crate::{Error, Result};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Where micro-batches come from. A pure function of the step, so that a resumed run reads what
+/// the uninterrupted one would have read.
+pub trait StepData {
+    /// This rank's micro-batches of optimizer step `step`, from 0.
+    ///
+    /// # Errors
+    /// Whatever reading them can fail with; the run ends with it.
+    fn step(&mut self, step: u64) -> Result<Vec<PackedBatch>>;
+}
+
+impl<F: FnMut(u64) -> Result<Vec<PackedBatch>>> StepData for F {
+    fn step(&mut self, step: u64) -> Result<Vec<PackedBatch>> {
+        self(step)
+    }
+}
+
+/// How long a run is and what happens when. Intervals are in optimizer steps.
+#[derive(Clone, Debug, Default)]
+pub struct RunPlan {
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Steps of one epoch.
+    pub steps_per_epoch: u64,
+    /// Steps between log rows.
+    pub log_every: Option<u64>,
+    /// Whether the first step is logged too.
+    pub log_first: bool,
+    /// Steps between checkpoints; one more is saved at the end.
+    pub save_every: Option<u64>,
+    /// Steps between evaluations.
+    pub eval_every: Option<u64>,
+    /// FLOPs of one step's token, for `total_flos`.
+    pub flops_per_token: f64,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunOutcome {
+    /// All steps were done.
+    Finished(RunFinished),
+    /// The stop flag was set: the checkpoint that was saved, unless no step had been done.
+    Stopped {
+        /// Steps done.
+        step: u64,
+        /// Where to resume from.
+        checkpoint: Option<PathBuf>,
+    },
+}
+
+/// Saves a checkpoint and says where.
+pub type Save<'a> = dyn FnMut(&Trainer, &TrainerState, &LogWindow) -> Result<PathBuf> + 'a;
+
+/// Everything a run needs besides the trainer.
+pub struct Run<'a, 'o> {
+    /// How long, and what when.
+    pub plan: RunPlan,
+    /// Learning rate of each step.
+    pub schedule: &'a LrSchedule,
+    /// Micro-batches of each step.
+    pub data: &'a mut dyn StepData,
+    /// Batches to evaluate on.
+    pub eval_batches: &'a [PackedBatch],
+    /// Who hears of it.
+    pub observers: &'a mut [Box<dyn Observer + 'o>],
+    /// History so far; goes into checkpoints.
+    pub state: &'a mut TrainerState,
+    /// Metrics since the last log row.
+    pub window: LogWindow,
+    /// Set from a signal handler: finish the step, save, leave.
+    pub stop: &'a AtomicBool,
+    /// Saves a checkpoint.
+    pub save: &'a mut Save<'a>,
+}
+
+/// Sums over this process's steps.
+#[derive(Default)]
+struct Totals {
+    steps: u64,
+    loss_sum: f64,
+    trained_tokens: u64,
+    samples: u64,
+}
+
+impl Run<'_, '_> {
+    /// Trains until the last step or until the stop flag is set.
+    ///
+    /// # Errors
+    /// The first error of a step, an observer or a save. Checkpoints saved before stay.
+    pub fn run(mut self, trainer: &mut Trainer, started: RunStarted) -> Result<RunOutcome> {
+        let begin = Instant::now();
+        self.emit(&Event::RunStarted(started))?;
+        let mut totals = Totals::default();
+        let mut saved: Option<(u64, PathBuf)> = None;
+        while trainer.steps_done() < self.plan.total_steps {
+            if self.stop.load(Ordering::SeqCst) {
+                return self.stopped(trainer, saved);
+            }
+            let step = trainer.steps_done();
+            let batches = self.data.step(step)?;
+            let report = trainer.step(&batches, self.schedule.lr(step))?;
+            totals.add(&report, &batches);
+            self.after_step(trainer, &report, &begin)?;
+            let done = trainer.steps_done();
+            if self
+                .plan
+                .save_every
+                .is_some_and(|n| done.is_multiple_of(n) || done == self.plan.total_steps)
+            {
+                saved = Some((done, self.checkpoint(trainer)?));
+            }
+        }
+        let finished = self.finished(trainer, &totals, begin.elapsed().as_secs_f64());
+        self.emit(&Event::RunFinished(finished.clone()))?;
+        Ok(RunOutcome::Finished(finished))
+    }
+
+    fn after_step(
+        &mut self,
+        trainer: &mut Trainer,
+        report: &StepReport,
+        begin: &Instant,
+    ) -> Result<()> {
+        let done = trainer.steps_done();
+        let epoch = self.epoch(done);
+        self.window.add(report);
+        self.state.advance(done, epoch, self.window.num_tokens());
+        let last = done == self.plan.total_steps;
+        let due = self
+            .plan
+            .log_every
+            .is_some_and(|n| done.is_multiple_of(n) || last);
+        if due || (self.plan.log_first && done == 1) {
+            let row = self.window.take(done, epoch, begin.elapsed().as_secs_f64());
+            self.emit(&Event::StepLogged(row))?;
+        }
+        if self
+            .plan
+            .eval_every
+            .is_some_and(|n| done.is_multiple_of(n) || last)
+        {
+            self.evaluate(trainer)?;
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, trainer: &mut Trainer) -> Result<()> {
+        let begin = Instant::now();
+        let report = trainer.evaluate(self.eval_batches)?;
+        let step = trainer.steps_done();
+        self.emit(&Event::Evaluated(Evaluated {
+            step,
+            epoch: self.epoch(step),
+            loss: report.loss,
+            entropy: report.entropy,
+            num_tokens: self.window.num_tokens(),
+            mean_token_accuracy: report.mean_token_accuracy,
+            runtime: begin.elapsed().as_secs_f64(),
+            samples: self
+                .eval_batches
+                .iter()
+                .map(PackedBatch::sequences)
+                .sum::<usize>() as u64,
+            batches: self.eval_batches.len() as u64,
+        }))
+    }
+
+    fn checkpoint(&mut self, trainer: &Trainer) -> Result<PathBuf> {
+        let path = (self.save)(trainer, self.state, &self.window)?;
+        let saved = CheckpointSaved {
+            step: trainer.steps_done(),
+            path: path.clone(),
+        };
+        self.emit(&Event::CheckpointSaved(saved))?;
+        Ok(path)
+    }
+
+    fn stopped(&mut self, trainer: &Trainer, saved: Option<(u64, PathBuf)>) -> Result<RunOutcome> {
+        let step = trainer.steps_done();
+        let checkpoint = match saved {
+            Some((at, path)) if at == step => Some(path),
+            _ if step == 0 => None,
+            _ => Some(self.checkpoint(trainer)?),
+        };
+        Ok(RunOutcome::Stopped { step, checkpoint })
+    }
+
+    fn finished(&self, trainer: &Trainer, totals: &Totals, seconds: f64) -> RunFinished {
+        let step = trainer.steps_done();
+        RunFinished {
+            step,
+            epoch: self.epoch(step),
+            train_runtime: seconds,
+            samples: totals.samples,
+            steps: totals.steps,
+            train_loss: totals.loss_sum / totals.trained_tokens.max(1) as f64,
+            total_flos: self.plan.flops_per_token * self.window.num_tokens() as f64,
+        }
+    }
+
+    fn epoch(&self, step: u64) -> f64 {
+        step as f64 / self.plan.steps_per_epoch.max(1) as f64
+    }
+
+    fn emit(&mut self, event: &Event) -> Result<(), Error> {
+        self.state.on(event)?;
+        emit(self.observers, event)
+    }
+}
+
+impl Totals {
+    fn add(&mut self, report: &StepReport, batches: &[PackedBatch]) {
+        self.steps += 1;
+        self.loss_sum += report.loss_sum;
+        self.trained_tokens += report.trained_tokens;
+        self.samples += batches.iter().map(PackedBatch::sequences).sum::<usize>() as u64;
+    }
+}

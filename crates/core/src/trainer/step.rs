@@ -1,0 +1,355 @@
+//! One optimizer step: gradients of every micro-batch, one reduction, clip, AdamW.
+
+use crate::adapter::{Adapter, Attachment, SiteId};
+use crate::data::PackedBatch;
+use crate::model::{DecoderConfig, Mode, Model, ModelPlan, Pass, WeightSource};
+use crate::params::{FlatBuffer, ParamLayoutBuilder};
+use crate::process_group::ProcessGroup;
+use crate::run_log::StepReport;
+use crate::{Error, Result};
+use ferrotune_kernels::adamw::{self, AdamW};
+use ferrotune_kernels::linear_cross_entropy::Sums;
+use ferrotune_kernels::{DType, Workspace};
+
+/// What a step needs to know besides its data.
+#[derive(Clone, Debug)]
+pub struct TrainerOptions {
+    /// Seed of initial values and dropout.
+    pub seed: u64,
+    /// Dtype of frozen weights.
+    pub weight_dtype: DType,
+    /// Dtype of activations.
+    pub activation_dtype: DType,
+    /// AdamW's moments.
+    pub adamw: AdamW,
+    /// Decoupled weight decay of tensors that are decayed.
+    pub weight_decay: f64,
+    /// Global gradient norm above which gradients are scaled down; `None` never clips.
+    pub max_grad_norm: Option<f64>,
+    /// Tokens of the longest micro-batch; sizes the buffers.
+    pub max_tokens: usize,
+}
+
+impl Default for TrainerOptions {
+    /// Transformers' defaults: betas 0.9 and 0.999, eps 1e-8, no decay, clip at 1.0, seed 42.
+    fn default() -> Self {
+        Self {
+            seed: 42,
+            weight_dtype: DType::F32,
+            activation_dtype: DType::F32,
+            adamw: AdamW {
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+            },
+            weight_decay: 0.0,
+            max_grad_norm: Some(1.0),
+            max_tokens: 0,
+        }
+    }
+}
+
+/// Loss and accuracy over a data set, token-weighted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EvalReport {
+    /// Mean loss over the label tokens, in nats.
+    pub loss: f64,
+    /// Mean entropy at label tokens, in nats.
+    pub entropy: f64,
+    /// Share of label tokens predicted right.
+    pub mean_token_accuracy: f64,
+    /// Label tokens.
+    pub label_tokens: u64,
+}
+
+/// A model in training: frozen weights, trainable parameters, optimizer state and peers.
+#[derive(Debug)]
+pub struct Trainer {
+    model: Model,
+    adapter: Box<dyn Adapter>,
+    params: FlatBuffer,
+    grads: FlatBuffer,
+    exp_avg: FlatBuffer,
+    exp_avg_sq: FlatBuffer,
+    group: Box<dyn ProcessGroup>,
+    workspace: Workspace,
+    options: TrainerOptions,
+    step: u64,
+}
+
+impl Trainer {
+    /// Shapes first, weights last: attaches `adapter` to the shape of `config`, reads the base from
+    /// `source`, and gives the adapter its initial values.
+    ///
+    /// # Errors
+    /// If the adapter does not fit (before any weight is read), or the weights do not.
+    pub fn new(
+        config: &DecoderConfig,
+        source: &dyn WeightSource,
+        adapter: Box<dyn Adapter>,
+        mut group: Box<dyn ProcessGroup>,
+        options: TrainerOptions,
+    ) -> Result<Self> {
+        let (attachments, mut params) = attach(config, adapter.as_ref())?;
+        let model = Model::load(
+            config,
+            attachments,
+            source,
+            &mut params,
+            options.weight_dtype,
+        )?;
+        adapter.init(&mut params, options.seed)?;
+        group.broadcast(params.as_mut_slice())?;
+        let zeros = || FlatBuffer::zeros(params.layout());
+        let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
+        let workspace = Workspace::new(options.max_tokens);
+        Ok(Self {
+            model,
+            adapter,
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            group,
+            workspace,
+            options,
+            step: 0,
+        })
+    }
+
+    /// One optimizer step over this rank's micro-batches at learning rate `lr`.
+    ///
+    /// The gradient is that of the mean loss over every trained token of the step, on all ranks:
+    /// it does not depend on how rows are split into micro-batches or ranks.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
+    pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
+        self.grads.as_mut_slice().fill(0.0);
+        let mode = Mode::Train {
+            seed: self.options.seed,
+            step: self.step,
+        };
+        let pass = Pass {
+            workspace: &self.workspace,
+            dtype: self.options.activation_dtype,
+            mode,
+        };
+        let mut sums = Sums::default();
+        for batch in micro_batches {
+            sums += self
+                .model
+                .loss_and_gradients(pass, &self.params, &mut self.grads, batch)?;
+        }
+        let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
+
+        self.group.all_reduce(self.grads.as_mut_slice())?;
+        let (sums, tokens) = self.reduce(sums, tokens)?;
+        let count = sums.count as f64;
+        let loss = sums.loss / count;
+        self.check_finite("loss", loss)?;
+        let grad_norm = adamw::global_norm(self.grads.as_slice()) / count;
+        self.check_finite("gradient norm", grad_norm)?;
+        self.update(lr, self.clip_factor(grad_norm) / count)?;
+        self.step += 1;
+        Ok(StepReport {
+            loss_sum: sums.loss,
+            entropy_sum: sums.entropy,
+            trained_tokens: sums.count,
+            correct: sums.correct,
+            tokens,
+            grad_norm,
+            learning_rate: lr,
+        })
+    }
+
+    /// Loss and accuracy over `batches`, without dropout.
+    ///
+    /// # Errors
+    /// If a token id lies outside the vocabulary, or a peer is lost.
+    pub fn evaluate(&mut self, batches: &[PackedBatch]) -> Result<EvalReport> {
+        let pass = self.eval_pass();
+        let mut sums = Sums::default();
+        for batch in batches {
+            sums += self.model.loss(pass, &self.params, batch)?;
+        }
+        let (sums, _) = self.reduce(sums, 0)?;
+        let count = sums.count as f64;
+        Ok(EvalReport {
+            loss: sums.loss / count,
+            entropy: sums.entropy / count,
+            mean_token_accuracy: sums.correct as f64 / count,
+            label_tokens: sums.count,
+        })
+    }
+
+    /// A pass without random draws, in this trainer's precision and buffers.
+    #[must_use]
+    pub fn eval_pass(&self) -> Pass<'_> {
+        Pass {
+            workspace: &self.workspace,
+            dtype: self.options.activation_dtype,
+            mode: Mode::Eval,
+        }
+    }
+
+    /// The base model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The method that is trained.
+    #[must_use]
+    pub fn adapter(&self) -> &dyn Adapter {
+        self.adapter.as_ref()
+    }
+
+    /// Trainable values.
+    #[must_use]
+    pub fn params(&self) -> &FlatBuffer {
+        &self.params
+    }
+
+    /// Trainable values, to be replaced.
+    pub fn params_mut(&mut self) -> &mut FlatBuffer {
+        &mut self.params
+    }
+
+    /// Gradient of the last step: the sum over its trained tokens, not yet divided by their number.
+    #[must_use]
+    pub fn grads(&self) -> &FlatBuffer {
+        &self.grads
+    }
+
+    /// AdamW's moments: mean and uncentred variance.
+    #[must_use]
+    pub fn moments(&self) -> [&FlatBuffer; 2] {
+        [&self.exp_avg, &self.exp_avg_sq]
+    }
+
+    /// Steps done.
+    #[must_use]
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// Goes on from a checkpoint: parameters and moments as of `step`.
+    pub fn restore(
+        &mut self,
+        step: u64,
+        params: &FlatBuffer,
+        exp_avg: &FlatBuffer,
+        exp_avg_sq: &FlatBuffer,
+    ) {
+        self.step = step;
+        self.params
+            .as_mut_slice()
+            .copy_from_slice(params.as_slice());
+        self.exp_avg
+            .as_mut_slice()
+            .copy_from_slice(exp_avg.as_slice());
+        self.exp_avg_sq
+            .as_mut_slice()
+            .copy_from_slice(exp_avg_sq.as_slice());
+    }
+
+    /// The peers.
+    pub fn group_mut(&mut self) -> &mut dyn ProcessGroup {
+        self.group.as_mut()
+    }
+
+    fn reduce(&mut self, sums: Sums, tokens: u64) -> Result<(Sums, u64)> {
+        let mut counts = [sums.count, sums.correct, tokens];
+        self.group.all_reduce_counts(&mut counts)?;
+        let mut floats = [sums.loss, sums.entropy];
+        self.group.all_reduce_sums(&mut floats)?;
+        let sums = Sums {
+            loss: floats[0],
+            entropy: floats[1],
+            count: counts[0],
+            correct: counts[1],
+        };
+        if sums.count == 0 {
+            let message =
+                "no token of this batch has a label; every row needs at least one trained token";
+            return Err(Error::Numeric {
+                message: message.into(),
+            });
+        }
+        Ok((sums, counts[2]))
+    }
+
+    fn check_finite(&self, what: &str, value: f64) -> Result<()> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let message = format!(
+            "{what} is {value} at step {}; parameters are as after step {}. Lower learning_rate, set max_grad_norm, \
+             or look for bad rows in the data",
+            self.step + 1,
+            self.step
+        );
+        Err(Error::Numeric { message })
+    }
+
+    /// torch.nn.utils.clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1.
+    fn clip_factor(&self, grad_norm: f64) -> f64 {
+        self.options
+            .max_grad_norm
+            .map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0))
+    }
+
+    fn update(&mut self, lr: f64, grad_scale: f64) -> Result<()> {
+        let groups = self.parameter_groups(lr);
+        adamw::step(
+            &self.options.adamw,
+            self.params.as_mut_slice(),
+            self.grads.as_slice(),
+            grad_scale as f32,
+            self.exp_avg.as_mut_slice(),
+            self.exp_avg_sq.as_mut_slice(),
+            &groups,
+        )?;
+        Ok(())
+    }
+
+    /// Neighbouring segments with the same learning rate and decay as one range.
+    fn parameter_groups(&self, lr: f64) -> Vec<adamw::Group> {
+        let mut groups: Vec<adamw::Group> = Vec::new();
+        for (_, segment) in self.params.layout().physical() {
+            let lr = lr * segment.spec.lr_scale;
+            let weight_decay = if segment.spec.weight_decay {
+                self.options.weight_decay
+            } else {
+                0.0
+            };
+            match groups.last_mut() {
+                Some(last) if last.lr == lr && last.weight_decay == weight_decay => {
+                    last.range.end = segment.range().end;
+                }
+                _ => groups.push(adamw::Group {
+                    range: segment.range(),
+                    lr,
+                    weight_decay,
+                    step: self.step + 1,
+                }),
+            }
+        }
+        groups
+    }
+}
+
+/// Matches `adapter` against the shape of `config`: attachments, and a zeroed parameter buffer.
+///
+/// # Errors
+/// [`Error::Config`] if a pattern of the adapter matches nothing.
+pub fn attach(
+    config: &DecoderConfig,
+    adapter: &dyn Adapter,
+) -> Result<(Vec<(SiteId, Attachment)>, FlatBuffer)> {
+    let plan = ModelPlan::new(config);
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = adapter.attach(&plan.sites, &mut builder)?;
+    Ok((attachments, FlatBuffer::zeros(&builder.build()?)))
+}

@@ -1,0 +1,21 @@
+use super::{Failure, Outcome};
+use ferrotune::core::ExitCode;
+use ferrotune::core::config::{json_schema, markdown_reference};
+
+/// Arguments of `config-schema`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// A table of all keys in Markdown instead of JSON schema
+    #[arg(long)]
+    markdown: bool,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    if args.markdown {
+        println!("{}", markdown_reference());
+    } else {
+        let text = serde_json::to_string_pretty(&json_schema());
+        println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+    }
+    Ok(ExitCode::Done)
+}

@@ -1,0 +1,125 @@
+//! The command line: one file per subcommand, and what they share.
+
+mod bench;
+mod chat;
+mod config_schema;
+mod demo;
+mod eval;
+mod generate;
+mod merge;
+mod overrides;
+mod parity;
+mod progress;
+mod stop;
+mod train;
+
+use clap::{Parser, Subcommand};
+use ferrotune::core::{Error, ExitCode};
+use std::io::IsTerminal;
+use tracing_subscriber::EnvFilter;
+
+/// GPU fine-tuning engine: LoRA and PEFT over frozen base weights.
+#[derive(Debug, Parser)]
+#[command(name = "ferrotune", version, after_help = after_help())]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fine-tune a model as a YAML file says (TRL's `sft` keys)
+    Train(train::Args),
+    /// Show what `train` would do, and stop
+    Plan(train::Args),
+    /// Teach a tiny model something it cannot do, in under a minute, offline
+    Demo(demo::Args),
+    /// Fold an adapter into its base model
+    Merge(merge::Args),
+    /// Answer prompts
+    Generate(generate::Args),
+    /// Loss and exact match on a data set
+    Eval(eval::Args),
+    /// Compare with numbers that other software recorded
+    Parity(parity::Args),
+    /// Tokens per second, share of the machine's peak and memory at a named model shape
+    Bench(bench::Args),
+    /// Every configuration key: JSON schema, or a table in Markdown
+    ConfigSchema(config_schema::Args),
+}
+
+/// What a subcommand ends with: an exit code, or an error that has one.
+type Outcome = Result<ExitCode, Failure>;
+
+/// Why a subcommand stopped.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Core(#[from] Error),
+    /// The arguments make no sense together.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl Failure {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Core(error) => error.exit_code(),
+            Self::Usage(_) => ExitCode::Usage,
+        }
+    }
+}
+
+pub(crate) fn main() -> std::process::ExitCode {
+    exit_on_panic();
+    start_logging();
+    // Clap itself exits with 2 on arguments it cannot parse.
+    let outcome = match Cli::parse().command {
+        Command::Train(args) => train::train(&args),
+        Command::Plan(args) => train::plan(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Parity(args) => parity::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::ConfigSchema(args) => config_schema::run(&args),
+    };
+    let code = outcome.unwrap_or_else(|failure| {
+        eprintln!("error: {failure}");
+        failure.exit_code()
+    });
+    std::process::ExitCode::from(code as u8)
+}
+
+/// A panic is an internal error like any other: message, place, code 70.
+fn exit_on_panic() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        std::process::exit(ExitCode::Internal as i32);
+    }));
+}
+
+/// Warnings on standard error; `RUST_LOG` chooses more or less.
+fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+fn after_help() -> String {
+    let codes: Vec<String> = ferrotune::core::EXIT_CODES
+        .iter()
+        .map(|(code, meaning)| format!("  {:>3}  {meaning}", *code as u8))
+        .collect();
+    format!(
+        "Exit codes (below 128: do not retry):\n{}",
+        codes.join("\n")
+    )
+}

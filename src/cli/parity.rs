@@ -1,0 +1,58 @@
+use super::{Failure, Outcome};
+use ferrotune::core::ExitCode;
+use ferrotune::parity::{CaseReport, Quantity, run as run_case};
+use std::path::PathBuf;
+
+/// Arguments of `parity`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Case folders, each with a case.json
+    #[arg(required = true)]
+    cases: Vec<PathBuf>,
+    /// One JSON document instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    let mut reports = Vec::new();
+    for case in &args.cases {
+        let report = run_case(case);
+        if !args.json {
+            print_case(&report);
+        }
+        reports.push(report);
+    }
+    let passed = reports.iter().filter(|r| r.passed).count();
+    let failed = reports.len() - passed;
+    if args.json {
+        let document = serde_json::json!({ "cases": reports, "passed": passed, "failed": failed });
+        let text = serde_json::to_string_pretty(&document);
+        println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+    }
+    println!("{passed} passed, {failed} failed");
+    Ok(if failed == 0 {
+        ExitCode::Done
+    } else {
+        ExitCode::Internal
+    })
+}
+
+fn print_case(report: &CaseReport) {
+    let verdict = if report.passed { "ok" } else { "FAILED" };
+    println!("{}  [{}]  {verdict}", report.case.display(), report.kind);
+    if let Some(error) = &report.error {
+        println!("    {error}");
+    }
+    for quantity in &report.quantities {
+        print_quantity(quantity);
+    }
+}
+
+fn print_quantity(q: &Quantity) {
+    let verdict = if q.passed() { ' ' } else { '!' };
+    println!(
+        "  {verdict} {:<32} {:>4} tensors  error {:>9.2e}  tolerance {:>9.2e}  worst {}",
+        q.name, q.tensors, q.error, q.tolerance, q.worst
+    );
+}

@@ -1,0 +1,59 @@
+//! A progress bar with a line of metrics, for a person at a terminal.
+
+use ferrotune::core::Result;
+use ferrotune::core::run_log::{Event, LogRow, Observer};
+use indicatif::{ProgressBar, ProgressStyle};
+
+const TEMPLATE: &str = "{bar:30} {pos}/{len} steps [{elapsed_precise} < {eta_precise}] {msg}";
+
+/// Draws on standard error, so that standard output can be redirected.
+#[derive(Debug)]
+pub(super) struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    pub(super) fn new() -> Self {
+        Self {
+            bar: ProgressBar::hidden(),
+        }
+    }
+
+    fn line(&self, row: &LogRow) {
+        self.bar.println(format!(
+            "step {:>6}  loss {:>8.4}  accuracy {:>6.3}  grad norm {:>8.3}  lr {:>9.2e}  {:>8.0} tokens/s",
+            row.step, row.loss, row.mean_token_accuracy, row.grad_norm, row.learning_rate, row.tokens_per_second
+        ));
+    }
+}
+
+impl Observer for Progress {
+    fn on(&mut self, event: &Event) -> Result<()> {
+        match event {
+            Event::RunStarted(run) => {
+                self.bar = ProgressBar::new(run.max_steps);
+                let style = ProgressStyle::with_template(TEMPLATE);
+                self.bar
+                    .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+                self.bar.set_position(run.first_step);
+                // The time left is judged by this process's steps alone.
+                self.bar.reset_eta();
+            }
+            Event::StepLogged(row) => {
+                self.bar.set_position(row.step);
+                self.bar.set_message(format!("loss {:.4}", row.loss));
+                self.line(row);
+            }
+            Event::Evaluated(e) => self.bar.println(format!(
+                "step {:>6}  eval loss {:.4}  accuracy {:.3}",
+                e.step, e.loss, e.mean_token_accuracy
+            )),
+            Event::CheckpointSaved(saved) => {
+                self.bar.println(format!("saved {}", saved.path.display()))
+            }
+            Event::RunFinished(_) => self.bar.finish_and_clear(),
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,162 @@
+use super::overrides::{self, Switches};
+use super::progress::Progress;
+use super::{Failure, Outcome, stop};
+use ferrotune::core::config::{self, TrainConfig};
+use ferrotune::core::run_log::{JsonLines, Observer, TrainerLogJsonl};
+use ferrotune::core::trainer::RunOutcome;
+use ferrotune::core::{Error, ExitCode};
+use ferrotune::recipe::{Recipe, Summary};
+use std::fs::OpenOptions;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+/// Arguments of `train` and `plan`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// YAML file with TRL's keys (see `config-schema --markdown`)
+    config: PathBuf,
+    /// `--key value` for any configuration key; also --dry-run and --json
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "--KEY VALUE"
+    )]
+    overrides: Vec<String>,
+}
+
+/// What standard output is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Voice {
+    /// A person watches a terminal.
+    Person,
+    /// One JSON line per event.
+    Machine,
+}
+
+impl Voice {
+    fn new(switches: Switches) -> Self {
+        if switches.json || !std::io::stdout().is_terminal() {
+            Self::Machine
+        } else {
+            Self::Person
+        }
+    }
+}
+
+pub(super) fn train(args: &Args) -> Outcome {
+    let (pairs, switches) = overrides::parse(&args.overrides)?;
+    let stop = stop::on_signal()?;
+    let config = config::load(&args.config, &pairs)?;
+    let voice = Voice::new(switches);
+    if switches.dry_run {
+        return show_plan(config, voice);
+    }
+    let outcome = run(config, voice, &stop)?;
+    Ok(exit_code(&outcome))
+}
+
+pub(super) fn plan(args: &Args) -> Outcome {
+    let (pairs, switches) = overrides::parse(&args.overrides)?;
+    show_plan(config::load(&args.config, &pairs)?, Voice::new(switches))
+}
+
+/// Prepares and trains with the observers that `voice` calls for.
+pub(super) fn run(
+    config: TrainConfig,
+    voice: Voice,
+    stop: &std::sync::atomic::AtomicBool,
+) -> Result<RunOutcome, Failure> {
+    let recipe = Recipe::prepare(config)?;
+    print_notes(&recipe.config);
+    let output = PathBuf::from(&recipe.config.output.output_dir);
+    let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(trainer_log(&recipe, &output)?)];
+    match voice {
+        Voice::Person => {
+            println!("{}", Summary::of(&recipe)?);
+            observers.push(Box::new(Progress::new()));
+        }
+        Voice::Machine => observers.push(Box::new(JsonLines::new(
+            std::io::stdout(),
+            "standard output",
+        ))),
+    }
+    let outcome = recipe.train(&mut observers, stop)?;
+    drop(observers);
+    report(&outcome, &output, voice);
+    Ok(outcome)
+}
+
+pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
+    match outcome {
+        RunOutcome::Finished(_) => ExitCode::Done,
+        RunOutcome::Stopped {
+            checkpoint: Some(_),
+            ..
+        } => ExitCode::StoppedSaved,
+        RunOutcome::Stopped {
+            checkpoint: None, ..
+        } => ExitCode::StoppedUnsaved,
+    }
+}
+
+fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
+    let recipe = Recipe::prepare(config)?;
+    let summary = Summary::of(&recipe)?;
+    match voice {
+        Voice::Person => {
+            print_notes(&recipe.config);
+            print!("{summary}");
+        }
+        Voice::Machine => println!("{}", summary.json()),
+    }
+    Ok(ExitCode::Done)
+}
+
+fn print_notes(config: &TrainConfig) {
+    for note in &config.notes {
+        eprintln!("note: {note}");
+    }
+}
+
+/// `trainer_log.jsonl`: continued after a resume, begun anew otherwise.
+fn trainer_log(
+    recipe: &Recipe,
+    output: &Path,
+) -> Result<TrainerLogJsonl<impl Write + use<>>, Error> {
+    let path = output.join("trainer_log.jsonl");
+    let kept = recipe.log_to_keep(&path)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .open(&path);
+    let mut file = file.map_err(Error::write(&path))?;
+    file.write_all(kept.as_bytes())
+        .map_err(Error::write(&path))?;
+    Ok(TrainerLogJsonl::new(file, path))
+}
+
+fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {
+    if voice == Voice::Machine {
+        return;
+    }
+    match outcome {
+        RunOutcome::Finished(run) => {
+            println!(
+                "done: {} steps, mean loss {:.4}, {:.1} s",
+                run.step, run.train_loss, run.train_runtime
+            );
+            println!("      {}", output.display());
+        }
+        RunOutcome::Stopped {
+            step,
+            checkpoint: Some(path),
+        } => {
+            println!(
+                "stopped after step {step}; go on with --resume_from_checkpoint auto ({})",
+                path.display()
+            );
+        }
+        RunOutcome::Stopped { .. } => println!("stopped before the first step; nothing to save"),
+    }
+}

@@ -1,0 +1,264 @@
+//! A model's logits, loss, hidden states and the gradient of every base weight.
+
+use super::case::{Case, dtype_of, inputs};
+use super::compare::{Comparison, relative_error};
+use super::padded::PaddedBatch;
+use ferrotune_core::data::PackedBatch;
+use ferrotune_core::full::FullFineTuning;
+use ferrotune_core::io::{ModelFiles, SafetensorsFile};
+use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::params::FlatBuffer;
+use ferrotune_core::trainer::attach;
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::{Tensor, Workspace};
+
+/// f32 logits, hidden states and loss.
+pub(super) const FORWARD: f64 = 1e-5;
+/// f32 gradients.
+pub(super) const GRADIENT: f64 = 1e-4;
+/// How far bf16 may be from f32, in units of the error that PyTorch's bf16 has.
+pub(super) const BF16_FACTOR: f64 = 2.0;
+
+pub(super) fn compare(case: &Case) -> Result<Comparison> {
+    let expected = SafetensorsFile::open(&case.path("expected.safetensors"))?;
+    let padded = inputs(
+        &SafetensorsFile::open(&case.path("inputs.safetensors"))?,
+        "",
+    )?;
+    let ours = Recomputed::new(case, &padded)?;
+    let mut comparison = Comparison::default();
+    let judge = Judge {
+        expected: &expected,
+        case,
+    };
+    judge.tensor(&mut comparison, "logits", "logits", &padded, &ours)?;
+    judge.numbers(&mut comparison, &ours)?;
+    Ok(comparison)
+}
+
+/// What our engine makes of the case.
+struct Recomputed {
+    logits: Tensor,
+    states: Vec<Tensor>,
+    loss: f64,
+    grads: FlatBuffer,
+    places: Vec<usize>,
+}
+
+impl Recomputed {
+    fn new(case: &Case, padded: &PaddedBatch) -> Result<Self> {
+        let config = DecoderConfig::open(&case.directory)?;
+        let files = ModelFiles::open(&case.directory)?;
+        let dtype = dtype_of(&files.shards()[0]);
+        let (attachments, mut params) = attach(&config, &FullFineTuning)?;
+        let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
+        let (batch, places) = padded.pack();
+        let workspace = Workspace::new(batch.tokens());
+        let pass = Pass {
+            workspace: &workspace,
+            dtype,
+            mode: Mode::Eval,
+        };
+        let logits = model.logits(pass, &params, &batch)?;
+        let states = model.hidden_states(pass, &params, &batch)?;
+        let (loss, grads) = mean_gradient(&model, pass, &params, &batch)?;
+        Ok(Self {
+            logits,
+            states,
+            loss,
+            grads,
+            places,
+        })
+    }
+}
+
+/// Mean loss over the trained tokens, and its gradient.
+pub(super) fn mean_gradient(
+    model: &Model,
+    pass: Pass<'_>,
+    params: &FlatBuffer,
+    batch: &PackedBatch,
+) -> Result<(f64, FlatBuffer)> {
+    let mut grads = FlatBuffer::zeros(params.layout());
+    let sums = model.loss_and_gradients(pass, params, &mut grads, batch)?;
+    let count = sums.count.max(1) as f64;
+    grads
+        .as_mut_slice()
+        .iter_mut()
+        .for_each(|g| *g = (f64::from(*g) / count) as f32);
+    Ok((sums.loss / count, grads))
+}
+
+/// Compares one case with its recorded numbers.
+struct Judge<'a> {
+    expected: &'a SafetensorsFile,
+    case: &'a Case,
+}
+
+impl Judge<'_> {
+    /// Logits and hidden states, at the places that are not padding.
+    fn tensor(
+        &self,
+        comparison: &mut Comparison,
+        quantity: &str,
+        name: &str,
+        padded: &PaddedBatch,
+        ours: &Recomputed,
+    ) -> Result<()> {
+        self.activation(
+            comparison,
+            quantity,
+            name,
+            padded,
+            &ours.places,
+            &ours.logits,
+        )?;
+        for (k, state) in ours.states.iter().enumerate() {
+            let name = format!("hidden.{}", k + 1);
+            if self.expected.meta(&name).is_some() {
+                self.activation(comparison, "hidden", &name, padded, &ours.places, state)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn activation(
+        &self,
+        comparison: &mut Comparison,
+        quantity: &str,
+        name: &str,
+        padded: &PaddedBatch,
+        places: &[usize],
+        ours: &Tensor,
+    ) -> Result<()> {
+        let recorded = select(&self.expected.read_f32(name)?, padded, places);
+        let ours = ours.to_f32_vec();
+        if let Some(reference) = self.fp32(name)? {
+            let reference = select(&reference, padded, places);
+            self.bf16(comparison, quantity, name, &ours, &recorded, &reference);
+        } else if quantity == "logits" || !self.is_bf16() {
+            let scale = recorded
+                .iter()
+                .fold(0.0_f64, |m, v| m.max(f64::from(v.abs())));
+            let floor = self
+                .case
+                .number(&["fp32_vs_fp64", "logits_max_abs"])
+                .unwrap_or(0.0)
+                / scale;
+            comparison.tensor(quantity, name, &ours, &recorded, FORWARD.max(2.0 * floor));
+        }
+        Ok(())
+    }
+
+    /// Loss and gradients.
+    fn numbers(&self, comparison: &mut Comparison, ours: &Recomputed) -> Result<()> {
+        let loss = self.expected.read_f32("loss")?;
+        if let Some(reference) = self.fp32("loss")? {
+            self.bf16(
+                comparison,
+                "loss",
+                "loss",
+                &[ours.loss as f32],
+                &loss,
+                &reference,
+            );
+        } else {
+            let floor = self.case.number(&["fp32_vs_fp64", "loss"]).unwrap_or(0.0)
+                / f64::from(loss[0]).abs();
+            comparison.number(
+                "loss",
+                "loss",
+                ours.loss,
+                f64::from(loss[0]),
+                FORWARD.max(2.0 * floor),
+            );
+        }
+        let floor = self
+            .case
+            .number(&["fp32_vs_fp64", "grad_max_rel"])
+            .unwrap_or(0.0);
+        let tolerance = GRADIENT.max(2.0 * floor);
+        let names: Vec<String> = self.expected.names().map(str::to_owned).collect();
+        for name in names {
+            if let Some(parameter) = name.strip_prefix("grad.") {
+                let ours = self.gradient(ours, parameter)?;
+                let recorded = self.expected.read_f32(&name)?;
+                match self.fp32(&name)? {
+                    Some(reference) => {
+                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference)
+                    }
+                    None => comparison.tensor("grad", &name, ours, &recorded, tolerance),
+                }
+            } else if let (Some(parameter), false) =
+                (name.strip_prefix("gradnorm."), self.is_bf16())
+            {
+                let norm = norm(self.gradient(ours, parameter)?);
+                let recorded = f64::from(self.expected.read_f32(&name)?[0]);
+                comparison.number("gradnorm", &name, norm, recorded, tolerance);
+            }
+        }
+        Ok(())
+    }
+
+    fn gradient<'a>(&self, ours: &'a Recomputed, parameter: &str) -> Result<&'a [f32]> {
+        let id = ours.grads.layout().find(parameter).ok_or_else(|| {
+            Error::data(
+                self.expected.path(),
+                None,
+                format!("`grad.{parameter}` names no parameter of the model"),
+            )
+        })?;
+        Ok(ours.grads.get(id))
+    }
+
+    /// The recorded f32 twin of a quantity of a bf16 case.
+    fn fp32(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let twin = match name.split_once('.') {
+            Some((head, tail)) => format!("{head}_fp32.{tail}"),
+            None => format!("{name}_fp32"),
+        };
+        self.expected
+            .meta(&twin)
+            .is_some()
+            .then(|| self.expected.read_f32(&twin))
+            .transpose()
+    }
+
+    fn is_bf16(&self) -> bool {
+        self.expected.meta("logits_fp32").is_some()
+    }
+
+    fn bf16(
+        &self,
+        c: &mut Comparison,
+        quantity: &str,
+        name: &str,
+        ours: &[f32],
+        theirs: &[f32],
+        reference: &[f32],
+    ) {
+        let (ours, theirs) = (
+            relative_error(ours, reference),
+            relative_error(theirs, reference),
+        );
+        c.beside_peer(quantity, name, ours, theirs, BF16_FACTOR);
+    }
+}
+
+/// Rows of `[rows, cols, width]` at `places`.
+pub(super) fn select(values: &[f32], padded: &PaddedBatch, places: &[usize]) -> Vec<f32> {
+    let width = values.len() / (padded.rows * padded.cols).max(1);
+    places
+        .iter()
+        .flat_map(|&p| values[p * width..(p + 1) * width].iter().copied())
+        .collect()
+}
+
+/// Euclidean norm.
+pub(super) fn norm(values: &[f32]) -> f64 {
+    values
+        .iter()
+        .map(|v| f64::from(*v).powi(2))
+        .sum::<f64>()
+        .sqrt()
+}

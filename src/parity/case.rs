@@ -1,0 +1,135 @@
+use ferrotune_core::data::PackedBatch;
+use ferrotune_core::io::{FileDType, SafetensorsFile};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::DType;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+use super::padded::PaddedBatch;
+
+/// A case folder.
+#[derive(Debug)]
+pub struct Case {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// What it holds.
+    pub kind: String,
+    /// Its whole case.json.
+    pub json: Value,
+}
+
+impl Case {
+    /// Reads `directory/case.json`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if it is missing, not JSON, or names no kind.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let path = directory.join("case.json");
+        let json = read_json(&path)?;
+        let Some(kind) = json.get("kind").and_then(Value::as_str) else {
+            return Err(Error::data(
+                &path,
+                None,
+                "`kind` is missing; expected a string",
+            ));
+        };
+        Ok(Self {
+            directory: directory.into(),
+            kind: kind.to_owned(),
+            json,
+        })
+    }
+
+    /// A file of the case.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The base model's folder: relative to the folder that holds `adapters/_bases`.
+    pub(super) fn base(&self) -> Result<PathBuf> {
+        let Some(base) = self.json.get("base").and_then(Value::as_str) else {
+            return Err(Error::data(
+                self.path("case.json"),
+                None,
+                "`base` is missing; expected a path",
+            ));
+        };
+        let directory = self
+            .directory
+            .canonicalize()
+            .map_err(Error::read(&self.directory))?;
+        let found = directory
+            .ancestors()
+            .map(|up| up.join(base))
+            .find(|p| p.join("config.json").is_file());
+        found.ok_or_else(|| {
+            Error::data(
+                self.path("case.json"),
+                None,
+                format!("base `{base}` is in no folder above this case"),
+            )
+        })
+    }
+
+    /// A number of case.json by its path of keys.
+    pub(super) fn number(&self, keys: &[&str]) -> Option<f64> {
+        keys.iter()
+            .try_fold(&self.json, |value, key| value.get(key))
+            .and_then(Value::as_f64)
+    }
+}
+
+/// Reads a JSON file.
+pub(super) fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::data(path, e.line() as u64, format!("is not valid JSON: {e}")))
+}
+
+/// The keyword arguments of a forward call: `inputs.safetensors`, or a prefix of another file.
+pub(super) fn inputs(file: &SafetensorsFile, prefix: &str) -> Result<PaddedBatch> {
+    let optional = |name: &str| -> Result<Option<Vec<i64>>> {
+        let name = format!("{prefix}{name}");
+        file.meta(&name)
+            .is_some()
+            .then(|| file.read_i64(&name))
+            .transpose()
+    };
+    let name = format!("{prefix}input_ids");
+    let shape = file
+        .meta(&name)
+        .map(|m| m.shape.clone())
+        .unwrap_or_default();
+    let [rows, cols] = shape[..] else {
+        return Err(Error::data(
+            file.path(),
+            None,
+            format!("`{name}` must be [rows, columns]"),
+        ));
+    };
+    Ok(PaddedBatch {
+        rows,
+        cols,
+        input_ids: file.read_i64(&name)?,
+        labels: optional("labels")?,
+        attention_mask: optional("attention_mask")?,
+        position_ids: optional("position_ids")?,
+    })
+}
+
+/// bf16 if the file's matrices are.
+pub(super) fn dtype_of(file: &SafetensorsFile) -> DType {
+    let bf16 = file
+        .names()
+        .any(|n| file.meta(n).is_some_and(|m| m.dtype == FileDType::BF16));
+    if bf16 { DType::Bf16 } else { DType::F32 }
+}
+
+/// Longest micro-batch, for the workspace.
+pub(super) fn longest<'a>(batches: impl IntoIterator<Item = &'a PackedBatch>) -> usize {
+    batches
+        .into_iter()
+        .map(PackedBatch::tokens)
+        .max()
+        .unwrap_or(0)
+}

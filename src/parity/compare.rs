@@ -1,0 +1,160 @@
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// The worst error of one kind of quantity in a case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Quantity {
+    /// `logits`, `loss`, `grad`, ...
+    pub name: String,
+    /// Tensors compared.
+    pub tensors: usize,
+    /// Worst `max|ours - theirs| / max|theirs|`.
+    pub error: f64,
+    /// Largest error that passes, of the worst tensor.
+    pub tolerance: f64,
+    /// The tensor with the worst error relative to its tolerance.
+    pub worst: String,
+}
+
+impl Quantity {
+    /// Whether the error is within the tolerance; NaN never is.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+/// Collects errors while a case is recomputed.
+#[derive(Debug, Default)]
+pub struct Comparison {
+    quantities: BTreeMap<String, Quantity>,
+}
+
+impl Comparison {
+    /// Compares a tensor; a length that differs is an infinite error.
+    pub fn tensor(
+        &mut self,
+        quantity: &str,
+        name: &str,
+        ours: &[f32],
+        theirs: &[f32],
+        tolerance: f64,
+    ) {
+        self.error(quantity, name, relative_error(ours, theirs), tolerance);
+    }
+
+    /// Compares a number.
+    pub fn number(&mut self, quantity: &str, name: &str, ours: f64, theirs: f64, tolerance: f64) {
+        let error = if ours == theirs {
+            0.0
+        } else {
+            (ours - theirs).abs() / theirs.abs().max(f64::MIN_POSITIVE)
+        };
+        self.error(quantity, name, error, tolerance);
+    }
+
+    /// Takes an error that is already computed.
+    pub fn error(&mut self, quantity: &str, name: &str, error: f64, tolerance: f64) {
+        let fresh = || Quantity {
+            name: quantity.into(),
+            tensors: 0,
+            error: 0.0,
+            tolerance,
+            worst: String::new(),
+        };
+        let entry = self.quantities.entry(quantity.into()).or_insert_with(fresh);
+        entry.tensors += 1;
+        let worse = error.is_nan() || error / tolerance > entry.error / entry.tolerance;
+        if (worse || entry.worst.is_empty()) && !entry.error.is_nan() {
+            entry.error = error;
+            entry.tolerance = tolerance;
+            entry.worst = name.into();
+        }
+    }
+
+    /// Compares a bf16 result through its distance from the exact one: the worst of ours may be at
+    /// most `factor` times the worst of theirs, over all tensors of the quantity.
+    pub(super) fn beside_peer(
+        &mut self,
+        quantity: &str,
+        name: &str,
+        ours: f64,
+        theirs: f64,
+        factor: f64,
+    ) {
+        // PyTorch's rounding can hit a scalar exactly; half a bf16 ulp is the least one can ask.
+        let least = f64::from(f32::from(half::bf16::EPSILON)) / 2.0;
+        let tolerance = (factor * theirs).max(least);
+        let fresh = || Quantity {
+            name: quantity.into(),
+            tensors: 0,
+            error: 0.0,
+            tolerance,
+            worst: name.into(),
+        };
+        let entry = self.quantities.entry(quantity.into()).or_insert_with(fresh);
+        entry.tensors += 1;
+        entry.tolerance = entry.tolerance.max(tolerance);
+        if (ours.is_nan() || ours > entry.error) && !entry.error.is_nan() {
+            entry.error = ours;
+            entry.worst = name.into();
+        }
+    }
+
+    /// The quantities by name.
+    #[must_use]
+    pub fn finish(self) -> Vec<Quantity> {
+        self.quantities.into_values().collect()
+    }
+}
+
+/// `max|a - b| / max|b|`; absolute where b is all zeros, infinite where lengths differ.
+pub(super) fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
+    if ours.len() != theirs.len() {
+        return f64::INFINITY;
+    }
+    let mut difference = 0.0_f64;
+    let mut scale = 0.0_f64;
+    for (a, b) in ours.iter().zip(theirs) {
+        let d = (f64::from(*a) - f64::from(*b)).abs();
+        // f64::max would swallow a NaN.
+        if d.is_nan() {
+            return f64::NAN;
+        }
+        difference = difference.max(d);
+        scale = scale.max(f64::from(b.abs()));
+    }
+    if scale == 0.0 {
+        difference
+    } else {
+        difference / scale
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_and_length_mismatch_never_pass() {
+        assert!(relative_error(&[f32::NAN], &[1.0]).is_nan());
+        assert_eq!(relative_error(&[1.0], &[1.0, 2.0]), f64::INFINITY);
+        let mut c = Comparison::default();
+        c.tensor("x", "good", &[1.0], &[1.0], 1e-5);
+        c.tensor("x", "bad", &[f32::NAN], &[1.0], 1e-5);
+        c.tensor("x", "good", &[1.0], &[1.0], 1e-5);
+        let q = c.finish();
+        assert!(!q[0].passed());
+        assert_eq!((q[0].tensors, q[0].worst.as_str()), (3, "bad"));
+    }
+
+    #[test]
+    fn the_worst_tensor_is_named() {
+        let mut c = Comparison::default();
+        c.tensor("x", "a", &[1.0], &[1.0], 1e-5);
+        c.tensor("x", "b", &[1.1], &[1.0], 1e-5);
+        let q = c.finish();
+        assert_eq!(q[0].worst, "b");
+        assert!((q[0].error - 0.1).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,80 @@
+//! `ferrotune parity CASE_DIR...`: recompute what other software recorded, and compare.
+//!
+//! A case is a folder with a `case.json` whose `kind` says what it holds; see
+//! `tests/fixtures/golden`. The error of a tensor is `max|ours - theirs| / max|theirs|`.
+
+mod adapter;
+mod arch;
+mod case;
+mod compare;
+mod padded;
+mod schedule;
+mod trajectory;
+
+pub use case::Case;
+pub use compare::{Comparison, Quantity};
+
+use ferrotune_core::{Error, Result};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// What comparing one case showed.
+#[derive(Debug, Serialize)]
+pub struct CaseReport {
+    /// The case's folder.
+    pub case: PathBuf,
+    /// `kind` of its case.json.
+    pub kind: String,
+    /// Whether every quantity is within its tolerance.
+    pub passed: bool,
+    /// Worst error per quantity.
+    pub quantities: Vec<Quantity>,
+    /// Why it could not be compared at all.
+    pub error: Option<String>,
+}
+
+/// Runs one case.
+#[must_use]
+pub fn run(directory: &Path) -> CaseReport {
+    let (kind, result) = match Case::open(directory) {
+        Ok(case) => (case.kind.clone(), compare_case(&case)),
+        Err(error) => (String::new(), Err(error)),
+    };
+    let case = directory.to_path_buf();
+    match result {
+        Ok(comparison) => {
+            let quantities = comparison.finish();
+            let passed = !quantities.is_empty() && quantities.iter().all(Quantity::passed);
+            CaseReport {
+                case,
+                kind,
+                passed,
+                quantities,
+                error: None,
+            }
+        }
+        Err(error) => CaseReport {
+            case,
+            kind,
+            passed: false,
+            quantities: Vec::new(),
+            error: Some(error.to_string()),
+        },
+    }
+}
+
+fn compare_case(case: &Case) -> Result<Comparison> {
+    match case.kind.as_str() {
+        "causal_lm" => arch::compare(case),
+        "adapter" => adapter::compare(case),
+        "training trajectory" => trajectory::compare(case),
+        "lr schedules" => schedule::compare(case),
+        other => Err(Error::config(
+            "kind",
+            format!(
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training trajectory, lr schedules",
+                case.directory.join("case.json").display()
+            ),
+        )),
+    }
+}

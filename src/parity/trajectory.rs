@@ -1,0 +1,189 @@
+//! A recorded training run: loss and gradient norm of each step, and the final weights.
+
+use super::arch::GRADIENT;
+use super::case::{Case, dtype_of, inputs, longest, read_json};
+use super::compare::Comparison;
+use ferrotune_core::adapter::Adapter;
+use ferrotune_core::data::PackedBatch;
+use ferrotune_core::full::FullFineTuning;
+use ferrotune_core::io::{ModelFiles, SafetensorsFile};
+use ferrotune_core::lr_schedule::LrSchedule;
+use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::process_group::Solo;
+use ferrotune_core::trainer::{Trainer, TrainerOptions};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::adamw::AdamW;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+pub(super) fn compare(case: &Case) -> Result<Comparison> {
+    reject_unknown(case)?;
+    let steps = read_steps(case)?;
+    let mut trainer = trainer(case, &steps)?;
+    let schedule = schedule(case)?;
+    let recorded = read_json(&case.path("steps.json"))?;
+    let recorded = recorded.as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut comparison = Comparison::default();
+    comparison.number(
+        "steps",
+        "steps",
+        steps.len() as f64,
+        recorded.len() as f64,
+        0.5,
+    );
+    for (step, (batches, recorded)) in steps.iter().zip(recorded).enumerate() {
+        let report = trainer.step(batches, schedule.lr(step as u64))?;
+        let name = format!("step {}", step + 1);
+        let theirs = |key: &str| {
+            recorded
+                .get(key)
+                .and_then(Value::as_f64)
+                .unwrap_or(f64::NAN)
+        };
+        comparison.number("loss", &name, report.loss(), theirs("loss"), GRADIENT);
+        comparison.number(
+            "grad_norm",
+            &name,
+            report.grad_norm,
+            theirs("grad_norm"),
+            GRADIENT,
+        );
+        comparison.number(
+            "num_items",
+            &name,
+            report.trained_tokens as f64,
+            theirs("num_items"),
+            0.0,
+        );
+        let lr = recorded
+            .pointer("/lr_before_step/0")
+            .and_then(Value::as_f64)
+            .unwrap_or(f64::NAN);
+        comparison.number("lr", &name, report.learning_rate, lr, 1e-6);
+    }
+    compare_final(case, &trainer, &mut comparison)?;
+    Ok(comparison)
+}
+
+/// Options of a recorded run that this engine does not have yet must not pass as if they were off.
+fn reject_unknown(case: &Case) -> Result<()> {
+    let label_smoothing = case.number(&["label_smoothing"]).unwrap_or(0.0);
+    if label_smoothing != 0.0 {
+        return Err(Error::config(
+            "label_smoothing",
+            format!("is {label_smoothing}; not supported yet"),
+        ));
+    }
+    if let Some(ratio) = case.json.get("loraplus_ratio").filter(|v| !v.is_null()) {
+        return Err(Error::config(
+            "loraplus_ratio",
+            format!("is {ratio}; not supported yet"),
+        ));
+    }
+    Ok(())
+}
+
+fn full(case: &Case) -> bool {
+    case.json
+        .get("full_finetune")
+        .and_then(Value::as_bool)
+        .unwrap_or(false)
+}
+
+fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
+    let base = case.base()?;
+    let files = ModelFiles::open(&base)?;
+    let weight_dtype = dtype_of(&files.shards()[0]);
+    let number = |key: &str, default: f64| case.number(&["optimizer", key]).unwrap_or(default);
+    let beta = |i: usize| {
+        case.json
+            .pointer(&format!("/optimizer/betas/{i}"))
+            .and_then(Value::as_f64)
+    };
+    let clip = number("clip_grad_norm", 0.0);
+    let options = TrainerOptions {
+        weight_dtype,
+        activation_dtype: weight_dtype,
+        adamw: AdamW {
+            beta1: beta(0).unwrap_or(0.9),
+            beta2: beta(1).unwrap_or(0.999),
+            eps: number("eps", 1e-8),
+        },
+        weight_decay: number("weight_decay", 0.0),
+        max_grad_norm: (clip > 0.0).then_some(clip),
+        max_tokens: longest(steps.iter().flatten()),
+        ..TrainerOptions::default()
+    };
+    let initial = case.path("initial_adapter");
+    let config = DecoderConfig::open(&base)?;
+    let read = || ferrotune_lora::load(&initial, &config.model_type);
+    let adapter: Box<dyn Adapter> = if full(case) {
+        Box::new(FullFineTuning)
+    } else {
+        read()?
+    };
+    let mut trainer = Trainer::new(&config, &files, adapter, Box::new(Solo), options)?;
+    if !full(case) {
+        read()?.load(trainer.params_mut(), &initial)?;
+    }
+    Ok(trainer)
+}
+
+fn schedule(case: &Case) -> Result<LrSchedule> {
+    let text = |key: &str| case.json.pointer(&format!("/scheduler/{key}"));
+    let name = text("name").and_then(Value::as_str).unwrap_or("constant");
+    let integer = |key: &str| text(key).and_then(Value::as_u64).unwrap_or(0);
+    let lr = case.number(&["optimizer", "lr"]).unwrap_or(0.0);
+    LrSchedule::new(
+        name,
+        &BTreeMap::new(),
+        lr,
+        integer("warmup_steps"),
+        integer("total"),
+    )
+}
+
+/// Micro-batches of every step: `stepS.microM.*` of batches.safetensors.
+fn read_steps(case: &Case) -> Result<Vec<Vec<PackedBatch>>> {
+    let file = SafetensorsFile::open(&case.path("batches.safetensors"))?;
+    let has = |step: usize, micro: usize| {
+        file.meta(&format!("step{step}.micro{micro}.input_ids"))
+            .is_some()
+    };
+    let mut steps = Vec::new();
+    while has(steps.len(), 0) {
+        let step = steps.len();
+        let mut batches = Vec::new();
+        while has(step, batches.len()) {
+            let prefix = format!("step{step}.micro{}.", batches.len());
+            batches.push(inputs(&file, &prefix)?.pack().0);
+        }
+        steps.push(batches);
+    }
+    Ok(steps)
+}
+
+fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) -> Result<()> {
+    let path = if full(case) {
+        case.path("final.safetensors")
+    } else {
+        case.path("final_adapter").join("adapter_model.safetensors")
+    };
+    let file = SafetensorsFile::open(&path)?;
+    let params = trainer.params();
+    comparison.number(
+        "tensors",
+        "final",
+        params.layout().by_name().count() as f64,
+        file.names().count() as f64,
+        0.0,
+    );
+    for name in file.names() {
+        let id = params
+            .layout()
+            .find(name.strip_prefix("final.").unwrap_or(name));
+        let ours = id.map(|id| params.get(id)).unwrap_or_default();
+        comparison.tensor("final weights", name, ours, &file.read_f32(name)?, GRADIENT);
+    }
+    Ok(())
+}

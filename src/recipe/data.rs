@@ -1,0 +1,241 @@
+//! Data of a run: files to examples, examples to the micro-batches of each step.
+
+use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
+use ferrotune_core::data::{
+    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Tokenizer,
+    pack_bfd, split_long,
+};
+use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::trainer::StepData;
+use ferrotune_core::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// The tokenizer of the base, with the configured chat template.
+pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_dir(base)?;
+    if let Some(path) = &config.data.chat_template_path {
+        let source = std::fs::read_to_string(path).map_err(Error::read(path))?;
+        tokenizer.set_chat_template(&source)?;
+    }
+    Ok(tokenizer)
+}
+
+/// The training rows, prepared.
+pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Dataset> {
+    let data = &config.data;
+    let mut files = named_files(
+        &data.dataset_name,
+        &data.dataset_train_split,
+        "dataset_name",
+    )?;
+    files.extend(data.train_file.iter().map(PathBuf::from));
+    if files.is_empty() {
+        return Err(Error::config(
+            "dataset_name",
+            "is missing; expected a .jsonl file, a directory of them, or train_file",
+        ));
+    }
+    load(config, &files, tokenizer, data.packing)
+}
+
+/// The evaluation rows, if there are any.
+pub(super) fn evaluation(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Option<Dataset>> {
+    let data = &config.data;
+    let mut files: Vec<PathBuf> = data.eval_file.iter().map(PathBuf::from).collect();
+    if files.is_empty() {
+        let directories: Vec<String> = data
+            .dataset_name
+            .iter()
+            .filter(|n| Path::new(n).is_dir())
+            .cloned()
+            .collect();
+        files = named_files(&directories, &data.dataset_test_split, "dataset_test_split")
+            .unwrap_or_default();
+    }
+    if files.is_empty() {
+        return Ok(None);
+    }
+    load(config, &files, tokenizer, data.packs_evaluation()).map(Some)
+}
+
+fn load(
+    config: &TrainConfig,
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    packing: bool,
+) -> Result<Dataset> {
+    let data = &config.data;
+    let split = packing && data.packing_strategy == PackingStrategy::BfdSplit;
+    if packing && data.packing_strategy == PackingStrategy::Wrapped {
+        return Err(Error::config(
+            "packing_strategy",
+            "`wrapped` lets documents see each other; use bfd or bfd_split",
+        ));
+    }
+    let options = PrepareOptions {
+        dataset_text_field: data.dataset_text_field.clone(),
+        max_length: if split { None } else { data.max_length },
+        completion_only_loss: data.completion_only_loss,
+        assistant_only_loss: data.assistant_only_loss,
+        eos_token: data.eos_token.clone(),
+        ..PrepareOptions::default()
+    };
+    let mut dataset = Dataset::load(files, tokenizer, &options)?;
+    if let (true, Some(max_length)) = (split, data.max_length) {
+        dataset.examples = split_long(dataset.examples, max_length);
+    }
+    Ok(dataset)
+}
+
+/// A name is a file, or a directory with `SPLIT.jsonl` in it.
+fn named_files(names: &[String], split: &str, key: &str) -> Result<Vec<PathBuf>> {
+    let resolve = |name: &String| {
+        let path = PathBuf::from(name);
+        if path.is_file() {
+            return Ok(path);
+        }
+        let inside = path.join(format!("{split}.jsonl"));
+        if inside.is_file() {
+            return Ok(inside);
+        }
+        Err(Error::config(
+            key,
+            format!("`{name}` is neither a .jsonl file nor a directory with {split}.jsonl"),
+        ))
+    };
+    names.iter().map(resolve).collect()
+}
+
+/// Rows longer than the model's context are an error, not a surprise at step 4000.
+pub(super) fn check_fits_context(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    decoder: &DecoderConfig,
+    base: &Path,
+) -> Result<()> {
+    let (longest, context) = (dataset.report.longest, decoder.max_position_embeddings);
+    if longest <= context {
+        return Ok(());
+    }
+    let max_length = config
+        .data
+        .max_length
+        .map_or("null".into(), |v| v.to_string());
+    Err(Error::config(
+        "max_length",
+        format!(
+            "is {max_length}, and the longest row has {longest} tokens, but the context of {} is {context} \
+             (max_position_embeddings); set max_length: {context} or scale the model's rope",
+            base.display()
+        ),
+    ))
+}
+
+/// Micro-batches of every step, as a function of (seed, epoch).
+#[derive(Debug)]
+pub struct EpochData<'a> {
+    examples: &'a [Example],
+    bins: Vec<Vec<usize>>,
+    plan: BatchPlan,
+    rank: usize,
+    steps_per_epoch: u64,
+    /// The epoch whose order is at hand.
+    current: Option<(u64, EpochPlan)>,
+}
+
+impl<'a> EpochData<'a> {
+    /// The data of one rank of `world_size`.
+    #[must_use]
+    pub fn new(config: &TrainConfig, dataset: &'a Dataset, rank: usize, world_size: usize) -> Self {
+        let data = &config.data;
+        let plan = BatchPlan {
+            per_device_train_batch_size: data.per_device_train_batch_size,
+            gradient_accumulation_steps: config.optimizer.gradient_accumulation_steps,
+            world_size,
+            order: match data.train_sampling_strategy {
+                SamplingStrategy::Random => Order::Random,
+                SamplingStrategy::Sequential => Order::Sequential,
+            },
+            seed: config.runtime.data_seed(),
+        };
+        let bins = bins(data, dataset, data.packing);
+        let steps_per_epoch = EpochPlan::packed(&bins, plan, 0).steps() as u64;
+        Self {
+            examples: &dataset.examples,
+            bins,
+            plan,
+            rank,
+            steps_per_epoch,
+            current: None,
+        }
+    }
+
+    /// Optimizer steps of one epoch.
+    #[must_use]
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.steps_per_epoch
+    }
+
+    /// Tokens of the largest micro-batch that any order can make.
+    #[must_use]
+    pub fn max_tokens(&self) -> usize {
+        largest_sum(
+            &self.bins,
+            self.examples,
+            self.plan.per_device_train_batch_size,
+        )
+    }
+}
+
+impl StepData for EpochData<'_> {
+    fn step(&mut self, step: u64) -> Result<Vec<PackedBatch>> {
+        let steps = self.steps_per_epoch.max(1);
+        let epoch = step / steps;
+        if self.current.as_ref().is_none_or(|(e, _)| *e != epoch) {
+            self.current = Some((epoch, EpochPlan::packed(&self.bins, self.plan, epoch)));
+        }
+        let micro_batches = self
+            .current
+            .as_ref()
+            .map(|(_, plan)| plan.step((step % steps) as usize, self.rank));
+        let pack = |rows: &ferrotune_core::data::MicroBatch| {
+            PackedBatch::pack(rows.documents().map(|(id, row)| (id, &self.examples[row])))
+        };
+        Ok(micro_batches.unwrap_or_default().iter().map(pack).collect())
+    }
+}
+
+/// Batches of `per_device_eval_batch_size` rows (or bins) in the order of the file.
+#[must_use]
+pub fn eval_batches(config: &TrainConfig, dataset: &Dataset) -> Vec<PackedBatch> {
+    let bins = bins(&config.data, dataset, config.data.packs_evaluation());
+    bins.chunks(config.data.per_device_eval_batch_size.max(1))
+        .map(|bins| {
+            let rows = bins.iter().flatten();
+            PackedBatch::pack(rows.map(|&row| (row as u64, &dataset.examples[row])))
+        })
+        .collect()
+}
+
+/// Tokens of the largest evaluation batch.
+pub(super) fn max_eval_tokens(config: &TrainConfig, dataset: Option<&Dataset>) -> usize {
+    let batches = dataset.map(|d| eval_batches(config, d)).unwrap_or_default();
+    batches.iter().map(PackedBatch::tokens).max().unwrap_or(0)
+}
+
+/// Rows that share a line of a batch: one each, or bins of `max_length` tokens.
+fn bins(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<Vec<usize>> {
+    match data.max_length {
+        Some(max_length) if packing => pack_bfd(&dataset.lengths(), max_length),
+        _ => (0..dataset.examples.len()).map(|i| vec![i]).collect(),
+    }
+}
+
+fn largest_sum(bins: &[Vec<usize>], examples: &[Example], count: usize) -> usize {
+    let mut tokens: Vec<usize> = bins
+        .iter()
+        .map(|b| b.iter().map(|&i| examples[i].len()).sum())
+        .collect();
+    tokens.sort_unstable_by(|a, b| b.cmp(a));
+    tokens.iter().take(count).sum()
+}

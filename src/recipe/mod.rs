@@ -1,0 +1,395 @@
+//! The wiring of a training run, read top to bottom: config -> model shape -> adapter -> data ->
+//! plan -> weights -> steps -> files.
+
+mod adapter;
+mod data;
+mod outputs;
+mod resume;
+mod summary;
+
+pub use adapter::adapter_of;
+pub use data::{EpochData, eval_batches};
+pub use outputs::{CheckpointFiles, read_trained};
+pub use summary::Summary;
+
+use ferrotune_core::adapter::Adapter;
+use ferrotune_core::checkpoint;
+use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
+use ferrotune_core::data::{Dataset, PackedBatch, Tokenizer};
+use ferrotune_core::io::{FileDType, ModelFiles, probe_writable};
+use ferrotune_core::lr_schedule::LrSchedule;
+use ferrotune_core::model::{
+    DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
+};
+use ferrotune_core::process_group::Solo;
+use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState, rows_up_to};
+use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::DType;
+use ferrotune_kernels::adamw::AdamW;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// A run that is fully checked, and has read no weight yet.
+#[derive(Debug)]
+pub struct Recipe {
+    /// What was asked for.
+    pub config: TrainConfig,
+    /// The base model's directory.
+    pub base: PathBuf,
+    /// What the base is.
+    pub decoder: DecoderConfig,
+    /// Its weights, headers only; `None` starts from random weights.
+    pub files: Option<ModelFiles>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Training rows.
+    pub dataset: Dataset,
+    /// Evaluation rows.
+    pub eval_dataset: Option<Dataset>,
+    /// Intervals and length.
+    pub plan: RunPlan,
+    /// Trainable scalars.
+    pub trainable: usize,
+    /// Tokens of the longest micro-batch there can be.
+    pub max_tokens: usize,
+    /// Dtype of the frozen weights.
+    pub weight_dtype: DType,
+}
+
+impl Recipe {
+    /// Checks everything that can be checked without reading weights: output directory, model
+    /// config, weight names and shapes, adapter targets, data.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, by file, line or key.
+    pub fn prepare(config: TrainConfig) -> Result<Self> {
+        set_threads(&config)?;
+        let output = Path::new(&config.output.output_dir);
+        probe_writable(output)?;
+        refuse_to_overwrite(&config, output)?;
+        let base = base_directory(&config)?;
+        let decoder = DecoderConfig::open(&base)?;
+        let files = weights(&config, &base, &decoder)?;
+        let (_, params) = attach(&decoder, adapter_of(&config, &base, &decoder)?.as_ref())?;
+        let tokenizer = data::tokenizer(&config, &base)?;
+        let dataset = data::training(&config, &tokenizer)?;
+        let eval_dataset = data::evaluation(&config, &tokenizer)?;
+        data::check_fits_context(&config, &dataset, &decoder, &base)?;
+        let epochs = EpochData::new(&config, &dataset, 0, 1);
+        let plan = run_plan(
+            &config,
+            epochs.steps_per_epoch(),
+            params.layout().trainable(),
+            &decoder,
+        )?;
+        let max_tokens = epochs
+            .max_tokens()
+            .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
+        let trainable = params.layout().trainable();
+        let weight_dtype = weight_dtype(&config, files.as_ref());
+        Ok(Self {
+            config,
+            base,
+            decoder,
+            files,
+            tokenizer,
+            dataset,
+            eval_dataset,
+            plan,
+            trainable,
+            max_tokens,
+            weight_dtype,
+        })
+    }
+
+    /// Reads the weights, trains, and writes the result.
+    ///
+    /// # Errors
+    /// The first error of a step or a write; checkpoints saved before stay.
+    pub fn train(
+        &self,
+        observers: &mut [Box<dyn Observer + '_>],
+        stop: &AtomicBool,
+    ) -> Result<RunOutcome> {
+        let output = Path::new(&self.config.output.output_dir);
+        let from = resume::find(self, output)?;
+        let mut trainer = self.trainer()?;
+        let (mut state, window) = match &from {
+            Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
+            None => (TrainerState::new(), LogWindow::new(0)),
+        };
+        let schedule = self.schedule()?;
+        let started = self.run_started(&trainer, window.num_tokens());
+        let outcome = {
+            let eval_batches: Vec<PackedBatch> = self
+                .eval_dataset
+                .as_ref()
+                .map(|d| eval_batches(&self.config, d))
+                .unwrap_or_default();
+            let mut data = EpochData::new(&self.config, &self.dataset, 0, 1);
+            let files = CheckpointFiles::new(self);
+            let keep = self.config.output.save_total_limit;
+            let mut save = |trainer: &Trainer, state: &TrainerState, window: &LogWindow| {
+                let path = files.write(output, trainer, state, window)?;
+                if let Some(keep) = keep {
+                    checkpoint::rotate(output, keep)?;
+                }
+                Ok(path)
+            };
+            let run = Run {
+                plan: self.plan.clone(),
+                schedule: &schedule,
+                data: &mut data,
+                eval_batches: &eval_batches,
+                observers,
+                state: &mut state,
+                window,
+                stop,
+                save: &mut save,
+            };
+            run.run(&mut trainer, started)?
+        };
+        if let RunOutcome::Finished(finished) = &outcome {
+            outputs::write_final(self, output, &trainer, &state, finished)?;
+        }
+        Ok(outcome)
+    }
+
+    /// The trainer of this run, weights read, adapter at its initial values.
+    ///
+    /// # Errors
+    /// If the weights cannot be read.
+    pub fn trainer(&self) -> Result<Trainer> {
+        let adapter = adapter_of(&self.config, &self.base, &self.decoder)?;
+        let random = RandomWeights {
+            seed: self.config.runtime.seed,
+        };
+        let source: &dyn WeightSource = match &self.files {
+            Some(files) => files,
+            None => &random,
+        };
+        Trainer::new(
+            &self.decoder,
+            source,
+            adapter,
+            Box::new(Solo),
+            self.options(),
+        )
+    }
+
+    fn options(&self) -> TrainerOptions {
+        let (optimizer, runtime) = (&self.config.optimizer, &self.config.runtime);
+        TrainerOptions {
+            seed: runtime.seed,
+            weight_dtype: self.weight_dtype,
+            activation_dtype: activation_dtype(&self.config),
+            adamw: AdamW {
+                beta1: optimizer.adam_beta1,
+                beta2: optimizer.adam_beta2,
+                eps: optimizer.adam_epsilon,
+            },
+            weight_decay: optimizer.weight_decay,
+            max_grad_norm: (optimizer.max_grad_norm > 0.0).then_some(optimizer.max_grad_norm),
+            max_tokens: self.max_tokens,
+        }
+    }
+
+    /// The learning rate of each step.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a schedule or an argument that does not exist.
+    pub fn schedule(&self) -> Result<LrSchedule> {
+        let schedule = &self.config.schedule;
+        let total = self.plan.total_steps;
+        let warmup = schedule.warmup_steps_of(total);
+        let lr = self.config.optimizer.learning_rate;
+        LrSchedule::new(
+            &schedule.lr_scheduler_type,
+            &schedule.lr_scheduler_kwargs,
+            lr,
+            warmup,
+            total,
+        )
+    }
+
+    /// The adapter, for its files and its name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if its settings contradict each other.
+    pub fn adapter(&self) -> Result<Box<dyn Adapter>> {
+        adapter_of(&self.config, &self.base, &self.decoder)
+    }
+
+    fn run_started(&self, trainer: &Trainer, first_num_tokens: u64) -> RunStarted {
+        RunStarted {
+            model: self.base.display().to_string(),
+            method: trainer.adapter().describe(),
+            trainable_parameters: self.trainable as u64,
+            total_parameters: self.total_parameters() as u64,
+            examples: self.dataset.examples.len() as u64,
+            num_train_epochs: self.plan.total_steps as f64
+                / self.plan.steps_per_epoch.max(1) as f64,
+            max_steps: self.plan.total_steps,
+            first_step: trainer.steps_done(),
+            first_num_tokens,
+            train_batch_size: self.config.data.per_device_train_batch_size as u64,
+            gradient_accumulation_steps: self.config.optimizer.gradient_accumulation_steps as u64,
+            world_size: 1,
+            logging_steps: self.plan.log_every.unwrap_or(0),
+            eval_steps: self.plan.eval_every.unwrap_or(0),
+            save_steps: self.plan.save_every.unwrap_or(0),
+        }
+    }
+
+    /// The rows of an earlier `trainer_log.jsonl` that the run goes on from; empty for a fresh run.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is nothing to resume from that should be there.
+    pub fn log_to_keep(&self, log: &Path) -> Result<String> {
+        let Some(from) = resume::find(self, Path::new(&self.config.output.output_dir))? else {
+            return Ok(String::new());
+        };
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        Ok(rows_up_to(&text, from.step()))
+    }
+
+    /// Scalars of base and adapter.
+    #[must_use]
+    pub fn total_parameters(&self) -> usize {
+        let adapter = if self.config.lora.use_peft {
+            self.trainable
+        } else {
+            0
+        };
+        self.decoder.parameters() + adapter
+    }
+}
+
+/// The pool of threads; results do not depend on their number.
+fn set_threads(config: &TrainConfig) -> Result<()> {
+    let Some(threads) = config.runtime.num_threads else {
+        return Ok(());
+    };
+    // A second run in one process keeps the first pool: its size cannot change any more.
+    let _ = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global();
+    if rayon::current_num_threads() == threads {
+        return Ok(());
+    }
+    Err(Error::config(
+        "num_threads",
+        "can only be chosen once per process",
+    ))
+}
+
+fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
+    let Some(name) = &config.model.model_name_or_path else {
+        return Err(Error::config(
+            "model_name_or_path",
+            "is missing; expected the directory of a Hugging Face model",
+        ));
+    };
+    let path = PathBuf::from(name);
+    if path.is_dir() {
+        return Ok(path);
+    }
+    Err(Error::config(
+        "model_name_or_path",
+        format!("`{name}` is not a directory; download the model and give its path"),
+    ))
+}
+
+/// Checks names and shapes of the weights from the headers of their files.
+fn weights(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+) -> Result<Option<ModelFiles>> {
+    if config.model.random_init {
+        return Ok(None);
+    }
+    let files = ModelFiles::open(base)?;
+    files.check(&expected_tensors(&ModelPlan::new(decoder)))?;
+    Ok(Some(files))
+}
+
+fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>) -> DType {
+    match config.model.base_dtype() {
+        Dtype::Float32 => DType::F32,
+        Dtype::Bfloat16 => DType::Bf16,
+        Dtype::Auto => {
+            let is_bf16 = |files: &ModelFiles| {
+                files
+                    .names()
+                    .any(|n| files.meta(n).is_some_and(|m| m.dtype == FileDType::BF16))
+            };
+            if files.is_some_and(is_bf16) {
+                DType::Bf16
+            } else {
+                DType::F32
+            }
+        }
+    }
+}
+
+/// f32 on the CPU, where bf16 saves memory but no time; bf16 when asked for by name.
+fn activation_dtype(config: &TrainConfig) -> DType {
+    if config.model.bf16 == Some(true) {
+        DType::Bf16
+    } else {
+        DType::F32
+    }
+}
+
+fn refuse_to_overwrite(config: &TrainConfig, output: &Path) -> Result<()> {
+    use ferrotune_core::config::Resume;
+    let fresh = matches!(config.output.resume_from_checkpoint, Resume::Never);
+    let has_checkpoints = !checkpoint::list(output)?.is_empty();
+    if fresh && has_checkpoints && !config.output.overwrite_output_dir {
+        return Err(Error::config(
+            "output_dir",
+            format!(
+                "`{}` holds checkpoints of an earlier run; go on with resume_from_checkpoint: auto, start over \
+                 with overwrite_output_dir: true, or choose another directory",
+                output.display()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn run_plan(
+    config: &TrainConfig,
+    steps_per_epoch: u64,
+    trainable: usize,
+    decoder: &DecoderConfig,
+) -> Result<RunPlan> {
+    let total_steps = config.schedule.total_steps(steps_per_epoch);
+    let output = &config.output;
+    let every = |strategy: IntervalStrategy, steps: u64| match strategy {
+        IntervalStrategy::No => None,
+        IntervalStrategy::Steps => Some(steps),
+        IntervalStrategy::Epoch => Some(steps_per_epoch),
+    };
+    // Forward and the activations' gradient take 2 FLOPs per weight each, a trained weight 2 more.
+    let base = decoder.parameters() as f64;
+    let flops_per_token = if config.lora.use_peft {
+        4.0 * base + 6.0 * trainable as f64
+    } else {
+        6.0 * base
+    };
+    Ok(RunPlan {
+        total_steps,
+        steps_per_epoch,
+        log_every: every(
+            output.logging_strategy,
+            output.logging_interval(total_steps),
+        ),
+        log_first: output.logging_first_step,
+        save_every: every(output.save_strategy, output.save_interval(total_steps)),
+        eval_every: every(output.eval_strategy, output.eval_interval(total_steps)),
+        flops_per_token,
+    })
+}

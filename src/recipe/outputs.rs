@@ -1,0 +1,258 @@
+//! What a run leaves behind: checkpoints while it goes, the result at its end.
+
+use super::Recipe;
+use ferrotune_core::checkpoint::{Checkpoint, OPTIMIZER, RunIdentity, write_optimizer};
+use ferrotune_core::io::{blake3_of_bytes, write_file};
+use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
+use ferrotune_core::params::FlatBuffer;
+use ferrotune_core::run_log::{LogWindow, RunFinished, TrainerState, all_results, train_results};
+use ferrotune_core::trainer::Trainer;
+use ferrotune_core::{Error, Result};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Hugging Face's record of progress and log history.
+pub(super) const STATE: &str = "trainer_state.json";
+/// Ours beside it: metrics since the last log row, exactly.
+pub(super) const RUN_STATE: &str = "run_state.json";
+
+/// Writes checkpoints of one run.
+pub struct CheckpointFiles<'a> {
+    recipe: &'a Recipe,
+    identity: RunIdentity,
+}
+
+impl<'a> CheckpointFiles<'a> {
+    /// Takes the fingerprints of base, tokenizer and data.
+    #[must_use]
+    pub fn new(recipe: &'a Recipe) -> Self {
+        Self {
+            recipe,
+            identity: RunIdentity {
+                config: recipe.config.to_json(),
+                fingerprints: fingerprints(recipe),
+            },
+        }
+    }
+
+    /// Configuration and fingerprints.
+    #[must_use]
+    pub fn identity(self) -> RunIdentity {
+        self.identity
+    }
+
+    /// Writes `output/checkpoint-N` as a whole and returns its path.
+    ///
+    /// # Errors
+    /// [`Error::Write`]; nothing of the checkpoint is left then.
+    pub fn write(
+        &self,
+        output: &Path,
+        trainer: &Trainer,
+        state: &TrainerState,
+        window: &LogWindow,
+    ) -> Result<PathBuf> {
+        let step = trainer.steps_done();
+        Checkpoint::write(output, step, &self.identity, |directory| {
+            write_trained(self.recipe, directory, trainer)?;
+            let [exp_avg, exp_avg_sq] = trainer.moments();
+            write_optimizer(&directory.join(OPTIMIZER), exp_avg, exp_avg_sq, step)?;
+            write_file(&directory.join(STATE), state.to_json().as_bytes())?;
+            write_file(&directory.join(RUN_STATE), window.to_json().as_bytes())
+        })
+    }
+}
+
+/// What must be equal for a continued run to be the same run.
+fn fingerprints(recipe: &Recipe) -> BTreeMap<String, String> {
+    let mut data = Vec::new();
+    for example in &recipe.dataset.examples {
+        data.extend_from_slice(&(example.len() as u64).to_le_bytes());
+        data.extend(example.input_ids.iter().flat_map(|v| v.to_le_bytes()));
+        data.extend(example.labels.iter().flat_map(|v| v.to_le_bytes()));
+    }
+    let config = std::fs::read(recipe.base.join("config.json")).unwrap_or_default();
+    let mut base = blake3_of_bytes(&config);
+    for file in recipe.files.iter().flat_map(|f| f.shards()) {
+        // Names, shapes and dtypes; hashing all weights would double the time to the first step.
+        let tensors: Vec<_> = file
+            .names()
+            .map(|n| format!("{n}: {:?}", file.meta(n)))
+            .collect();
+        base = blake3_of_bytes(format!("{base}{tensors:?}").as_bytes());
+    }
+    BTreeMap::from([
+        ("base_model".into(), base),
+        ("data".into(), blake3_of_bytes(&data)),
+    ])
+}
+
+/// The trained weights with what is needed to load them.
+fn write_trained(recipe: &Recipe, directory: &Path, trainer: &Trainer) -> Result<()> {
+    trainer.adapter().save(trainer.params(), directory)?;
+    for file in recipe.tokenizer.files() {
+        copy(file, directory)?;
+    }
+    if !recipe.config.lora.use_peft {
+        write_model_config(recipe, directory)?;
+        let generation = recipe.base.join("generation_config.json");
+        if generation.is_file() {
+            copy(&generation, directory)?;
+        }
+    }
+    Ok(())
+}
+
+/// The base's config with the dtype that the trained weights have.
+fn write_model_config(recipe: &Recipe, directory: &Path) -> Result<()> {
+    let path = recipe.base.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+    let mut config: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Error::model(&path, format!("is not valid JSON: {e}")))?;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(value) = config.get_mut(key) {
+            *value = json!("float32");
+        }
+    }
+    write_file(
+        &directory.join("config.json"),
+        format!("{config:#}\n").as_bytes(),
+    )
+}
+
+fn copy(file: &Path, directory: &Path) -> Result<()> {
+    let bytes = std::fs::read(file).map_err(Error::read(file))?;
+    match file.file_name() {
+        Some(name) => write_file(&directory.join(name), &bytes),
+        None => Ok(()),
+    }
+}
+
+/// The result, at the top of the output directory, read back before it counts.
+pub(super) fn write_final(
+    recipe: &Recipe,
+    output: &Path,
+    trainer: &Trainer,
+    state: &TrainerState,
+    finished: &RunFinished,
+) -> Result<()> {
+    write_trained(recipe, output, trainer)?;
+    verify(recipe, output, trainer.params())?;
+    write_file(&output.join(STATE), state.to_json().as_bytes())?;
+    write_file(
+        &output.join("train_results.json"),
+        train_results(finished).as_bytes(),
+    )?;
+    write_file(
+        &output.join("all_results.json"),
+        all_results(finished, None).as_bytes(),
+    )?;
+    write_file(
+        &output.join("README.md"),
+        model_card(recipe, finished).render().as_bytes(),
+    )?;
+    write_file(
+        &output.join("run.json"),
+        run_json(recipe, finished).as_bytes(),
+    )
+}
+
+/// Re-reads what was saved: every tensor, bit for bit.
+fn verify(recipe: &Recipe, directory: &Path, params: &FlatBuffer) -> Result<()> {
+    let read = read_trained(recipe, directory, params)?;
+    let same = read
+        .as_slice()
+        .iter()
+        .zip(params.as_slice())
+        .all(|(a, b)| a.to_bits() == b.to_bits());
+    if same {
+        return Ok(());
+    }
+    let source = std::io::Error::other(
+        "what was read back differs from what was written; the disk or memory is failing",
+    );
+    Err(Error::write(directory)(source))
+}
+
+/// Trained weights of `directory`, in the layout of `like`.
+///
+/// # Errors
+/// [`Error::Adapter`] or [`Error::Model`] naming the tensor that does not fit.
+pub fn read_trained(recipe: &Recipe, directory: &Path, like: &FlatBuffer) -> Result<FlatBuffer> {
+    let mut read = FlatBuffer::zeros(like.layout());
+    recipe.adapter()?.load(&mut read, directory)?;
+    Ok(read)
+}
+
+fn model_card(recipe: &Recipe, finished: &RunFinished) -> ModelCard {
+    let config = &recipe.config;
+    let adapter = config.lora.use_peft;
+    let data = &config.data;
+    let datasets = data
+        .dataset_name
+        .iter()
+        .chain(&data.train_file)
+        .cloned()
+        .collect();
+    let number = |value: f64| format!("{value:.4}");
+    let output = Path::new(&config.output.output_dir);
+    let name = output
+        .file_name()
+        .map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    ModelCard {
+        artifact: if adapter {
+            Artifact::Adapter
+        } else {
+            Artifact::Model
+        },
+        name,
+        base_model: config.model.model_name_or_path.clone().unwrap_or_default(),
+        location: config.output.output_dir.clone(),
+        datasets,
+        tags: Vec::new(),
+        prompt_style: match recipe.tokenizer.chat_template(None) {
+            Some(_) => PromptStyle::Chat,
+            None => PromptStyle::Text,
+        },
+        facts: vec![
+            (
+                "Method".into(),
+                recipe.adapter().map(|a| a.describe()).unwrap_or_default(),
+            ),
+            ("Trainable parameters".into(), recipe.trainable.to_string()),
+            ("Examples".into(), recipe.dataset.examples.len().to_string()),
+            ("Optimizer steps".into(), finished.step.to_string()),
+            ("Epochs".into(), number(finished.epoch)),
+            (
+                "Learning rate".into(),
+                format!("{:e}", config.optimizer.learning_rate),
+            ),
+            ("Schedule".into(), config.schedule.lr_scheduler_type.clone()),
+            ("Mean training loss".into(), number(finished.train_loss)),
+            ("Seed".into(), config.runtime.seed.to_string()),
+        ],
+        version: env!("CARGO_PKG_VERSION").into(),
+    }
+}
+
+/// What ran: versions, digests, counts.
+fn run_json(recipe: &Recipe, finished: &RunFinished) -> String {
+    let report = &recipe.dataset.report;
+    let document = json!({
+        "ferrotune_version": env!("CARGO_PKG_VERSION"),
+        "world_size": 1,
+        "digests": fingerprints(recipe),
+        "config": recipe.config.to_json(),
+        "data": {
+            "rows": report.rows,
+            "dropped_rows": report.dropped_rows,
+            "truncated_rows": report.truncated_rows,
+            "tokens": report.tokens,
+            "trained_tokens": report.trained_tokens,
+        },
+        "steps": finished.step,
+        "seconds": finished.train_runtime,
+    });
+    format!("{document:#}\n")
+}

@@ -1,0 +1,152 @@
+//! Going on where a run stopped, to the same bits.
+
+use super::Recipe;
+use super::outputs::{CheckpointFiles, RUN_STATE, STATE};
+use ferrotune_core::checkpoint::{self, Checkpoint, OPTIMIZER, read_optimizer};
+use ferrotune_core::config::Resume;
+use ferrotune_core::io::remove_stale;
+use ferrotune_core::params::FlatBuffer;
+use ferrotune_core::run_log::{LogWindow, TrainerState};
+use ferrotune_core::trainer::Trainer;
+use ferrotune_core::{Error, Result};
+use std::path::Path;
+
+/// Keys that may differ between a run and its continuation. Only the last two can change what is
+/// trained, through a schedule that depends on the run's length: to make a run longer is a choice.
+const FREE_KEYS: [&str; 21] = [
+    "dataset_test_split",
+    "device",
+    "eval_file",
+    "eval_packing",
+    "eval_steps",
+    "eval_strategy",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "max_steps",
+    "num_threads",
+    "num_train_epochs",
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_eval_batch_size",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+];
+
+/// The checkpoint a run starts from, verified, if it is to start from one.
+pub(super) fn find(recipe: &Recipe, output: &Path) -> Result<Option<Checkpoint>> {
+    remove_stale(output)?;
+    let found = match &recipe.config.output.resume_from_checkpoint {
+        Resume::Never => None,
+        Resume::From(path) => Some(Checkpoint::verify(path)?),
+        Resume::Auto => newest(output)?,
+        Resume::Last => match newest(output)? {
+            None => {
+                let message = format!(
+                    "true, but `{}` holds no checkpoint; use auto to start anew",
+                    output.display()
+                );
+                return Err(Error::config("resume_from_checkpoint", message));
+            }
+            found => found,
+        },
+    };
+    if let Some(checkpoint) = &found {
+        refuse_another_run(recipe, checkpoint)?;
+    }
+    Ok(found)
+}
+
+fn newest(output: &Path) -> Result<Option<Checkpoint>> {
+    let Some((checkpoint, skipped)) = checkpoint::latest_valid(output)? else {
+        return Ok(None);
+    };
+    for reason in skipped {
+        tracing::warn!("passed over a damaged checkpoint: {reason}");
+    }
+    Ok(Some(checkpoint))
+}
+
+fn refuse_another_run(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> {
+    let now = CheckpointFiles::new(recipe).identity();
+    let differences: Vec<String> = checkpoint
+        .manifest()
+        .run
+        .differences(&now)
+        .into_iter()
+        .filter(|line| !FREE_KEYS.iter().any(|key| names_key(line, key)))
+        .collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Error::config(
+        "resume_from_checkpoint",
+        format!(
+            "{} belongs to another run:\n  {}\nset these back, or start a new run in another output_dir",
+            checkpoint.path().display(),
+            differences.join("\n  ")
+        ),
+    ))
+}
+
+/// Whether a line of differences is about `key`.
+fn names_key(line: &str, key: &str) -> bool {
+    let bare = line
+        .trim_start_matches("config")
+        .trim_start_matches(['.', ' ', '`']);
+    bare.strip_prefix(key)
+        .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+}
+
+/// Puts a checkpoint into a fresh trainer; returns the log so far.
+pub(super) fn restore(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    trainer: &mut Trainer,
+) -> Result<(TrainerState, LogWindow)> {
+    let directory = checkpoint.path();
+    let layout = std::sync::Arc::clone(trainer.params().layout());
+    let mut params = FlatBuffer::zeros(&layout);
+    recipe.adapter()?.load(&mut params, directory)?;
+    let (mut exp_avg, mut exp_avg_sq) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
+    let step = read_optimizer(&directory.join(OPTIMIZER), &mut exp_avg, &mut exp_avg_sq)?;
+    if step != checkpoint.step() {
+        let message = format!(
+            "is of step {step}, the checkpoint of step {}",
+            checkpoint.step()
+        );
+        return Err(Error::checkpoint(directory.join(OPTIMIZER), message));
+    }
+    trainer.restore(step, &params, &exp_avg, &exp_avg_sq);
+    let read = |name: &str| {
+        let path = directory.join(name);
+        std::fs::read_to_string(&path)
+            .map_err(Error::read(&path))
+            .map(|text| (text, path))
+    };
+    let (text, path) = read(STATE)?;
+    let state = TrainerState::from_json(&text, &path)?;
+    let (text, path) = read(RUN_STATE)?;
+    let window = LogWindow::from_json(&text, &path)?;
+    Ok((state, window))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_not_mistaken_for_a_longer_one() {
+        assert!(names_key(
+            "config.save_steps: 1 before, 2 now",
+            "save_steps"
+        ));
+        assert!(names_key("`save_steps`: 1 before, 2 now", "save_steps"));
+        assert!(!names_key("config.save_steps_extra: 1", "save_steps"));
+        assert!(!names_key("config.learning_rate: 1", "save_steps"));
+    }
+}

@@ -1,0 +1,128 @@
+//! What a run will do, before it does it: `plan` and `--dry-run`.
+
+use super::Recipe;
+use ferrotune_core::Result;
+use serde_json::{Value, json};
+use std::fmt;
+
+/// Facts about a prepared run.
+#[derive(Debug)]
+pub struct Summary {
+    lines: Vec<(&'static str, String)>,
+    json: Value,
+}
+
+impl Summary {
+    /// Collects them.
+    ///
+    /// # Errors
+    /// [`ferrotune_core::Error::Config`] if the adapter's settings contradict each other.
+    pub fn of(recipe: &Recipe) -> Result<Self> {
+        let (config, plan, report) = (&recipe.config, &recipe.plan, &recipe.dataset.report);
+        let parameters = recipe.total_parameters();
+        let share = 100.0 * recipe.trainable as f64 / parameters as f64;
+        let weights = recipe.decoder.parameters() * recipe.weight_dtype.bytes();
+        // Values, gradients and two moments, f32 each.
+        let trained = recipe.trainable * 16;
+        let activations = activation_bytes(recipe);
+        let method = recipe.adapter()?.describe();
+        let lines = vec![
+            (
+                "model",
+                format!(
+                    "{} ({}, {} parameters)",
+                    recipe.base.display(),
+                    recipe.decoder.model_type,
+                    recipe.decoder.parameters()
+                ),
+            ),
+            (
+                "method",
+                format!("{method}: {} trainable ({share:.2} %)", recipe.trainable),
+            ),
+            (
+                "data",
+                format!(
+                    "{} rows, {} dropped, {} truncated; {} tokens, {} trained; longest {}",
+                    report.rows,
+                    report.dropped_rows,
+                    report.truncated_rows,
+                    report.tokens,
+                    report.trained_tokens,
+                    report.longest
+                ),
+            ),
+            (
+                "batch",
+                format!(
+                    "{} x {} rows per step, {} tokens in the largest micro-batch",
+                    config.data.per_device_train_batch_size,
+                    config.optimizer.gradient_accumulation_steps,
+                    recipe.max_tokens
+                ),
+            ),
+            (
+                "steps",
+                format!("{} ({} per epoch)", plan.total_steps, plan.steps_per_epoch),
+            ),
+            (
+                "memory",
+                format!(
+                    "about {} = weights {} + trained {} + activations {}",
+                    mib(weights + trained + activations),
+                    mib(weights),
+                    mib(trained),
+                    mib(activations)
+                ),
+            ),
+            ("checkpoint", format!("{} each", mib(recipe.trainable * 12))),
+            ("output", config.output.output_dir.clone()),
+        ];
+        let json = json!({
+            "model": recipe.base.display().to_string(),
+            "method": method,
+            "parameters": parameters,
+            "trainable_parameters": recipe.trainable,
+            "rows": report.rows,
+            "dropped_rows": report.dropped_rows,
+            "truncated_rows": report.truncated_rows,
+            "tokens": report.tokens,
+            "trained_tokens": report.trained_tokens,
+            "max_tokens": recipe.max_tokens,
+            "total_steps": plan.total_steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "memory_bytes": {"weights": weights, "trained": trained, "activations": activations},
+            "checkpoint_bytes": recipe.trainable * 12,
+            "output_dir": config.output.output_dir,
+            "notes": config.notes,
+        });
+        Ok(Self { lines, json })
+    }
+
+    /// The same for machines.
+    #[must_use]
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, value) in &self.lines {
+            writeln!(f, "{name:>10}  {value}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Saved activations of the largest micro-batch, and the buffers of one layer's backward.
+fn activation_bytes(recipe: &Recipe) -> usize {
+    let d = &recipe.decoder;
+    let saved = 2 * d.hidden_size + 2 * d.q_width() + 2 * d.kv_width() + 2 * d.intermediate_size;
+    let working = 3 * d.hidden_size + 2 * d.intermediate_size + 2 * d.q_width() + 2 * d.kv_width();
+    recipe.max_tokens * 4 * (d.layers * saved + working)
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
