@@ -121,7 +121,7 @@ impl<'a> Builder<'a> {
             self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
         }
         let preparer = self.preparer.as_ref();
-        let prepared: Vec<Result<(Arc<Path>, u64, Example, usize)>> = rows
+        let prepared: Vec<Result<(Row, Example, usize)>> = rows
             .into_par_iter()
             .map(|row| {
                 let row = row?;
@@ -130,12 +130,16 @@ impl<'a> Builder<'a> {
                 })?;
                 let mut example = preparer.prepare(&row)?;
                 let lost = preparer.truncate(&mut example);
-                Ok((row.path, row.line, example, lost))
+                Ok((row, example, lost))
             })
             .collect();
         for item in prepared {
-            let (path, line, example, lost) = item?;
-            if self.dataset.report.count(&path, line, &example, lost) {
+            let (row, example, lost) = item?;
+            if self
+                .dataset
+                .report
+                .count(&row.path, row.line, &example, lost)
+            {
                 self.dataset.examples.push(example);
             }
         }

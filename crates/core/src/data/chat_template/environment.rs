@@ -39,7 +39,7 @@ pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
          value: &Value,
          ensure_ascii: Option<bool>,
          indent: Option<&Value>,
-         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, kwargs),
+         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, &kwargs),
     );
     environment.add_filter(CHECK_FILTER, assignable);
     environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
