@@ -7,11 +7,23 @@
 //!
 //! This crate knows no model, no config and no rank.
 
+pub mod adamw;
+pub mod bias;
+mod candle;
+pub mod dropout;
+pub mod embedding;
 mod error;
+mod lanes;
+pub mod rms_norm;
 pub mod matmul;
 pub mod rng;
+pub mod rope;
+mod row_blocks;
 mod simd;
+pub mod swiglu;
 mod tensor;
+#[cfg(test)]
+mod test_support;
 mod workspace;
 
 pub use error::{Error, Result};

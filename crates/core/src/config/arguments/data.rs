@@ -1,0 +1,79 @@
+use super::source::{OURS, TRANSFORMERS, TRL_SCRIPT, TRL_SFT};
+use crate::config::section::section;
+use crate::config::value::choices;
+
+choices! {
+    /// How rows are packed into blocks of `max_length` tokens.
+    PackingStrategy {
+        /// Best fit decreasing; rows longer than a block are truncated.
+        Bfd = "bfd",
+        /// Best fit decreasing; rows longer than a block are split.
+        BfdSplit = "bfd_split",
+        /// Rows are concatenated and cut every `max_length` tokens.
+        Wrapped = "wrapped",
+    }
+}
+
+choices! {
+    /// In which order an epoch visits the rows.
+    SamplingStrategy {
+        /// A new permutation each epoch, a function of the seed.
+        Random = "random",
+        /// The order of the files.
+        Sequential = "sequential",
+    }
+}
+
+section! {
+    /// Which rows, how they become tokens, how many at a time.
+    DataArguments, "data" {
+        /// Training data: a local .jsonl file, a directory with one file per split, or a list of
+        /// them.
+        dataset_name: Vec<String> = Vec::new(), TRL_SCRIPT;
+        /// Split of a dataset directory to train on (`train.jsonl`).
+        dataset_train_split: String = "train".to_owned(), TRL_SCRIPT;
+        /// Split of a dataset directory to evaluate on (`test.jsonl`).
+        dataset_test_split: String = "test".to_owned(), TRL_SCRIPT;
+        /// Training file or files, in addition to `dataset_name`.
+        train_file: Vec<String> = Vec::new(), OURS;
+        /// Evaluation file or files.
+        eval_file: Vec<String> = Vec::new(), OURS;
+        /// Field of a row that holds plain text.
+        dataset_text_field: String = "text".to_owned(), TRL_SFT;
+        /// Token that ends a sequence; null for the tokenizer's.
+        eos_token: Option<String> = None, TRL_SFT;
+        /// Jinja file, or directory of a tokenizer, whose chat template replaces the model's.
+        chat_template_path: Option<String> = None, TRL_SFT;
+        /// Longest sequence in tokens, longer rows lose their end; null for no limit. With packing,
+        /// the size of a block.
+        max_length: Option<usize> = Some(1024), TRL_SFT;
+        /// Pack several rows into one block; rows never see each other.
+        packing: bool = false, TRL_SFT;
+        /// How rows are packed: bfd, bfd_split or wrapped.
+        packing_strategy: PackingStrategy = PackingStrategy::Bfd, TRL_SFT;
+        /// Pack the evaluation rows; null for the same as `packing`.
+        eval_packing: Option<bool> = None, TRL_SFT;
+        /// Accepted either way: no batch is ever padded.
+        padding_free: bool = false, TRL_SFT;
+        /// Train on completions only; null means yes for rows of prompt and completion.
+        completion_only_loss: Option<bool> = None, TRL_SFT;
+        /// Train on the assistant's turns only.
+        assistant_only_loss: bool = false, TRL_SFT;
+        /// Shuffle the rows once before anything else.
+        shuffle_dataset: bool = false, TRL_SFT;
+        /// Order of the rows in an epoch: random or sequential.
+        train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random, TRANSFORMERS;
+        /// Rows (or packed blocks) per micro-batch and rank.
+        per_device_train_batch_size: usize = 8, TRANSFORMERS;
+        /// Rows (or packed blocks) per evaluation batch and rank.
+        per_device_eval_batch_size: usize = 8, TRANSFORMERS;
+    }
+}
+
+impl DataArguments {
+    /// Whether the evaluation rows are packed.
+    #[must_use]
+    pub fn packs_evaluation(&self) -> bool {
+        self.eval_packing.unwrap_or(self.packing)
+    }
+}

@@ -1,0 +1,109 @@
+use super::source::{PEFT, TRL_MODEL};
+use crate::config::section::section;
+use crate::config::value::{KeyValue, Names, choices};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+choices! {
+    /// Which biases of the base are trained.
+    LoraBias {
+        /// None.
+        None = "none",
+        /// Every bias of the model.
+        All = "all",
+        /// The biases of adapted layers.
+        LoraOnly = "lora_only",
+    }
+}
+
+/// How A and B start out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InitLoraWeights {
+    /// `true`: A uniform after Kaiming, B zero.
+    Default,
+    /// `false`: A and B both random, so that the adapter changes the model from the start.
+    Random,
+    /// A method by PEFT's name, such as `gaussian` or `pissa`.
+    Method(String),
+}
+
+/// PEFT's names for `init_lora_weights`; `pissa_niter_16` and other counts are accepted too.
+const INIT_METHODS: [&str; 9] = [
+    "gaussian",
+    "eva",
+    "olora",
+    "pissa",
+    "corda",
+    "loftq",
+    "orthogonal",
+    "mica",
+    "lora_ga",
+];
+
+impl KeyValue for InitLoraWeights {
+    fn schema() -> Value {
+        json!({"anyOf": [{"type": "boolean"}, {"enum": INIT_METHODS}, {"type": "string", "pattern": "^pissa_niter_[0-9]+$"}]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        if let Ok(default) = bool::from_value(value) {
+            return Ok(if default { Self::Default } else { Self::Random });
+        }
+        let name = value.as_str().unwrap_or_default();
+        let iterations = name.strip_prefix("pissa_niter_");
+        if INIT_METHODS.contains(&name) || iterations.is_some_and(|n| n.parse::<u32>().is_ok()) {
+            return Ok(Self::Method(name.to_owned()));
+        }
+        Err(format!(
+            "true, false or one of {}, pissa_niter_16{}",
+            INIT_METHODS.join(", "),
+            crate::suggest::did_you_mean(name, INIT_METHODS)
+        ))
+    }
+
+    fn to_value(&self) -> Value {
+        match self {
+            Self::Default => json!(true),
+            Self::Random => json!(false),
+            Self::Method(name) => json!(name),
+        }
+    }
+}
+
+section! {
+    /// The adapter. All of it applies with `use_peft: true` only.
+    LoraArguments, "lora" {
+        /// Train an adapter; false trains every weight of the base.
+        use_peft: bool = false, TRL_MODEL;
+        /// Rank of the update.
+        lora_r: usize = 16, TRL_MODEL;
+        /// The update is scaled by lora_alpha / lora_r.
+        lora_alpha: f64 = 32.0, TRL_MODEL;
+        /// Probability that an input of the update is dropped in training.
+        lora_dropout: f64 = 0.05, TRL_MODEL;
+        /// Modules to adapt: a list of names (whole or last parts of the path), a regular
+        /// expression for the whole path, or all-linear; null for PEFT's choice for the
+        /// architecture.
+        lora_target_modules: Option<Names> = None, TRL_MODEL;
+        /// Modules to leave out: a list of names or a regular expression.
+        lora_exclude_modules: Option<Names> = None, PEFT;
+        /// Modules trained as a whole and saved with the adapter.
+        lora_modules_to_save: Vec<String> = Vec::new(), TRL_MODEL;
+        /// PEFT's task type. Only CAUSAL_LM can be trained.
+        lora_task_type: String = "CAUSAL_LM".to_owned(), TRL_MODEL;
+        /// Scale by lora_alpha / sqrt(lora_r).
+        use_rslora: bool = false, TRL_MODEL;
+        /// Weight-decomposed updates. Not supported yet.
+        use_dora: bool = false, TRL_MODEL;
+        /// How the update starts: true, false, or a method by PEFT's name.
+        init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
+        /// Biases to train: none, all or lora_only.
+        lora_bias: LoraBias = LoraBias::None, PEFT;
+        /// Other ranks for modules whose path ends with, or matches, a name.
+        lora_rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), PEFT;
+        /// Other alphas for modules whose path ends with, or matches, a name.
+        lora_alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), PEFT;
+        /// Decoder layers to adapt, counted from 0; empty for all.
+        lora_layers_to_transform: Vec<usize> = Vec::new(), PEFT;
+    }
+}

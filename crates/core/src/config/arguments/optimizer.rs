@@ -1,0 +1,35 @@
+use super::source::{TRANSFORMERS, TRL_SFT};
+use crate::config::section::section;
+use crate::config::value::choices;
+
+choices! {
+    /// The optimizer. Both names mean the same AdamW here.
+    Optim {
+        /// AdamW.
+        AdamwTorch = "adamw_torch",
+        /// AdamW, Transformers' default name.
+        AdamwTorchFused = "adamw_torch_fused",
+    }
+}
+
+section! {
+    /// How gradients become an update.
+    OptimizerArguments, "optimizer" {
+        /// The optimizer: adamw_torch or adamw_torch_fused, both this engine's AdamW.
+        optim: Optim = Optim::AdamwTorchFused, TRANSFORMERS;
+        /// Peak learning rate.
+        learning_rate: f64 = 2e-5, TRL_SFT;
+        /// Decoupled weight decay, on every trained weight but biases and norms.
+        weight_decay: f64 = 0.0, TRANSFORMERS;
+        /// Decay of the first moment.
+        adam_beta1: f64 = 0.9, TRANSFORMERS;
+        /// Decay of the second moment.
+        adam_beta2: f64 = 0.999, TRANSFORMERS;
+        /// Added to the root of the second moment.
+        adam_epsilon: f64 = 1e-8, TRANSFORMERS;
+        /// Largest L2 norm of the gradient, larger ones are scaled down; 0 for no clipping.
+        max_grad_norm: f64 = 1.0, TRANSFORMERS;
+        /// Micro-batches per optimizer step and rank.
+        gradient_accumulation_steps: usize = 1, TRANSFORMERS;
+    }
+}

@@ -1,0 +1,37 @@
+use super::source::{OURS, TRANSFORMERS};
+use crate::config::section::section;
+use crate::config::value::choices;
+
+choices! {
+    /// Where to compute.
+    Device {
+        /// The best there is.
+        Auto = "auto",
+        /// The processor.
+        Cpu = "cpu",
+        /// An NVIDIA GPU.
+        Cuda = "cuda",
+    }
+}
+
+section! {
+    /// The machine, and chance.
+    RuntimeArguments, "runtime" {
+        /// Where to compute: auto, cpu or cuda.
+        device: Device = Device::Auto, OURS;
+        /// CPU threads; null for one per core. Results do not depend on it.
+        num_threads: Option<usize> = None, OURS;
+        /// Seed of every random draw.
+        seed: u64 = 42, TRANSFORMERS;
+        /// Seed of the order of the rows; null for seed.
+        data_seed: Option<u64> = None, TRANSFORMERS;
+    }
+}
+
+impl RuntimeArguments {
+    /// The seed of the order of the rows.
+    #[must_use]
+    pub fn data_seed(&self) -> u64 {
+        self.data_seed.unwrap_or(self.seed)
+    }
+}

@@ -1,0 +1,60 @@
+//! The table of keys for readers: JSON schema and documentation.
+
+use super::foreign::FOREIGN_KEYS;
+use super::{ALIASES, TrainConfig};
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+
+/// JSON schema (draft 2020-12) of a configuration file, for editors and `config-schema`.
+#[must_use]
+pub fn json_schema() -> Value {
+    let mut properties = Map::new();
+    for key in TrainConfig::keys() {
+        let mut schema = key.schema.as_object().cloned().unwrap_or_default();
+        schema.insert("description".to_owned(), json!(key.doc));
+        schema.insert("default".to_owned(), key.default);
+        properties.insert(key.name.to_owned(), Value::Object(schema));
+    }
+    for (alias, name) in ALIASES {
+        let mut schema = properties[name].as_object().cloned().unwrap_or_default();
+        schema.insert(
+            "description".to_owned(),
+            json!(format!("Another name for {name}.")),
+        );
+        schema.insert("deprecated".to_owned(), json!(true));
+        properties.insert(alias.to_owned(), Value::Object(schema));
+    }
+    for key in FOREIGN_KEYS {
+        properties.insert(key.name.to_owned(), json!({"description": key.doc()}));
+    }
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ferrotune training configuration",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": false,
+    })
+}
+
+/// The reference of all keys as Markdown: a table per section, then the keys without a field.
+#[must_use]
+pub fn markdown_reference() -> String {
+    let mut text = String::new();
+    let mut section = "";
+    for key in TrainConfig::keys() {
+        if key.section != section {
+            section = key.section;
+            text += &format!(
+                "\n## {section}\n\n| key | default | source of the default | meaning |\n|---|---|---|---|\n"
+            );
+        }
+        let (name, default, source) = (key.name, key.default, key.default_source);
+        text += &format!("| `{name}` | `{default}` | {source} | {} |\n", key.doc);
+    }
+    text += "\n## Accepted for compatibility\n\n| key | meaning |\n|---|---|\n";
+    for key in FOREIGN_KEYS {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "| `{}` | {} |", key.name, key.doc());
+    }
+    text.trim_start().to_owned()
+}

@@ -1,0 +1,278 @@
+//! Ranges and combinations of values.
+
+use super::{Device, IntervalStrategy, TrainConfig};
+use crate::lr_schedule::{LrSchedule, PlateauSchedule};
+use crate::{Error, Result};
+use std::fmt::Display;
+
+impl TrainConfig {
+    /// Checks every value, and the values together.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first fault: key, value, where it was set, what was expected and
+    /// what to do.
+    pub fn validate(&self) -> Result<()> {
+        self.check_required()?;
+        self.check_data()?;
+        self.check_lora()?;
+        self.check_optimizer()?;
+        self.check_schedule()?;
+        self.check_output()?;
+        self.check_runtime()
+    }
+
+    /// An error about `key` that says where it was set.
+    fn fault(&self, key: &str, message: impl Display) -> Error {
+        let place = self.origin(key).map(|origin| format!(" ({origin})"));
+        Error::config(key, format!("{message}{}", place.unwrap_or_default()))
+    }
+
+    fn require(
+        &self,
+        holds: bool,
+        key: &str,
+        message: impl FnOnce(String) -> String,
+    ) -> Result<()> {
+        if holds {
+            return Ok(());
+        }
+        let value = self.get(key).unwrap_or_default();
+        Err(self.fault(key, message(value.to_string())))
+    }
+
+    /// `key` at or above 1.
+    fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
+        self.require(value >= 1, key, |value| {
+            format!("got {value}, expected 1 or more")
+        })
+    }
+
+    /// `key` at or above 0 (no value is infinite or NaN: reading refuses them).
+    fn not_negative(&self, key: &str, value: f64) -> Result<()> {
+        self.require(value >= 0.0, key, |value| {
+            format!("got {value}, expected 0 or more")
+        })
+    }
+
+    fn check_required(&self) -> Result<()> {
+        let base = self.model.model_name_or_path.as_deref().unwrap_or_default();
+        self.require(!base.is_empty(), "model_name_or_path", |_| {
+            "not set; give the directory of the base model".to_owned()
+        })?;
+        let data = &self.data;
+        let sources = data.dataset_name.iter().chain(&data.train_file);
+        self.require(sources.count() > 0, "dataset_name", |_| {
+            "not set; give a .jsonl file, a directory, or a list of them (or train_file)".to_owned()
+        })?;
+        self.require(!self.output.output_dir.is_empty(), "output_dir", |_| {
+            "empty; give a directory".to_owned()
+        })
+    }
+
+    fn check_data(&self) -> Result<()> {
+        let data = &self.data;
+        self.require(data.max_length != Some(0), "max_length", |_| {
+            "got 0, expected 1 or more, or null for no limit".to_owned()
+        })?;
+        let packs = data.packing || data.packs_evaluation();
+        self.require(!packs || data.max_length.is_some(), "packing", |_| {
+            "needs max_length, the size of a block; set it, or set packing to false".to_owned()
+        })?;
+        self.at_least_one(
+            "per_device_train_batch_size",
+            data.per_device_train_batch_size,
+        )?;
+        self.at_least_one(
+            "per_device_eval_batch_size",
+            data.per_device_eval_batch_size,
+        )
+    }
+
+    fn check_lora(&self) -> Result<()> {
+        let lora = &self.lora;
+        self.require(
+            lora.lora_task_type == "CAUSAL_LM",
+            "lora_task_type",
+            |value| format!("{value} is not supported yet; expected \"CAUSAL_LM\""),
+        )?;
+        if !lora.use_peft {
+            return Ok(());
+        }
+        self.at_least_one("lora_r", lora.lora_r)?;
+        self.require(lora.lora_alpha > 0.0, "lora_alpha", |value| {
+            format!("got {value}, expected a number above 0; twice lora_r is common")
+        })?;
+        self.require(
+            (0.0..1.0).contains(&lora.lora_dropout),
+            "lora_dropout",
+            |value| format!("got {value}, expected a probability from 0 to below 1"),
+        )?;
+        self.require(!lora.use_dora, "use_dora", |_| {
+            "true is not supported yet; set it to false".to_owned()
+        })?;
+        let ranks = &lora.lora_rank_pattern;
+        self.require(
+            ranks.values().all(|r| *r > 0),
+            "lora_rank_pattern",
+            |value| format!("got {value}, expected ranks of 1 or more"),
+        )?;
+        let alphas = &lora.lora_alpha_pattern;
+        self.require(
+            alphas.values().all(|a| *a > 0.0),
+            "lora_alpha_pattern",
+            |value| format!("got {value}, expected numbers above 0"),
+        )
+    }
+
+    fn check_optimizer(&self) -> Result<()> {
+        let optimizer = &self.optimizer;
+        self.not_negative("learning_rate", optimizer.learning_rate)?;
+        self.not_negative("weight_decay", optimizer.weight_decay)?;
+        self.not_negative("max_grad_norm", optimizer.max_grad_norm)?;
+        for (key, beta) in [
+            ("adam_beta1", optimizer.adam_beta1),
+            ("adam_beta2", optimizer.adam_beta2),
+        ] {
+            self.require((0.0..1.0).contains(&beta), key, |value| {
+                format!("got {value}, expected a number from 0 to below 1")
+            })?;
+        }
+        self.require(optimizer.adam_epsilon > 0.0, "adam_epsilon", |value| {
+            format!("got {value}, expected a number above 0; 1e-8 is common")
+        })?;
+        self.at_least_one(
+            "gradient_accumulation_steps",
+            optimizer.gradient_accumulation_steps,
+        )
+    }
+
+    fn check_schedule(&self) -> Result<()> {
+        let schedule = &self.schedule;
+        self.require(
+            schedule.max_steps == -1 || schedule.max_steps > 0,
+            "max_steps",
+            |value| format!("got {value}, expected 1 or more, or -1 to follow num_train_epochs"),
+        )?;
+        let epochs = schedule.num_train_epochs;
+        self.require(
+            schedule.max_steps > 0 || epochs > 0.0,
+            "num_train_epochs",
+            |value| format!("got {value}, expected a number above 0, or set max_steps"),
+        )?;
+        let warmup = schedule.warmup_steps;
+        let whole = warmup < 1.0 || warmup.fract() == 0.0;
+        self.require(warmup >= 0.0 && whole, "warmup_steps", |value| {
+            format!("got {value}, expected whole steps, or a share of all steps below 1")
+        })?;
+        self.require(
+            (0.0..=1.0).contains(&schedule.warmup_ratio),
+            "warmup_ratio",
+            |value| format!("got {value}, expected a share of all steps from 0 to 1"),
+        )?;
+        let (name, kwargs) = (&schedule.lr_scheduler_type, &schedule.lr_scheduler_kwargs);
+        let rate = self.optimizer.learning_rate;
+        let built = if name == "reduce_lr_on_plateau" {
+            let evaluates = self.output.eval_strategy != IntervalStrategy::No;
+            self.require(evaluates, "lr_scheduler_type", |value| {
+                format!("{value} follows the evaluation loss; set eval_strategy to steps or epoch")
+            })?;
+            PlateauSchedule::new(kwargs, rate).map(|_| ())
+        } else {
+            LrSchedule::new(name, kwargs, rate, 0, 1000).map(|_| ())
+        };
+        built.map_err(|error| match error {
+            Error::Config { key, message } => {
+                let table_key = key.split('.').next().unwrap_or(&key);
+                let place = self.origin(table_key).map(|origin| format!(" ({origin})"));
+                Error::config(&key, format!("{message}{}", place.unwrap_or_default()))
+            }
+            other => other,
+        })
+    }
+
+    /// Steps, or a share of them, for a strategy that counts steps.
+    fn check_interval(&self, key: &str, strategy: IntervalStrategy, steps: f64) -> Result<()> {
+        let counts = strategy == IntervalStrategy::Steps;
+        let whole = steps < 1.0 || steps.fract() == 0.0;
+        self.require(!counts || (steps > 0.0 && whole), key, |value| {
+            format!("got {value}, expected whole steps, or a share of all steps below 1")
+        })
+    }
+
+    fn check_output(&self) -> Result<()> {
+        let output = &self.output;
+        self.check_interval(
+            "logging_steps",
+            output.logging_strategy,
+            output.logging_steps,
+        )?;
+        self.check_interval("save_steps", output.save_strategy, output.save_steps)?;
+        // 0 and null both mean logging_steps.
+        let eval_steps = output.eval_steps.filter(|steps| *steps != 0.0);
+        if let Some(steps) = eval_steps {
+            self.check_interval("eval_steps", output.eval_strategy, steps)?;
+        }
+        self.require(
+            output.save_total_limit != Some(0),
+            "save_total_limit",
+            |_| {
+                "got 0, expected 1 or more, or null to keep all; save_strategy: no saves none"
+                    .to_owned()
+            },
+        )?;
+        let data = &self.data;
+        let is_file = |name: &String| name.ends_with(".jsonl");
+        let no_rows = data.eval_file.is_empty() && data.dataset_name.iter().all(is_file);
+        let evaluates = output.eval_strategy != IntervalStrategy::No;
+        self.require(!(evaluates && no_rows), "eval_strategy", |value| {
+            format!("{value} needs rows to evaluate on; set eval_file, or eval_strategy to no")
+        })
+    }
+
+    fn check_runtime(&self) -> Result<()> {
+        let runtime = &self.runtime;
+        self.require(runtime.device != Device::Cuda, "device", |_| {
+            "this build has no CUDA yet; set it to auto or cpu".to_owned()
+        })?;
+        self.require(runtime.num_threads != Some(0), "num_threads", |_| {
+            "got 0, expected 1 or more, or null for one per core".to_owned()
+        })
+    }
+}
+
+/// Notes about keys with a field whose value has no effect.
+pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
+    let mut notes = Vec::new();
+    let others: Vec<_> = config.output.report_to.iter().map(String::as_str).collect();
+    let others: Vec<_> = others.into_iter().filter(|name| *name != "none").collect();
+    if !others.is_empty() {
+        notes.push(format!(
+            "report_to: {} is not supported yet; trainer_log.jsonl and trainer_state.json hold the \
+             same numbers",
+            others.join(", ")
+        ));
+    }
+    let adapter_keys: Vec<_> = TrainConfig::keys()
+        .iter()
+        .filter(|key| key.section == "lora" && key.name != "use_peft")
+        .map(|key| key.name)
+        .filter(|key| config.origin(key).is_some())
+        .collect();
+    if !config.lora.use_peft && !adapter_keys.is_empty() {
+        notes.push(format!(
+            "use_peft is false, so every weight is trained and these have no effect: {}",
+            adapter_keys.join(", ")
+        ));
+    }
+    let schedule = &config.schedule;
+    if schedule.max_steps > 0 && schedule.warmup_steps > schedule.max_steps as f64 {
+        notes.push(format!(
+            "warmup_steps: {} is more than max_steps: {}, so learning_rate is never reached",
+            schedule.warmup_steps, schedule.max_steps
+        ));
+    }
+    if schedule.warmup_steps > 0.0 && schedule.warmup_ratio > 0.0 {
+        notes.push("warmup_ratio has no effect beside warmup_steps".to_owned());
+    }
+    notes
+}

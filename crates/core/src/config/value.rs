@@ -1,0 +1,384 @@
+//! What a key can hold: from YAML and from the command line, to YAML, as JSON schema.
+
+use crate::suggest::did_you_mean;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+/// A type of configuration value. The one place that knows how it is written and read.
+pub trait KeyValue: Sized {
+    /// JSON schema of a value.
+    fn schema() -> Value;
+
+    /// Reads a parsed YAML value.
+    ///
+    /// # Errors
+    /// What was expected instead, as the end of a sentence.
+    fn from_value(value: &Value) -> Result<Self, String>;
+
+    /// The value as it is saved.
+    fn to_value(&self) -> Value;
+
+    /// Reads the text of a command line argument into the value YAML would have given.
+    ///
+    /// # Errors
+    /// What was expected instead.
+    fn parse_text(text: &str) -> Result<Value, String> {
+        yaml_scalar(text)
+    }
+}
+
+/// A YAML scalar or flow collection.
+pub(super) fn yaml_scalar(text: &str) -> Result<Value, String> {
+    super::parse::yaml(text).map_err(|error| format!("a YAML value ({})", error.without_snippet()))
+}
+
+/// `text` without its quotes if it is a quoted YAML scalar, else as it stands.
+fn plain_text(text: &str) -> String {
+    if text.starts_with(['"', '\''])
+        && let Ok(Value::String(unquoted)) = yaml_scalar(text)
+    {
+        return unquoted;
+    }
+    text.to_owned()
+}
+
+impl KeyValue for bool {
+    fn schema() -> Value {
+        json!({"type": "boolean"})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Bool(value) => Ok(*value),
+            // Transformers' argument parser turns quoted booleans into booleans.
+            Value::String(text) if text.eq_ignore_ascii_case("true") => Ok(true),
+            Value::String(text) if text.eq_ignore_ascii_case("false") => Ok(false),
+            _ => Err("true or false".to_owned()),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
+/// Numbers, also where YAML 1.1 readers made strings of them (`2e-5`).
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::String(text) => text.trim().parse().ok().filter(|n: &f64| n.is_finite()),
+        other => other.as_f64(),
+    }
+}
+
+impl KeyValue for f64 {
+    fn schema() -> Value {
+        json!({"type": "number"})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        number(value).ok_or_else(|| "a finite number".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
+/// Largest integer an f64 holds exactly.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+
+impl KeyValue for i64 {
+    fn schema() -> Value {
+        json!({"type": "integer"})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        if let Some(value) = value.as_i64() {
+            return Ok(value);
+        }
+        number(value)
+            .filter(|n| n.fract() == 0.0 && n.abs() <= MAX_EXACT)
+            .map(|n| n as Self)
+            .ok_or_else(|| "a whole number".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
+impl KeyValue for u64 {
+    fn schema() -> Value {
+        json!({"type": "integer", "minimum": 0})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        if let Some(value) = value.as_u64() {
+            return Ok(value);
+        }
+        i64::from_value(value)
+            .ok()
+            .and_then(|value| Self::try_from(value).ok())
+            .ok_or_else(|| "a whole number of at least 0".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
+impl KeyValue for usize {
+    fn schema() -> Value {
+        u64::schema()
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let value = u64::from_value(value)?;
+        Self::try_from(value).map_err(|_| "a whole number that fits in memory".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
+impl KeyValue for String {
+    fn schema() -> Value {
+        json!({"type": "string"})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::String(text) => Ok(text.clone()),
+            // A name such as `run_name: 42` means its digits.
+            Value::Number(number) => Ok(number.to_string()),
+            _ => Err("a string".to_owned()),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        Ok(Value::String(plain_text(text)))
+    }
+}
+
+impl<T: KeyValue> KeyValue for Option<T> {
+    fn schema() -> Value {
+        json!({"anyOf": [T::schema(), {"type": "null"}]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Null => Ok(None),
+            value => T::from_value(value)
+                .map(Some)
+                .map_err(|expected| format!("{expected}, or null")),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        self.as_ref().map_or(Value::Null, KeyValue::to_value)
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        match text.trim() {
+            "" | "~" | "null" | "None" => Ok(Value::Null),
+            _ => T::parse_text(text),
+        }
+    }
+}
+
+/// The words of a command line list: a YAML flow list, or words between commas or blanks.
+fn words(text: &str) -> Result<Vec<Value>, String> {
+    if text.trim_start().starts_with('[') {
+        return match yaml_scalar(text)? {
+            Value::Array(items) => Ok(items),
+            _ => Err("a list such as [a, b]".to_owned()),
+        };
+    }
+    if text.starts_with(['"', '\'']) {
+        return Ok(vec![Value::String(plain_text(text))]);
+    }
+    Ok(text
+        .split(|c: char| c == ',' || c.is_whitespace())
+        .filter(|word| !word.is_empty())
+        .map(|word| Value::String(word.to_owned()))
+        .collect())
+}
+
+/// A single value stands for a list of one, as on Transformers' command line.
+impl<T: KeyValue> KeyValue for Vec<T> {
+    fn schema() -> Value {
+        json!({"anyOf": [{"type": "array", "items": T::schema()}, T::schema()]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Null => Ok(Self::new()),
+            Value::Array(items) => items.iter().map(T::from_value).collect(),
+            single => T::from_value(single).map(|item| vec![item]),
+        }
+        .map_err(|expected| format!("a list, each entry {expected}"))
+    }
+
+    fn to_value(&self) -> Value {
+        self.iter().map(KeyValue::to_value).collect()
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        words(text).map(Value::Array)
+    }
+}
+
+/// Named values; in YAML also as a JSON string, which is how Transformers takes them on the
+/// command line.
+impl<T: KeyValue> KeyValue for BTreeMap<String, T> {
+    fn schema() -> Value {
+        json!({"type": "object", "additionalProperties": T::schema()})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Null => Ok(Self::new()),
+            Value::Object(entries) => entries
+                .iter()
+                .map(|(name, value)| Ok((name.clone(), T::from_value(value)?)))
+                .collect(),
+            Value::String(text) if text.trim_start().starts_with('{') => {
+                Self::from_value(&yaml_scalar(text)?)
+            }
+            _ => Err("named values such as {name: value}".to_owned()),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        let entries = self.iter();
+        Value::Object(entries.map(|(k, v)| (k.clone(), v.to_value())).collect())
+    }
+}
+
+impl KeyValue for Value {
+    fn schema() -> Value {
+        json!({})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        Ok(value.clone())
+    }
+
+    fn to_value(&self) -> Value {
+        self.clone()
+    }
+}
+
+/// One string (a pattern) or a list of names, which PEFT treats differently.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// `all-linear`, or a regular expression for the whole module path.
+    Pattern(String),
+    /// Names, each a whole module path or its last parts.
+    List(Vec<String>),
+}
+
+/// The word that stands for every linear layer but the output head.
+pub const ALL_LINEAR: &str = "all-linear";
+
+impl KeyValue for Names {
+    fn schema() -> Value {
+        json!({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let expected = || "a string or a list of strings".to_owned();
+        match value {
+            Value::String(text) => Ok(Self::Pattern(text.clone())),
+            Value::Array(items) => {
+                let names: Option<Vec<_>> = items.iter().map(Value::as_str).collect();
+                match names.ok_or_else(expected)?.as_slice() {
+                    // TRL's command line makes a list of every argument, this word too.
+                    [ALL_LINEAR] => Ok(Self::Pattern(ALL_LINEAR.to_owned())),
+                    names => Ok(Self::List(names.iter().map(ToString::to_string).collect())),
+                }
+            }
+            _ => Err(expected()),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        match self {
+            Self::Pattern(pattern) => json!(pattern),
+            Self::List(names) => json!(names),
+        }
+    }
+
+    /// A word with a regular expression's characters is a pattern, other words are names.
+    fn parse_text(text: &str) -> Result<Value, String> {
+        let list = words(text)?;
+        match list.as_slice() {
+            [Value::String(word)] if word.contains(['*', '\\', '(', '|', '^', '$', '+']) => {
+                Ok(Value::String(word.clone()))
+            }
+            _ => Ok(Value::Array(list)),
+        }
+    }
+}
+
+/// Reads one of a fixed set of names.
+pub(super) fn choice<T: Copy>(value: &Value, choices: &[(&'static str, T)]) -> Result<T, String> {
+    let text = match value {
+        Value::String(text) => text.as_str(),
+        // YAML 1.1 reads a bare `no` as false.
+        Value::Bool(false) => "no",
+        _ => "",
+    };
+    let named = choices.iter().find(|(name, _)| *name == text);
+    named.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+        let hint = did_you_mean(text, names.iter().copied());
+        format!("one of {}{hint}", names.join(", "))
+    })
+}
+
+/// Declares an enum whose values are words in the configuration file.
+macro_rules! choices {
+    (
+        $(#[doc = $doc:literal])+
+        $name:ident { $( $(#[doc = $variant_doc:literal])+ $variant:ident = $word:literal ),+ $(,)? }
+    ) => {
+        $(#[doc = $doc])+
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name {
+            $( $(#[doc = $variant_doc])+ $variant, )+
+        }
+
+        impl $name {
+            /// The word for it in a configuration file.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $( Self::$variant => $word, )+ }
+            }
+        }
+
+        impl $crate::config::value::KeyValue for $name {
+            fn schema() -> serde_json::Value {
+                serde_json::json!({"enum": [$($word),+]})
+            }
+
+            fn from_value(value: &serde_json::Value) -> Result<Self, String> {
+                $crate::config::value::choice(value, &[$(($word, Self::$variant)),+])
+            }
+
+            fn to_value(&self) -> serde_json::Value {
+                serde_json::json!(self.as_str())
+            }
+
+            fn parse_text(text: &str) -> Result<serde_json::Value, String> {
+                <String as $crate::config::value::KeyValue>::parse_text(text)
+            }
+        }
+    };
+}
+pub(super) use choices;

@@ -1,0 +1,88 @@
+use super::json::{Row, json_number, pretty, row};
+use super::log_window::per_second;
+use super::{Evaluated, RunFinished};
+use serde_json::json;
+
+pub(super) fn train_row(run: &RunFinished) -> Row {
+    row([
+        ("epoch", json_number(run.epoch)),
+        ("total_flos", json_number(run.total_flos)),
+        ("train_loss", json_number(run.train_loss)),
+        ("train_runtime", json_number(run.train_runtime)),
+        (
+            "train_samples_per_second",
+            json_number(per_second(run.samples, run.train_runtime)),
+        ),
+        (
+            "train_steps_per_second",
+            json_number(per_second(run.steps, run.train_runtime)),
+        ),
+    ])
+}
+
+pub(super) fn eval_row(result: &Evaluated) -> Row {
+    row([
+        ("epoch", json_number(result.epoch)),
+        ("eval_entropy", json_number(result.entropy)),
+        ("eval_loss", json_number(result.loss)),
+        (
+            "eval_mean_token_accuracy",
+            json_number(result.mean_token_accuracy),
+        ),
+        ("eval_num_tokens", json!(result.num_tokens)),
+        ("eval_runtime", json_number(result.runtime)),
+        (
+            "eval_samples_per_second",
+            json_number(per_second(result.samples, result.runtime)),
+        ),
+        (
+            "eval_steps_per_second",
+            json_number(per_second(result.batches, result.runtime)),
+        ),
+    ])
+}
+
+/// Text of `train_results.json`, with Transformers' keys.
+#[must_use]
+pub fn train_results(run: &RunFinished) -> String {
+    pretty(&train_row(run))
+}
+
+/// Text of `eval_results.json`, with Transformers' keys.
+#[must_use]
+pub fn eval_results(result: &Evaluated) -> String {
+    pretty(&eval_row(result))
+}
+
+/// Text of `all_results.json`: training and, if there was one, the last evaluation.
+#[must_use]
+pub fn all_results(run: &RunFinished, evaluation: Option<&Evaluated>) -> String {
+    let mut all = evaluation.map(eval_row).unwrap_or_default();
+    all.extend(train_row(run));
+    pretty(&all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    #[test]
+    fn results_have_transformers_keys_and_stay_json() {
+        let run = RunFinished {
+            train_runtime: 2.0,
+            samples: 8,
+            steps: 4,
+            train_loss: f64::NAN,
+            ..RunFinished::default()
+        };
+        let train: Value = serde_json::from_str(&train_results(&run)).unwrap();
+        assert_eq!(train["train_samples_per_second"], json!(4.0));
+        assert_eq!(train["train_loss"], json!("NaN"));
+        let all: Value =
+            serde_json::from_str(&all_results(&run, Some(&Evaluated::default()))).unwrap();
+        assert_eq!(all["eval_loss"], json!(0.0));
+        assert_eq!(all["train_steps_per_second"], json!(2.0));
+        assert_eq!(all.as_object().unwrap().len(), 13);
+    }
+}

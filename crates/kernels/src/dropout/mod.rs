@@ -1,0 +1,83 @@
+//! Inverted dropout with a mask that is computed, never stored.
+//!
+//! ```text
+//! out[t,c] = keep(t,c) ? x[t,c] / (1 - p) : 0
+//! keep(t,c) = philox4x32([c / 4, position, sequence, 0], seed)[c % 4] >= p * 2^32
+//! ```
+//!
+//! `(sequence, position)` names the token of row t independently of where packing has put it, so
+//! the mask is the same for any split of the tokens into rows, micro-batches and threads. The
+//! backward pass is the same function applied to the gradient. A dropped element is multiplied by
+//! zero, as in PyTorch: NaN and infinity show as NaN.
+//!
+//! # Source
+//! Srivastava et al.: "Dropout" (2014), scaled at training time; [`crate::rng::philox4x32`].
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use crate::error::{check_len, check_shape};
+use crate::row_blocks::{typed, typed_mut};
+use crate::tensor::with_dtype;
+use crate::{Error, Result, View, ViewMut};
+
+/// What a mask depends on besides token and column.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Key {
+    /// Seed, already mixed with the step and the place in the model.
+    pub seed: u64,
+    /// Probability that an element is dropped, in `[0, 1]`.
+    pub p: f32,
+}
+
+/// Writes `x [T, D]` with its mask applied to `out [T, D]` (each f32 or bf16).
+///
+/// `rows [T]` holds the (sequence id, position) of every row. Also the backward pass: then `x` is
+/// the gradient of the output.
+///
+/// # Errors
+/// If a shape or length differs or `key.p` is not in `[0, 1]`.
+pub fn forward(x: View<'_>, key: Key, rows: &[[u32; 2]], out: ViewMut<'_>) -> Result<()> {
+    let mask = checked_mask("dropout::forward", x, key, rows, &out)?;
+    with_dtype!(x.dtype(), X => with_dtype!(out.dtype(), Y =>
+        cpu::apply::<X, Y>(typed(x), mask, rows, typed_mut(out), |_, masked| masked)
+    ));
+    Ok(())
+}
+
+/// The backward pass of [`forward`] (gradient `dy` to gradient `dx`), which is the same function.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward(dy: View<'_>, key: Key, rows: &[[u32; 2]], dx: ViewMut<'_>) -> Result<()> {
+    forward(dy, key, rows, dx)
+}
+
+/// Adds `d [T, D]` with its mask applied to `dx [T, D]` (each f32 or bf16).
+///
+/// # Errors
+/// As [`forward`].
+pub fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &[[u32; 2]]) -> Result<()> {
+    let mask = checked_mask("dropout::add_masked", d, key, rows, &dx)?;
+    with_dtype!(d.dtype(), X => with_dtype!(dx.dtype(), Y =>
+        cpu::apply::<X, Y>(typed(d), mask, rows, typed_mut(dx), |sum, masked| sum + masked)
+    ));
+    Ok(())
+}
+
+fn checked_mask(
+    op: &'static str,
+    x: View<'_>,
+    key: Key,
+    rows: &[[u32; 2]],
+    out: &ViewMut<'_>,
+) -> Result<cpu::Mask> {
+    check_shape(op, "the output", x.shape(), out.shape())?;
+    check_len(op, "rows", x.rows(), rows.len())?;
+    if !(0.0..=1.0).contains(&key.p) {
+        let message = format!("the probability p is {}, expected 0 to 1", key.p);
+        return Err(Error::Invalid { op, message });
+    }
+    Ok(cpu::Mask::new(key))
+}

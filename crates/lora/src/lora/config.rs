@@ -1,0 +1,205 @@
+//! `LoraConfig`: plain names in Rust, PEFT's names in `adapter_config.json`.
+
+mod read;
+mod write;
+
+use crate::target::{
+    ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
+};
+use ferrotune_core::{Error, Result};
+
+/// How A and B start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InitLoraWeights {
+    /// `true` in PEFT: A uniform in ±1/√in_features (Kaiming with a = √5), B zero.
+    #[default]
+    Kaiming,
+    /// `"gaussian"`: A normal with standard deviation 1/rank, B zero.
+    Gaussian,
+    /// `false` in PEFT: A uniform in ±1/√in_features, B uniform in ±1/√rank. Changes the model.
+    Random,
+    /// `"orthogonal"`. Adapters that started so are read; starting one is not supported yet.
+    Orthogonal,
+}
+
+/// What LoRA does: where, with which rank, scale, dropout and start.
+///
+/// The update of a linear is `y += scale * dropout(x) A^T B^T` with scale = alpha / rank, or
+/// alpha / √rank for rsLoRA.
+///
+/// # Source
+/// PEFT's `LoraConfig`; field names on disk are PEFT's (`r`, `lora_alpha`, `lora_dropout`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// `r`: rank of the update, at least 1.
+    pub rank: usize,
+    /// `lora_alpha`: numerator of the scale.
+    pub alpha: f64,
+    /// `lora_dropout`: probability in `[0, 1)` that an element of the input is dropped before A.
+    pub dropout: f64,
+    /// Scale by alpha / √rank instead of alpha / rank.
+    pub use_rslora: bool,
+    /// What to adapt; `None` takes PEFT's default for the model type.
+    pub target_modules: Option<TargetModules>,
+    /// What not to adapt.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Adapt only these layers.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Path segments that stand before a layer's number; any segment if empty.
+    pub layers_pattern: Vec<String>,
+    /// Rank of the modules that match a name or regular expression; the first match wins.
+    pub rank_pattern: PatternMap<usize>,
+    /// Alpha of the modules that match; not rescaled when `rank_pattern` changes the rank.
+    pub alpha_pattern: PatternMap<f64>,
+    /// How A and B start.
+    pub init_lora_weights: InitLoraWeights,
+    /// PEFT's task, such as `CAUSAL_LM`.
+    pub task_type: Option<String>,
+    /// Path or hub name of the base model.
+    pub base_model_name_or_path: Option<String>,
+    /// Revision of the base model on the hub.
+    pub revision: Option<String>,
+}
+
+impl Default for LoraConfig {
+    /// PEFT's defaults, for a causal language model: rank 8, alpha 8, no dropout.
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            use_rslora: false,
+            target_modules: None,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            init_lora_weights: InitLoraWeights::Kaiming,
+            task_type: Some("CAUSAL_LM".into()),
+            base_model_name_or_path: None,
+            revision: None,
+        }
+    }
+}
+
+impl LoraConfig {
+    /// Refuses values that no model could use.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key by its name on disk.
+    pub fn validate(&self) -> Result<()> {
+        let ranks = self.rank_pattern.iter().map(|(_, rank)| *rank);
+        if self.rank == 0 || ranks.into_iter().any(|rank| rank == 0) {
+            return Err(Error::config(
+                "r",
+                "a rank must be at least 1; 8 and 16 are usual",
+            ));
+        }
+        let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        for alpha in std::iter::once(self.alpha).chain(alphas) {
+            if !alpha.is_finite() {
+                return Err(Error::config(
+                    "lora_alpha",
+                    format!("{alpha} is not a finite number; once or twice the rank is usual"),
+                ));
+            }
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::config(
+                "lora_dropout",
+                format!(
+                    "{} is no probability in [0, 1); 0 and 0.05 are usual",
+                    self.dropout
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// This configuration with a missing `target_modules` replaced by PEFT's default.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if PEFT has no default for `model_type`.
+    pub fn with_default_targets(mut self, model_type: &str) -> Result<Self> {
+        if self.target_modules.is_none() {
+            self.target_modules = Some(default_target_modules(model_type).ok_or_else(|| {
+                Error::config(
+                    "target_modules",
+                    format!(
+                        "is not set, and there is no default for model type `{model_type}`; \
+                         name modules or use `all-linear`"
+                    ),
+                )
+            })?);
+        }
+        Ok(self)
+    }
+
+    /// The part that decides where; `target_modules` must be known.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `target_modules` is not set: see [`LoraConfig::with_default_targets`].
+    pub fn selection(&self) -> Result<Selection<'_>> {
+        let target_modules = self.target_modules.as_ref().ok_or_else(|| {
+            Error::config(
+                "target_modules",
+                "is not set; name modules or use `all-linear`",
+            )
+        })?;
+        Ok(Selection {
+            target_modules,
+            exclude_modules: self.exclude_modules.as_ref(),
+            layers_to_transform: self.layers_to_transform.as_deref(),
+            layers_pattern: &self.layers_pattern,
+        })
+    }
+
+    /// The part that decides rank and alpha of each module.
+    #[must_use]
+    pub fn rank_and_alpha(&self) -> RankAndAlpha<'_> {
+        RankAndAlpha {
+            rank: self.rank,
+            alpha: self.alpha,
+            rank_pattern: &self.rank_pattern,
+            alpha_pattern: &self.alpha_pattern,
+        }
+    }
+
+    /// Factor of an update of this rank and alpha: alpha / rank, or alpha / √rank for rsLoRA.
+    #[must_use]
+    pub fn scale(&self, rank: usize, alpha: f64) -> f32 {
+        let rank = rank as f64;
+        let divisor = if self.use_rslora { rank.sqrt() } else { rank };
+        (alpha / divisor) as f32
+    }
+
+    /// The first key in which two configurations scale or shape their updates differently, with
+    /// both values.
+    pub(crate) fn difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
+        let pairs = [
+            ("r", format!("{}", self.rank), format!("{}", other.rank)),
+            (
+                "lora_alpha",
+                format!("{}", self.alpha),
+                format!("{}", other.alpha),
+            ),
+            (
+                "use_rslora",
+                format!("{}", self.use_rslora),
+                format!("{}", other.use_rslora),
+            ),
+            (
+                "rank_pattern",
+                format!("{:?}", self.rank_pattern),
+                format!("{:?}", other.rank_pattern),
+            ),
+            (
+                "alpha_pattern",
+                format!("{:?}", self.alpha_pattern),
+                format!("{:?}", other.alpha_pattern),
+            ),
+        ];
+        pairs.into_iter().find(|(_, ours, theirs)| ours != theirs)
+    }
+}

@@ -1,0 +1,281 @@
+//! From `adapter_config.json`.
+
+use super::{InitLoraWeights, LoraConfig};
+use crate::target::{ExcludeModules, PatternMap, TargetModules};
+use ferrotune_core::{Error, Result, suggest};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Features of PEFT's LoRA that are not implemented here. Their keys are fine while they are off:
+/// null, false, 0, or empty.
+const MUST_BE_OFF: &[&str] = &[
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+];
+
+/// Keys that say nothing about the arithmetic while the features above are off.
+const WITHOUT_EFFECT: &[&str] = &[
+    "auto_mapping",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+];
+
+/// Starts that change the base's weights, so that the adapter alone does not describe the model.
+const CHANGES_BASE: &[&str] = &["corda", "loftq", "lora_ga", "olora", "pissa"];
+
+const TASK_TYPES: &[&str] = &[
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "QUESTION_ANS",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+];
+
+impl LoraConfig {
+    /// Reads the object of an `adapter_config.json` whose `peft_type` is `LORA`.
+    ///
+    /// Absent keys take PEFT's defaults. A feature that is switched on but not implemented here is
+    /// an error; a key that is not known at all is ignored with a warning, as PEFT does, because
+    /// newer versions add keys.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming `path`, the key, its value and what was expected.
+    pub fn from_json(path: &Path, object: &Map<String, Value>) -> Result<Self> {
+        let mut config = Self {
+            task_type: None,
+            ..Self::default()
+        };
+        for (key, value) in object {
+            let field = Field { path, key, value };
+            if MUST_BE_OFF.contains(&key.as_str()) {
+                field.require_off()?;
+            } else if !WITHOUT_EFFECT.contains(&key.as_str()) {
+                config.set(&field)?;
+            }
+        }
+        config.validate().map_err(|error| match error {
+            Error::Config { key, message } => Error::adapter(path, format!("`{key}`: {message}")),
+            other => other,
+        })?;
+        Ok(config)
+    }
+
+    fn set(&mut self, field: &Field<'_>) -> Result<()> {
+        match field.key {
+            "r" => self.rank = field.integer(field.value)?,
+            "lora_alpha" => self.alpha = field.number(field.value)?,
+            "lora_dropout" => self.dropout = field.number(field.value)?,
+            "use_rslora" => self.use_rslora = field.boolean()?,
+            "target_modules" => self.target_modules = field.target_modules()?,
+            "exclude_modules" => self.exclude_modules = field.exclude_modules()?,
+            "layers_to_transform" => self.layers_to_transform = field.layers()?,
+            "layers_pattern" => self.layers_pattern = field.one_or_more()?,
+            "rank_pattern" => self.rank_pattern = field.pattern(|value| field.integer(value))?,
+            "alpha_pattern" => self.alpha_pattern = field.pattern(|value| field.number(value))?,
+            "init_lora_weights" => self.init_lora_weights = field.init()?,
+            "task_type" => self.task_type = field.task_type()?,
+            "base_model_name_or_path" => self.base_model_name_or_path = field.text()?,
+            "revision" => self.revision = field.text()?,
+            "bias" => field.bias()?,
+            key => tracing::warn!(
+                path = %field.path.display(),
+                key,
+                value = %field.value,
+                "unknown key ignored; it may come from a newer PEFT"
+            ),
+        }
+        Ok(())
+    }
+}
+
+/// A key with its value and the file that holds them.
+struct Field<'a> {
+    path: &'a Path,
+    key: &'a str,
+    value: &'a Value,
+}
+
+impl Field<'_> {
+    fn wrong(&self, expected: &str) -> Error {
+        Error::adapter(
+            self.path,
+            format!("`{}` is {}, expected {expected}", self.key, self.value),
+        )
+    }
+
+    fn require_off(&self) -> Result<()> {
+        let off = match self.value {
+            Value::Null => true,
+            Value::Bool(on) => !on,
+            Value::Number(number) => number.as_f64() == Some(0.0),
+            Value::String(text) => text.is_empty(),
+            Value::Array(items) => items.is_empty(),
+            Value::Object(entries) => entries.is_empty(),
+        };
+        if off {
+            return Ok(());
+        }
+        Err(Error::adapter(
+            self.path,
+            format!(
+                "`{}` is {}: this feature of PEFT is not supported yet, and ignoring it would \
+                 give a different model",
+                self.key, self.value
+            ),
+        ))
+    }
+
+    fn bias(&self) -> Result<()> {
+        if self.value.is_null() || self.value == "none" {
+            return Ok(());
+        }
+        Err(self.wrong("\"none\": training the base's biases is not supported yet"))
+    }
+
+    fn integer(&self, value: &Value) -> Result<usize> {
+        value
+            .as_u64()
+            .and_then(|number| usize::try_from(number).ok())
+            .ok_or_else(|| self.wrong("whole numbers"))
+    }
+
+    fn number(&self, value: &Value) -> Result<f64> {
+        value.as_f64().ok_or_else(|| self.wrong("numbers"))
+    }
+
+    fn boolean(&self) -> Result<bool> {
+        self.value
+            .as_bool()
+            .ok_or_else(|| self.wrong("true or false"))
+    }
+
+    fn text(&self) -> Result<Option<String>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text.clone())),
+            _ => Err(self.wrong("a string or null")),
+        }
+    }
+
+    fn names(&self, items: &[Value]) -> Result<Vec<String>> {
+        items
+            .iter()
+            .map(|item| item.as_str().map(str::to_owned))
+            .collect::<Option<_>>()
+            .ok_or_else(|| self.wrong("a list of strings"))
+    }
+
+    fn target_modules(&self) -> Result<Option<TargetModules>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(TargetModules::from_text(text))),
+            Value::Array(items) => Ok(Some(TargetModules::List(self.names(items)?))),
+            _ => Err(self.wrong("a list of names, a regular expression, \"all-linear\" or null")),
+        }
+    }
+
+    fn exclude_modules(&self) -> Result<Option<ExcludeModules>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::String(text) if text.is_empty() => Ok(None),
+            Value::String(text) => Ok(Some(ExcludeModules::Regex(text.clone()))),
+            Value::Array(items) if items.is_empty() => Ok(None),
+            Value::Array(items) => Ok(Some(ExcludeModules::List(self.names(items)?))),
+            _ => Err(self.wrong("a list of names, a regular expression or null")),
+        }
+    }
+
+    fn one_or_more(&self) -> Result<Vec<String>> {
+        match self.value {
+            Value::Null => Ok(Vec::new()),
+            Value::String(text) if text.is_empty() => Ok(Vec::new()),
+            Value::String(text) => Ok(vec![text.clone()]),
+            Value::Array(items) => self.names(items),
+            _ => Err(self.wrong("a string, a list of strings or null")),
+        }
+    }
+
+    fn layers(&self) -> Result<Option<Vec<usize>>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::Array(items) => items
+                .iter()
+                .map(|item| self.integer(item))
+                .collect::<Result<_>>()
+                .map(Some),
+            single => Ok(Some(vec![self.integer(single)?])),
+        }
+    }
+
+    fn pattern<T>(&self, convert: impl Fn(&Value) -> Result<T>) -> Result<PatternMap<T>> {
+        match self.value {
+            Value::Null => Ok(PatternMap::new()),
+            Value::Object(entries) => entries
+                .iter()
+                .map(|(name, value)| Ok((name.clone(), convert(value)?)))
+                .collect(),
+            _ => Err(self.wrong("an object from module names to numbers")),
+        }
+    }
+
+    fn init(&self) -> Result<InitLoraWeights> {
+        match self.value {
+            Value::Bool(true) => Ok(InitLoraWeights::Kaiming),
+            Value::Bool(false) => Ok(InitLoraWeights::Random),
+            Value::String(text) => match text.to_ascii_lowercase().as_str() {
+                "gaussian" => Ok(InitLoraWeights::Gaussian),
+                "orthogonal" => Ok(InitLoraWeights::Orthogonal),
+                name if CHANGES_BASE.iter().any(|start| name.starts_with(start)) => {
+                    Err(Error::adapter(
+                        self.path,
+                        format!(
+                            "`init_lora_weights` is \"{text}\": such an adapter is only valid on a \
+                             base whose weights were changed at its start, which is not supported \
+                             yet; convert it to a plain LoRA with PEFT \
+                             (`path_initial_model_for_weight_conversion` of `save_pretrained`)"
+                        ),
+                    ))
+                }
+                _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
+            },
+            _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
+        }
+    }
+
+    fn task_type(&self) -> Result<Option<String>> {
+        let task = self.text()?;
+        if let Some(task) = &task
+            && !TASK_TYPES.contains(&task.as_str())
+        {
+            return Err(self.wrong(&format!(
+                "one of {}{}",
+                TASK_TYPES.join(", "),
+                suggest::did_you_mean(task, TASK_TYPES.iter().copied())
+            )));
+        }
+        Ok(task)
+    }
+}

@@ -1,0 +1,287 @@
+//! `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them.
+
+use super::LoraConfig;
+use super::names::{self, Factor};
+use crate::PeftConfig;
+use crate::target::{Target, TargetModules};
+use ferrotune_core::adapter::Site;
+use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
+use ferrotune_core::params::{FlatBuffer, Segment};
+use ferrotune_core::{Error, Result, suggest};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Configuration of an adapter.
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+/// Tensors of an adapter.
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// Tensors of an adapter as a pickle, which is never read.
+const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// Writes both files. The configuration comes last: with it the adapter is complete.
+pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
+    let tensors: BTreeMap<String, TensorData<'_>> = lora_segments(params)
+        .map(|(id, segment)| {
+            let data = TensorData {
+                dtype: FileDType::F32,
+                shape: segment.spec.shape.clone(),
+                bytes: Cow::Borrowed(bytemuck::cast_slice(params.get(id))),
+            };
+            (segment.spec.name.clone(), data)
+        })
+        .collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    io::write_safetensors(&directory.join(WEIGHTS_FILE), &tensors, &metadata)?;
+    let mut config = config.clone();
+    if config.target_modules == Some(TargetModules::AllLinear) {
+        // PEFT, too, writes what the shorthand stood for: readers other than PEFT do not know it.
+        config.target_modules = Some(TargetModules::List(adapted_names(params)));
+    }
+    io::write_file(&directory.join(CONFIG_FILE), config.to_json().as_bytes())
+}
+
+/// The last path segments of the adapted modules.
+fn adapted_names(params: &FlatBuffer) -> Vec<String> {
+    let names: BTreeSet<&str> = lora_segments(params)
+        .filter_map(|(_, segment)| names::parse(&segment.spec.name))
+        .map(|(module, _)| last_segment(module))
+        .collect();
+    names.into_iter().map(str::to_owned).collect()
+}
+
+fn last_segment(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
+/// Refuses an `all-linear` whose modules cannot be told from others by the end of their path:
+/// [`adapted_names`] would then name too much.
+pub(super) fn require_expressible(sites: &[Site], targets: &[Target<'_>]) -> Result<()> {
+    let ends: BTreeSet<&str> = targets
+        .iter()
+        .map(|target| last_segment(&target.site.name))
+        .collect();
+    let is_linear =
+        |site: &Site| site.kind == ferrotune_core::adapter::SiteKind::Linear && !site.output_head;
+    match sites
+        .iter()
+        .find(|site| !is_linear(site) && ends.contains(last_segment(&site.name)))
+    {
+        None => Ok(()),
+        Some(site) => Err(Error::config(
+            "target_modules",
+            format!(
+                "`all-linear` cannot be written as names, because `{}`, which it leaves out, ends \
+                 like a linear layer; list the modules instead",
+                site.name
+            ),
+        )),
+    }
+}
+
+/// Reads both files into `params`, strictly.
+pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+    let config_path = directory.join(CONFIG_FILE);
+    let PeftConfig::Lora(saved) = PeftConfig::load(directory)?;
+    if let Some((key, ours, theirs)) = config.difference(&saved) {
+        return Err(Error::adapter(
+            config_path,
+            format!(
+                "`{key}` is {theirs}, but this run has {ours}; the same tensors would give a different model"
+            ),
+        ));
+    }
+    let file = open_weights(directory)?;
+    let layout = params.layout().clone();
+    let expected: BTreeMap<&str, &Segment> = lora_segments(params)
+        .map(|(_, segment)| (segment.spec.name.as_str(), segment))
+        .collect();
+    require_same_names(&file, &expected)?;
+    for (id, segment) in layout.by_name() {
+        if Factor::of(&segment.spec.name).is_some() {
+            let values = file.read(&segment.spec.name, &segment.spec.shape)?;
+            params.get_mut(id).copy_from_slice(&values);
+        }
+    }
+    Ok(())
+}
+
+fn lora_segments(
+    params: &FlatBuffer,
+) -> impl Iterator<Item = (ferrotune_core::params::ParamId, &Segment)> {
+    params
+        .layout()
+        .by_name()
+        .filter(|(_, segment)| Factor::of(&segment.spec.name).is_some())
+}
+
+/// The weights file, open.
+struct Weights {
+    path: PathBuf,
+    file: SafetensorsFile,
+}
+
+fn open_weights(directory: &Path) -> Result<Weights> {
+    let path = directory.join(WEIGHTS_FILE);
+    if !path.exists() && directory.join(PICKLE_FILE).exists() {
+        return Err(Error::adapter(
+            directory.join(PICKLE_FILE),
+            format!(
+                "is a pickle, which can run code when read, and `{WEIGHTS_FILE}` is missing; \
+                 save the adapter again with PEFT, which writes safetensors"
+            ),
+        ));
+    }
+    let file = SafetensorsFile::open(&path)?;
+    Ok(Weights { path, file })
+}
+
+impl Weights {
+    /// A finite tensor of a known shape.
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let meta = self
+            .file
+            .meta(name)
+            .ok_or_else(|| Error::adapter(&self.path, format!("`{name}` is missing")))?;
+        if meta.shape != shape {
+            return Err(Error::adapter(
+                &self.path,
+                format!("`{name}` has shape {:?}, expected {shape:?}", meta.shape),
+            ));
+        }
+        let values = self.file.read_f32(name)?;
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(at) => Err(Error::adapter(
+                &self.path,
+                format!(
+                    "`{name}` holds {} at element {at}: the adapter is damaged or its training diverged",
+                    values[at]
+                ),
+            )),
+        }
+    }
+}
+
+/// Refuses a file that lacks a tensor, or holds one that has no place.
+fn require_same_names(file: &Weights, expected: &BTreeMap<&str, &Segment>) -> Result<()> {
+    let present: BTreeSet<&str> = file.file.names().collect();
+    let missing: Vec<&str> = expected
+        .keys()
+        .copied()
+        .filter(|name| !present.contains(name))
+        .collect();
+    let extra: Vec<&str> = present
+        .iter()
+        .copied()
+        .filter(|name| !expected.contains_key(name))
+        .collect();
+    if let Some(name) = missing.first() {
+        return Err(Error::adapter(
+            &file.path,
+            format!(
+                "{} of {} expected tensors are missing, the first is `{name}`{}",
+                missing.len(),
+                expected.len(),
+                suggest::did_you_mean(name, extra.iter().copied()),
+            ),
+        ));
+    }
+    if let Some(name) = extra.first() {
+        return Err(Error::adapter(
+            &file.path,
+            format!(
+                "{} tensors have no place in this model and configuration, the first is `{name}`{}",
+                extra.len(),
+                suggest::did_you_mean(name, expected.keys().copied()),
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// A and B of one module.
+#[derive(Debug)]
+pub(crate) struct Factors {
+    /// `[rank, in_features]`.
+    pub(crate) a: Vec<f32>,
+    /// `[out_features, rank]`.
+    pub(crate) b: Vec<f32>,
+    pub(crate) rank: usize,
+    pub(crate) in_features: usize,
+    pub(crate) out_features: usize,
+}
+
+/// Every update in an adapter directory, by module path, from names and shapes alone.
+///
+/// # Errors
+/// [`Error::Adapter`] naming file and tensor: a name that is no LoRA factor, a factor without the
+/// other, shapes that do not fit, values that are not finite.
+pub(crate) fn read_factors(directory: &Path) -> Result<BTreeMap<String, Factors>> {
+    let weights = open_weights(directory)?;
+    let mut modules = BTreeSet::new();
+    for name in weights.file.names() {
+        let (module, _) = names::parse(name).ok_or_else(|| {
+            Error::adapter(
+                &weights.path,
+                format!(
+                    "`{name}` is no factor of a LoRA on a linear layer, expected names such as `{}`",
+                    names::tensor("model.layers.0.self_attn.q_proj", Factor::A)
+                ),
+            )
+        })?;
+        modules.insert(module.to_owned());
+    }
+    if modules.is_empty() {
+        return Err(Error::adapter(&weights.path, "holds no tensors"));
+    }
+    modules
+        .into_iter()
+        .map(|module| {
+            let factors = weights.factors(&module)?;
+            Ok((module, factors))
+        })
+        .collect()
+}
+
+impl Weights {
+    fn factors(&self, module: &str) -> Result<Factors> {
+        let [a, b] = [Factor::A, Factor::B].map(|factor| names::tensor(module, factor));
+        let shape = |name: &str| -> Result<[usize; 2]> {
+            let meta = self.file.meta(name).ok_or_else(|| {
+                Error::adapter(
+                    &self.path,
+                    format!("`{name}` is missing, while the other factor of `{module}` is there"),
+                )
+            })?;
+            <[usize; 2]>::try_from(meta.shape.as_slice()).map_err(|_| {
+                Error::adapter(
+                    &self.path,
+                    format!(
+                        "`{name}` has shape {:?}, expected two dimensions",
+                        meta.shape
+                    ),
+                )
+            })
+        };
+        let [rank, in_features] = shape(&a)?;
+        let [out_features, rank_of_b] = shape(&b)?;
+        if rank != rank_of_b || rank == 0 {
+            return Err(Error::adapter(
+                &self.path,
+                format!(
+                    "`{a}` is [{rank}, {in_features}] and `{b}` is [{out_features}, {rank_of_b}]: \
+                     the rank must be the same and at least 1"
+                ),
+            ));
+        }
+        Ok(Factors {
+            a: self.read(&a, &[rank, in_features])?,
+            b: self.read(&b, &[out_features, rank])?,
+            rank,
+            in_features,
+            out_features,
+        })
+    }
+}

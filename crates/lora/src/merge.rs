@@ -1,0 +1,132 @@
+//! Folds an adapter into its base: a checkpoint that needs no PEFT.
+//!
+//! `W' = round(W + scale * B A)`, the sum in f32 from the base's own shards, rounded once. Works
+//! on names alone: the adapter's module `m` changes the checkpoint's tensor `m.weight`. Shards are
+//! streamed; the peak is one shard and one tensor.
+//!
+//! # Source
+//! PEFT's `merge_and_unload` (without `safe_merge`, which rounds twice on a bf16 base).
+
+mod output;
+mod plan;
+mod shards;
+#[cfg(test)]
+mod tests;
+
+use ferrotune_core::Result;
+use ferrotune_core::io::{ModelFiles, StagedDir};
+use std::path::Path;
+
+/// Element type of the merged checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MergeDType {
+    /// Each tensor keeps the base's. Every tensor that is not adapted keeps its bytes.
+    #[default]
+    SameAsBase,
+    /// Every floating-point tensor in f32: no rounding at all, twice the size of bf16.
+    Float32,
+    /// Every floating-point tensor in bf16.
+    BFloat16,
+}
+
+/// What to do when the output directory is there already and is not empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputDirectory {
+    /// Refuse.
+    #[default]
+    MustBeNew,
+    /// Replace it as a whole.
+    Replace,
+}
+
+/// How to merge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MergeOptions {
+    /// Element type of the result.
+    pub dtype: MergeDType,
+    /// What to do with an output directory that is not empty.
+    pub output: OutputDirectory,
+}
+
+/// How well one tensor took its update.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MergedTensor {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// ‖delta‖ (Frobenius), delta = scale * B A.
+    pub delta_norm: f64,
+    /// ‖(W' - W) - delta‖ / ‖delta‖: what rounding to the output dtype lost of the update. 0 if
+    /// delta is 0.
+    pub relative_error: f64,
+}
+
+/// What a merge did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MergeReport {
+    /// The adapted tensors, by name.
+    pub tensors: Vec<MergedTensor>,
+    /// Safetensors files written.
+    pub files: usize,
+    /// Bytes of all tensors written.
+    pub bytes: u64,
+}
+
+impl MergeReport {
+    /// The tensor that lost most of its update.
+    #[must_use]
+    pub fn worst(&self) -> Option<&MergedTensor> {
+        self.tensors
+            .iter()
+            .max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))
+    }
+}
+
+/// Merges the adapter in `adapter_directory` into the checkpoint in `base_directory`.
+///
+/// Writes weights in the base's files (same names, and an index where the base has one),
+/// `config.json` with its dtype set where it changes, `generation_config.json`, and the tokenizer:
+/// the adapter's where it has one, the base's otherwise. The output directory appears as a whole
+/// or not at all.
+///
+/// # Errors
+/// [`ferrotune_core::Error::Config`] if the output directory is not usable as `options` say;
+/// [`ferrotune_core::Error::Adapter`] if the adapter is damaged or does not fit the base: names,
+/// shapes, missing or unexpected modules; [`ferrotune_core::Error::Model`] if the base is damaged
+/// or quantised; [`ferrotune_core::Error::Numeric`] if a merged value overflows its dtype;
+/// [`ferrotune_core::Error::Write`].
+pub fn merge(
+    base_directory: &Path,
+    adapter_directory: &Path,
+    output_directory: &Path,
+    options: &MergeOptions,
+) -> Result<MergeReport> {
+    output::require_usable(
+        output_directory,
+        &[base_directory, adapter_directory],
+        options.output,
+    )?;
+    let base_config = output::BaseConfig::read(base_directory)?;
+    let base = ModelFiles::open(base_directory)?;
+    let updates = plan::updates(&base, &base_config, adapter_directory)?;
+
+    let staged = StagedDir::create(output_directory)?;
+    let mut report = MergeReport::default();
+    let mut weight_map = std::collections::BTreeMap::new();
+    for (file, names) in shards::by_file(&base) {
+        let written = shards::merge_file(file, &names, &updates, options.dtype, staged.path())?;
+        report.files += 1;
+        report.bytes += written.bytes;
+        report.tensors.extend(written.tensors);
+        weight_map.extend(
+            names
+                .into_iter()
+                .map(|name| (name, written.file_name.clone())),
+        );
+    }
+    report.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    output::write_index(base_directory, &weight_map, report.bytes, staged.path())?;
+    base_config.write(options.dtype, staged.path())?;
+    output::copy_side_files(base_directory, adapter_directory, staged.path())?;
+    output::publish(staged, output_directory, options.output)?;
+    Ok(report)
+}

@@ -1,0 +1,140 @@
+//! From a `peft_type` to the method.
+
+use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
+use ferrotune_core::adapter::Adapter;
+use ferrotune_core::{Error, Result, suggest};
+use serde_json::{Map, Value};
+use std::io::Read;
+use std::path::Path;
+
+/// Methods that PEFT has and this crate does not.
+const NOT_SUPPORTED: &[&str] = &[
+    "ADALORA",
+    "ADAMSS",
+    "ADAPTION_PROMPT",
+    "BEFT",
+    "BOFT",
+    "C3A",
+    "CARTRIDGE",
+    "CPT",
+    "DEFT",
+    "DELORA",
+    "FOURIERFT",
+    "FROD",
+    "GLORA",
+    "GRALORA",
+    "HIRA",
+    "HRA",
+    "IA3",
+    "LILY",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "MULTITASK_PROMPT_TUNING",
+    "OFT",
+    "OSF",
+    "PEANUT",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "PSOFT",
+    "PVERA",
+    "P_TUNING",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "SUPERTUNING",
+    "TINYLORA",
+    "TRAINABLE_TOKENS",
+    "UNILORA",
+    "VBLORA",
+    "VERA",
+    "WAVEFT",
+    "XLORA",
+];
+
+/// An `adapter_config.json` larger than this is not one.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
+/// A method with its configuration.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum PeftConfig {
+    /// `LORA`.
+    Lora(LoraConfig),
+}
+
+impl PeftConfig {
+    /// Reads the `adapter_config.json` of an adapter directory.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if there is none; [`Error::Adapter`] if it is no such file, its method is
+    /// not supported, or it switches on a feature that is not.
+    pub fn load(directory: &Path) -> Result<Self> {
+        let path = directory.join(CONFIG_FILE);
+        let object = read_object(&path)?;
+        let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
+            return Err(Error::adapter(
+                &path,
+                "has no `peft_type`, which every adapter of PEFT has, such as \"LORA\"",
+            ));
+        };
+        match peft_type {
+            "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
+            other => Err(not_supported(&path, other)),
+        }
+    }
+
+    /// The method for a base of `model_type`, as in the base's `config.json`.
+    ///
+    /// # Errors
+    /// As the method's constructor, such as [`LoraAdapter::new`].
+    pub fn into_adapter(self, model_type: &str) -> Result<Box<dyn Adapter>> {
+        match self {
+            Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?)),
+        }
+    }
+}
+
+/// The adapter that lies in `directory`, for a base of `model_type`; its tensors are read by
+/// [`Adapter::load`] once it is attached.
+///
+/// # Errors
+/// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`].
+pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
+    PeftConfig::load(directory)?.into_adapter(model_type)
+}
+
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let file = std::fs::File::open(path).map_err(Error::read(path))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_CONFIG_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(Error::read(path))?;
+    if bytes.len() as u64 > MAX_CONFIG_BYTES {
+        return Err(Error::adapter(
+            path,
+            format!("is larger than {MAX_CONFIG_BYTES} bytes, expected a few thousand"),
+        ));
+    }
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(Error::adapter(path, "is JSON, but not an object")),
+        Err(error) => Err(Error::adapter(path, format!("is no valid JSON: {error}"))),
+    }
+}
+
+fn not_supported(path: &Path, peft_type: &str) -> Error {
+    let message = if NOT_SUPPORTED.contains(&peft_type) {
+        format!(
+            "`peft_type` is {peft_type}: this method of PEFT is not supported yet; supported: LORA"
+        )
+    } else {
+        format!(
+            "`peft_type` is \"{peft_type}\", which is no method of PEFT{}; supported: LORA",
+            suggest::did_you_mean(peft_type, ["LORA"])
+        )
+    };
+    Error::adapter(path, message)
+}

@@ -1,0 +1,126 @@
+//! Regular expressions over module paths, with the anchoring of Python's `re`.
+
+use fancy_regex::Regex;
+use ferrotune_core::{Error, Result};
+
+/// A map from module name, or regular expression, to a value: `rank_pattern`, `alpha_pattern`.
+///
+/// The order counts: the first key that matches wins.
+pub type PatternMap<T> = Vec<(String, T)>;
+
+/// A compiled expression that knows which config key it came from.
+#[derive(Debug)]
+pub(crate) struct Expression {
+    key: &'static str,
+    source: String,
+    regex: Regex,
+}
+
+impl Expression {
+    fn compile(key: &'static str, source: &str, anchored: &str) -> Result<Self> {
+        let regex = Regex::new(anchored).map_err(|error| {
+            Error::config(
+                key,
+                format!("`{source}` is not a valid regular expression: {error}"),
+            )
+        })?;
+        Ok(Self {
+            key,
+            source: source.into(),
+            regex,
+        })
+    }
+
+    /// Python's `re.fullmatch(source, name)`.
+    pub(crate) fn full(key: &'static str, source: &str) -> Result<Self> {
+        Self::compile(key, source, &format!(r"\A(?:{source})\z"))
+    }
+
+    /// The key of a [`PatternMap`]: the whole path, or what stands after one of its dots.
+    pub(crate) fn suffix(key: &'static str, source: &str) -> Result<Self> {
+        Self::compile(key, source, &format!(r"\A(.*\.)?({source})\z"))
+    }
+
+    /// The layer number that follows a segment like `source`, for `layers_pattern`.
+    pub(crate) fn layer_after(key: &'static str, source: &str) -> Result<Self> {
+        Self::compile(key, source, &format!(r"\A.*?\.{source}\.(?P<layer>\d+)\."))
+    }
+
+    fn too_costly(&self, name: &str, error: &fancy_regex::Error) -> Error {
+        Error::config(
+            self.key,
+            format!(
+                "`{}` cannot be matched against `{name}`: {error}; simplify the expression",
+                self.source
+            ),
+        )
+    }
+
+    /// Whether `name` matches.
+    pub(crate) fn matches(&self, name: &str) -> Result<bool> {
+        self.regex
+            .is_match(name)
+            .map_err(|error| self.too_costly(name, &error))
+    }
+
+    /// The number captured by [`Expression::layer_after`].
+    pub(crate) fn layer(&self, name: &str) -> Result<Option<usize>> {
+        let captures = self
+            .regex
+            .captures(name)
+            .map_err(|error| self.too_costly(name, &error))?;
+        Ok(captures
+            .and_then(|c| c.name("layer"))
+            .and_then(|digits| digits.as_str().parse().ok()))
+    }
+}
+
+/// A [`PatternMap`] with its keys compiled.
+#[derive(Debug)]
+pub(crate) struct Patterns<'a, T> {
+    key: &'static str,
+    entries: Vec<(Expression, &'a T)>,
+}
+
+impl<'a, T: Copy> Patterns<'a, T> {
+    /// Compiles every key of `map`; `key` is the config key it came from.
+    pub(crate) fn compile(key: &'static str, map: &'a PatternMap<T>) -> Result<Self> {
+        let entries = map
+            .iter()
+            .map(|(source, value)| Ok((Expression::suffix(key, source)?, value)))
+            .collect::<Result<_>>()?;
+        Ok(Self { key, entries })
+    }
+
+    /// The value of the first key that matches `name`.
+    pub(crate) fn value(&self, name: &str) -> Result<Option<T>> {
+        for (expression, value) in &self.entries {
+            if expression.matches(name)? {
+                return Ok(Some(**value));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Refuses a key that matches none of `names`: it would silently do nothing.
+    pub(crate) fn require_all_used(&self, names: &[&str]) -> Result<()> {
+        for (expression, _) in &self.entries {
+            let mut used = false;
+            for name in names {
+                used = used || expression.matches(name)?;
+            }
+            if !used {
+                return Err(Error::config(
+                    self.key,
+                    format!(
+                        "`{0}` matches no adapted module{1}; a key is the end of a module's path \
+                         or a regular expression that reaches its end",
+                        expression.source,
+                        super::nearest_suffix(&expression.source, names.iter().copied()),
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
