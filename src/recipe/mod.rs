@@ -16,13 +16,13 @@ use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
 use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, probe_writable};
+use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
 };
 use ferrotune_core::process_group::Solo;
-use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState, rows_up_to};
+use ferrotune_core::run_log::{Event, LogWindow, Observer, RunStarted, TrainerState, emit};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
@@ -113,7 +113,13 @@ impl Recipe {
         stop: &AtomicBool,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
+        let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
+        let mut log = outputs::trainer_log(output, from.as_ref())?;
+        let mut observer = Tee {
+            log: &mut log,
+            others: observers,
+        };
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
@@ -142,7 +148,7 @@ impl Recipe {
                 schedule: &schedule,
                 data: &mut data,
                 eval_batches: &eval_batches,
-                observers,
+                observer: &mut observer,
                 state: &mut state,
                 window,
                 stop,
@@ -242,18 +248,6 @@ impl Recipe {
         }
     }
 
-    /// The rows of an earlier `trainer_log.jsonl` that the run goes on from; empty for a fresh run.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if there is nothing to resume from that should be there.
-    pub fn log_to_keep(&self, log: &Path) -> Result<String> {
-        let Some(from) = resume::find(self, Path::new(&self.config.output.output_dir))? else {
-            return Ok(String::new());
-        };
-        let text = std::fs::read_to_string(log).unwrap_or_default();
-        Ok(rows_up_to(&text, from.step()))
-    }
-
     /// Scalars of base and adapter.
     #[must_use]
     pub fn total_parameters(&self) -> usize {
@@ -263,6 +257,19 @@ impl Recipe {
             0
         };
         self.decoder.parameters() + adapter
+    }
+}
+
+/// The log file first, so that it has the event whatever the others do with it.
+struct Tee<'a, 'o> {
+    log: &'a mut dyn Observer,
+    others: &'a mut [Box<dyn Observer + 'o>],
+}
+
+impl Observer for Tee<'_, '_> {
+    fn on(&mut self, event: &Event) -> Result<()> {
+        self.log.on(event)?;
+        emit(self.others, event)
     }
 }
 
