@@ -22,7 +22,9 @@ use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
 };
 use ferrotune_core::process_group::Solo;
-use ferrotune_core::run_log::{Event, LogWindow, Observer, RunStarted, TrainerState, emit};
+use ferrotune_core::run_log::{
+    Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
+};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
@@ -119,6 +121,7 @@ impl Recipe {
         let mut observer = Tee {
             log: &mut log,
             others: observers,
+            evaluated: None,
         };
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
@@ -157,7 +160,8 @@ impl Recipe {
             run.run(&mut trainer, started)?
         };
         if let RunOutcome::Finished(finished) = &outcome {
-            outputs::write_final(self, output, &trainer, &state, finished)?;
+            let evaluated = observer.evaluated.as_ref();
+            outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         Ok(outcome)
     }
@@ -264,10 +268,15 @@ impl Recipe {
 struct Tee<'a, 'o> {
     log: &'a mut dyn Observer,
     others: &'a mut [Box<dyn Observer + 'o>],
+    /// The last evaluation, for the results at the end.
+    evaluated: Option<Evaluated>,
 }
 
 impl Observer for Tee<'_, '_> {
     fn on(&mut self, event: &Event) -> Result<()> {
+        if let Event::Evaluated(evaluated) = event {
+            self.evaluated = Some(evaluated.clone());
+        }
         self.log.on(event)?;
         emit(self.others, event)
     }

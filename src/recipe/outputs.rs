@@ -6,7 +6,8 @@ use ferrotune_core::io::{blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
-    LogWindow, RunFinished, TrainerLogJsonl, TrainerState, all_results, rows_up_to, train_results,
+    Evaluated, LogWindow, RunFinished, TrainerLogJsonl, TrainerState, all_results, eval_results,
+    rows_up_to, train_results,
 };
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
@@ -159,6 +160,7 @@ pub(super) fn write_final(
     trainer: &Trainer,
     state: &TrainerState,
     finished: &RunFinished,
+    evaluated: Option<&Evaluated>,
 ) -> Result<()> {
     write_trained(recipe, output, trainer)?;
     verify(recipe, output, trainer.params())?;
@@ -169,8 +171,14 @@ pub(super) fn write_final(
     )?;
     write_file(
         &output.join("all_results.json"),
-        all_results(finished, None).as_bytes(),
+        all_results(finished, evaluated).as_bytes(),
     )?;
+    if let Some(evaluated) = evaluated {
+        write_file(
+            &output.join("eval_results.json"),
+            eval_results(evaluated).as_bytes(),
+        )?;
+    }
     write_file(
         &output.join("README.md"),
         model_card(recipe, finished).render().as_bytes(),
