@@ -19,6 +19,8 @@ struct Pool {
     max_rows: usize,
     /// Free buffers by dtype and length, each `max_rows` times some number of columns.
     free: BTreeMap<(DType, usize), Vec<Buffer>>,
+    /// Free scratch memory by dtype and length, whatever the number of rows.
+    scratch: BTreeMap<(DType, usize), Vec<Buffer>>,
 }
 
 impl Workspace {
@@ -27,7 +29,7 @@ impl Workspace {
     pub fn new(max_rows: usize) -> Self {
         let pool = Pool {
             max_rows,
-            free: BTreeMap::new(),
+            ..Pool::default()
         };
         Self {
             pool: Mutex::new(pool),
@@ -70,9 +72,28 @@ impl Workspace {
         }
     }
 
+    /// `len` elements with unspecified contents, for what does not grow with the batch.
+    #[must_use]
+    pub fn take_scratch(&self, dtype: DType, len: usize) -> Buffer {
+        let reused = self
+            .pool()
+            .scratch
+            .get_mut(&(dtype, len))
+            .and_then(Vec::pop);
+        reused.unwrap_or_else(|| Buffer::zeros(dtype, len))
+    }
+
+    /// Returns scratch memory to the pool.
+    pub fn give_scratch(&self, buffer: Buffer) {
+        let key = (buffer.dtype(), buffer.len());
+        self.pool().scratch.entry(key).or_default().push(buffer);
+    }
+
     /// Frees every buffer that is not in use.
     pub fn clear(&self) {
-        self.pool().free.clear();
+        let mut pool = self.pool();
+        pool.free.clear();
+        pool.scratch.clear();
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {

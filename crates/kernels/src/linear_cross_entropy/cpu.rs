@@ -30,7 +30,7 @@ pub(super) fn run(
     if rows.is_empty() {
         return Ok(sums);
     }
-    let mut buffer = workspace.take(DType::F32, vocabulary, limit).into_buffer();
+    let mut buffer = workspace.take_scratch(DType::F32, vocabulary * limit);
     for (rows, targets) in rows.chunks(limit).zip(targets.chunks(limit)) {
         let mut selected = workspace.take(DType::F32, rows.len(), width);
         gather(hidden, rows, &mut selected);
@@ -51,7 +51,7 @@ pub(super) fn run(
         buffer = logits.into_buffer();
         workspace.give(selected);
     }
-    workspace.give(Tensor::from_buffer(buffer, vocabulary, limit));
+    workspace.give_scratch(buffer);
     Ok(sums)
 }
 
