@@ -8,12 +8,15 @@
 //! This crate knows no model, no config and no rank.
 
 pub mod adamw;
+pub mod attention;
 pub mod bias;
 mod candle;
 pub mod dropout;
 pub mod embedding;
 mod error;
 mod lanes;
+pub mod linear_cross_entropy;
+pub mod lora_linear;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rng;
@@ -29,6 +32,3 @@ mod workspace;
 pub use error::{Error, Result};
 pub use tensor::{Buffer, DType, Element, Rows, RowsMut, Slice, SliceMut, Tensor, View, ViewMut};
 pub use workspace::Workspace;
-pub mod attention;
-pub mod linear_cross_entropy;
-pub mod lora_linear;

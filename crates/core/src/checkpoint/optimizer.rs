@@ -124,3 +124,131 @@ fn of_checkpoint(error: Error) -> Error {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::{ParamLayout, ParamLayoutBuilder, ParamSpec};
+    use std::borrow::Cow;
+
+    fn message(result: Result<u64>) -> String {
+        let error = result.expect_err("does not fit");
+        assert!(matches!(error, Error::Checkpoint { .. }), "{error:?}");
+        error.to_string()
+    }
+
+    type Specs<'a> = &'a [(&'a str, &'a [usize])];
+
+    fn layout(specs: Specs<'_>) -> Arc<ParamLayout> {
+        let mut builder = ParamLayoutBuilder::new();
+        for (order, (name, shape)) in specs.iter().enumerate() {
+            builder.add(ParamSpec::new(*name, *shape, order));
+        }
+        builder.build().expect("unique names")
+    }
+
+    /// Bit patterns that a lossy way would change: NaN payloads, negative zero, subnormals.
+    fn moments(layout: &Arc<ParamLayout>, salt: u32) -> FlatBuffer {
+        let mut buffer = FlatBuffer::zeros(layout);
+        let ids: Vec<_> = layout.by_name().map(|(id, _)| id).collect();
+        for id in ids {
+            for (i, v) in buffer.get_mut(id).iter_mut().enumerate() {
+                *v = f32::from_bits((i as u32).wrapping_mul(0x9e37_79b9).wrapping_add(salt));
+            }
+        }
+        buffer
+    }
+
+    fn bits(buffer: &FlatBuffer) -> Vec<u32> {
+        buffer.as_slice().iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn moments_come_back_bit_by_bit_whatever_the_physical_order() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(OPTIMIZER);
+        let layout = layout(&[
+            ("q.lora_A", &[8, 33]),
+            ("q.lora_B", &[5, 8]),
+            ("scale", &[3]),
+        ]);
+        let (m, v) = (moments(&layout, 0x7fa0_0000), moments(&layout, 0x8000_0001));
+        write_optimizer(&path, &m, &v, 12).expect("writable");
+        let file = SafetensorsFile::open(&path).expect("sound");
+        assert_eq!(
+            file.meta("exp_avg_sq.q.lora_A").expect("there").shape,
+            [8, 33]
+        );
+        let (mut m2, mut v2) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
+        assert_eq!(read_optimizer(&path, &mut m2, &mut v2).expect("whole"), 12);
+        assert_eq!((bits(&m), bits(&v)), (bits(&m2), bits(&v2)));
+    }
+
+    #[test]
+    fn moments_of_other_tensors_are_refused_both_ways() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(OPTIMIZER);
+        let ab = layout(&[("a", &[2, 3]), ("b", &[4])]);
+        write_optimizer(&path, &moments(&ab, 1), &moments(&ab, 2), 1).expect("writable");
+        let cases: [(Specs<'_>, &str); 4] = [
+            (
+                &[("a", &[2, 3])],
+                "has `exp_avg.b`, which this run does not train",
+            ),
+            (
+                &[("a", &[2, 3]), ("b", &[4]), ("c", &[1])],
+                "has no `exp_avg.c`",
+            ),
+            (
+                &[("a", &[3, 2]), ("b", &[4])],
+                "`exp_avg.a` as F32 [2, 3], expected F32 [3, 2]",
+            ),
+            (
+                &[("a", &[2, 3]), ("b", &[2, 2])],
+                "`exp_avg.b` as F32 [4], expected F32 [2, 2]",
+            ),
+        ];
+        for (specs, expected) in cases {
+            let other = layout(specs);
+            let (mut m, mut v) = (FlatBuffer::zeros(&other), FlatBuffer::zeros(&other));
+            let text = message(read_optimizer(&path, &mut m, &mut v));
+            assert!(text.contains(expected), "{text}");
+            assert!(
+                bits(&m).iter().chain(&bits(&v)).all(|&b| b == 0),
+                "untouched on error"
+            );
+        }
+    }
+
+    #[test]
+    fn optimizer_files_that_lack_something_are_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(OPTIMIZER);
+        let a = layout(&[("a", &[2])]);
+        let (mut m, mut v) = (FlatBuffer::zeros(&a), FlatBuffer::zeros(&a));
+        let text = message(read_optimizer(&path, &mut m, &mut v));
+        assert!(text.contains("is missing"), "{text}");
+        std::fs::write(&path, "garbage garbage").expect("writable");
+        message(read_optimizer(&path, &mut m, &mut v));
+        let data = |dtype, bytes: usize| TensorData {
+            dtype,
+            shape: vec![2],
+            bytes: Cow::Owned(vec![0; bytes]),
+        };
+        let step = BTreeMap::from([("step".to_owned(), "1".to_owned())]);
+        let cases = [
+            (FileDType::F32, 8, &BTreeMap::new(), "no step counter"),
+            (FileDType::BF16, 4, &step, "BF16 [2], expected F32"),
+        ];
+        for (dtype, bytes, metadata, expected) in cases {
+            let names = ["exp_avg.a", "exp_avg_sq.a"];
+            let tensors = names
+                .iter()
+                .map(|n| ((*n).to_owned(), data(dtype, bytes)))
+                .collect();
+            write_safetensors(&path, &tensors, metadata).expect("writable");
+            let text = message(read_optimizer(&path, &mut m, &mut v));
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+}

@@ -121,7 +121,7 @@ impl<'a> Builder<'a> {
             self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
         }
         let preparer = self.preparer.as_ref();
-        let prepared: Vec<Result<(Arc<Path>, u64, Example, usize)>> = rows
+        let prepared: Vec<Result<(Row, Example, usize)>> = rows
             .into_par_iter()
             .map(|row| {
                 let row = row?;
@@ -130,12 +130,16 @@ impl<'a> Builder<'a> {
                 })?;
                 let mut example = preparer.prepare(&row)?;
                 let lost = preparer.truncate(&mut example);
-                Ok((row.path, row.line, example, lost))
+                Ok((row, example, lost))
             })
             .collect();
         for item in prepared {
-            let (path, line, example, lost) = item?;
-            if self.dataset.report.count(&path, line, &example, lost) {
+            let (row, example, lost) = item?;
+            if self
+                .dataset
+                .report
+                .count(&row.path, row.line, &example, lost)
+            {
                 self.dataset.examples.push(example);
             }
         }
@@ -195,4 +199,125 @@ fn parse_row(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Row> {
         path: path.clone(),
         line: line.number,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::fixtures::repository;
+
+    fn load(contents: &[&[u8]], options: &PrepareOptions) -> Result<Dataset, String> {
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let files: Vec<PathBuf> = contents
+            .iter()
+            .enumerate()
+            .map(|(i, bytes)| {
+                let path = directory.path().join(format!("{i}.jsonl"));
+                std::fs::write(&path, bytes).expect("the file is writable");
+                path
+            })
+            .collect();
+        let tokenizer = Tokenizer::from_dir(&repository().join("tokenizers/bpe_llama3"))
+            .expect("the tokenizer loads");
+        Dataset::load(&files, &tokenizer, options).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn rows_keep_their_order_over_chunks_files_and_threads() {
+        let text = |i: usize| format!("{{\"text\": \"{i}\"}}\n");
+        let first: String = (0..3000).map(text).collect();
+        let second: String = (3000..3010).map(text).collect();
+        let dataset = load(
+            &[first.as_bytes(), second.as_bytes()],
+            &PrepareOptions::default(),
+        )
+        .expect("the rows are valid");
+        let tokenizer = Tokenizer::from_dir(&repository().join("tokenizers/bpe_llama3"))
+            .expect("the tokenizer loads");
+        assert_eq!(dataset.examples.len(), 3010);
+        for (i, example) in dataset.examples.iter().enumerate() {
+            let decoded = tokenizer
+                .decode(&example.input_ids, crate::data::Decoding::SkipSpecialTokens)
+                .expect("the ids are valid");
+            assert_eq!(decoded, i.to_string());
+        }
+    }
+
+    #[test]
+    fn truncation_and_dropped_rows_are_reported() {
+        let options = PrepareOptions {
+            max_length: Some(6),
+            ..PrepareOptions::default()
+        };
+        let rows = b"{\"prompt\": \"hello\", \"completion\": \" world\"}\n\n\
+                     {\"prompt\": \"hello hello hello\", \"completion\": \"x\"}\n";
+        let dataset = load(&[rows], &options).expect("one row remains");
+        let report = &dataset.report;
+        assert_eq!(dataset.examples.len(), 1);
+        assert_eq!(
+            (report.rows, report.dropped_rows, report.truncated_rows),
+            (2, 1, 2)
+        );
+        assert_eq!(report.dropped_lines[0].1, 3);
+        assert_eq!(
+            (report.tokens, report.trained_tokens, report.longest),
+            (6, 2, 6)
+        );
+        assert_eq!(report.length_histogram, [(8, 1)].into_iter().collect());
+        assert!(report.tokens_lost > 3);
+    }
+
+    #[test]
+    fn hostile_files_are_refused_with_file_line_and_reason() {
+        let text = "{\"text\": \"a\"}\n";
+        let late = text.repeat(2000) + "{\"text\": 1}\n";
+        let turned = text.repeat(2) + "{\"prompt\": \"a\", \"completion\": \"b\"}\n";
+        let table: [(&[u8], &str); 8] = [
+            (b"", "0.jsonl: no rows"),
+            (b"\n\n", "0.jsonl: no rows"),
+            (
+                b"{\"txt\": \"a\"}",
+                "0.jsonl:1: no columns to train on: found `txt`",
+            ),
+            (
+                b"{\"text\": \"a\"}\n{\"text\": \"\xc3\"}\n",
+                "0.jsonl:2: byte 10 of the line",
+            ),
+            (
+                b"{\"text\": \"a\"}\n{broken\n{broken\n",
+                "0.jsonl:2: not valid JSON",
+            ),
+            (late.as_bytes(), "0.jsonl:2001: `text` must be a string"),
+            (
+                turned.as_bytes(),
+                "0.jsonl:3: this row is `prompt` and `completion` as text, but the first row of \
+                 the data set is text",
+            ),
+            (b"[{\"text\": \"a\"}]", "one object per line"),
+        ];
+        for (bytes, expected) in table {
+            let message = load(&[bytes], &PrepareOptions::default()).expect_err("refused");
+            assert!(message.contains(expected), "{message} lacks {expected}");
+        }
+        let options = PrepareOptions {
+            max_length: Some(2),
+            ..PrepareOptions::default()
+        };
+        let rows = b"{\"prompt\": \"hello\", \"completion\": \"b\"}";
+        let message = load(&[rows], &options).expect_err("nothing is left to train");
+        assert!(message.contains("raise `max_length`"), "{message}");
+    }
+
+    #[test]
+    fn a_missing_file_is_a_read_error() {
+        let tokenizer = Tokenizer::from_dir(&repository().join("tokenizers/bpe_llama3"))
+            .expect("the tokenizer loads");
+        let error = Dataset::load(
+            &[PathBuf::from("/nonexistent/rows.jsonl")],
+            &tokenizer,
+            &PrepareOptions::default(),
+        )
+        .expect_err("there is no such file");
+        assert!(matches!(error, Error::Read { .. }), "{error}");
+    }
 }

@@ -357,18 +357,18 @@ fn completion_start(encoded: &Encoded, boundary: usize) -> usize {
 /// token of its last.
 fn assistant_mask(encoded: &Encoded, rendered: &Rendered) -> Vec<bool> {
     let mut mask = vec![false; encoded.ids.len()];
-    let token_at = |byte: usize| {
-        encoded
-            .offsets
-            .iter()
-            .position(|&(begin, end)| begin <= byte && byte < end)
-    };
+    let mut from = 0;
     for span in rendered.assistant_spans.iter().filter(|s| !s.is_empty()) {
+        let token_at = |byte: usize| {
+            let covers = |&(begin, end): &(usize, usize)| begin <= byte && byte < end;
+            Some(from + encoded.offsets[from..].iter().position(covers)?)
+        };
         let Some(first) = token_at(span.start) else {
             continue;
         };
         let last = token_at(span.end - 1).unwrap_or(mask.len() - 1);
         mask[first..=last.max(first)].fill(true);
+        from = first;
     }
     mask
 }

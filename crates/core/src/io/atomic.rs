@@ -174,3 +174,119 @@ fn replaced_name(name: &str) -> Option<&str> {
     let (original, _) = name.strip_prefix('.')?.split_once(REPLACED)?;
     (!original.is_empty()).then_some(original)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ExitCode;
+    use crate::io::StagedDir;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).expect("readable");
+        let name = |e: io::Result<fs::DirEntry>| e.expect("entry").file_name();
+        entries
+            .map(|e| name(e).to_string_lossy().into_owned())
+            .collect()
+    }
+
+    #[test]
+    fn a_written_file_replaces_the_old_one_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("f");
+        for text in ["a longer text", "short", ""] {
+            write_file(&path, text.as_bytes()).expect("writable");
+            assert_eq!(fs::read_to_string(&path).expect("readable"), text);
+        }
+        assert_eq!(names(dir.path()), ["f"]);
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("f");
+        write_file(&path, b"old").expect("writable");
+        let full = |file: &mut File| {
+            file.write_all(b"new")?;
+            Err(io::ErrorKind::StorageFull.into())
+        };
+        let error = write_file_with(&path, full).expect_err("full");
+        assert_eq!(error.exit_code(), ExitCode::CannotWrite);
+        assert_eq!(fs::read(&path).expect("readable"), b"old");
+        assert_eq!(names(dir.path()), ["f"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn permissions_follow_the_umask() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mode = |name: &str| {
+            let about = fs::metadata(dir.path().join(name)).expect("there");
+            about.permissions().mode() & 0o777
+        };
+        fs::write(dir.path().join("plain"), "").expect("writable");
+        fs::create_dir(dir.path().join("plain_dir")).expect("writable");
+        write_file(&dir.path().join("ours"), b"").expect("writable");
+        StagedDir::create(dir.path().join("our_dir"))
+            .and_then(StagedDir::publish)
+            .expect("writable");
+        assert_eq!(mode("ours"), mode("plain"));
+        assert_eq!(mode("our_dir"), mode("plain_dir"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_planted_link_is_replaced_not_followed() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let target = dir.path().join("target");
+        fs::write(&target, "untouched").expect("writable");
+        let path = dir.path().join("f");
+        std::os::unix::fs::symlink(&target, &path).expect("linkable");
+        write_file(&path, b"new").expect("writable");
+        assert_eq!(fs::read(&target).expect("readable"), b"untouched");
+        assert!(!path.is_symlink());
+    }
+
+    #[test]
+    fn probing_makes_the_directory_and_leaves_it_empty() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let output = dir.path().join("a/b");
+        probe_writable(&output).expect("writable");
+        assert!(names(&output).is_empty());
+    }
+
+    #[test]
+    fn an_output_directory_below_a_file_is_not_writable() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("file");
+        fs::write(&file, "").expect("writable");
+        for output in [file.clone(), file.join("out")] {
+            let error = probe_writable(&output).expect_err("a file is in the way");
+            assert_eq!(error.exit_code(), ExitCode::CannotWrite);
+            assert!(error.to_string().contains("file"), "{error}");
+        }
+        assert!(write_file(&file.join("x"), b"").is_err());
+        assert!(StagedDir::create(file.join("x")).is_err());
+    }
+
+    #[test]
+    fn a_staged_directory_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let target = dir.path().join("out");
+        let staged = StagedDir::create(&target).expect("writable");
+        fs::write(staged.path().join("f"), "1").expect("writable");
+        assert!(!target.exists());
+        drop(staged);
+        assert!(names(dir.path()).is_empty(), "dropped is removed");
+        for text in ["1", "2"] {
+            let staged = StagedDir::create(&target).expect("writable");
+            fs::write(staged.path().join("f"), text).expect("writable");
+            staged.publish().expect("writable");
+            assert_eq!(
+                fs::read_to_string(target.join("f")).expect("readable"),
+                text
+            );
+            assert_eq!(names(dir.path()), ["out"]);
+        }
+    }
+}

@@ -22,7 +22,13 @@ pub fn blake3_of_bytes(bytes: &[u8]) -> String {
 pub fn blake3_of_file(path: &Path) -> Result<(String, u64)> {
     let mut file = File::open(path).map_err(Error::read(path))?;
     let mut hasher = blake3::Hasher::new();
-    let mut piece = vec![0; PIECE_BYTES];
+    let length = file.metadata().map_err(Error::read(path))?.len();
+    // One byte more than the file has, so that its end is seen by the same read.
+    let mut piece = vec![
+        0;
+        usize::try_from(length)
+            .map_or(PIECE_BYTES, |n| n.saturating_add(1).min(PIECE_BYTES))
+    ];
     loop {
         match file.read(&mut piece) {
             Ok(0) => return Ok((hasher.finalize().to_hex().to_string(), hasher.count())),

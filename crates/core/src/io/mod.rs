@@ -11,8 +11,10 @@ mod digest;
 mod file_name;
 mod json;
 mod model_files;
+mod output_lock;
 mod position;
 mod safetensors_file;
+mod safetensors_header;
 mod safetensors_writer;
 mod staged_dir;
 #[cfg(test)]
@@ -23,8 +25,10 @@ pub use atomic::{probe_writable, remove_stale, write_file};
 pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
 pub use file_name::safe_file_name;
 pub use model_files::{ModelFiles, find_pickle};
+pub use output_lock::OutputLock;
 pub use safetensors::Dtype as FileDType;
-pub use safetensors_file::{SafetensorsFile, TensorMeta};
+pub use safetensors_file::SafetensorsFile;
+pub use safetensors_header::TensorMeta;
 pub use safetensors_writer::{TensorData, write_safetensors};
 pub use staged_dir::StagedDir;
 

@@ -2,7 +2,7 @@
 
 use super::FileDType;
 use super::atomic::write_file_with;
-use super::safetensors_file::{LENGTH_BYTES, MAX_HEADER_BYTES};
+use super::safetensors_header::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use crate::{Error, Result};
 use std::borrow::Cow;
 use std::cmp::Reverse;

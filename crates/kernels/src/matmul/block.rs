@@ -1,5 +1,8 @@
 //! One sequential f32 product on blocks of matrices, and scratch memory for such blocks.
 
+use super::transpose::transpose;
+use crate::tensor::with_dtype;
+use crate::{DType, Element, Rows, View, simd};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -28,6 +31,35 @@ impl<'a> Matrix<'a> {
             row_stride: pitch,
             col_stride: 1,
         }
+    }
+
+    /// Row `r` of a matrix whose rows are contiguous.
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> &'a [f32] {
+        assert_eq!(self.col_stride, 1, "row of a transposed matrix");
+        &self.data[r * self.row_stride..r * self.row_stride + self.cols]
+    }
+
+    /// The columns `range` of a matrix whose rows are contiguous.
+    pub(crate) fn columns(self, range: Range<usize>) -> Self {
+        assert_eq!(self.col_stride, 1, "columns of a transposed matrix");
+        assert!(range.end <= self.cols, "columns {range:?} of {}", self.cols);
+        if self.rows == 0 || range.is_empty() {
+            return Self::new(&[], self.rows, range.len(), self.row_stride);
+        }
+        let data = &self.data[range.start..];
+        Self::new(data, self.rows, range.len(), self.row_stride)
+    }
+
+    /// The rows `range` of a matrix whose rows are contiguous.
+    pub(crate) fn rows(self, range: Range<usize>) -> Self {
+        assert_eq!(self.col_stride, 1, "rows of a transposed matrix");
+        assert!(range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        if range.is_empty() || self.cols == 0 {
+            return Self::new(&[], range.len(), self.cols, self.row_stride);
+        }
+        let data = &self.data[range.start * self.row_stride..];
+        Self::new(data, range.len(), self.cols, self.row_stride)
     }
 
     /// The transpose, without moving anything.
@@ -161,4 +193,86 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) ->
     let result = body(&mut memory[..len]);
     SCRATCH.with_borrow_mut(|stack| stack.push(memory));
     result
+}
+
+/// Cuts `len` elements off the front of `scratch`.
+pub(crate) fn carve<'s>(scratch: &mut &'s mut [f32], len: usize) -> &'s mut [f32] {
+    let (front, rest) = std::mem::take(scratch).split_at_mut(len);
+    *scratch = rest;
+    front
+}
+
+/// A block of a matrix in f32: as it lies if it is f32, converted into `scratch` if not.
+///
+/// `scratch` needs one element per element of the block, or none if the source is f32.
+pub(crate) fn operand<'s, T: Element>(
+    source: &Rows<'s, T>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    let (height, width) = (rows.len(), cols.len());
+    if rows.is_empty() || cols.is_empty() {
+        return Matrix::new(&[], height, width, width);
+    }
+    if T::DTYPE == DType::F32 {
+        let data: &'s [f32] = bytemuck::cast_slice(source.data());
+        let data = &data[rows.start * source.pitch() + cols.start..];
+        return Matrix::new(data, height, width, source.pitch());
+    }
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            for (to, r) in scratch.chunks_exact_mut(width).zip(rows) {
+                for (to, from) in to.iter_mut().zip(&source.row(r)[cols.clone()]) {
+                    *to = from.to_f32();
+                }
+            }
+        },
+    );
+    Matrix::new(scratch, height, width, width)
+}
+
+/// The transpose of a block of a matrix in f32, in `scratch` (one element per element).
+pub(crate) fn flipped<'s, T: Element>(
+    source: &Rows<'_, T>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    let (height, width) = (rows.len(), cols.len());
+    simd::dispatch(
+        #[inline(always)]
+        || {
+            let row = |r: usize| &source.row(rows.start + r)[cols.clone()];
+            transpose(row, height, width, scratch, height);
+        },
+    );
+    Matrix::new(scratch, width, height, height)
+}
+
+/// [`operand`] of a view of any dtype.
+pub(crate) fn view_operand<'s>(
+    source: View<'s>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    with_dtype!(source.dtype(), T => match source.typed::<T>() {
+        Some(source) => operand(&source, rows, cols, scratch),
+        None => unreachable!("with_dtype! binds the view's own dtype"),
+    })
+}
+
+/// [`flipped`] of a view of any dtype.
+pub(crate) fn view_flipped<'s>(
+    source: View<'_>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    scratch: &'s mut [f32],
+) -> Matrix<'s> {
+    with_dtype!(source.dtype(), T => match source.typed::<T>() {
+        Some(source) => flipped(&source, rows, cols, scratch),
+        None => unreachable!("with_dtype! binds the view's own dtype"),
+    })
 }

@@ -1,5 +1,4 @@
-use super::block::{Matrix, SharedMut, gemm_raw, with_scratch};
-use super::transpose::transpose;
+use super::block::{SharedMut, flipped, gemm_raw, operand, with_scratch};
 use super::{Layout, Product};
 use crate::{DType, Element, Rows, RowsMut, simd};
 use rayon::prelude::*;
@@ -169,49 +168,4 @@ fn scratch_len<T: Element>(rows: usize, depth: usize) -> usize {
     } else {
         rows * depth
     }
-}
-
-/// The block in f32: as it lies if it is f32, converted into `scratch` if not.
-fn operand<'s, T: Element>(
-    source: &Rows<'s, T>,
-    rows: Range<usize>,
-    cols: Range<usize>,
-    scratch: &'s mut [f32],
-) -> Matrix<'s> {
-    if rows.is_empty() || cols.is_empty() {
-        return Matrix::new(&[], rows.len(), cols.len(), cols.len());
-    }
-    if T::DTYPE == DType::F32 {
-        let data: &'s [f32] = bytemuck::cast_slice(source.data());
-        let data = &data[rows.start * source.pitch() + cols.start..];
-        return Matrix::new(data, rows.len(), cols.len(), source.pitch());
-    }
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            for (to, r) in scratch.chunks_exact_mut(cols.len()).zip(rows.clone()) {
-                for (to, from) in to.iter_mut().zip(&source.row(r)[cols.clone()]) {
-                    *to = from.to_f32();
-                }
-            }
-        },
-    );
-    Matrix::new(scratch, rows.len(), cols.len(), cols.len())
-}
-
-/// The transpose of the block, in `scratch`.
-fn flipped<'s, T: Element>(
-    source: &Rows<'_, T>,
-    rows: Range<usize>,
-    cols: Range<usize>,
-    scratch: &'s mut [f32],
-) -> Matrix<'s> {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            let row = |r: usize| &source.row(rows.start + r)[cols.clone()];
-            transpose(row, rows.len(), cols.len(), scratch, rows.len());
-        },
-    );
-    Matrix::new(scratch, cols.len(), rows.len(), rows.len())
 }

@@ -1,11 +1,12 @@
 //! The sandbox: filters, functions, methods and limits of a chat template.
 
 use super::generation;
+use super::rewrite::CHECK_FILTER;
 use super::strftime::strftime;
 use super::tojson::tojson;
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, from_args};
+use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 use std::io;
 
@@ -38,8 +39,9 @@ pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
          value: &Value,
          ensure_ascii: Option<bool>,
          indent: Option<&Value>,
-         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, kwargs),
+         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, &kwargs),
     );
+    environment.add_filter(CHECK_FILTER, assignable);
     environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -50,6 +52,57 @@ pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
 /// Sets what `strftime_now` shows.
 pub(super) fn set_date(environment: &mut Environment<'static>, date: i64) {
     environment.add_function("strftime_now", move |format: &str| strftime(format, date));
+}
+
+/// Refuses a value that holds a namespace: assigned to a namespace, it could hold itself.
+///
+/// The walk is charged for, so a template cannot grow a value without end either.
+fn assignable(state: &State, value: Value) -> Result<Value, minijinja::Error> {
+    let value = materialized(state, value)?;
+    let mut waiting = vec![value.clone()];
+    while let Some(next) = waiting.pop() {
+        state.consume_fuel(1)?;
+        let Some(object) = next.as_object() else {
+            continue;
+        };
+        if object.type_name().contains("Namespace") {
+            return Err(minijinja::Error::new(
+                ErrorKind::InvalidOperation,
+                "a namespace cannot be assigned to an attribute of a namespace",
+            ));
+        }
+        if next.kind() == ValueKind::Map {
+            for key in next.try_iter()? {
+                waiting.push(next.get_item(&key)?);
+            }
+        } else if next.len().is_some() && next.try_iter().is_ok() {
+            waiting.extend(next.try_iter()?);
+        }
+    }
+    Ok(value)
+}
+
+/// A lazy sequence or mapping as a plain one: chained over many turns of a loop, lazy values would
+/// hide how deep they are, and each use would walk all of them.
+fn materialized(state: &State, value: Value) -> Result<Value, minijinja::Error> {
+    let name = value.as_object().map_or("", |object| object.type_name());
+    let lazy = ["Merge", "Iter", "Slice", "Closure", "closure"];
+    if !lazy.iter().any(|part| name.contains(part)) && value.kind() != ValueKind::Iterable {
+        return Ok(value);
+    }
+    let mut items = Vec::new();
+    for item in value.try_iter()? {
+        state.consume_fuel(1)?;
+        items.push(item);
+    }
+    if value.kind() != ValueKind::Map {
+        return Ok(items.into());
+    }
+    let pairs: Result<Vec<(Value, Value)>, minijinja::Error> = items
+        .into_iter()
+        .map(|key| Ok((key.clone(), value.get_item(&key)?)))
+        .collect();
+    Ok(Value::from_pairs(pairs?))
 }
 
 /// Python's methods on strings, lists and mappings.

@@ -11,6 +11,7 @@
 
 mod environment;
 mod generation;
+mod rewrite;
 mod strftime;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,13 @@ pub const DEFAULT_DATE: i64 = 1_721_952_000;
 
 /// The longest text a template may render: 64 MiB.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
+
+/// Stack for templates that can build deeply nested values: the budget of work allows some 500000
+/// levels, at about 200 bytes each. Pages that are not touched cost nothing.
+const DEEP_STACK_BYTES: usize = 256 << 20;
+
+/// A template without namespaces nests values only as deep as its source has brackets.
+const SHALLOW_BRACKETS: usize = 2000;
 
 const NAME: &str = "chat_template";
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
@@ -76,6 +84,7 @@ pub struct ChatTemplate {
     environment: minijinja::Environment<'static>,
     special_tokens: BTreeMap<String, String>,
     has_generation_tags: bool,
+    can_nest_deeply: bool,
 }
 
 impl ChatTemplate {
@@ -84,7 +93,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] with the line when it does not parse.
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
-        let (rewritten, has_generation_tags) = generation::rewrite_tags(source);
+        let (rewritten, has_generation_tags) = rewrite::rewrite_tags(source);
         let mut environment = environment(DEFAULT_DATE)?;
         environment
             .add_template_owned(NAME, rewritten)
@@ -94,6 +103,8 @@ impl ChatTemplate {
             environment,
             special_tokens: special_tokens.clone(),
             has_generation_tags,
+            can_nest_deeply: source.contains("namespace")
+                || source.matches(['[', '{', '(']).count() > SHALLOW_BRACKETS,
         })
     }
 
@@ -168,6 +179,21 @@ impl ChatTemplate {
         let prompt = conversation.ending == Ending::GenerationPrompt;
         variables.insert("add_generation_prompt".into(), prompt.into());
 
+        if !self.can_nest_deeply {
+            return self.run(variables);
+        }
+        // Values are dropped and printed recursively: deep ones need more stack than a thread has.
+        std::thread::scope(|scope| {
+            std::thread::Builder::new()
+                .stack_size(DEEP_STACK_BYTES)
+                .spawn_scoped(scope, || self.run(variables))
+                .map_err(|e| template_error(format!("no thread to render in: {e}")))?
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn run(&self, variables: BTreeMap<String, minijinja::Value>) -> Result<String> {
         let template = self
             .environment
             .get_template(NAME)

@@ -2,6 +2,7 @@ use super::{ChatTemplate, Conversation, Ending};
 use crate::data::fixtures::{folders, read_json, report, roots};
 use crate::data::record::Message;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// 2026-11-23, the day on which the recorded cases that print a date were made.
@@ -78,4 +79,169 @@ fn renderings_match_transformers() {
         assert!(cases_run > 100, "{cases_run} cases in {}", root.display());
         assert!(failures.is_empty(), "{}", failures.join("\n"));
     }
+}
+
+fn render(source: &str, content: &str) -> Result<String, String> {
+    let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+    let template = ChatTemplate::new(source, &tokens).map_err(|e| e.to_string())?;
+    template
+        .render(&Conversation {
+            messages: &[Message::new("user", content)],
+            tools: None,
+            variables: &Map::new(),
+            ending: Ending::Closed,
+        })
+        .map(|rendered| rendered.text)
+        .map_err(|e| e.to_string())
+}
+
+#[test]
+fn python_spellings_render_as_python_does() {
+    let table = [
+        (
+            "{{ {'a': '<\u{e9}>', 'b': [1, 2.0, none]} | tojson }}",
+            "{\"a\": \"<\u{e9}>\", \"b\": [1, 2.0, null]}",
+        ),
+        (
+            "{{ '\u{e9}\u{1f600}' | tojson(ensure_ascii=true) }}",
+            r#""\u00e9\ud83d\ude00""#,
+        ),
+        (
+            "{{ {'b': [], 'a': {}} | tojson(indent=2) }}",
+            "{\n  \"b\": [],\n  \"a\": {}\n}",
+        ),
+        (
+            "{{ {'b': 1, 'a': [2]} | tojson(sort_keys=true, separators=[',', ':']) }}",
+            "{\"a\":[2],\"b\":1}",
+        ),
+        (
+            "{{ [true, none, {'k': \"it's\"}] }}",
+            "[True, None, {'k': \"it's\"}]",
+        ),
+        (
+            "{{ 'a.b.c'.rsplit('.', 1) | join('|') }} {{ 'xab'.removeprefix('x') }}",
+            "a.b|c ab",
+        ),
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        (
+            "{{ bos_token }}{{ eos_token }}|{{ tools is none }}|{{ documents is none }}",
+            "<s>|True|True",
+        ),
+        (
+            "{% if true %}\n  {% set x = 1 %}\n  y\n{% endif %}\n",
+            "  y\n",
+        ),
+        ("a\n  {%- generation %}\n b {% endgeneration %}\nc", "a b c"),
+    ];
+    for (source, expected) in table {
+        assert_eq!(render(source, "x").as_deref(), Ok(expected), "{source}");
+    }
+}
+
+#[test]
+fn hostile_templates_fail_in_bounded_time_with_a_reason() {
+    let long = "the template works for too long";
+    let table = [
+        (
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+            long,
+        ),
+        ("{% for i in range(1000000000) %}x{% endfor %}", ""),
+        ("{{ 'x' * 1000000000 }}", ""),
+        (
+            "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            long,
+        ),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "recursion",
+        ),
+        ("{% include 'x' %}", "not available"),
+        ("{% include 'chat_template' %}", ""),
+        ("{% import 'os' as os %}{{ os }}", "not available"),
+        ("{% extends 'x' %}", "not available"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
+        ("{{ messages.__init__.__globals__['os'].system('id') }}", ""),
+        ("{{ cycler.__init__.__globals__ }}", ""),
+        ("{{ lipsum() }}", "lipsum"),
+        ("{{ open('/etc/passwd') }}", "open"),
+        ("{{ messages[0].content.nothing() }}", ""),
+        ("{{ missing.attribute }}", ""),
+        (
+            "{{ raise_exception('as the template says') }}",
+            "as the template says (line 1",
+        ),
+        ("{{ [1] | tojson(indent=1000000000) }}", "indent"),
+        ("{% generation %}x", "not closed"),
+        ("x{% endgeneration %}{% generation %}", ""),
+        ("{% for %}", "line 1"),
+        ("{{ 1 // 0 }}", ""),
+    ];
+    for (source, expected) in table {
+        let begin = std::time::Instant::now();
+        let message = render(source, "hello").expect_err(source);
+        assert!(message.contains(expected), "{source}: {message}");
+        assert!(message.len() < 700, "{source}: {message}");
+        let seconds = begin.elapsed().as_secs_f64();
+        assert!(seconds < 10.0, "{source}: {seconds} s");
+    }
+}
+
+#[test]
+fn values_nested_by_a_loop_do_not_exhaust_the_stack() {
+    // Each source grows a value by one level in every turn, by a list, a mapping and lazily.
+    for grown in [
+        "[ns.x]",
+        "{'k': ns.x}",
+        "ns.x | chain([])",
+        "ns.x + []",
+        "[ns.x | chain([])]",
+        "ns.x | zip([])",
+        "ns.x | map('upper')",
+        "ns.x | reverse",
+        "{'k': 1} | chain({'k': ns.x})",
+    ] {
+        let begin = std::time::Instant::now();
+        let source = format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for j in range(9) %}}{{% for i in range(90000) %}}\
+             {{% set ns.x = {grown} %}}{{% endfor %}}{{% endfor %}}done"
+        );
+        let message = render(&source, "hello").expect_err(&source);
+        assert!(message.contains("too long"), "{message}");
+        assert!(
+            begin.elapsed().as_secs() < 20,
+            "{grown}: {:?}",
+            begin.elapsed()
+        );
+    }
+    let brackets =
+        "{% set x = [] %}".to_owned() + &"{% set x = [[[[[[[[x]]]]]]]] %}".repeat(20_000);
+    assert_eq!(render(&brackets, "hello").as_deref(), Ok(""));
+}
+
+#[test]
+fn a_namespace_cannot_come_to_hold_itself() {
+    for value in [
+        "ns",
+        "[ns]",
+        "{'a': [ns]}",
+        "namespace(y=1)",
+        "[ns] | zip([1])",
+    ] {
+        let source = format!("{{% set ns = namespace() %}}{{% set ns.x = {value} %}}{{{{ ns }}}}");
+        let message = render(&source, "hello").expect_err(&source);
+        assert!(
+            message.contains("a namespace cannot be assigned"),
+            "{source}: {message}"
+        );
+    }
+}
+
+#[test]
+fn markers_in_the_data_are_refused_where_they_would_mean_something() {
+    let tagged = "{% generation %}{{ messages[0].content }}{% endgeneration %}";
+    assert_eq!(render(tagged, "ok").as_deref(), Ok("ok"));
+    let message = render(tagged, "a\u{fdd1}b").expect_err("the marker is refused");
+    assert!(message.contains("U+FDD0"), "{message}");
+    assert!(render("{{ messages[0].content }}", "a\u{fdd1}b").is_ok());
 }

@@ -25,7 +25,7 @@ pub(super) fn tojson(
     value: &Value,
     ensure_ascii: Option<bool>,
     indent: Option<&Value>,
-    kwargs: Kwargs,
+    kwargs: &Kwargs,
 ) -> Result<Value, Error> {
     let ensure_ascii = match ensure_ascii {
         Some(given) => given,

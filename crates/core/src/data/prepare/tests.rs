@@ -124,7 +124,7 @@ fn tokens_and_assistant_masks_of_renderings_match_transformers() {
                 .expect("the template compiles");
             let tagged = tokenizer
                 .chat_template(None)
-                .is_some_and(|t| t.has_generation_tags());
+                .is_some_and(crate::data::ChatTemplate::has_generation_tags);
             for case in cases["cases"].as_array().into_iter().flatten() {
                 let closed = case["kwargs"].get("continue_final_message").is_none()
                     && case["add_generation_prompt"] == false;

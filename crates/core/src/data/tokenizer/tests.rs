@@ -54,6 +54,7 @@ fn recorded_encodings_are_reproduced() {
                 probes += 1;
             }
         }
+        assert!(probes >= 36, "{probes} probes in {}", root.display());
         report(&format!("{probes} probes in {}", root.display()));
     }
 }

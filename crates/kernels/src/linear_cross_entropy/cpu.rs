@@ -1,0 +1,98 @@
+use super::Sums;
+use super::softmax::{Lane, statistics, to_gradients};
+use crate::tensor::with_dtype;
+use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
+
+/// Most logits held at once: 32 MiB of f32.
+const CHUNK_LOGITS: usize = 8 << 20;
+/// Most label rows of a chunk.
+const CHUNK_ROWS: usize = 256;
+
+/// Where the gradients go.
+pub(super) struct Gradients<'a> {
+    pub(super) d_hidden: ViewMut<'a>,
+    pub(super) d_head: Option<&'a mut [f32]>,
+}
+
+pub(super) fn run(
+    hidden: View<'_>,
+    head: View<'_>,
+    rows: &[u32],
+    targets: &[u32],
+    mut gradients: Option<Gradients<'_>>,
+    workspace: &Workspace,
+) -> Result<Sums> {
+    if let Some(gradients) = &mut gradients {
+        gradients.d_hidden.reborrow().fill(0.0);
+    }
+    let mut sums = Sums::default();
+    let ([vocabulary, width], limit) = (head.shape(), chunk_rows(head.rows()));
+    if rows.is_empty() {
+        return Ok(sums);
+    }
+    let mut buffer = workspace.take_scratch(DType::F32, vocabulary * limit);
+    for (rows, targets) in rows.chunks(limit).zip(targets.chunks(limit)) {
+        let mut selected = workspace.take(DType::F32, rows.len(), width);
+        gather(hidden, rows, &mut selected);
+        let mut logits = Tensor::from_buffer(buffer, vocabulary, rows.len());
+        matmul::nt(logits.view_mut(), 0.0, 1.0, head, selected.view())?;
+        let lanes = statistics(logits.view());
+        add_sums(&mut sums, &lanes, &logits, targets);
+        if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
+            to_gradients(logits.view_mut(), &lanes, targets);
+            if let Some(d_head) = d_head {
+                let d_head = ViewMut::from_f32(d_head, vocabulary, width);
+                matmul::nn(d_head, 1.0, 1.0, logits.view(), selected.view())?;
+            }
+            // The hidden rows are not needed any more: their gradient takes their place.
+            matmul::tn(selected.view_mut(), 0.0, 1.0, logits.view(), head)?;
+            scatter_add(&selected, rows, d_hidden.reborrow());
+        }
+        buffer = logits.into_buffer();
+        workspace.give(selected);
+    }
+    workspace.give_scratch(buffer);
+    Ok(sums)
+}
+
+/// Label rows per chunk: as many as fit, 16 at least, a multiple of 16.
+fn chunk_rows(vocabulary: usize) -> usize {
+    let rows = (CHUNK_LOGITS / vocabulary.max(1)).clamp(16, CHUNK_ROWS);
+    rows / 16 * 16
+}
+
+fn gather(source: View<'_>, rows: &[u32], to: &mut Tensor) {
+    with_dtype!(source.dtype(), T => {
+        if let (Some(source), Some(mut to)) = (source.typed::<T>(), to.view_mut().typed::<f32>()) {
+            for (i, &row) in rows.iter().enumerate() {
+                for (to, from) in to.row_mut(i).iter_mut().zip(source.row(row as usize)) {
+                    *to = from.to_f32();
+                }
+            }
+        }
+    });
+}
+
+/// `to[rows[i]] += source[i]`.
+fn scatter_add(source: &Tensor, rows: &[u32], to: ViewMut<'_>) {
+    with_dtype!(to.dtype(), T => {
+        if let (Some(source), Some(mut to)) = (source.view().typed::<f32>(), to.typed::<T>()) {
+            for (i, &row) in rows.iter().enumerate() {
+                for (to, from) in to.row_mut(row as usize).iter_mut().zip(source.row(i)) {
+                    *to = T::from_f32(to.to_f32() + from);
+                }
+            }
+        }
+    });
+}
+
+/// Adds the chunk's rows in their order.
+fn add_sums(sums: &mut Sums, lanes: &[Lane], logits: &Tensor, targets: &[u32]) {
+    let Some(logits) = logits.view().typed::<f32>() else {
+        unreachable!("the chunk of logits is f32");
+    };
+    for (i, (lane, &target)) in lanes.iter().zip(targets).enumerate() {
+        let logit = logits.row(target as usize)[i];
+        *sums += lane.sums(logit, target);
+    }
+}

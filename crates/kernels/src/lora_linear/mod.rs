@@ -1,0 +1,152 @@
+//! The low-rank part of a linear layer: `y += scale * dropout(x) A^T B^T`.
+//!
+//! ```text
+//! x~ = dropout(x)          s = x~ A^T            y += scale * s B^T
+//! ds = scale * dy B        dA += ds^T x~         dB += scale * dy^T s        dx += dropout(ds A)
+//! ```
+//!
+//! Shapes: `x [T,in]`, `A [R,in]`, `B [out,R]`, `s [T,R]`, `y [T,out]`. `x`, `y` and their gradients
+//! are f32 or bf16; `A`, `B`, `s` and the gradients of `A` and `B` are f32. A matrix `[T,in]` is only
+//! allocated with dropout, from the workspace.
+//!
+//! # Source
+//! Hu et al.: "LoRA: Low-Rank Adaptation of Large Language Models" (2021); initialisation and the
+//! place of the dropout as in PEFT's `lora.Linear`.
+
+#[cfg(test)]
+mod tests;
+
+use crate::error::{check_dtype, check_len, check_shape};
+use crate::{DType, Result, View, ViewMut, Workspace, dropout, matmul};
+
+/// The two factors of a low-rank update and how they are applied.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'a> {
+    /// The down projection `A [R, in]`, f32.
+    pub a: View<'a>,
+    /// The up projection `B [out, R]`, f32.
+    pub b: View<'a>,
+    /// Factor of the product, `alpha / R` for plain LoRA.
+    pub scale: f32,
+    /// Dropout on `x`: the key of the mask and the (sequence id, position) of every row `[T]`.
+    pub dropout: Option<(dropout::Key, &'a [[u32; 2]])>,
+}
+
+impl LowRank<'_> {
+    fn rank(&self) -> usize {
+        self.a.rows()
+    }
+
+    /// Refuses factors that do not fit `x [T,in]`, `y [T,out]` and `s [T,R]`.
+    fn check(&self, op: &'static str, x: View<'_>, y: [usize; 2], s: View<'_>) -> Result<()> {
+        let [tokens, inputs] = x.shape();
+        check_shape(op, "A [R,in]", [self.rank(), inputs], self.a.shape())?;
+        check_shape(op, "B [out,R]", [y[1], self.rank()], self.b.shape())?;
+        check_shape(op, "y [T,out]", [tokens, y[1]], y)?;
+        check_shape(op, "s [T,R]", [tokens, self.rank()], s.shape())?;
+        check_dtype(op, "A", DType::F32, self.a.dtype())?;
+        check_dtype(op, "B", DType::F32, self.b.dtype())?;
+        check_dtype(op, "s", DType::F32, s.dtype())
+    }
+}
+
+/// Adds `scale * dropout(x) A^T B^T` to `y [T,out]` and writes `s [T,R] = dropout(x) A^T`, which
+/// [`backward`] needs.
+///
+/// # Errors
+/// If a shape or dtype does not fit, or the dropout probability is not in `[0, 1]`.
+pub fn forward(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    y: ViewMut<'_>,
+    mut s: ViewMut<'_>,
+    workspace: &Workspace,
+) -> Result<()> {
+    low_rank.check("lora_linear::forward", x, y.shape(), s.as_view())?;
+    with_dropped(x, low_rank, workspace, |x| {
+        matmul::nt(s.reborrow(), 0.0, 1.0, x, low_rank.a)
+    })?;
+    matmul::nt(y, 1.0, low_rank.scale, s.as_view(), low_rank.b)
+}
+
+/// Adds the gradients of `A` to `d_a [R*in]`, of `B` to `d_b [out*R]` and, if asked for, of `x` to
+/// `dx [T,in]`.
+///
+/// `x`, `low_rank` and `s` are those of [`forward`]; `dy [T,out]` is the gradient of `y`.
+///
+/// # Errors
+/// If a shape, length or dtype does not fit, or the dropout probability is not in `[0, 1]`.
+#[expect(clippy::too_many_arguments, reason = "two inputs, three gradients")]
+pub fn backward(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    s: View<'_>,
+    dy: View<'_>,
+    dx: Option<ViewMut<'_>>,
+    d_a: &mut [f32],
+    d_b: &mut [f32],
+    workspace: &Workspace,
+) -> Result<()> {
+    const OP: &str = "lora_linear::backward";
+    low_rank.check(OP, x, dy.shape(), s)?;
+    let ([tokens, inputs], outputs, rank) = (x.shape(), dy.cols(), low_rank.rank());
+    check_len(OP, "d_a [R*in]", rank * inputs, d_a.len())?;
+    check_len(OP, "d_b [out*R]", outputs * rank, d_b.len())?;
+    if let Some(dx) = &dx {
+        check_shape(OP, "dx [T,in]", x.shape(), dx.shape())?;
+    }
+
+    let d_b = ViewMut::from_f32(d_b, outputs, rank);
+    matmul::tn(d_b, 1.0, low_rank.scale, dy, s)?;
+    let mut ds = workspace.take(DType::F32, tokens, rank);
+    matmul::nn(ds.view_mut(), 0.0, low_rank.scale, dy, low_rank.b)?;
+    with_dropped(x, low_rank, workspace, |x| {
+        matmul::tn(ViewMut::from_f32(d_a, rank, inputs), 1.0, 1.0, ds.view(), x)
+    })?;
+    if let Some(dx) = dx {
+        add_input_gradient(dx, low_rank, ds.view(), workspace)?;
+    }
+    workspace.give(ds);
+    Ok(())
+}
+
+/// `dx += dropout(ds A)`.
+fn add_input_gradient(
+    dx: ViewMut<'_>,
+    low_rank: &LowRank<'_>,
+    ds: View<'_>,
+    workspace: &Workspace,
+) -> Result<()> {
+    let Some((key, rows)) = low_rank.active_dropout() else {
+        return matmul::nn(dx, 1.0, 1.0, ds, low_rank.a);
+    };
+    let mut d_dropped = workspace.take(dx.dtype(), dx.rows(), dx.cols());
+    matmul::nn(d_dropped.view_mut(), 0.0, 1.0, ds, low_rank.a)?;
+    dropout::add_masked(dx, d_dropped.view(), key, rows)?;
+    workspace.give(d_dropped);
+    Ok(())
+}
+
+impl<'a> LowRank<'a> {
+    /// The dropout, unless it drops nothing.
+    fn active_dropout(&self) -> Option<(dropout::Key, &'a [[u32; 2]])> {
+        self.dropout.filter(|(key, _)| key.p != 0.0)
+    }
+}
+
+/// Calls `body` with `dropout(x)`, which is `x` itself if nothing is dropped.
+fn with_dropped(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    workspace: &Workspace,
+    body: impl FnOnce(View<'_>) -> Result<()>,
+) -> Result<()> {
+    let Some((key, rows)) = low_rank.active_dropout() else {
+        return body(x);
+    };
+    let mut dropped = workspace.take(x.dtype(), x.rows(), x.cols());
+    dropout::forward(x, key, rows, dropped.view_mut())?;
+    body(dropped.view())?;
+    workspace.give(dropped);
+    Ok(())
+}
