@@ -32,6 +32,3 @@ mod workspace;
 pub use error::{Error, Result};
 pub use tensor::{Buffer, DType, Element, Rows, RowsMut, Slice, SliceMut, Tensor, View, ViewMut};
 pub use workspace::Workspace;
-pub mod attention;
-pub mod linear_cross_entropy;
-pub mod lora_linear;
