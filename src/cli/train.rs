@@ -1,13 +1,12 @@
 use super::overrides::{self, Switches};
 use super::progress::Progress;
 use super::{Failure, Outcome, stop};
+use ferrotune::core::ExitCode;
 use ferrotune::core::config::{self, TrainConfig};
-use ferrotune::core::run_log::{JsonLines, Observer, TrainerLogJsonl};
+use ferrotune::core::run_log::{JsonLines, Observer};
 use ferrotune::core::trainer::RunOutcome;
-use ferrotune::core::{Error, ExitCode};
 use ferrotune::recipe::{Recipe, Summary};
-use std::fs::OpenOptions;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 /// Arguments of `train` and `plan`.
@@ -69,7 +68,7 @@ pub(super) fn run(
     let recipe = Recipe::prepare(config)?;
     print_notes(&recipe.config);
     let output = PathBuf::from(&recipe.config.output.output_dir);
-    let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(trainer_log(&recipe, &output)?)];
+    let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     match voice {
         Voice::Person => {
             println!("{}", Summary::of(&recipe)?);
@@ -116,24 +115,6 @@ fn print_notes(config: &TrainConfig) {
     for note in &config.notes {
         eprintln!("note: {note}");
     }
-}
-
-/// `trainer_log.jsonl`: continued after a resume, begun anew otherwise.
-fn trainer_log(
-    recipe: &Recipe,
-    output: &Path,
-) -> Result<TrainerLogJsonl<impl Write + use<>>, Error> {
-    let path = output.join("trainer_log.jsonl");
-    let kept = recipe.log_to_keep(&path)?;
-    let file = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .open(&path);
-    let mut file = file.map_err(Error::write(&path))?;
-    file.write_all(kept.as_bytes())
-        .map_err(Error::write(&path))?;
-    Ok(TrainerLogJsonl::new(file, path))
 }
 
 fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {

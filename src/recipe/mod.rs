@@ -16,13 +16,15 @@ use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
 use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, probe_writable};
+use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
 };
 use ferrotune_core::process_group::Solo;
-use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState, rows_up_to};
+use ferrotune_core::run_log::{
+    Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
+};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
@@ -140,7 +142,14 @@ impl Recipe {
         stop: &AtomicBool,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
+        let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
+        let mut log = outputs::trainer_log(output, from.as_ref())?;
+        let mut observer = Tee {
+            log: &mut log,
+            others: observers,
+            evaluated: None,
+        };
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
@@ -169,7 +178,7 @@ impl Recipe {
                 schedule: &schedule,
                 data: &mut data,
                 eval_batches: &eval_batches,
-                observers,
+                observer: &mut observer,
                 state: &mut state,
                 window,
                 stop,
@@ -178,7 +187,8 @@ impl Recipe {
             run.run(&mut trainer, started)?
         };
         if let RunOutcome::Finished(finished) = &outcome {
-            outputs::write_final(self, output, &trainer, &state, finished)?;
+            let evaluated = observer.evaluated.as_ref();
+            outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         Ok(outcome)
     }
@@ -269,18 +279,6 @@ impl Recipe {
         }
     }
 
-    /// The rows of an earlier `trainer_log.jsonl` that the run goes on from; empty for a fresh run.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if there is nothing to resume from that should be there.
-    pub fn log_to_keep(&self, log: &Path) -> Result<String> {
-        let Some(from) = resume::find(self, Path::new(&self.config.output.output_dir))? else {
-            return Ok(String::new());
-        };
-        let text = std::fs::read_to_string(log).unwrap_or_default();
-        Ok(rows_up_to(&text, from.step()))
-    }
-
     /// Scalars of base and adapter.
     #[must_use]
     pub fn total_parameters(&self) -> usize {
@@ -290,6 +288,24 @@ impl Recipe {
             0
         };
         self.decoder.parameters() + adapter
+    }
+}
+
+/// The log file first, so that it has the event whatever the others do with it.
+struct Tee<'a, 'o> {
+    log: &'a mut dyn Observer,
+    others: &'a mut [Box<dyn Observer + 'o>],
+    /// The last evaluation, for the results at the end.
+    evaluated: Option<Evaluated>,
+}
+
+impl Observer for Tee<'_, '_> {
+    fn on(&mut self, event: &Event) -> Result<()> {
+        if let Event::Evaluated(evaluated) = event {
+            self.evaluated = Some(evaluated.clone());
+        }
+        self.log.on(event)?;
+        emit(self.others, event)
     }
 }
 

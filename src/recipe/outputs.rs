@@ -5,11 +5,16 @@ use ferrotune_core::checkpoint::{Checkpoint, OPTIMIZER, RunIdentity, write_optim
 use ferrotune_core::io::{blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
-use ferrotune_core::run_log::{LogWindow, RunFinished, TrainerState, all_results, train_results};
+use ferrotune_core::run_log::{
+    Evaluated, LogWindow, RunFinished, TrainerLogJsonl, TrainerState, all_results, eval_results,
+    rows_up_to, train_results,
+};
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Hugging Face's record of progress and log history.
@@ -129,6 +134,25 @@ fn copy(file: &Path, directory: &Path) -> Result<()> {
     }
 }
 
+/// `trainer_log.jsonl`, opened: continued where the checkpoint was taken, or begun anew.
+pub(super) fn trainer_log(
+    output: &Path,
+    from: Option<&Checkpoint>,
+) -> Result<TrainerLogJsonl<File>> {
+    let path = output.join("trainer_log.jsonl");
+    let kept = match from {
+        Some(checkpoint) => rows_up_to(
+            &std::fs::read_to_string(&path).unwrap_or_default(),
+            checkpoint.step(),
+        ),
+        None => String::new(),
+    };
+    let mut file = File::create(&path).map_err(Error::write(&path))?;
+    file.write_all(kept.as_bytes())
+        .map_err(Error::write(&path))?;
+    Ok(TrainerLogJsonl::new(file, path))
+}
+
 /// The result, at the top of the output directory, read back before it counts.
 pub(super) fn write_final(
     recipe: &Recipe,
@@ -136,6 +160,7 @@ pub(super) fn write_final(
     trainer: &Trainer,
     state: &TrainerState,
     finished: &RunFinished,
+    evaluated: Option<&Evaluated>,
 ) -> Result<()> {
     write_trained(recipe, output, trainer)?;
     verify(recipe, output, trainer.params())?;
@@ -146,8 +171,14 @@ pub(super) fn write_final(
     )?;
     write_file(
         &output.join("all_results.json"),
-        all_results(finished, None).as_bytes(),
+        all_results(finished, evaluated).as_bytes(),
     )?;
+    if let Some(evaluated) = evaluated {
+        write_file(
+            &output.join("eval_results.json"),
+            eval_results(evaluated).as_bytes(),
+        )?;
+    }
     write_file(
         &output.join("README.md"),
         model_card(recipe, finished).render().as_bytes(),

@@ -2,34 +2,51 @@
 
 use crate::{Buffer, DType, Tensor};
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A pool of activation buffers, so that a training step allocates nothing after the first.
 ///
-/// Every buffer is sized for `max_rows` rows, the longest micro-batch of the run, so that batches
-/// of different lengths share the same buffers. Contents are stale: an operation writes every
-/// element it is asked to write.
+/// Every buffer has room for as many rows as the longest batch so far, so that batches of different
+/// lengths share the same buffers. Contents are stale: an operation writes every element it is asked
+/// to write.
 #[derive(Debug, Default)]
 pub struct Workspace {
+    pool: Mutex<Pool>,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
     max_rows: usize,
-    free: Mutex<BTreeMap<(DType, usize), Vec<Buffer>>>,
+    /// Free buffers by dtype and length, each `max_rows` times some number of columns.
+    free: BTreeMap<(DType, usize), Vec<Buffer>>,
+    /// Free scratch memory by dtype and length, whatever the number of rows.
+    scratch: BTreeMap<(DType, usize), Vec<Buffer>>,
 }
 
 impl Workspace {
-    /// A pool for matrices of at most `max_rows` rows; longer ones are allocated as asked.
+    /// A pool for matrices of `max_rows` rows; it grows when a longer one is asked for.
     #[must_use]
     pub fn new(max_rows: usize) -> Self {
-        Self {
+        let pool = Pool {
             max_rows,
-            free: Mutex::default(),
+            ..Pool::default()
+        };
+        Self {
+            pool: Mutex::new(pool),
         }
     }
 
     /// A matrix with unspecified contents.
     #[must_use]
     pub fn take(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
-        let len = rows.max(self.max_rows) * cols;
-        let reused = self.pool().get_mut(&(dtype, len)).and_then(Vec::pop);
+        let mut pool = self.pool();
+        if rows > pool.max_rows {
+            // The buffers at hand are too short for what comes now.
+            pool.max_rows = rows;
+            pool.free.clear();
+        }
+        let len = pool.max_rows * cols;
+        let reused = pool.free.get_mut(&(dtype, len)).and_then(Vec::pop);
         let buffer = reused.unwrap_or_else(|| Buffer::zeros(dtype, len));
         Tensor::from_buffer(buffer, rows, cols)
     }
@@ -44,23 +61,44 @@ impl Workspace {
 
     /// Returns a matrix to the pool. One that is dropped instead is simply freed.
     pub fn give(&self, tensor: Tensor) {
+        let cols = tensor.cols();
         let buffer = tensor.into_buffer();
-        self.pool()
-            .entry((buffer.dtype(), buffer.len()))
-            .or_default()
-            .push(buffer);
+        let mut pool = self.pool();
+        if buffer.len() == pool.max_rows * cols {
+            pool.free
+                .entry((buffer.dtype(), buffer.len()))
+                .or_default()
+                .push(buffer);
+        }
+    }
+
+    /// `len` elements with unspecified contents, for what does not grow with the batch.
+    #[must_use]
+    pub fn take_scratch(&self, dtype: DType, len: usize) -> Buffer {
+        let reused = self
+            .pool()
+            .scratch
+            .get_mut(&(dtype, len))
+            .and_then(Vec::pop);
+        reused.unwrap_or_else(|| Buffer::zeros(dtype, len))
+    }
+
+    /// Returns scratch memory to the pool.
+    pub fn give_scratch(&self, buffer: Buffer) {
+        let key = (buffer.dtype(), buffer.len());
+        self.pool().scratch.entry(key).or_default().push(buffer);
     }
 
     /// Frees every buffer that is not in use.
     pub fn clear(&self) {
-        self.pool().clear();
+        let mut pool = self.pool();
+        pool.free.clear();
+        pool.scratch.clear();
     }
 
-    fn pool(&self) -> std::sync::MutexGuard<'_, BTreeMap<(DType, usize), Vec<Buffer>>> {
-        // A panic while the lock is held leaves the map whole: only `pop` and `push` run inside.
-        self.free
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        // A panic while the lock is held leaves the pool whole: only `pop` and `push` run inside.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,15 +106,34 @@ impl Workspace {
 mod tests {
     use super::*;
 
+    fn free_buffers(workspace: &Workspace) -> usize {
+        workspace.pool().free.values().map(Vec::len).sum()
+    }
+
     #[test]
     fn shorter_batches_reuse_the_buffer_of_the_longest() {
-        let pool = Workspace::new(8);
-        let mut long = pool.take(DType::F32, 8, 4);
+        let workspace = Workspace::new(8);
+        let mut long = workspace.take(DType::F32, 8, 4);
         long.view_mut().fill(3.0);
-        pool.give(long);
-        let short = pool.take(DType::F32, 2, 4);
+        workspace.give(long);
+        let short = workspace.take(DType::F32, 2, 4);
         assert_eq!(short.view().shape(), [2, 4]);
         assert_eq!(short.into_buffer().len(), 32);
-        assert!(pool.pool().values().all(Vec::is_empty));
+        assert_eq!(free_buffers(&workspace), 0);
+    }
+
+    #[test]
+    fn buffers_that_became_too_short_are_not_kept() {
+        let workspace = Workspace::new(0);
+        let (short, other) = (
+            workspace.take(DType::F32, 2, 4),
+            workspace.take(DType::F32, 2, 4),
+        );
+        workspace.give(other);
+        let long = workspace.take(DType::F32, 8, 4);
+        workspace.give(short);
+        workspace.give(long);
+        assert_eq!(free_buffers(&workspace), 1);
+        assert_eq!(workspace.take(DType::F32, 5, 4).into_buffer().len(), 32);
     }
 }

@@ -5,7 +5,7 @@ use crate::data::PackedBatch;
 use crate::lr_schedule::LrSchedule;
 use crate::run_log::{
     CheckpointSaved, Evaluated, Event, LogWindow, Observer, RunFinished, RunStarted, StepReport,
-    TrainerState, emit,
+    TrainerState,
 };
 use crate::{Error, Result};
 use std::path::PathBuf;
@@ -65,7 +65,7 @@ pub enum RunOutcome {
 pub type Save<'a> = dyn FnMut(&Trainer, &TrainerState, &LogWindow) -> Result<PathBuf> + 'a;
 
 /// Everything a run needs besides the trainer.
-pub struct Run<'a, 'o> {
+pub struct Run<'a> {
     /// How long, and what when.
     pub plan: RunPlan,
     /// Learning rate of each step.
@@ -75,7 +75,7 @@ pub struct Run<'a, 'o> {
     /// Batches to evaluate on.
     pub eval_batches: &'a [PackedBatch],
     /// Who hears of it.
-    pub observers: &'a mut [Box<dyn Observer + 'o>],
+    pub observer: &'a mut dyn Observer,
     /// History so far; goes into checkpoints.
     pub state: &'a mut TrainerState,
     /// Metrics since the last log row.
@@ -95,7 +95,7 @@ struct Totals {
     samples: u64,
 }
 
-impl Run<'_, '_> {
+impl Run<'_> {
     /// Trains until the last step or until the stop flag is set.
     ///
     /// # Errors
@@ -217,7 +217,7 @@ impl Run<'_, '_> {
 
     fn emit(&mut self, event: &Event) -> Result<(), Error> {
         self.state.on(event)?;
-        emit(self.observers, event)
+        self.observer.on(event)
     }
 }
 

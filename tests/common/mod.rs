@@ -1,0 +1,450 @@
+//! What the tests of the whole share: tiny models in temporary directories, data sets, and runs of
+//! the `ferrotune` binary.
+#![allow(dead_code, reason = "every test file compiles this and uses a part of it")]
+
+pub mod oracle;
+
+use ferrotune::core::data::{Example, IGNORE_INDEX};
+use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::kernels::rng::{Stream, key_for};
+use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Characters of the tiny tokenizer beside its special tokens.
+const ALPHABET: &str = "\n !?.,:;'+-=0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// Special tokens, ids 0 to 3.
+const SPECIAL: [&str; 4] = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>"];
+const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
+    {{ message.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Dimensions of a tiny Llama.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+    pub max_position: usize,
+    pub tied: bool,
+    pub bias: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            hidden: 32,
+            intermediate: 48,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            vocab: 96,
+            max_position: 256,
+            tied: false,
+            bias: false,
+        }
+    }
+}
+
+impl Shape {
+    pub fn config(&self) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "attention_bias": self.bias,
+            "mlp_bias": self.bias,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        })
+    }
+
+    /// Names and shapes of the weights, written down independently of the engine.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, wide) = (self.hidden, self.intermediate);
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let mut tensors = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![self.vocab, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ];
+        if !self.tied {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab, hidden]));
+        }
+        for layer in 0..self.layers {
+            let at = |name: &str| format!("model.layers.{layer}.{name}");
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                tensors.push((at(&format!("{norm}.weight")), vec![hidden]));
+            }
+            for (name, out, input) in [
+                ("self_attn.q_proj", q, hidden),
+                ("self_attn.k_proj", kv, hidden),
+                ("self_attn.v_proj", kv, hidden),
+                ("self_attn.o_proj", hidden, q),
+                ("mlp.gate_proj", wide, hidden),
+                ("mlp.up_proj", wide, hidden),
+                ("mlp.down_proj", hidden, wide),
+            ] {
+                tensors.push((at(&format!("{name}.weight")), vec![out, input]));
+                if self.bias {
+                    tensors.push((at(&format!("{name}.bias")), vec![out]));
+                }
+            }
+        }
+        tensors
+    }
+
+    /// Random values, large enough that a wrong mask, scale or rotation shows.
+    pub fn weights(&self, seed: u64) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+        let draw = |(name, shape): (String, Vec<usize>)| {
+            let mut stream = Stream::new(key_for(seed, &name));
+            let norm = name.contains("norm");
+            let std = match shape[..] {
+                [_] => 0.2,
+                [_, columns] => 1.4 / (columns as f64).sqrt(),
+                _ => 1.0,
+            };
+            let values = (0..shape.iter().product::<usize>())
+                .map(|_| (stream.normal() * std + if norm { 1.0 } else { 0.0 }) as f32);
+            (name, (shape.clone(), values.collect()))
+        };
+        self.tensors().into_iter().map(draw).collect()
+    }
+}
+
+/// Element type of a written checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Stored {
+    fn file_dtype(self) -> FileDType {
+        match self {
+            Self::F32 => FileDType::F32,
+            Self::F16 => FileDType::F16,
+            Self::Bf16 => FileDType::BF16,
+        }
+    }
+
+    fn bytes(self, values: &[f32]) -> Vec<u8> {
+        let each = |v: &f32| match self {
+            Self::F32 => v.to_le_bytes().to_vec(),
+            Self::F16 => half::f16::from_f32(*v).to_le_bytes().to_vec(),
+            Self::Bf16 => half::bf16::from_f32(*v).to_le_bytes().to_vec(),
+        };
+        values.iter().flat_map(each).collect()
+    }
+}
+
+/// Writes config.json, model.safetensors and a tokenizer with a chat template.
+pub fn write_model(directory: &Path, shape: &Shape, stored: Stored, seed: u64) {
+    std::fs::create_dir_all(directory).expect("writable");
+    write_json(&directory.join("config.json"), &shape.config());
+    write_weights(
+        &directory.join("model.safetensors"),
+        shape.weights(seed).iter(),
+        stored,
+    );
+    write_tokenizer(directory);
+}
+
+/// The same with the weights in two shards and an index.
+pub fn write_sharded_model(directory: &Path, shape: &Shape, seed: u64) {
+    write_model(directory, shape, Stored::F32, seed);
+    std::fs::remove_file(directory.join("model.safetensors")).expect("just written");
+    let weights = shape.weights(seed);
+    let mut map = serde_json::Map::new();
+    for shard in 0..2 {
+        let file = format!("model-{:05}-of-00002.safetensors", shard + 1);
+        let part: Vec<_> = weights
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| i % 2 == shard)
+            .map(|(_, tensor)| tensor)
+            .collect();
+        for (name, _) in &part {
+            map.insert((*name).clone(), json!(file));
+        }
+        write_weights(&directory.join(&file), part.into_iter(), Stored::F32);
+    }
+    let index = json!({"metadata": {}, "weight_map": map});
+    write_json(&directory.join("model.safetensors.index.json"), &index);
+}
+
+type NamedTensor<'a> = (&'a String, &'a (Vec<usize>, Vec<f32>));
+
+pub fn write_weights<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = NamedTensor<'a>>,
+    stored: Stored,
+) {
+    let data = |(name, (shape, values)): NamedTensor<'a>| {
+        let tensor = TensorData {
+            dtype: stored.file_dtype(),
+            shape: shape.clone(),
+            bytes: Cow::Owned(stored.bytes(values)),
+        };
+        (name.clone(), tensor)
+    };
+    let tensors: BTreeMap<String, TensorData<'_>> = tensors.map(data).collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    write_safetensors(path, &tensors, &metadata).expect("writable");
+}
+
+/// One token per character; `<|im_end|>` ends a text.
+fn write_tokenizer(directory: &Path) {
+    let mut vocab = serde_json::Map::new();
+    for token in SPECIAL {
+        vocab.insert(token.to_owned(), json!(vocab.len()));
+    }
+    for character in ALPHABET.chars() {
+        vocab.insert(character.to_string(), json!(vocab.len()));
+    }
+    let added: Vec<Value> = SPECIAL
+        .iter()
+        .enumerate()
+        .map(|(id, token)| {
+            json!({"id": id, "content": token, "special": true, "single_word": false,
+                   "lstrip": false, "rstrip": false, "normalized": false})
+        })
+        .collect();
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": {
+            "type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated",
+            "invert": false
+        },
+        "post_processor": null,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    });
+    write_json(&directory.join("tokenizer.json"), &tokenizer);
+    let settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+    });
+    write_json(&directory.join("tokenizer_config.json"), &settings);
+}
+
+pub fn write_json(path: &Path, value: &Value) {
+    std::fs::write(path, format!("{value:#}\n")).expect("writable");
+}
+
+pub fn read_json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// JSON Lines.
+pub fn write_rows(path: &Path, rows: &[Value]) {
+    let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(path, text).expect("writable");
+}
+
+/// Rows of `messages`: sums of one-digit numbers.
+pub fn chat_rows(count: usize) -> Vec<Value> {
+    (0..count)
+        .map(|i| {
+            let (a, b) = (i % 10, i * 7 / 10 % 10);
+            json!({"messages": [
+                {"role": "user", "content": format!("{a}+{b}=?")},
+                {"role": "assistant", "content": format!("{}{}", "so ".repeat(i % 4), a + b)},
+            ]})
+        })
+        .collect()
+}
+
+/// Documents of different lengths with some labels masked, as if tokenised.
+pub fn examples(count: usize, vocab: usize, seed: u64) -> Vec<Example> {
+    let mut stream = Stream::new(key_for(seed, "examples"));
+    let mut below = |n: usize| (stream.bits() % n as u64) as usize;
+    (0..count)
+        .map(|i| {
+            let length = 3 + (i * 5 + below(7)) % 23;
+            let input_ids: Vec<u32> = (0..length).map(|_| below(vocab) as u32).collect();
+            let prompt = below(length - 2);
+            let labels = input_ids.iter().enumerate().map(|(t, id)| {
+                if t < prompt { IGNORE_INDEX } else { *id as i32 }
+            });
+            Example {
+                labels: labels.collect(),
+                input_ids,
+            }
+        })
+        .collect()
+}
+
+/// A base model, a data file and a place for output, gone with the value.
+pub struct Workbench {
+    root: tempfile::TempDir,
+}
+
+impl Workbench {
+    /// A model of the default shape and `rows` chat rows.
+    pub fn new(rows: usize) -> Self {
+        Self::of(&Shape::default(), rows)
+    }
+
+    pub fn of(shape: &Shape, rows: usize) -> Self {
+        let root = tempfile::tempdir().expect("temporary directory");
+        write_model(&root.path().join("base"), shape, Stored::F32, 7);
+        write_rows(&root.path().join("rows.jsonl"), &chat_rows(rows));
+        Self { root }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// Writes `NAME.yaml`: a short LoRA run into `NAME`, with `changes` on top.
+    pub fn config(&self, name: &str, changes: &Value) -> PathBuf {
+        let mut config = json!({
+            "model_name_or_path": self.path("base"),
+            "dataset_name": self.path("rows.jsonl"),
+            "output_dir": self.path(name),
+            "use_peft": true,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+            "learning_rate": 0.01,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+        });
+        let keys = changes.as_object().expect("an object of keys").clone();
+        config.as_object_mut().expect("an object").extend(keys);
+        let path = self.path(&format!("{name}.yaml"));
+        // JSON is YAML.
+        write_json(&path, &config);
+        path
+    }
+
+    /// `ferrotune train` on [`Workbench::config`].
+    pub fn train(&self, name: &str, changes: &Value) -> Finished {
+        let config = self.config(name, changes);
+        ferrotune(&["train", text(&config)])
+    }
+}
+
+/// How a run of the binary ended.
+#[derive(Debug)]
+pub struct Finished {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl From<Output> for Finished {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Finished {
+    /// Panics with what the program said unless it ended with `code`.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout,
+            self.stderr
+        );
+        self
+    }
+}
+
+/// The binary under test, with a clean environment for logs and threads.
+pub fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    command
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .env_remove("RAYON_NUM_THREADS");
+    command
+}
+
+pub fn ferrotune(arguments: &[&str]) -> Finished {
+    command(arguments)
+        .output()
+        .expect("the binary starts")
+        .into()
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary paths are UTF-8")
+}
+
+/// Names of the entries of a directory, sorted; none if it does not exist.
+pub fn entries(directory: &Path) -> Vec<String> {
+    let Ok(found) = std::fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let name = |e: std::io::Result<std::fs::DirEntry>| e.map(|e| e.file_name());
+    let mut names: Vec<String> = found
+        .map(|e| name(e).expect("readable").to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("writable");
+    for entry in std::fs::read_dir(from).unwrap_or_else(|e| panic!("{}: {e}", from.display())) {
+        let entry = entry.expect("readable");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("known").is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::write(&target, std::fs::read(entry.path()).expect("readable"))
+                .expect("writable");
+        }
+    }
+}
+
+pub fn read(path: &Path) -> Vec<u8> {
+    std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// All tensors of a file as f32.
+pub fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let file = SafetensorsFile::open(path).expect("safetensors");
+    file.names()
+        .map(|n| (n.to_owned(), file.read_f32(n).expect("readable")))
+        .collect()
+}

@@ -1,0 +1,207 @@
+//! Numbers recorded with PyTorch, Transformers and PEFT, and what the harness does with wrong ones.
+
+mod common;
+
+use common::copy_dir;
+use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::parity::{CaseReport, Quantity, run};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Another folder of cases, laid out as `tests/fixtures/golden`.
+const MORE_CASES: &str = "FERROTUNE_SHARED_FIXTURES";
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden")
+}
+
+/// The case folders of `root`, sorted: everything with a case.json that is no base model.
+fn cases(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for group in ["arch", "adapters", "train"] {
+        let entries = std::fs::read_dir(root.join(group)).expect("folder of cases");
+        let paths = entries.map(|e| e.expect("readable entry").path());
+        found.extend(paths.filter(|p| p.join("case.json").is_file()));
+    }
+    found.sort();
+    found
+}
+
+/// Whether this engine has what the case records: the kinds of `tests/fixtures/golden`.
+fn is_known(case: &Path) -> bool {
+    let name = case
+        .file_name()
+        .and_then(|n| n.to_str())
+        .unwrap_or_default();
+    let group = case
+        .parent()
+        .and_then(Path::file_name)
+        .and_then(|n| n.to_str());
+    match group {
+        Some("arch") => name.starts_with("llama") && name != "llama_seqcls",
+        Some("adapters") => {
+            ["lora_all_linear", "lora_qv", "rslora", "lora_bf16_base"].contains(&name)
+        }
+        Some("train") => {
+            name.starts_with("lora_ga")
+                || [
+                    "lora_noclip_linear",
+                    "lora_big_lr_clipped",
+                    "full_ft_ga1",
+                    "schedules",
+                ]
+                .contains(&name)
+        }
+        _ => false,
+    }
+}
+
+fn describe(report: &CaseReport) -> String {
+    let worst = report.quantities.iter().filter(|q| !q.passed());
+    let lines: Vec<String> = worst
+        .map(|q: &Quantity| {
+            format!(
+                "  {} {}: {:.3e} > {:.3e}",
+                q.name, q.worst, q.error, q.tolerance
+            )
+        })
+        .collect();
+    format!(
+        "{}: {}\n{}",
+        report.case.display(),
+        report.error.as_deref().unwrap_or("compared"),
+        lines.join("\n")
+    )
+}
+
+fn assert_all_pass(cases: &[PathBuf]) {
+    let reports: Vec<CaseReport> = cases.iter().map(|case| run(case)).collect();
+    let failed: Vec<String> = reports
+        .iter()
+        .filter(|r| !r.passed)
+        .map(describe)
+        .collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {} cases failed:\n{}",
+        failed.len(),
+        cases.len(),
+        failed.join("\n")
+    );
+}
+
+#[test]
+fn every_recorded_case_is_reproduced() {
+    let cases = cases(&golden());
+    assert_eq!(cases.len(), 23, "a case was lost or added: {cases:#?}");
+    assert_all_pass(&cases);
+}
+
+#[test]
+fn cases_of_another_folder_are_reproduced_where_one_is_named() {
+    let Some(root) = std::env::var_os(MORE_CASES) else {
+        eprintln!("{MORE_CASES} is not set: only the cases of this repository were compared");
+        return;
+    };
+    let cases: Vec<PathBuf> = cases(Path::new(&root))
+        .into_iter()
+        .filter(|c| is_known(c))
+        .collect();
+    assert!(
+        !cases.is_empty(),
+        "{MORE_CASES} holds no case of a known kind"
+    );
+    eprintln!("{} cases of {MORE_CASES}", cases.len());
+    assert_all_pass(&cases);
+}
+
+#[test]
+fn a_case_of_an_unknown_kind_fails_and_says_so() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(directory.path().join("case.json"), r#"{"kind": "horoscope"}"#)
+        .expect("writable");
+    let report = run(directory.path());
+    assert!(!report.passed);
+    let error = report.error.expect("an error");
+    assert!(
+        error.contains("horoscope") && error.contains("causal_lm"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_case_without_numbers_does_not_pass() {
+    let directory = copy_of("arch", "llama_packed");
+    let file = directory.path().join("arch/llama_packed/expected.safetensors");
+    write_safetensors(&file, &BTreeMap::new(), &BTreeMap::new()).expect("writable");
+    assert!(!run(&directory.path().join("arch/llama_packed")).passed);
+}
+
+/// One case with the bases beside it, to be damaged.
+fn copy_of(group: &str, case: &str) -> tempfile::TempDir {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let to = root.path();
+    copy_dir(
+        &golden().join("adapters/_bases"),
+        &to.join("adapters/_bases"),
+    );
+    copy_dir(&golden().join(group).join(case), &to.join(group).join(case));
+    root
+}
+
+/// Adds `relative` times its largest value to the largest element of a recorded tensor.
+fn perturb(file: &Path, name: &str, relative: f32) {
+    let read = SafetensorsFile::open(file).expect("recorded file");
+    assert!(
+        read.meta(name).is_some(),
+        "{name} is not in {}",
+        file.display()
+    );
+    let mut tensors = BTreeMap::new();
+    for tensor in read.names() {
+        let meta = read.meta(tensor).expect("listed");
+        let mut bytes = read.read_bytes(tensor).expect("readable");
+        if tensor == name {
+            assert_eq!(meta.dtype, FileDType::F32);
+            let values = read.read_f32(tensor).expect("readable");
+            let largest = (0..values.len())
+                .max_by(|a, b| values[*a].abs().total_cmp(&values[*b].abs()))
+                .expect("not empty");
+            let changed = values[largest] * (1.0 + relative);
+            bytes[largest * 4..largest * 4 + 4].copy_from_slice(&changed.to_le_bytes());
+        }
+        let data = TensorData {
+            dtype: meta.dtype,
+            shape: meta.shape.clone(),
+            bytes: Cow::Owned(bytes),
+        };
+        tensors.insert(tensor.to_owned(), data);
+    }
+    write_safetensors(file, &tensors, &BTreeMap::new()).expect("writable");
+}
+
+#[test]
+fn a_recorded_tensor_off_by_a_thousandth_fails_its_case() {
+    let down = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight";
+    let rows = [
+        ("arch", "llama_gqa_untied", "expected.safetensors", "logits"),
+        ("arch", "llama_gqa_untied", "expected.safetensors", "loss"),
+        ("arch", "llama_gqa_untied", "expected.safetensors", "grad.model.norm.weight"),
+        ("adapters", "lora_qv", "expected.safetensors", "logits"),
+        ("train", "lora_ga1", "final_adapter/adapter_model.safetensors", down),
+    ];
+    for (group, case, file, tensor) in rows {
+        let root = copy_of(group, case);
+        let directory = root.path().join(group).join(case);
+        assert!(
+            run(&directory).passed,
+            "{group}/{case} fails before it is damaged"
+        );
+        perturb(&directory.join(file), tensor, 1e-3);
+        assert!(
+            !run(&directory).passed,
+            "{group}/{case} passes with a wrong {tensor}"
+        );
+    }
+}

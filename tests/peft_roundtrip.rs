@@ -1,0 +1,70 @@
+//! The half of `tests/peft_roundtrip.sh` that needs no Python: adapters trained here, with the
+//! logits that this engine gets from the files it wrote.
+
+mod common;
+
+use common::{Shape, Workbench, copy_dir, ferrotune, text};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// Where to keep the results for the script; a temporary directory otherwise.
+const KEEP: &str = "FERROTUNE_ROUNDTRIP_DIR";
+
+fn variants() -> Vec<(&'static str, Shape, Value)> {
+    let plain = Shape::default();
+    let biased = Shape { bias: true, tied: true, ..plain.clone() };
+    let every = json!({"lora_target_modules": "all-linear", "lora_dropout": 0.1});
+    let rslora = json!({"lora_target_modules": "all-linear", "use_rslora": true, "lora_r": 6});
+    let patterns = json!({
+        "lora_target_modules": ["q_proj", "up_proj"],
+        "lora_rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "lora_alpha_pattern": {"up_proj": 3},
+    });
+    vec![
+        ("q_v_down", plain.clone(), json!({})),
+        ("all_linear", biased, every),
+        ("rslora", plain.clone(), rslora),
+        ("patterns", plain, patterns),
+    ]
+}
+
+#[test]
+fn adapters_are_written_with_their_logits() {
+    for (name, shape, changes) in variants() {
+        let bench = Workbench::of(&shape, 16);
+        let mut all = json!({"max_steps": 20, "lr_scheduler_type": "constant"});
+        let changes = changes.as_object().expect("an object").clone();
+        all.as_object_mut().expect("an object").extend(changes);
+        bench.train("adapter", &all).expect(0);
+        let (base, adapter) = (bench.path("base"), bench.path("adapter"));
+        let logits = |file: &PathBuf, adapter: Option<&PathBuf>| {
+            let mut arguments = vec!["eval", "--limit", "1", "--model-name-or-path", text(&base)];
+            let rows = bench.path("rows.jsonl");
+            arguments.extend(["--data", text(&rows), "--logits-file", text(file)]);
+            if let Some(adapter) = adapter {
+                arguments.extend(["--adapter", text(adapter)]);
+            }
+            ferrotune(&arguments).expect(0);
+            tensors_f32(file)
+        };
+        let with = logits(&bench.path("logits.safetensors"), Some(&adapter));
+        let without = logits(&bench.path("base_logits.safetensors"), None);
+        let moved = with
+            .iter()
+            .zip(&without)
+            .fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(moved > 0.1, "{name}: the adapter moves logits by {moved} only");
+        if let Some(keep) = std::env::var_os(KEEP) {
+            let to = PathBuf::from(keep).join(name);
+            copy_dir(&base, &to.join("base"));
+            copy_dir(&adapter, &to.join("adapter"));
+            std::fs::copy(bench.path("logits.safetensors"), to.join("logits.safetensors"))
+                .expect("writable");
+        }
+    }
+}
+
+fn tensors_f32(file: &PathBuf) -> Vec<f32> {
+    let read = ferrotune::core::io::SafetensorsFile::open(file).expect("safetensors");
+    read.read_f32("logits").expect("logits")
+}
