@@ -1,9 +1,11 @@
-use super::chat::{Chat, ModelArgs, SamplingArgs};
+use super::chat::ModelArgs;
 use super::{Failure, Outcome};
+use ferrotune::TextModel;
 use ferrotune::core::data::jsonl::{JsonLines, parse_object};
 use ferrotune::core::data::{Dataset, Message, PackedBatch, PrepareOptions, Record};
 use ferrotune::core::io::{FileDType, TensorData, write_safetensors};
 use ferrotune::core::{Error, ExitCode, Result};
+use ferrotune::generate::GenerateOptions;
 use ferrotune::kernels::linear_cross_entropy::Sums;
 use serde_json::json;
 use std::borrow::Cow;
@@ -39,7 +41,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let chat = Chat::load(&args.model)?;
+    let chat = args.model.load()?;
     let mut result = BTreeMap::new();
     let dataset = loss(args, &chat, &mut result)?;
     if args.exact_match {
@@ -60,7 +62,7 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 fn loss(
     args: &Args,
-    chat: &Chat,
+    chat: &TextModel,
     result: &mut BTreeMap<&str, serde_json::Value>,
 ) -> Result<Dataset> {
     let options = PrepareOptions {
@@ -161,15 +163,20 @@ fn question(record: Record) -> Option<Question> {
 
 /// Answers every question, greedily.
 pub(super) fn exact_match(
-    chat: &Chat,
+    chat: &TextModel,
     questions: &[Question],
     max_new_tokens: usize,
-) -> Result<Answered, Failure> {
+) -> Result<Answered> {
     let prompts = questions
         .iter()
         .map(|q| chat.encode(&q.prompt))
         .collect::<Result<Vec<_>>>()?;
-    let answers = chat.answer(&prompts, &SamplingArgs::greedy(max_new_tokens))?;
+    let greedy = GenerateOptions {
+        max_new_tokens,
+        batch_size: 64,
+        ..GenerateOptions::default()
+    };
+    let answers = chat.answer(&prompts, &greedy)?;
     let questions = questions.iter().map(|q| Question {
         prompt: q.prompt.clone(),
         expected: q.expected.clone(),
@@ -181,7 +188,7 @@ pub(super) fn exact_match(
 }
 
 /// `input_ids` `[1, T]` and `logits` `[1, T, V]`, for comparison with other software.
-fn write_logits(path: &Path, chat: &Chat, dataset: &Dataset) -> Result<()> {
+fn write_logits(path: &Path, chat: &TextModel, dataset: &Dataset) -> Result<()> {
     let Some(example) = dataset.examples.first() else {
         return Err(Error::data(path, None, "no row to take logits of"));
     };

@@ -1,4 +1,4 @@
-use super::chat::{Chat, ModelArgs, SamplingArgs};
+use super::chat::{ModelArgs, SamplingArgs};
 use super::{Failure, Outcome};
 use ferrotune::core::data::jsonl::{JsonLines, parse_object};
 use ferrotune::core::data::{Message, Record};
@@ -37,12 +37,12 @@ pub(super) fn run(args: &Args) -> Outcome {
             "nothing to answer; give --prompt or --prompts-file".into(),
         ));
     }
-    let chat = Chat::load(&args.model)?;
+    let chat = args.model.load()?;
     let ids = prompts
         .iter()
         .map(|p| chat.encode(p))
         .collect::<Result<Vec<_>, _>>()?;
-    let answers = chat.answer(&ids, &args.sampling)?;
+    let answers = chat.answer(&ids, &args.sampling.options()?)?;
     for (prompt, answer) in prompts.iter().zip(&answers) {
         if args.json {
             let messages: Vec<_> = prompt.iter().map(Message::fields).collect();

@@ -2,13 +2,14 @@
 
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
-    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Tokenizer,
-    pack_bfd, split_long,
+    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, Row,
+    Tokenizer, pack_bfd, split_long,
 };
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::trainer::StepData;
 use ferrotune_core::{Error, Result};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The tokenizer of the base, with the configured chat template.
 pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> {
@@ -35,7 +36,27 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Da
             "is missing; expected a .jsonl file, a directory of them, or train_file",
         ));
     }
-    load(config, &files, tokenizer, data.packing)
+    load(config, data.packing, |options| {
+        Dataset::load(&files, tokenizer, options)
+    })
+}
+
+/// Training rows that do not come from files, prepared.
+pub(super) fn training_rows(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    rows: impl IntoIterator<Item = Record>,
+) -> Result<Dataset> {
+    let name = config.data.dataset_name.first();
+    let path: Arc<Path> = Arc::from(Path::new(name.map_or("rows", String::as_str)));
+    let rows = rows.into_iter().zip(1..).map(|(record, line)| Row {
+        record,
+        path: Arc::clone(&path),
+        line,
+    });
+    load(config, config.data.packing, |options| {
+        Dataset::from_rows(rows.collect(), tokenizer, options)
+    })
 }
 
 /// The evaluation rows, if there are any.
@@ -55,14 +76,16 @@ pub(super) fn evaluation(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<
     if files.is_empty() {
         return Ok(None);
     }
-    load(config, &files, tokenizer, data.packs_evaluation()).map(Some)
+    load(config, data.packs_evaluation(), |options| {
+        Dataset::load(&files, tokenizer, options)
+    })
+    .map(Some)
 }
 
 fn load(
     config: &TrainConfig,
-    files: &[PathBuf],
-    tokenizer: &Tokenizer,
     packing: bool,
+    read: impl FnOnce(&PrepareOptions) -> Result<Dataset>,
 ) -> Result<Dataset> {
     let data = &config.data;
     let split = packing && data.packing_strategy == PackingStrategy::BfdSplit;
@@ -80,7 +103,7 @@ fn load(
         eos_token: data.eos_token.clone(),
         ..PrepareOptions::default()
     };
-    let mut dataset = Dataset::load(files, tokenizer, &options)?;
+    let mut dataset = read(&options)?;
     if let (true, Some(max_length)) = (split, data.max_length) {
         dataset.examples = split_long(dataset.examples, max_length);
     }

@@ -15,7 +15,7 @@ pub use summary::Summary;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
 use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
-use ferrotune_core::data::{Dataset, PackedBatch, Tokenizer};
+use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
@@ -66,6 +66,33 @@ impl Recipe {
     /// # Errors
     /// The first thing that is wrong, by file, line or key.
     pub fn prepare(config: TrainConfig) -> Result<Self> {
+        Self::prepare_from(config, data::training)
+    }
+
+    /// [`Recipe::prepare`] on rows that come from anywhere instead of files.
+    ///
+    /// `name` stands for them where a file's name would: in messages (`data: NAME:17: ...` is the
+    /// 17th row), in the model card and in the saved configuration.
+    ///
+    /// # Errors
+    /// As [`Recipe::prepare`].
+    pub fn prepare_with_rows(
+        mut config: TrainConfig,
+        name: &str,
+        rows: impl IntoIterator<Item = Record>,
+    ) -> Result<Self> {
+        config.data.dataset_name = vec![name.to_owned()];
+        config.data.train_file.clear();
+        Self::prepare_from(config, |config, tokenizer| {
+            data::training_rows(config, tokenizer, rows)
+        })
+    }
+
+    fn prepare_from(
+        config: TrainConfig,
+        training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
+    ) -> Result<Self> {
+        config.validate()?;
         set_threads(&config)?;
         let output = Path::new(&config.output.output_dir);
         probe_writable(output)?;
@@ -75,7 +102,7 @@ impl Recipe {
         let files = weights(&config, &base, &decoder)?;
         let (_, params) = attach(&decoder, adapter_of(&config, &base, &decoder)?.as_ref())?;
         let tokenizer = data::tokenizer(&config, &base)?;
-        let dataset = data::training(&config, &tokenizer)?;
+        let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
             data::check_fits_context(&config, rows, &decoder, &base)?;

@@ -88,7 +88,7 @@ impl RopeConfig {
             Some(config.number_or("partial_rotary_factor", 1.0)?),
         )?;
         let rotary_dim = (head_dim as f64 * partial) as usize;
-        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(config.error(
                 "head_dim",
                 format!("rotary dimensions are {rotary_dim}; expected an even number above 0"),

@@ -1,5 +1,6 @@
 use super::Sums;
 use super::softmax::{Lane, statistics, to_gradients};
+use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
 use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
 
@@ -34,8 +35,10 @@ pub(super) fn run(
     for (rows, targets) in rows.chunks(limit).zip(targets.chunks(limit)) {
         let mut selected = workspace.take(DType::F32, rows.len(), width);
         gather(hidden, rows, &mut selected);
+        let transposed = transpose(&selected, workspace);
         let mut logits = Tensor::from_buffer(buffer, vocabulary, rows.len());
-        matmul::nt(logits.view_mut(), 0.0, 1.0, head, selected.view())?;
+        matmul::nn(logits.view_mut(), 0.0, 1.0, head, transposed.view())?;
+        workspace.give(transposed);
         let lanes = statistics(logits.view());
         add_sums(&mut sums, &lanes, &logits, targets);
         if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
@@ -71,6 +74,17 @@ fn gather(source: View<'_>, rows: &[u32], to: &mut Tensor) {
             }
         }
     });
+}
+
+/// The label rows as the columns of `[D, N]`, once per chunk instead of once per block of the head.
+fn transpose(selected: &Tensor, workspace: &Workspace) -> Tensor {
+    let (rows, width) = (selected.rows(), selected.cols());
+    let buffer = workspace.take(DType::F32, rows, width).into_buffer();
+    let mut transposed = Tensor::from_buffer(buffer, width, rows);
+    if let Some(mut to) = transposed.view_mut().typed::<f32>() {
+        view_flipped(selected.view(), 0..rows, 0..width, to.data_mut());
+    }
+    transposed
 }
 
 /// `to[rows[i]] += source[i]`.

@@ -177,6 +177,9 @@ impl<T> SharedMut<T> {
     }
 }
 
+/// Elements of a cache line. Scratch starts on one: vectors as wide as a line then touch only one.
+const LINE: usize = 16;
+
 thread_local! {
     static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
@@ -186,11 +189,12 @@ thread_local! {
 /// Calls nest. The memory is kept for the next call, so `len` should be a block, not a tensor.
 pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut memory = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
-    if memory.len() < len {
+    if memory.len() < len + LINE {
         // Growing would copy the stale contents.
-        memory = vec![0.0; len];
+        memory = vec![0.0; len + LINE];
     }
-    let result = body(&mut memory[..len]);
+    let start = memory.as_ptr().align_offset(LINE * size_of::<f32>());
+    let result = body(&mut memory[start..start + len]);
     SCRATCH.with_borrow_mut(|stack| stack.push(memory));
     result
 }

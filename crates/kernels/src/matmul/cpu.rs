@@ -15,8 +15,14 @@ const TILE_COLS: usize = 384;
 const NARROW: usize = 64;
 /// Rows of a tile of a narrow product.
 const NARROW_ROWS: usize = 256;
-/// Depth converted or transposed at once: with `TILE_COLS`, 768 KiB of f32, which stays in L2.
-const TILE_DEPTH: usize = 512;
+/// From this many rows there are tiles enough for all threads without splitting the columns evenly.
+const TALL: usize = 8 * TILE_ROWS;
+/// Depth converted or transposed at once: with `TILE_COLS`, 384 KiB of f32, which stays in L2
+/// beside the copy that the product packs.
+const TILE_DEPTH: usize = 256;
+/// Rows of f32 that start a multiple of 4 KiB apart fall on the same cache sets; packing them costs
+/// the gemm crate a fifth of its speed at 512 rows of `dst`, transposing them first half of that.
+const PAGE: usize = 1024;
 /// Rows of `dst` from which transposing a block of `b` first pays for itself.
 const TRANSPOSE_ROWS: usize = 48;
 
@@ -35,6 +41,8 @@ pub(super) fn product<D: Element, A: Element, B: Element>(
         (m.min(TILE_ROWS), n.min(TILE_COLS))
     } else if n <= NARROW {
         (even_tiles(m, NARROW_ROWS), n)
+    } else if m >= TALL {
+        (TILE_ROWS, n.div_ceil(n.div_ceil(TILE_COLS)))
     } else {
         (m.div_ceil(m.div_ceil(TILE_ROWS)), even_tiles(n, TILE_COLS))
     };
@@ -131,7 +139,8 @@ unsafe fn accumulate<A: Element, B: Element>(
     rows: Range<usize>,
     cols: Range<usize>,
 ) {
-    let flip = product.layout == Layout::Nt && rows.len() >= TRANSPOSE_ROWS;
+    let slow_to_pack = B::DTYPE != DType::F32 || b.pitch().is_multiple_of(PAGE);
+    let flip = product.layout == Layout::Nt && rows.len() >= TRANSPOSE_ROWS && slow_to_pack;
     let direct = A::DTYPE == DType::F32 && B::DTYPE == DType::F32 && !flip;
     let depth = if direct { product.k.max(1) } else { TILE_DEPTH };
     let scratch_a = scratch_len::<A>(rows.len(), depth);

@@ -18,8 +18,14 @@ pub(super) fn transpose<'a, T: Element>(
     let (whole_rows, whole_cols) = (rows / TILE * TILE, cols / TILE * TILE);
     // Along the rows first: 16 streams of reads that the processor can prefetch.
     for r in (0..whole_rows).step_by(TILE) {
+        let lines: [&[T]; TILE] = std::array::from_fn(|i| source(r + i));
         for c in (0..whole_cols).step_by(TILE) {
-            let mut values = std::array::from_fn(|i| widen(&source(r + i)[c..]));
+            let mut values = [[0.0; TILE]; TILE];
+            for (to, from) in values.iter_mut().zip(lines) {
+                for (to, from) in to.iter_mut().zip(&from[c..c + TILE]) {
+                    *to = from.to_f32();
+                }
+            }
             tile(&mut values);
             for (i, values) in values.iter().enumerate() {
                 dst[(c + i) * pitch + r..][..TILE].copy_from_slice(values);
@@ -34,12 +40,6 @@ pub(super) fn transpose<'a, T: Element>(
     }
 }
 
-#[inline(always)]
-fn widen<T: Element>(values: &[T]) -> [f32; TILE] {
-    let values = &values[..TILE];
-    std::array::from_fn(|i| values[i].to_f32())
-}
-
 /// Transposes a 16 x 16 tile: four rounds, each swapping the blocks off the diagonal at distance
 /// 1, 2, 4 and 8.
 #[inline(always)]
@@ -50,6 +50,11 @@ fn tile(t: &mut [[f32; TILE]; TILE]) {
         unsafe { tile_avx512(t) };
         return;
     }
+    tile_portable(t);
+}
+
+#[inline(always)]
+fn tile_portable(t: &mut [[f32; TILE]; TILE]) {
     swap::<1>(t);
     swap::<2>(t);
     swap::<4>(t);
@@ -109,5 +114,22 @@ fn tile_avx512(t: &mut [[f32; TILE]; TILE]) {
     for (to, row) in t.iter_mut().zip(rows) {
         // SAFETY: a write of 16 floats to an array of 16 floats.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), row) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_of_transposing_a_tile_agree() {
+        let source: [[f32; TILE]; TILE] =
+            std::array::from_fn(|i| std::array::from_fn(|j| (i * TILE + j) as f32));
+        let want = std::array::from_fn(|i| std::array::from_fn(|j| source[j][i]));
+        for way in [tile, tile_portable] {
+            let mut t = source;
+            way(&mut t);
+            assert_eq!(t, want);
+        }
     }
 }

@@ -56,7 +56,7 @@ pub fn apply(
             x.cols()
         ));
     }
-    if rotary_dim % 2 != 0 || rotary_dim > head_dim {
+    if !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
         return invalid(format!(
             "rotary_dim is {rotary_dim}, expected an even number up to head_dim = {head_dim}"
         ));
