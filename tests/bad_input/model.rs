@@ -12,7 +12,7 @@ fn edit_config(bench: &Workbench, key: &str, value: Value) {
 }
 
 #[test]
-fn faults_of_the_model_directory() {
+fn faults_of_config_json() {
     check(&[
         fault(
             "no config.json",
@@ -93,6 +93,12 @@ fn faults_of_the_model_directory() {
             BAD_INPUT,
             &["num_hidden_layers", "expected"],
         ),
+    ]);
+}
+
+#[test]
+fn faults_of_the_tokenizer() {
+    check(&[
         fault(
             "no tokenizer.json",
             json!({}),

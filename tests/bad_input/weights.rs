@@ -27,7 +27,7 @@ fn edit_bytes(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 const UP: &str = "model.layers.1.mlp.up_proj.weight";
 
 #[test]
-fn faults_of_the_weights() {
+fn faults_of_the_tensors() {
     check(&[
         fault(
             "missing tensor",
@@ -73,12 +73,18 @@ fn faults_of_the_weights() {
             BAD_INPUT,
             &["model.safetensors", UP, "[32, 48]", "[48, 32]"],
         ),
+    ]);
+}
+
+#[test]
+fn faults_of_the_weight_files() {
+    check(&[
         fault(
             "truncated safetensors",
             json!({}),
             |bench| {
                 edit_bytes(&bench.path("base/model.safetensors"), |b| {
-                    b.truncate(b.len() - 100)
+                    b.truncate(b.len() - 100);
                 });
             },
             BAD_INPUT,
