@@ -38,6 +38,8 @@ pub(crate) struct Shape {
     pub(crate) max_position: usize,
     pub(crate) tied: bool,
     pub(crate) bias: bool,
+    /// Standard deviation of a weight times the root of its columns.
+    pub(crate) gain: f64,
 }
 
 impl Default for Shape {
@@ -53,6 +55,7 @@ impl Default for Shape {
             max_position: 256,
             tied: false,
             bias: false,
+            gain: 1.4,
         }
     }
 }
@@ -125,7 +128,7 @@ impl Shape {
             let norm = name.contains("norm");
             let std = match shape[..] {
                 [_] => 0.2,
-                [_, columns] => 1.4 / (columns as f64).sqrt(),
+                [_, columns] => self.gain / (columns as f64).sqrt(),
                 _ => 1.0,
             };
             let values = (0..shape.iter().product::<usize>())
