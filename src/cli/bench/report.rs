@@ -92,12 +92,20 @@ impl fmt::Display for Report {
                     self.trainable_parameters
                 ),
             ),
-            ("method", format!("{}, {}, {} threads", self.method, self.dtype, self.threads)),
+            (
+                "method",
+                format!("{}, {}, {} threads", self.method, self.dtype, self.threads),
+            ),
             (
                 "step",
                 format!(
                     "{:.4} s median ({:.4} p10, {:.4} p90) of {}, {} tokens in {} rows",
-                    step.median, step.p10, step.p90, self.steps, self.tokens_per_step, self.rows_per_step
+                    step.median,
+                    step.p10,
+                    step.p90,
+                    self.steps,
+                    self.tokens_per_step,
+                    self.rows_per_step
                 ),
             ),
             ("speed", format!("{:.1} tokens/s", self.tokens_per_second)),
@@ -120,7 +128,13 @@ impl fmt::Display for Report {
                     mib(self.peak_rss)
                 ),
             ),
-            ("first step", format!("done {} after exec", seconds(self.seconds_exec_to_first_step))),
+            (
+                "first step",
+                format!(
+                    "done {} after exec",
+                    seconds(self.seconds_exec_to_first_step)
+                ),
+            ),
         ];
         for (name, value) in rows {
             writeln!(f, "{name:>12}  {value}")?;

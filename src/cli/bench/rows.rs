@@ -46,8 +46,10 @@ impl Steps {
             match ids {
                 Some(ids) if ids.len() > 1 => rows.push(example(ids)),
                 _ => {
-                    let message =
-                        format!("expected `input_ids`: 2 or more integers from 0 to {}", vocab - 1);
+                    let message = format!(
+                        "expected `input_ids`: 2 or more integers from 0 to {}",
+                        vocab - 1
+                    );
                     return Err(Error::data(path, line.number, message));
                 }
             }

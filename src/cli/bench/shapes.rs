@@ -54,19 +54,62 @@ const fn shape(
 /// Parameters, a tied head counted once: 0.2 M, 5.0 M, 124.7 M, 134.5 M (SmolLM), 361.8 M (SmolLM),
 /// 1235.8 M (Llama 3.2), 8030.3 M (Llama 3.1).
 const SHAPES: [Shape; 7] = [
-    shape(["tiny", "tiny"], [64, 192, 2, 4, 2, 1024], true, 1e4, [4, 64]),
-    shape(["256x4", "S"], [256, 688, 4, 4, 2, 8192], true, 1e4, [4, 256]),
-    shape(["768x12", "M"], [768, 2048, 12, 12, 4, 32000], false, 1e4, [4, 256]),
-    shape(["135M", "135M"], [576, 1536, 30, 9, 3, 49152], true, 1e4, [4, 256]),
-    shape(["360M", "360M"], [960, 2560, 32, 15, 5, 49152], true, 1e4, [4, 256]),
-    shape(["1B", "L"], [2048, 8192, 16, 32, 8, 128_256], true, 5e5, [1, 512]),
-    shape(["8B", "8B"], [4096, 14336, 32, 32, 8, 128_256], false, 5e5, [1, 512]),
+    shape(
+        ["tiny", "tiny"],
+        [64, 192, 2, 4, 2, 1024],
+        true,
+        1e4,
+        [4, 64],
+    ),
+    shape(
+        ["256x4", "S"],
+        [256, 688, 4, 4, 2, 8192],
+        true,
+        1e4,
+        [4, 256],
+    ),
+    shape(
+        ["768x12", "M"],
+        [768, 2048, 12, 12, 4, 32000],
+        false,
+        1e4,
+        [4, 256],
+    ),
+    shape(
+        ["135M", "135M"],
+        [576, 1536, 30, 9, 3, 49152],
+        true,
+        1e4,
+        [4, 256],
+    ),
+    shape(
+        ["360M", "360M"],
+        [960, 2560, 32, 15, 5, 49152],
+        true,
+        1e4,
+        [4, 256],
+    ),
+    shape(
+        ["1B", "L"],
+        [2048, 8192, 16, 32, 8, 128_256],
+        true,
+        5e5,
+        [1, 512],
+    ),
+    shape(
+        ["8B", "8B"],
+        [4096, 14336, 32, 32, 8, 128_256],
+        false,
+        5e5,
+        [1, 512],
+    ),
 ];
 
 impl Shape {
     /// The shape called `name`, in any case.
     pub(super) fn find(name: &str) -> Result<Self, Failure> {
-        let is = |s: &&Shape| s.name.eq_ignore_ascii_case(name) || s.alias.eq_ignore_ascii_case(name);
+        let is =
+            |s: &&Shape| s.name.eq_ignore_ascii_case(name) || s.alias.eq_ignore_ascii_case(name);
         SHAPES.iter().find(is).copied().ok_or_else(|| {
             let names: Vec<&str> = SHAPES.iter().map(|s| s.name).collect();
             Failure::Usage(format!(
