@@ -171,8 +171,8 @@ fn trainer(args: &Args, decoder: &DecoderConfig, max_tokens: usize) -> Result<Tr
         max_tokens,
         ..TrainerOptions::default()
     };
-    let adapter = adapter(args, decoder)?;
-    let mut trainer = Trainer::new(decoder, source, adapter, Box::new(Solo), options)?;
+    let method = adapter(args, decoder)?;
+    let mut trainer = Trainer::new(decoder, source, method, Box::new(Solo), options)?;
     if let Some(directory) = &args.adapter {
         adapter(args, decoder)?.load(trainer.params_mut(), directory)?;
     }
