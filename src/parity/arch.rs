@@ -20,9 +20,9 @@ pub(super) const GRADIENT: f64 = 1e-4;
 pub(super) const BF16_FACTOR: f64 = 2.0;
 
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
-    let expected = SafetensorsFile::open(&case.path("expected.safetensors"))?;
+    let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
     let padded = inputs(
-        &SafetensorsFile::open(&case.path("inputs.safetensors"))?,
+        &SafetensorsFile::open(case.path("inputs.safetensors"))?,
         "",
     )?;
     let ours = Recomputed::new(case, &padded)?;
@@ -185,7 +185,7 @@ impl Judge<'_> {
                 let recorded = self.expected.read_f32(&name)?;
                 match self.fp32(&name)? {
                     Some(reference) => {
-                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference)
+                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference);
                     }
                     None => comparison.tensor("grad", &name, ours, &recorded, tolerance),
                 }
