@@ -176,6 +176,7 @@ fn edit_config(bench: &Workbench, key: &str, value: Value) {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn model_config_and_tokenizer() {
     check(&[
         fault(
@@ -305,6 +306,7 @@ fn edit_bytes(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 const UP: &str = "model.layers.1.mlp.up_proj.weight";
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn weights() {
     check(&[
         fault(
@@ -356,7 +358,7 @@ fn weights() {
             json!({}),
             |bench| {
                 edit_bytes(&bench.path("base/model.safetensors"), |b| {
-                    b.truncate(b.len() - 100)
+                    b.truncate(b.len() - 100);
                 });
             },
             BAD_INPUT,

@@ -25,10 +25,7 @@ const BF16_GRADIENT: f64 = 0.12;
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let base = case.base()?;
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
-    let padded = inputs(
-        &SafetensorsFile::open(base.join("inputs.safetensors"))?,
-        "",
-    )?;
+    let padded = inputs(&SafetensorsFile::open(base.join("inputs.safetensors"))?, "")?;
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
     let adapted = Adapted::load(&base, &case.path("adapter"), dtype)?;

@@ -21,10 +21,7 @@ pub(super) const BF16_FACTOR: f64 = 2.0;
 
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
-    let padded = inputs(
-        &SafetensorsFile::open(case.path("inputs.safetensors"))?,
-        "",
-    )?;
+    let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
     let ours = Recomputed::new(case, &padded)?;
     let mut comparison = Comparison::default();
     let judge = Judge {
