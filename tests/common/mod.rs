@@ -28,16 +28,16 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 /// Dimensions of a tiny Llama.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
-    pub hidden: usize,
-    pub intermediate: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub vocab: usize,
-    pub max_position: usize,
-    pub tied: bool,
-    pub bias: bool,
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) vocab: usize,
+    pub(crate) max_position: usize,
+    pub(crate) tied: bool,
+    pub(crate) bias: bool,
 }
 
 impl Default for Shape {
@@ -367,9 +367,9 @@ impl Workbench {
 /// How a run of the binary ended.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    pub code: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl From<Output> for Finished {
@@ -418,7 +418,10 @@ pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
 }
 
-/// Names of the entries of a directory, sorted; none if it does not exist.
+/// What a run locks its output directory with; it stays there, empty of meaning.
+const LOCK: &str = ".ferrotune.lock";
+
+/// Names of the entries of a directory, sorted, without the lock; none if it does not exist.
 pub(crate) fn entries(directory: &Path) -> Vec<String> {
     let Ok(found) = std::fs::read_dir(directory) else {
         return Vec::new();
@@ -427,6 +430,7 @@ pub(crate) fn entries(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = found
         .map(|e| name(e).expect("readable").to_string_lossy().into_owned())
         .collect();
+    names.retain(|n| n != LOCK);
     names.sort();
     names
 }

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 
 /// A low-rank update of one linear: `scale * x A^T B^T`.
 pub(crate) struct LowRank {
-    pub a: Var,
-    pub b: Var,
-    pub scale: f64,
+    pub(crate) a: Var,
+    pub(crate) b: Var,
+    pub(crate) scale: f64,
 }
 
 /// A Llama whose every weight is a variable.
