@@ -116,7 +116,7 @@ impl Adapter for OutputScaling {
     }
 
     fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-        let file = SafetensorsFile::open(&directory.join("scales.safetensors"))?;
+        let file = SafetensorsFile::open(directory.join("scales.safetensors"))?;
         for (id, segment) in params.layout().clone().by_name() {
             params
                 .get_mut(id)

@@ -54,7 +54,7 @@ fn train(base: &Path, output: &Path) -> Result<RunOutcome> {
     config.lora.use_peft = true;
     config.lora.lora_target_modules = Some(Names::Pattern("all-linear".into()));
     config.optimizer.learning_rate = 1e-2;
-    config.schedule.max_steps = 60;
+    config.schedule.max_steps = 200;
     config.output.output_dir = output.display().to_string();
     config.output.overwrite_output_dir = true;
     Recipe::prepare(config)?.train(&mut [], &AtomicBool::new(false))

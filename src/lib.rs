@@ -63,6 +63,7 @@
 //! crate wires them, and holds [`recipe`], [`generate`], [`TextModel`] and [`parity`].
 
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout)]
 
 pub use ferrotune_core as core;
 pub use ferrotune_dist as dist;

@@ -49,7 +49,7 @@ impl Observer for Progress {
                 e.step, e.loss, e.mean_token_accuracy
             )),
             Event::CheckpointSaved(saved) => {
-                self.bar.println(format!("saved {}", saved.path.display()))
+                self.bar.println(format!("saved {}", saved.path.display()));
             }
             Event::RunFinished(_) => self.bar.finish_and_clear(),
             _ => {}

@@ -24,11 +24,8 @@ const BF16_GRADIENT: f64 = 0.12;
 
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let base = case.base()?;
-    let expected = SafetensorsFile::open(&case.path("expected.safetensors"))?;
-    let padded = inputs(
-        &SafetensorsFile::open(&base.join("inputs.safetensors"))?,
-        "",
-    )?;
+    let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
+    let padded = inputs(&SafetensorsFile::open(base.join("inputs.safetensors"))?, "")?;
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
     let adapted = Adapted::load(&base, &case.path("adapter"), dtype)?;
@@ -98,11 +95,14 @@ impl Adapted {
     }
 }
 
-/// The recorded gradients with ours: `(name, ours, theirs)`.
+/// A gradient and its recorded twin: `(name, ours, theirs)`.
+type GradientPair<'a> = (String, &'a [f32], Vec<f32>);
+
+/// The recorded gradients with ours.
 fn gradients<'a>(
     expected: &SafetensorsFile,
     grads: &'a FlatBuffer,
-) -> Result<Vec<(String, &'a [f32], Vec<f32>)>> {
+) -> Result<Vec<GradientPair<'a>>> {
     let names = expected.names().filter_map(|n| n.strip_prefix("grad."));
     names
         .map(|name| {

@@ -20,11 +20,8 @@ pub(super) const GRADIENT: f64 = 1e-4;
 pub(super) const BF16_FACTOR: f64 = 2.0;
 
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
-    let expected = SafetensorsFile::open(&case.path("expected.safetensors"))?;
-    let padded = inputs(
-        &SafetensorsFile::open(&case.path("inputs.safetensors"))?,
-        "",
-    )?;
+    let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
+    let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
     let ours = Recomputed::new(case, &padded)?;
     let mut comparison = Comparison::default();
     let judge = Judge {
@@ -185,7 +182,7 @@ impl Judge<'_> {
                 let recorded = self.expected.read_f32(&name)?;
                 match self.fp32(&name)? {
                     Some(reference) => {
-                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference)
+                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference);
                     }
                     None => comparison.tensor("grad", &name, ours, &recorded, tolerance),
                 }

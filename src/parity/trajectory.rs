@@ -145,7 +145,7 @@ fn schedule(case: &Case) -> Result<LrSchedule> {
 
 /// Micro-batches of every step: `stepS.microM.*` of batches.safetensors.
 fn read_steps(case: &Case) -> Result<Vec<Vec<PackedBatch>>> {
-    let file = SafetensorsFile::open(&case.path("batches.safetensors"))?;
+    let file = SafetensorsFile::open(case.path("batches.safetensors"))?;
     let has = |step: usize, micro: usize| {
         file.meta(&format!("step{step}.micro{micro}.input_ids"))
             .is_some()

@@ -2,7 +2,7 @@
 
 use super::Recipe;
 use ferrotune_core::checkpoint::{Checkpoint, OPTIMIZER, RunIdentity, write_optimizer};
-use ferrotune_core::io::{blake3_of_bytes, write_file};
+use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
@@ -79,7 +79,7 @@ fn fingerprints(recipe: &Recipe) -> BTreeMap<String, String> {
     }
     let config = std::fs::read(recipe.base.join("config.json")).unwrap_or_default();
     let mut base = blake3_of_bytes(&config);
-    for file in recipe.files.iter().flat_map(|f| f.shards()) {
+    for file in recipe.files.iter().flat_map(ModelFiles::shards) {
         // Names, shapes and dtypes; hashing all weights would double the time to the first step.
         let tensors: Vec<_> = file
             .names()

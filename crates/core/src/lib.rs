@@ -1,5 +1,7 @@
 //! The vocabulary and the single-process engine of ferrotune.
 
+#![warn(clippy::print_stdout)]
+
 pub mod adapter;
 pub mod checkpoint;
 pub mod config;

@@ -7,6 +7,8 @@
 //!
 //! This crate knows no model, no config and no rank.
 
+#![warn(clippy::print_stdout)]
+
 pub mod adamw;
 pub mod attention;
 pub mod bias;

@@ -43,6 +43,7 @@
 //! ```
 
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout)]
 
 pub mod lora;
 pub mod merge;
