@@ -65,7 +65,11 @@ fn check(faults: &[Fault]) {
         }
         if !complaints.is_empty() {
             let stderr = finished.stderr.trim();
-            wrong.push(format!("{}: {}\n    {stderr}", fault.name, complaints.join(", ")));
+            wrong.push(format!(
+                "{}: {}\n    {stderr}",
+                fault.name,
+                complaints.join(", ")
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -271,7 +275,10 @@ fn model_config_and_tokenizer() {
             "a token outside the model's vocabulary",
             json!({}),
             |bench| {
-                let shape = Shape { vocab: 40, ..Shape::default() };
+                let shape = Shape {
+                    vocab: 40,
+                    ..Shape::default()
+                };
                 common::write_model(&bench.path("base"), &shape, Stored::F32, 1);
             },
             BAD_INPUT,
@@ -324,11 +331,18 @@ fn weights() {
             json!({}),
             |bench| {
                 rewrite(bench, |w| {
-                    w.insert("model.layers.2.mlp.up_proj.weight".into(), (vec![1], vec![0.0]));
+                    w.insert(
+                        "model.layers.2.mlp.up_proj.weight".into(),
+                        (vec![1], vec![0.0]),
+                    );
                 });
             },
             BAD_INPUT,
-            &["model.safetensors", "model.layers.2.mlp.up_proj.weight", "config.json"],
+            &[
+                "model.safetensors",
+                "model.layers.2.mlp.up_proj.weight",
+                "config.json",
+            ],
         ),
         fault(
             "misshapen tensor",
@@ -341,7 +355,9 @@ fn weights() {
             "truncated safetensors",
             json!({}),
             |bench| {
-                edit_bytes(&bench.path("base/model.safetensors"), |b| b.truncate(b.len() - 100));
+                edit_bytes(&bench.path("base/model.safetensors"), |b| {
+                    b.truncate(b.len() - 100)
+                });
             },
             BAD_INPUT,
             &["model.safetensors", "bytes"],
@@ -405,8 +421,11 @@ fn weights() {
             json!({}),
             |bench| {
                 let base = bench.path("base");
-                std::fs::rename(base.join("model.safetensors"), base.join("pytorch_model.bin"))
-                    .expect("moved");
+                std::fs::rename(
+                    base.join("model.safetensors"),
+                    base.join("pytorch_model.bin"),
+                )
+                .expect("moved");
             },
             BAD_INPUT,
             &["pytorch_model.bin", "safetensors", "pickle"],
@@ -422,7 +441,10 @@ fn weights() {
 }
 
 fn write_lines(bench: &Workbench, lines: &[&[u8]]) {
-    let text: Vec<u8> = lines.iter().flat_map(|l| [l, b"\n".as_slice()].concat()).collect();
+    let text: Vec<u8> = lines
+        .iter()
+        .flat_map(|l| [l, b"\n".as_slice()].concat())
+        .collect();
     std::fs::write(bench.path("rows.jsonl"), text).expect("writable");
 }
 
@@ -538,9 +560,16 @@ fn an_exploding_run_keeps_the_checkpoints_from_before() {
         "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1,
     });
     let finished = bench.train("out", &changes).expect(INTERNAL);
-    assert!(finished.stderr.contains("learning_rate"), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("learning_rate"),
+        "{}",
+        finished.stderr
+    );
     let left = entries(&bench.path("out"));
-    assert!(!left.iter().any(|n| n == "adapter_model.safetensors"), "{left:?}");
+    assert!(
+        !left.iter().any(|n| n == "adapter_model.safetensors"),
+        "{left:?}"
+    );
     assert!(left.contains(&"checkpoint-1".to_owned()), "{left:?}");
 }
 
@@ -559,7 +588,10 @@ fn rows_without_a_trained_token_are_dropped_and_counted() {
 fn an_adapter_that_does_not_fit_its_base_is_refused() {
     let bench = Workbench::new(4);
     bench.train("out", &json!({})).expect(0);
-    let other = Shape { hidden: 48, ..Shape::default() };
+    let other = Shape {
+        hidden: 48,
+        ..Shape::default()
+    };
     common::write_model(&bench.path("other"), &other, Stored::F32, 1);
     let (base, adapter) = (bench.path("other"), bench.path("out"));
     let merged = bench.path("merged");
@@ -567,7 +599,12 @@ fn an_adapter_that_does_not_fit_its_base_is_refused() {
         vec!["generate", "--prompt", "a"],
         vec!["merge", "--output-dir", text(&merged)],
     ] {
-        let place = ["--model-name-or-path", text(&base), "--adapter", text(&adapter)];
+        let place = [
+            "--model-name-or-path",
+            text(&base),
+            "--adapter",
+            text(&adapter),
+        ];
         let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(BAD_INPUT);
         assert!(
             finished.stderr.contains("adapter_model.safetensors")

@@ -37,7 +37,10 @@ fn assert_same_for_all_threads(bench: &Workbench, file: &str, changes: &Value) {
     assert!(!log.as_array().expect("a list").is_empty());
     for (name, threads) in [("two", 2), ("three", 3), ("two_again", 2)] {
         let (other_bytes, other_log) = run(name, threads);
-        assert_eq!(log, other_log, "{threads} threads log other numbers than one");
+        assert_eq!(
+            log, other_log,
+            "{threads} threads log other numbers than one"
+        );
         assert!(
             bytes == other_bytes,
             "{threads} threads write other bytes than one"
@@ -67,7 +70,13 @@ fn an_adapter_in_bfloat16_has_the_same_bytes_for_any_number_of_threads() {
 
 #[test]
 fn full_fine_tuning_has_the_same_bytes_for_any_number_of_threads() {
-    let bench = Workbench::of(&Shape { tied: true, ..shape() }, 24);
+    let bench = Workbench::of(
+        &Shape {
+            tied: true,
+            ..shape()
+        },
+        24,
+    );
     let changes = json!({"use_peft": false, "per_device_train_batch_size": 12});
     assert_same_for_all_threads(&bench, "model.safetensors", &changes);
 }

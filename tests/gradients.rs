@@ -24,10 +24,27 @@ const SEED: u64 = 11;
 fn shapes() -> [Shape; 4] {
     let plain = Shape::default();
     [
-        Shape { bias: true, ..plain.clone() },
-        Shape { tied: true, ..plain.clone() },
-        Shape { tied: true, bias: true, head_dim: 12, heads: 3, kv_heads: 1, ..plain.clone() },
-        Shape { kv_heads: 4, layers: 1, ..plain },
+        Shape {
+            bias: true,
+            ..plain.clone()
+        },
+        Shape {
+            tied: true,
+            ..plain.clone()
+        },
+        Shape {
+            tied: true,
+            bias: true,
+            head_dim: 12,
+            heads: 3,
+            kv_heads: 1,
+            ..plain.clone()
+        },
+        Shape {
+            kv_heads: 4,
+            layers: 1,
+            ..plain
+        },
     ]
 }
 
@@ -53,8 +70,7 @@ impl Subject {
         let config = DecoderConfig::open(directory).expect("config");
         let files = ModelFiles::open(directory).expect("weights");
         let (attachments, mut params) = attach(&config, adapter).expect("attaches");
-        let model =
-            Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+        let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
         adapter.init(&mut params, SEED).expect("initial values");
         Self {
             model,
@@ -165,12 +181,19 @@ fn gradients_of_random_adapters_equal_candles_autograd() {
         let directory = tempfile::tempdir().expect("temporary directory");
         write_model(directory.path(), shape, Stored::F32, SEED);
         for use_rslora in [false, true] {
-            let adapter = lora(LoraConfig { use_rslora, ..LoraConfig::default() });
+            let adapter = lora(LoraConfig {
+                use_rslora,
+                ..LoraConfig::default()
+            });
             let mut subject = Subject::new(directory.path(), adapter.as_ref(), DType::F32);
             randomise(&mut subject.params);
             let factors = subject.params.layout().by_name().count();
             assert_eq!(factors, 7 * 2 * shape.layers, "all linears of all layers");
-            let scale = if use_rslora { 12.0 / 5.0_f64.sqrt() } else { 12.0 / 5.0 };
+            let scale = if use_rslora {
+                12.0 / 5.0_f64.sqrt()
+            } else {
+                12.0 / 5.0
+            };
             let mut oracle = Oracle::new(shape, SEED);
             mirror(&mut oracle, &subject.params, scale);
             let label = format!("shape {i}, rslora {use_rslora}");
@@ -187,7 +210,11 @@ fn gradients_of_full_fine_tuning_equal_candles_autograd() {
         write_model(directory.path(), shape, Stored::F32, SEED);
         let subject = Subject::new(directory.path(), &FullFineTuning, DType::F32);
         let names: Vec<_> = subject.params.layout().by_name().collect();
-        assert_eq!(names.len(), shape.tensors().len(), "every weight is trained");
+        assert_eq!(
+            names.len(),
+            shape.tensors().len(),
+            "every weight is trained"
+        );
         let documents = examples(5, shape.vocab, SEED + i as u64);
         let oracle = Oracle::new(shape, SEED);
         assert_equals_oracle(&subject, &oracle, &documents, &format!("shape {i}"));
@@ -196,10 +223,16 @@ fn gradients_of_full_fine_tuning_equal_candles_autograd() {
 
 #[test]
 fn gradients_with_dropout_are_those_of_the_loss_with_the_same_masks() {
-    let shape = Shape { bias: true, ..Shape::default() };
+    let shape = Shape {
+        bias: true,
+        ..Shape::default()
+    };
     let directory = tempfile::tempdir().expect("temporary directory");
     write_model(directory.path(), &shape, Stored::F32, SEED);
-    let adapter = lora(LoraConfig { dropout: 0.3, ..LoraConfig::default() });
+    let adapter = lora(LoraConfig {
+        dropout: 0.3,
+        ..LoraConfig::default()
+    });
     let mut subject = Subject::new(directory.path(), adapter.as_ref(), DType::F32);
     randomise(&mut subject.params);
     let batch = packed(&examples(5, shape.vocab, SEED));
@@ -221,14 +254,31 @@ fn gradients_with_dropout_are_those_of_the_loss_with_the_same_masks() {
     let h = 2e-3 / square.sqrt();
     let slope = (loss_at(h) - loss_at(-h)) / (2.0 * h);
     let error = (slope - square).abs() / square;
-    assert!(error < 5e-3, "the loss falls by {slope}, the gradient says {square}");
+    assert!(
+        error < 5e-3,
+        "the loss falls by {slope}, the gradient says {square}"
+    );
 }
 
 #[test]
 fn an_adapter_whose_b_is_zero_gives_the_base_output_bit_for_bit() {
     for (shape, stored, dtype) in [
-        (Shape { bias: true, ..Shape::default() }, Stored::F32, DType::F32),
-        (Shape { tied: true, ..Shape::default() }, Stored::Bf16, DType::Bf16),
+        (
+            Shape {
+                bias: true,
+                ..Shape::default()
+            },
+            Stored::F32,
+            DType::F32,
+        ),
+        (
+            Shape {
+                tied: true,
+                ..Shape::default()
+            },
+            Stored::Bf16,
+            DType::Bf16,
+        ),
     ] {
         let directory = tempfile::tempdir().expect("temporary directory");
         write_model(directory.path(), &shape, stored, SEED);
@@ -236,9 +286,17 @@ fn an_adapter_whose_b_is_zero_gives_the_base_output_bit_for_bit() {
         let adapter = lora(LoraConfig::default());
         let mut adapted = Subject::new(directory.path(), adapter.as_ref(), dtype);
         let base = base_logits(directory.path(), dtype, &batch);
-        assert_eq!(adapted.logits(&batch), base, "initial values change the base");
+        assert_eq!(
+            adapted.logits(&batch),
+            base,
+            "initial values change the base"
+        );
         randomise(&mut adapted.params);
-        assert_ne!(adapted.logits(&batch), base, "a random adapter changes nothing");
+        assert_ne!(
+            adapted.logits(&batch),
+            base,
+            "a random adapter changes nothing"
+        );
     }
 }
 
@@ -249,7 +307,10 @@ fn init_lora_weights_false_starts_from_another_model() {
     write_model(directory.path(), &shape, Stored::F32, SEED);
     let batch = packed(&examples(3, shape.vocab, SEED));
     let init_lora_weights = InitLoraWeights::Random;
-    let adapter = lora(LoraConfig { init_lora_weights, ..LoraConfig::default() });
+    let adapter = lora(LoraConfig {
+        init_lora_weights,
+        ..LoraConfig::default()
+    });
     let adapted = Subject::new(directory.path(), adapter.as_ref(), DType::F32);
     let base = base_logits(directory.path(), DType::F32, &batch);
     assert_ne!(adapted.logits(&batch), base);
@@ -273,7 +334,10 @@ fn base_logits(directory: &Path, dtype: DType, batch: &PackedBatch) -> Vec<u32> 
 fn the_base_is_bit_identical_after_training() {
     for (stored, dtype) in [(Stored::F32, DType::F32), (Stored::Bf16, DType::Bf16)] {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let shape = Shape { bias: true, ..Shape::default() };
+        let shape = Shape {
+            bias: true,
+            ..Shape::default()
+        };
         write_model(directory.path(), &shape, stored, SEED);
         let path = directory.path().join("model.safetensors");
         let file_before = read(&path);
@@ -283,15 +347,22 @@ fn the_base_is_bit_identical_after_training() {
             weight_dtype: dtype,
             ..TrainerOptions::default()
         };
-        let adapter = lora(LoraConfig { dropout: 0.1, ..LoraConfig::default() });
-        let mut trainer = Trainer::new(&config, &files, adapter, Box::new(Solo), options)
-            .expect("trainer");
+        let adapter = lora(LoraConfig {
+            dropout: 0.1,
+            ..LoraConfig::default()
+        });
+        let mut trainer =
+            Trainer::new(&config, &files, adapter, Box::new(Solo), options).expect("trainer");
         let documents = examples(6, shape.vocab, SEED);
         let batch = packed(&documents);
-        let first = trainer.step(std::slice::from_ref(&batch), 0.02).expect("step");
+        let first = trainer
+            .step(std::slice::from_ref(&batch), 0.02)
+            .expect("step");
         let mut last = first;
         for _ in 0..8 {
-            last = trainer.step(std::slice::from_ref(&batch), 0.02).expect("step");
+            last = trainer
+                .step(std::slice::from_ref(&batch), 0.02)
+                .expect("step");
         }
         assert!(last.loss() < first.loss(), "nothing was learnt");
 

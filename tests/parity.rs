@@ -77,11 +77,7 @@ fn describe(report: &CaseReport) -> String {
 
 fn assert_all_pass(cases: &[PathBuf]) {
     let reports: Vec<CaseReport> = cases.iter().map(|case| run(case)).collect();
-    let failed: Vec<String> = reports
-        .iter()
-        .filter(|r| !r.passed)
-        .map(describe)
-        .collect();
+    let failed: Vec<String> = reports.iter().filter(|r| !r.passed).map(describe).collect();
     assert!(
         failed.is_empty(),
         "{} of {} cases failed:\n{}",
@@ -119,8 +115,11 @@ fn cases_of_another_folder_are_reproduced_where_one_is_named() {
 #[test]
 fn a_case_of_an_unknown_kind_fails_and_says_so() {
     let directory = tempfile::tempdir().expect("temporary directory");
-    std::fs::write(directory.path().join("case.json"), r#"{"kind": "horoscope"}"#)
-        .expect("writable");
+    std::fs::write(
+        directory.path().join("case.json"),
+        r#"{"kind": "horoscope"}"#,
+    )
+    .expect("writable");
     let report = run(directory.path());
     assert!(!report.passed);
     let error = report.error.expect("an error");
@@ -133,7 +132,9 @@ fn a_case_of_an_unknown_kind_fails_and_says_so() {
 #[test]
 fn a_case_without_numbers_does_not_pass() {
     let directory = copy_of("arch", "llama_packed");
-    let file = directory.path().join("arch/llama_packed/expected.safetensors");
+    let file = directory
+        .path()
+        .join("arch/llama_packed/expected.safetensors");
     write_safetensors(&file, &BTreeMap::new(), &BTreeMap::new()).expect("writable");
     assert!(!run(&directory.path().join("arch/llama_packed")).passed);
 }
@@ -187,9 +188,19 @@ fn a_recorded_tensor_off_by_a_thousandth_fails_its_case() {
     let rows = [
         ("arch", "llama_gqa_untied", "expected.safetensors", "logits"),
         ("arch", "llama_gqa_untied", "expected.safetensors", "loss"),
-        ("arch", "llama_gqa_untied", "expected.safetensors", "grad.model.norm.weight"),
+        (
+            "arch",
+            "llama_gqa_untied",
+            "expected.safetensors",
+            "grad.model.norm.weight",
+        ),
         ("adapters", "lora_qv", "expected.safetensors", "logits"),
-        ("train", "lora_ga1", "final_adapter/adapter_model.safetensors", down),
+        (
+            "train",
+            "lora_ga1",
+            "final_adapter/adapter_model.safetensors",
+            down,
+        ),
     ];
     for (group, case, file, tensor) in rows {
         let root = copy_of(group, case);

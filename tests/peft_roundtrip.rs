@@ -12,7 +12,11 @@ const KEEP: &str = "FERROTUNE_ROUNDTRIP_DIR";
 
 fn variants() -> Vec<(&'static str, Shape, Value)> {
     let plain = Shape::default();
-    let biased = Shape { bias: true, tied: true, ..plain.clone() };
+    let biased = Shape {
+        bias: true,
+        tied: true,
+        ..plain.clone()
+    };
     let every = json!({"lora_target_modules": "all-linear", "lora_dropout": 0.1});
     let rslora = json!({"lora_target_modules": "all-linear", "use_rslora": true, "lora_r": 6});
     let patterns = json!({
@@ -53,13 +57,19 @@ fn adapters_are_written_with_their_logits() {
             .iter()
             .zip(&without)
             .fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
-        assert!(moved > 0.1, "{name}: the adapter moves logits by {moved} only");
+        assert!(
+            moved > 0.1,
+            "{name}: the adapter moves logits by {moved} only"
+        );
         if let Some(keep) = std::env::var_os(KEEP) {
             let to = PathBuf::from(keep).join(name);
             copy_dir(&base, &to.join("base"));
             copy_dir(&adapter, &to.join("adapter"));
-            std::fs::copy(bench.path("logits.safetensors"), to.join("logits.safetensors"))
-                .expect("writable");
+            std::fs::copy(
+                bench.path("logits.safetensors"),
+                to.join("logits.safetensors"),
+            )
+            .expect("writable");
         }
     }
 }

@@ -64,8 +64,7 @@ fn killed_after(bench: &Workbench, name: &str, step: u64) -> PathBuf {
         let checkpoint = format!("checkpoint-{done}");
         copy_dir(&from.join(&checkpoint), &to.join(&checkpoint));
     }
-    std::fs::copy(from.join("trainer_log.jsonl"), to.join("trainer_log.jsonl"))
-        .expect("copied");
+    std::fs::copy(from.join("trainer_log.jsonl"), to.join("trainer_log.jsonl")).expect("copied");
     to
 }
 
@@ -163,7 +162,11 @@ fn a_resumed_run_equals_the_uninterrupted_one_at_every_place() {
                 .map(|r| r["current_steps"].clone())
                 .collect()
         };
-        assert_eq!(steps(&bench.path("whole")), steps(&output), "trainer_log.jsonl");
+        assert_eq!(
+            steps(&bench.path("whole")),
+            steps(&output),
+            "trainer_log.jsonl"
+        );
     }
 }
 
@@ -225,7 +228,11 @@ fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
         let saved = checkpoints(&output);
         assert_eq!(saved.len(), 1, "{saved:?}");
         let checkpoint = Checkpoint::verify(&output.join(&saved[0])).expect("whole");
-        assert!((1..STEPS).contains(&checkpoint.step()), "{}", checkpoint.step());
+        assert!(
+            (1..STEPS).contains(&checkpoint.step()),
+            "{}",
+            checkpoint.step()
+        );
         assert!(
             !entries(&output).contains(&"adapter_model.safetensors".to_owned()),
             "a stopped run has no result"
@@ -271,7 +278,10 @@ fn a_killed_run_resumes_to_the_same_bits() {
     ferrotune(&["train", text(&config)]).expect(0);
     assert_same_result(&bench.path("whole"), &bench.path("killed"));
     let names = entries(&bench.path("killed"));
-    assert!(!names.iter().any(|n| n.starts_with('.')), "leftovers: {names:?}");
+    assert!(
+        !names.iter().any(|n| n.starts_with('.')),
+        "leftovers: {names:?}"
+    );
 }
 
 #[test]
@@ -282,9 +292,17 @@ fn a_resume_with_another_learning_rate_is_refused_by_name() {
         .train("other", &with(&json!({"learning_rate": 0.02})))
         .expect(78);
     for part in ["learning_rate", "0.01", "0.02", "output_dir"] {
-        assert!(finished.stderr.contains(part), "{part}: {}", finished.stderr);
+        assert!(
+            finished.stderr.contains(part),
+            "{part}: {}",
+            finished.stderr
+        );
     }
-    assert_eq!(checkpoints(&bench.path("other")).len(), 4, "nothing was lost");
+    assert_eq!(
+        checkpoints(&bench.path("other")).len(),
+        4,
+        "nothing was lost"
+    );
 }
 
 #[test]

@@ -135,7 +135,10 @@ fn assert_same(step: &Step, whole: &Step, label: &str) {
 fn check(method: Method) {
     let directory = tempfile::tempdir().expect("temporary directory");
     let base = directory.path();
-    let shape = Shape { bias: true, ..Shape::default() };
+    let shape = Shape {
+        bias: true,
+        ..Shape::default()
+    };
     write_model(base, &shape, Stored::F32, 3);
     let documents = examples(8, shape.vocab, 3);
     let solo = |rows: &[Rows]| step(base, method, &documents, rows, Box::new(Solo));
@@ -144,20 +147,48 @@ fn check(method: Method) {
     let splits: [(&str, Vec<Rows>); 6] = [
         ("one row each", (0..8).map(|row| vec![row]).collect()),
         ("uneven", vec![vec![0, 1, 2], vec![3, 4, 5, 6, 7]]),
-        ("another order", vec![vec![7, 2, 5], vec![0, 6], vec![4, 3, 1]]),
-        ("one pack in another order", vec![vec![3, 1, 4, 0, 5, 2, 7, 6]]),
-        ("an empty micro-batch", vec![vec![0, 1, 2, 3], vec![], vec![4, 5, 6, 7]]),
-        ("only the last one is not empty", vec![vec![], (0..8).collect()]),
+        (
+            "another order",
+            vec![vec![7, 2, 5], vec![0, 6], vec![4, 3, 1]],
+        ),
+        (
+            "one pack in another order",
+            vec![vec![3, 1, 4, 0, 5, 2, 7, 6]],
+        ),
+        (
+            "an empty micro-batch",
+            vec![vec![0, 1, 2, 3], vec![], vec![4, 5, 6, 7]],
+        ),
+        (
+            "only the last one is not empty",
+            vec![vec![], (0..8).collect()],
+        ),
     ];
     for (label, split) in &splits {
         assert_same(&solo(split), &whole, &format!("{method:?}, {label}"));
     }
 
     let ranks: [(&str, Vec<Vec<Rows>>); 4] = [
-        ("two ranks", vec![vec![vec![0, 1, 2, 3]], vec![vec![4, 5, 6, 7]]]),
-        ("two ranks, accumulated", vec![vec![vec![0, 2], vec![4, 6]], vec![vec![1], vec![3, 5, 7]]]),
-        ("a rank without rows", vec![vec![(0..8).collect()], vec![vec![]]]),
-        ("three ranks", vec![vec![vec![6, 7, 0]], vec![vec![1, 5]], vec![vec![2], vec![3, 4]]]),
+        (
+            "two ranks",
+            vec![vec![vec![0, 1, 2, 3]], vec![vec![4, 5, 6, 7]]],
+        ),
+        (
+            "two ranks, accumulated",
+            vec![vec![vec![0, 2], vec![4, 6]], vec![vec![1], vec![3, 5, 7]]],
+        ),
+        (
+            "a rank without rows",
+            vec![vec![(0..8).collect()], vec![vec![]]],
+        ),
+        (
+            "three ranks",
+            vec![
+                vec![vec![6, 7, 0]],
+                vec![vec![1, 5]],
+                vec![vec![2], vec![3, 4]],
+            ],
+        ),
     ];
     for (label, rows) in &ranks {
         let steps = step_on_ranks(base, method, &documents, rows);
@@ -196,7 +227,14 @@ fn dropout_changes_the_gradient_and_the_mask_follows_the_row_not_its_place() {
     let documents = examples(2, shape.vocab, 3);
     let rows = [vec![0, 1]];
     let run = |dropout, documents: &[Example]| {
-        step(base, Method::Lora { dropout }, documents, &rows, Box::new(Solo)).grads
+        step(
+            base,
+            Method::Lora { dropout },
+            documents,
+            &rows,
+            Box::new(Solo),
+        )
+        .grads
     };
     let dropped = run(0.25, &documents);
     assert!(norm_relative(&dropped, &run(0.0, &documents)) > 1e-2);

@@ -41,7 +41,10 @@ fn longer(more: &Value) -> Value {
 fn assert_learnt(bench: &Workbench, name: &str) {
     let losses = losses(&bench.path(name));
     let (first, last) = (losses[0], losses[losses.len() - 1]);
-    assert!(last < 0.8 * first, "{name}: loss went from {first} to {last}");
+    assert!(
+        last < 0.8 * first,
+        "{name}: loss went from {first} to {last}"
+    );
 }
 
 #[test]
@@ -79,27 +82,55 @@ fn the_result_is_in_the_formats_of_peft_and_transformers() {
     assert_eq!(adapter["use_rslora"], true);
     let weights = tensors(&output.join("adapter_model.safetensors"));
     assert_eq!(weights.len(), 3 * 2 * 2, "{:?}", weights.keys());
-    assert!(weights.keys().all(|n| n.starts_with("base_model.model.model.layers.")));
+    assert!(
+        weights
+            .keys()
+            .all(|n| n.starts_with("base_model.model.model.layers."))
+    );
 
     let state = read_json(&output.join("trainer_state.json"));
     assert_eq!(state["global_step"], 3);
     assert_eq!(state["max_steps"], 3);
     let history = state["log_history"].as_array().expect("a list");
     let has = |key: &str| history.iter().any(|row| row.get(key).is_some());
-    for key in ["loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy",
-                "num_tokens", "eval_loss", "eval_mean_token_accuracy"] {
+    for key in [
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "mean_token_accuracy",
+        "entropy",
+        "num_tokens",
+        "eval_loss",
+        "eval_mean_token_accuracy",
+    ] {
         assert!(has(key), "no row of log_history has {key}: {history:#?}");
     }
     let results = read_json(&output.join("train_results.json"));
-    for key in ["train_loss", "train_runtime", "train_samples_per_second", "epoch"] {
+    for key in [
+        "train_loss",
+        "train_runtime",
+        "train_samples_per_second",
+        "epoch",
+    ] {
         assert!(results[key].is_number(), "{key}: {results}");
     }
     let card = String::from_utf8(common::read(&output.join("README.md"))).expect("UTF-8");
-    assert!(card.starts_with("---\n") && card.contains("base_model"), "{card}");
+    assert!(
+        card.starts_with("---\n") && card.contains("base_model"),
+        "{card}"
+    );
     let names = entries(&output.join("checkpoint-2"));
-    for file in ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors",
-                 "trainer_state.json", "tokenizer.json"] {
-        assert!(names.contains(&file.to_owned()), "{file} is not in {names:?}");
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+        "tokenizer.json",
+    ] {
+        assert!(
+            names.contains(&file.to_owned()),
+            "{file} is not in {names:?}"
+        );
     }
 }
 
@@ -184,11 +215,19 @@ fn half_precision_bases_train_and_their_adapters_stay_float32() {
 #[test]
 fn packing_trains_on_the_same_tokens() {
     let bench = Workbench::new(24);
-    bench.train("rows", &json!({"per_device_train_batch_size": 24, "max_steps": 1})).expect(0);
+    bench
+        .train(
+            "rows",
+            &json!({"per_device_train_batch_size": 24, "max_steps": 1}),
+        )
+        .expect(0);
     let changes = json!({"packing": true, "max_length": 200, "max_steps": 1,
                          "per_device_train_batch_size": 24});
     bench.train("packed", &changes).expect(0);
-    let (rows, packed) = (losses(&bench.path("rows"))[0], losses(&bench.path("packed"))[0]);
+    let (rows, packed) = (
+        losses(&bench.path("rows"))[0],
+        losses(&bench.path("packed"))[0],
+    );
     assert!((rows - packed).abs() < 1e-5 * rows, "{rows} and {packed}");
 }
 
@@ -210,7 +249,14 @@ fn answers(finished: &Finished) -> Vec<String> {
 }
 
 const PROMPTS: [&str; 8] = [
-    "--prompt", "1+2=?", "--prompt", "7+7=?", "--prompt", "a much longer prompt", "--prompt", "4",
+    "--prompt",
+    "1+2=?",
+    "--prompt",
+    "7+7=?",
+    "--prompt",
+    "a much longer prompt",
+    "--prompt",
+    "4",
 ];
 
 /// A bench with an adapter in `out` that changes the answers.
@@ -228,7 +274,12 @@ fn a_merged_model_answers_as_the_adapter_on_its_base() {
     let with_adapter = answers(&generate(&base, Some(&adapter), &greedy));
     assert_ne!(with_adapter, answers(&generate(&base, None, &greedy)));
     let merged = bench.path("merged");
-    let place = ["--model-name-or-path", text(&base), "--adapter", text(&adapter)];
+    let place = [
+        "--model-name-or-path",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+    ];
     let command = ["merge", "--output-dir", text(&merged), "--json"];
     let report = ferrotune(&[command.as_slice(), &place].concat()).expect(0);
     let report: Value = serde_json::from_str(&report.stdout).expect("JSON");
@@ -245,7 +296,16 @@ fn answers_do_not_depend_on_the_batch() {
     let (base, adapter) = (bench.path("base"), bench.path("out"));
     for sampling in [
         vec!["--max-new-tokens", "20"],
-        vec!["--max-new-tokens", "20", "--temperature", "1.3", "--top-p", "0.9", "--seed", "5"],
+        vec![
+            "--max-new-tokens",
+            "20",
+            "--temperature",
+            "1.3",
+            "--top-p",
+            "0.9",
+            "--seed",
+            "5",
+        ],
     ] {
         let run = |batch: &str| {
             let size = ["--batch-size", batch];
@@ -263,8 +323,19 @@ fn answers_do_not_depend_on_the_batch() {
 fn sampling_is_repeatable_by_its_seed() {
     let bench = Workbench::new(4);
     let run = |seed: &str| {
-        let sampling = ["--max-new-tokens", "20", "--temperature", "1.5", "--seed", seed];
-        answers(&generate(&bench.path("base"), None, &[PROMPTS.as_slice(), &sampling].concat()))
+        let sampling = [
+            "--max-new-tokens",
+            "20",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+        ];
+        answers(&generate(
+            &bench.path("base"),
+            None,
+            &[PROMPTS.as_slice(), &sampling].concat(),
+        ))
     };
     assert_eq!(run("1"), run("1"));
     assert_ne!(run("1"), run("2"));
@@ -297,18 +368,36 @@ fn full_fine_tuning_writes_a_model_that_answers_as_it_learnt() {
         .collect();
     write_rows(&bench.path("rows.jsonl"), &rows);
     for (name, tied) in [("untied", false), ("tied", true)] {
-        let shape = Shape { tied, ..Shape::default() };
+        let shape = Shape {
+            tied,
+            ..Shape::default()
+        };
         write_model(&bench.path("base"), &shape, Stored::F32, 7);
         let changes = json!({"use_peft": false, "max_steps": 60, "learning_rate": 3e-3,
                              "lr_scheduler_type": "constant"});
         bench.train(name, &changes).expect(0);
         let output = bench.path(name);
         let names = entries(&output);
-        for file in ["config.json", "model.safetensors", "tokenizer.json", "README.md"] {
-            assert!(names.contains(&file.to_owned()), "{name}: no {file} in {names:?}");
+        for file in [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "README.md",
+        ] {
+            assert!(
+                names.contains(&file.to_owned()),
+                "{name}: no {file} in {names:?}"
+            );
         }
         assert!(!names.contains(&"adapter_config.json".to_owned()));
-        let prompts = ["--prompt", "ping", "--prompt", "pang", "--max-new-tokens", "12"];
+        let prompts = [
+            "--prompt",
+            "ping",
+            "--prompt",
+            "pang",
+            "--max-new-tokens",
+            "12",
+        ];
         let said = answers(&generate(&output, None, &prompts));
         assert_eq!(said, ["pong", "boom"], "{name}");
     }
@@ -321,7 +410,10 @@ fn eval_reports_the_loss_that_training_saw() {
     let all = json!({"per_device_train_batch_size": 12, "max_steps": 1, "learning_rate": 0});
     bench.train("out", &all).expect(0);
     let first = losses(&bench.path("out"))[0];
-    let place = ["--model-name-or-path", text(&bench.path("base")).to_owned().leak()];
+    let place = [
+        "--model-name-or-path",
+        text(&bench.path("base")).to_owned().leak(),
+    ];
     let command = ["eval", "--data", text(&rows)];
     let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(0);
     let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");

@@ -1,6 +1,9 @@
 //! What the tests of the whole share: tiny models in temporary directories, data sets, and runs of
 //! the `ferrotune` binary.
-#![allow(dead_code, reason = "every test file compiles this and uses a part of it")]
+#![allow(
+    dead_code,
+    reason = "every test file compiles this and uses a part of it"
+)]
 
 pub mod oracle;
 
@@ -14,7 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Characters of the tiny tokenizer beside its special tokens.
-const ALPHABET: &str = "\n !?.,:;'+-=0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+const ALPHABET: &str =
+    "\n !?.,:;'+-=0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 /// Special tokens, ids 0 to 3.
 const SPECIAL: [&str; 4] = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>"];
 const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
@@ -82,7 +86,10 @@ impl Shape {
         let (hidden, wide) = (self.hidden, self.intermediate);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut tensors = vec![
-            ("model.embed_tokens.weight".to_owned(), vec![self.vocab, hidden]),
+            (
+                "model.embed_tokens.weight".to_owned(),
+                vec![self.vocab, hidden],
+            ),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ];
         if !self.tied {
@@ -290,9 +297,10 @@ pub fn examples(count: usize, vocab: usize, seed: u64) -> Vec<Example> {
             let length = 3 + (i * 5 + below(7)) % 23;
             let input_ids: Vec<u32> = (0..length).map(|_| below(vocab) as u32).collect();
             let prompt = below(length - 2);
-            let labels = input_ids.iter().enumerate().map(|(t, id)| {
-                if t < prompt { IGNORE_INDEX } else { *id as i32 }
-            });
+            let labels = input_ids
+                .iter()
+                .enumerate()
+                .map(|(t, id)| if t < prompt { IGNORE_INDEX } else { *id as i32 });
             Example {
                 labels: labels.collect(),
                 input_ids,

@@ -1,0 +1,55 @@
+//! The texts beside the code say what the code says.
+
+use ferrotune::core::EXIT_CODES;
+use ferrotune::core::config::markdown_reference;
+use std::path::Path;
+
+const TEXTS: [&str; 8] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/config.md",
+    "docs/outputs.md",
+    "docs/checkpoints.md",
+    "docs/parity.md",
+];
+
+fn read(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+#[test]
+fn the_configuration_reference_is_current() {
+    assert!(
+        read("docs/config.md").trim_end() == markdown_reference().trim_end(),
+        "docs/config.md is old; run: cargo run -- config-schema --markdown > docs/config.md"
+    );
+}
+
+#[test]
+fn the_readme_lists_every_exit_code() {
+    let readme = read("README.md");
+    for (code, meaning) in EXIT_CODES {
+        let row = format!("| {} | {meaning} |", code as u8);
+        assert!(readme.contains(&row), "README.md lacks the row `{row}`");
+    }
+}
+
+#[test]
+fn links_lead_to_files() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for name in TEXTS {
+        let folder = root.join(name);
+        let folder = folder.parent().unwrap_or(root);
+        for target in read(name).split("](").skip(1) {
+            let target = target.split([')', '#']).next().unwrap_or_default();
+            let elsewhere = target.is_empty() || target.contains("://");
+            assert!(
+                elsewhere || folder.join(target).exists(),
+                "{name}: `{target}` does not exist"
+            );
+        }
+    }
+}
