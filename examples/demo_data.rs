@@ -79,10 +79,7 @@ fn main() -> Outcome {
         ["pretrain", directory] => pretrain(Path::new(directory)),
         ["task", directory] => task(Path::new(directory)),
         ["store", from, directory] => store(Path::new(from), Path::new(directory)),
-        _ => Err(
-            "usage: demo_data shape DIR | pretrain DIR | task DIR | store FROM DIR"
-                .into(),
-        ),
+        _ => Err("usage: demo_data shape DIR | pretrain DIR | task DIR | store FROM DIR".into()),
     }
 }
 
@@ -247,7 +244,10 @@ fn store(from: &Path, directory: &Path) -> Outcome {
     let files = ModelFiles::open(from)?;
     let mut tensors = BTreeMap::new();
     for name in files.names() {
-        let shape = files.meta(name).map(|m| m.shape.clone()).unwrap_or_default();
+        let shape = files
+            .meta(name)
+            .map(|m| m.shape.clone())
+            .unwrap_or_default();
         let values = files.read_f32(name)?;
         let bytes: Vec<u8> = values
             .iter()

@@ -6,7 +6,7 @@ use super::train::{self, Voice};
 use super::{Failure, Outcome, overrides, stop};
 use ferrotune::TextModel;
 use ferrotune::core::ExitCode;
-use ferrotune::core::config::TrainConfig;
+use ferrotune::core::config::{Resume, TrainConfig};
 use ferrotune::core::io::write_file;
 use ferrotune::core::trainer::RunOutcome;
 use serde_json::json;
@@ -66,6 +66,10 @@ pub(super) fn run(args: &Args) -> Outcome {
     let started = Instant::now();
     let stop = stop::on_signal()?;
     let mut config = TrainConfig::from_yaml(CONFIG, "examples/demo/demo.yaml", &pairs)?;
+    // Meant to be tried again and again in one place.
+    if config.output.resume_from_checkpoint == Resume::Never {
+        config.output.overwrite_output_dir = true;
+    }
     let files = unpack(&mut config)?;
     let voice = if switches.json {
         Voice::Machine
@@ -140,7 +144,7 @@ fn unpack(config: &mut TrainConfig) -> Result<PathBuf, Failure> {
 
 fn answers(model: &Path, adapter: Option<&Path>, test: &Path) -> Result<Answered, Failure> {
     let model = TextModel::load(model, adapter)?;
-    exact_match(&model, &questions(test, None)?, MAX_NEW_TOKENS)
+    Ok(exact_match(&model, &questions(test, None)?, MAX_NEW_TOKENS)?)
 }
 
 fn say(voice: Voice, text: &str) {
@@ -218,9 +222,7 @@ impl Outputs {
         let model = quoted(self.model());
         let ask = "--prompt \"reverse: planet\"";
         let Some(adapter) = self.adapter().map(quoted) else {
-            return format!(
-                "Next:\n  {program} generate --model_name_or_path {model} {ask}"
-            );
+            return format!("Next:\n  {program} generate --model_name_or_path {model} {ask}");
         };
         let merged = quoted(&self.output.join("merged"));
         let config = quoted(&self.output.join("demo").join("demo.yaml"));

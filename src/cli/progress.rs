@@ -57,9 +57,7 @@ impl Observer for Progress {
                 "step {:>6}  eval loss {:.4}  accuracy {:.3}",
                 e.step, e.loss, e.mean_token_accuracy
             )),
-            Event::CheckpointSaved(saved) => {
-                self.say(&format!("saved {}", saved.path.display()))
-            }
+            Event::CheckpointSaved(saved) => self.say(&format!("saved {}", saved.path.display())),
             Event::RunFinished(_) => self.bar.finish_and_clear(),
             _ => {}
         }
