@@ -104,7 +104,10 @@ impl Recipe {
         let tokenizer = data::tokenizer(&config, &base)?;
         let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
-        data::check_fits_context(&config, &dataset, &decoder, &base)?;
+        for rows in std::iter::once(&dataset).chain(&eval_dataset) {
+            data::check_fits_context(&config, rows, &decoder, &base)?;
+            data::check_fits_vocabulary(&tokenizer, rows, &decoder)?;
+        }
         let epochs = EpochData::new(&config, &dataset, 0, 1);
         let plan = run_plan(
             &config,

@@ -95,6 +95,7 @@ fn fingerprints(recipe: &Recipe) -> BTreeMap<String, String> {
 
 /// The trained weights with what is needed to load them.
 fn write_trained(recipe: &Recipe, directory: &Path, trainer: &Trainer) -> Result<()> {
+    refuse_not_finite(trainer)?;
     trainer.adapter().save(trainer.params(), directory)?;
     for file in recipe.tokenizer.files() {
         copy(file, directory)?;
@@ -107,6 +108,26 @@ fn write_trained(recipe: &Recipe, directory: &Path, trainer: &Trainer) -> Result
         }
     }
     Ok(())
+}
+
+/// An update can overflow though loss and gradient were finite; what it made is not worth a file.
+fn refuse_not_finite(trainer: &Trainer) -> Result<()> {
+    let params = trainer.params();
+    let segments = params.layout().by_name();
+    let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
+    let Some((_, segment)) = segments
+        .into_iter()
+        .find(|(id, _)| !finite(params.get(*id)))
+    else {
+        return Ok(());
+    };
+    let message = format!(
+        "`{}` is not finite after step {}, so it is not saved; lower learning_rate or set \
+         max_grad_norm. Checkpoints from before are whole",
+        segment.spec.name,
+        trainer.steps_done()
+    );
+    Err(Error::Numeric { message })
 }
 
 /// The base's config with the dtype that the trained weights have.

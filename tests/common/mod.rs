@@ -5,7 +5,7 @@
     reason = "every test file compiles this and uses a part of it"
 )]
 
-pub mod oracle;
+pub(crate) mod oracle;
 
 use ferrotune::core::data::{Example, IGNORE_INDEX};
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
@@ -27,17 +27,17 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 
 /// Dimensions of a tiny Llama.
 #[derive(Clone, Debug)]
-pub struct Shape {
-    pub hidden: usize,
-    pub intermediate: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub vocab: usize,
-    pub max_position: usize,
-    pub tied: bool,
-    pub bias: bool,
+pub(crate) struct Shape {
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) vocab: usize,
+    pub(crate) max_position: usize,
+    pub(crate) tied: bool,
+    pub(crate) bias: bool,
 }
 
 impl Default for Shape {
@@ -58,7 +58,7 @@ impl Default for Shape {
 }
 
 impl Shape {
-    pub fn config(&self) -> Value {
+    pub(crate) fn config(&self) -> Value {
         json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -82,7 +82,7 @@ impl Shape {
     }
 
     /// Names and shapes of the weights, written down independently of the engine.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, wide) = (self.hidden, self.intermediate);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut tensors = vec![
@@ -119,7 +119,7 @@ impl Shape {
     }
 
     /// Random values, large enough that a wrong mask, scale or rotation shows.
-    pub fn weights(&self, seed: u64) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    pub(crate) fn weights(&self, seed: u64) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
         let draw = |(name, shape): (String, Vec<usize>)| {
             let mut stream = Stream::new(key_for(seed, &name));
             let norm = name.contains("norm");
@@ -138,7 +138,7 @@ impl Shape {
 
 /// Element type of a written checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stored {
+pub(crate) enum Stored {
     F32,
     F16,
     Bf16,
@@ -164,7 +164,7 @@ impl Stored {
 }
 
 /// Writes config.json, model.safetensors and a tokenizer with a chat template.
-pub fn write_model(directory: &Path, shape: &Shape, stored: Stored, seed: u64) {
+pub(crate) fn write_model(directory: &Path, shape: &Shape, stored: Stored, seed: u64) {
     std::fs::create_dir_all(directory).expect("writable");
     write_json(&directory.join("config.json"), &shape.config());
     write_weights(
@@ -176,7 +176,7 @@ pub fn write_model(directory: &Path, shape: &Shape, stored: Stored, seed: u64) {
 }
 
 /// The same with the weights in two shards and an index.
-pub fn write_sharded_model(directory: &Path, shape: &Shape, seed: u64) {
+pub(crate) fn write_sharded_model(directory: &Path, shape: &Shape, seed: u64) {
     write_model(directory, shape, Stored::F32, seed);
     std::fs::remove_file(directory.join("model.safetensors")).expect("just written");
     let weights = shape.weights(seed);
@@ -200,7 +200,7 @@ pub fn write_sharded_model(directory: &Path, shape: &Shape, seed: u64) {
 
 type NamedTensor<'a> = (&'a String, &'a (Vec<usize>, Vec<f32>));
 
-pub fn write_weights<'a>(
+pub(crate) fn write_weights<'a>(
     path: &Path,
     tensors: impl Iterator<Item = NamedTensor<'a>>,
     stored: Stored,
@@ -260,23 +260,23 @@ fn write_tokenizer(directory: &Path) {
     write_json(&directory.join("tokenizer_config.json"), &settings);
 }
 
-pub fn write_json(path: &Path, value: &Value) {
+pub(crate) fn write_json(path: &Path, value: &Value) {
     std::fs::write(path, format!("{value:#}\n")).expect("writable");
 }
 
-pub fn read_json(path: &Path) -> Value {
+pub(crate) fn read_json(path: &Path) -> Value {
     let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// JSON Lines.
-pub fn write_rows(path: &Path, rows: &[Value]) {
+pub(crate) fn write_rows(path: &Path, rows: &[Value]) {
     let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
     std::fs::write(path, text).expect("writable");
 }
 
 /// Rows of `messages`: sums of one-digit numbers.
-pub fn chat_rows(count: usize) -> Vec<Value> {
+pub(crate) fn chat_rows(count: usize) -> Vec<Value> {
     (0..count)
         .map(|i| {
             let (a, b) = (i % 10, i * 7 / 10 % 10);
@@ -289,7 +289,7 @@ pub fn chat_rows(count: usize) -> Vec<Value> {
 }
 
 /// Documents of different lengths with some labels masked, as if tokenised.
-pub fn examples(count: usize, vocab: usize, seed: u64) -> Vec<Example> {
+pub(crate) fn examples(count: usize, vocab: usize, seed: u64) -> Vec<Example> {
     let mut stream = Stream::new(key_for(seed, "examples"));
     let mut below = |n: usize| (stream.bits() % n as u64) as usize;
     (0..count)
@@ -310,29 +310,29 @@ pub fn examples(count: usize, vocab: usize, seed: u64) -> Vec<Example> {
 }
 
 /// A base model, a data file and a place for output, gone with the value.
-pub struct Workbench {
+pub(crate) struct Workbench {
     root: tempfile::TempDir,
 }
 
 impl Workbench {
     /// A model of the default shape and `rows` chat rows.
-    pub fn new(rows: usize) -> Self {
+    pub(crate) fn new(rows: usize) -> Self {
         Self::of(&Shape::default(), rows)
     }
 
-    pub fn of(shape: &Shape, rows: usize) -> Self {
+    pub(crate) fn of(shape: &Shape, rows: usize) -> Self {
         let root = tempfile::tempdir().expect("temporary directory");
         write_model(&root.path().join("base"), shape, Stored::F32, 7);
         write_rows(&root.path().join("rows.jsonl"), &chat_rows(rows));
         Self { root }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
 
     /// Writes `NAME.yaml`: a short LoRA run into `NAME`, with `changes` on top.
-    pub fn config(&self, name: &str, changes: &Value) -> PathBuf {
+    pub(crate) fn config(&self, name: &str, changes: &Value) -> PathBuf {
         let mut config = json!({
             "model_name_or_path": self.path("base"),
             "dataset_name": self.path("rows.jsonl"),
@@ -358,7 +358,7 @@ impl Workbench {
     }
 
     /// `ferrotune train` on [`Workbench::config`].
-    pub fn train(&self, name: &str, changes: &Value) -> Finished {
+    pub(crate) fn train(&self, name: &str, changes: &Value) -> Finished {
         let config = self.config(name, changes);
         ferrotune(&["train", text(&config)])
     }
@@ -366,10 +366,10 @@ impl Workbench {
 
 /// How a run of the binary ended.
 #[derive(Debug)]
-pub struct Finished {
-    pub code: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Finished {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl From<Output> for Finished {
@@ -385,7 +385,7 @@ impl From<Output> for Finished {
 impl Finished {
     /// Panics with what the program said unless it ended with `code`.
     #[track_caller]
-    pub fn expect(self, code: i32) -> Self {
+    pub(crate) fn expect(self, code: i32) -> Self {
         assert_eq!(
             self.code,
             Some(code),
@@ -398,7 +398,7 @@ impl Finished {
 }
 
 /// The binary under test, with a clean environment for logs and threads.
-pub fn command(arguments: &[&str]) -> Command {
+pub(crate) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
     command
         .args(arguments)
@@ -407,19 +407,22 @@ pub fn command(arguments: &[&str]) -> Command {
     command
 }
 
-pub fn ferrotune(arguments: &[&str]) -> Finished {
+pub(crate) fn ferrotune(arguments: &[&str]) -> Finished {
     command(arguments)
         .output()
         .expect("the binary starts")
         .into()
 }
 
-pub fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
 }
 
-/// Names of the entries of a directory, sorted; none if it does not exist.
-pub fn entries(directory: &Path) -> Vec<String> {
+/// What a run locks its output directory with; it stays there, empty of meaning.
+const LOCK: &str = ".ferrotune.lock";
+
+/// Names of the entries of a directory, sorted, without the lock; none if it does not exist.
+pub(crate) fn entries(directory: &Path) -> Vec<String> {
     let Ok(found) = std::fs::read_dir(directory) else {
         return Vec::new();
     };
@@ -427,11 +430,12 @@ pub fn entries(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = found
         .map(|e| name(e).expect("readable").to_string_lossy().into_owned())
         .collect();
+    names.retain(|n| n != LOCK);
     names.sort();
     names
 }
 
-pub fn copy_dir(from: &Path, to: &Path) {
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("writable");
     for entry in std::fs::read_dir(from).unwrap_or_else(|e| panic!("{}: {e}", from.display())) {
         let entry = entry.expect("readable");
@@ -445,12 +449,12 @@ pub fn copy_dir(from: &Path, to: &Path) {
     }
 }
 
-pub fn read(path: &Path) -> Vec<u8> {
+pub(crate) fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// All tensors of a file as f32.
-pub fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
     let file = SafetensorsFile::open(path).expect("safetensors");
     file.names()
         .map(|n| (n.to_owned(), file.read_f32(n).expect("readable")))

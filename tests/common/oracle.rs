@@ -8,14 +8,14 @@ use ferrotune::core::data::{Example, IGNORE_INDEX};
 use std::collections::BTreeMap;
 
 /// A low-rank update of one linear: `scale * x A^T B^T`.
-pub struct LowRank {
-    pub a: Var,
-    pub b: Var,
-    pub scale: f64,
+pub(crate) struct LowRank {
+    pub(crate) a: Var,
+    pub(crate) b: Var,
+    pub(crate) scale: f64,
 }
 
 /// A Llama whose every weight is a variable.
-pub struct Oracle {
+pub(crate) struct Oracle {
     shape: Shape,
     weights: BTreeMap<String, Var>,
     /// By module name, such as `model.layers.0.mlp.up_proj`.
@@ -23,7 +23,7 @@ pub struct Oracle {
 }
 
 /// A variable of `values`.
-pub fn variable(values: &[f32], shape: &[usize]) -> Var {
+pub(crate) fn variable(values: &[f32], shape: &[usize]) -> Var {
     let wide: Vec<f64> = values.iter().copied().map(f64::from).collect();
     Tensor::from_vec(wide, shape, &Device::Cpu)
         .and_then(|t| Var::from_tensor(&t))
@@ -31,7 +31,7 @@ pub fn variable(values: &[f32], shape: &[usize]) -> Var {
 }
 
 impl Oracle {
-    pub fn new(shape: &Shape, seed: u64) -> Self {
+    pub(crate) fn new(shape: &Shape, seed: u64) -> Self {
         let weights = shape.weights(seed).into_iter();
         Self {
             shape: shape.clone(),
@@ -42,13 +42,13 @@ impl Oracle {
         }
     }
 
-    pub fn add_low_rank(&mut self, module: &str, low_rank: LowRank) {
+    pub(crate) fn add_low_rank(&mut self, module: &str, low_rank: LowRank) {
         self.low_rank.insert(module.to_owned(), low_rank);
     }
 
     /// Sum of the losses over the trained tokens, and its gradient with respect to every base
     /// weight (by its name) and every A and B (`MODULE.lora_A`, `MODULE.lora_B`).
-    pub fn loss_and_gradients(
+    pub(crate) fn loss_and_gradients(
         &self,
         documents: &[Example],
     ) -> Result<(f64, BTreeMap<String, Vec<f64>>)> {
@@ -80,7 +80,7 @@ impl Oracle {
     }
 
     /// Logits of one document, `[T, V]`.
-    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+    pub(crate) fn logits(&self, ids: &[u32]) -> Result<Tensor> {
         let shape = &self.shape;
         let ids = Tensor::new(ids, &Device::Cpu)?;
         let table = self.weight("model.embed_tokens.weight");

@@ -92,13 +92,14 @@ impl Local {
         ready: impl Fn(&Round) -> bool,
     ) -> Result<MutexGuard<'a, Round>> {
         loop {
+            // A round that is complete counts, even if a peer that has taken its share left since.
+            if ready(&round) {
+                return Ok(round);
+            }
             if let Some(message) = &round.poisoned {
                 return Err(Error::Transient {
                     message: message.clone(),
                 });
-            }
-            if ready(&round) {
-                return Ok(round);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -246,6 +247,19 @@ mod tests {
         assert!(
             matches!(&results[0], Err(Error::Transient { message }) if message.contains("rank 1"))
         );
+    }
+
+    #[test]
+    fn a_rank_that_leaves_after_the_last_round_takes_nothing_from_the_others() {
+        for _ in 0..200 {
+            let results = on_each_rank(3, |mut group| {
+                let mut sum = [1.0];
+                group.all_reduce(&mut sum).map(|()| sum)
+            });
+            for sum in results {
+                assert_eq!(sum.expect("the round was complete"), [3.0]);
+            }
+        }
     }
 
     #[test]

@@ -36,10 +36,19 @@ pub fn json_schema() -> Value {
     })
 }
 
+/// What the reference begins with.
+const MARKDOWN_INTRODUCTION: &str = "\
+# Configuration keys
+
+A configuration is one flat YAML mapping. `--key value` on the command line overrides a key.
+An unknown key is an error that names the nearest known one. This page is what
+`ferrotune config-schema --markdown` prints; `ferrotune config-schema` prints a JSON schema for editors.
+";
+
 /// The reference of all keys as Markdown: a table per section, then the keys without a field.
 #[must_use]
 pub fn markdown_reference() -> String {
-    let mut text = String::new();
+    let mut text = MARKDOWN_INTRODUCTION.to_owned();
     let mut section = "";
     for key in TrainConfig::keys() {
         if key.section != section {
@@ -56,5 +65,5 @@ pub fn markdown_reference() -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "| `{}` | {} |", key.name, key.doc());
     }
-    text.trim_start().to_owned()
+    text
 }

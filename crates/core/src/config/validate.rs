@@ -5,6 +5,9 @@ use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::{Error, Result};
 use std::fmt::Display;
 
+/// More threads than any machine has cores; starting many more can bring the machine down.
+const MAX_THREADS: usize = 4096;
+
 impl TrainConfig {
     /// Checks every value, and the values together.
     ///
@@ -234,9 +237,12 @@ impl TrainConfig {
         self.require(runtime.device != Device::Cuda, "device", |_| {
             "this build has no CUDA yet; set it to auto or cpu".to_owned()
         })?;
-        self.require(runtime.num_threads != Some(0), "num_threads", |_| {
-            "got 0, expected 1 or more, or null for one per core".to_owned()
-        })
+        let threads = runtime.num_threads.unwrap_or(1);
+        self.require(
+            (1..=MAX_THREADS).contains(&threads),
+            "num_threads",
+            |value| format!("got {value}, expected 1 to {MAX_THREADS}, or null for one per core"),
+        )
     }
 }
 

@@ -5,6 +5,9 @@ use super::rope::RopeConfig;
 use crate::{Error, Result, models};
 use std::path::Path;
 
+/// More layers than any model has. Each takes memory before a weight is looked at.
+const MAX_LAYERS: usize = 4096;
+
 /// A decoder-only transformer. Architectures differ in these numbers alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
@@ -71,6 +74,12 @@ impl DecoderConfig {
         let hidden_size = config.size("hidden_size")?;
         let heads = config.size("num_attention_heads")?;
         let layers = config.size("num_hidden_layers")?;
+        if layers > MAX_LAYERS {
+            return Err(config.error(
+                "num_hidden_layers",
+                format!("is {layers}; expected at most {MAX_LAYERS}"),
+            ));
+        }
         if config.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
             return Err(config.error(
                 "num_attention_heads",

@@ -44,6 +44,9 @@ impl StepReport {
 pub struct LogWindow {
     sums: StepReport,
     num_tokens: u64,
+    /// Since the start of training, for the mean over the whole run.
+    run_loss_sum: f64,
+    run_trained_tokens: u64,
     window_start: f64,
 }
 
@@ -68,6 +71,8 @@ impl LogWindow {
             "trained_tokens": sums.trained_tokens,
             "correct": sums.correct,
             "tokens": sums.tokens,
+            "run_loss_sum_bits": self.run_loss_sum.to_bits(),
+            "run_trained_tokens": self.run_trained_tokens,
         });
         format!("{document:#}\n")
     }
@@ -94,6 +99,8 @@ impl LogWindow {
         Ok(Self {
             sums,
             num_tokens: count("num_tokens")?,
+            run_loss_sum: f64::from_bits(count("run_loss_sum_bits")?),
+            run_trained_tokens: count("run_trained_tokens")?,
             window_start: 0.0,
         })
     }
@@ -102,6 +109,12 @@ impl LogWindow {
     #[must_use]
     pub fn num_tokens(&self) -> u64 {
         self.num_tokens
+    }
+
+    /// Mean cross-entropy per trained token since the start of training, in nats; 0 before it.
+    #[must_use]
+    pub fn run_loss(&self) -> f64 {
+        self.run_loss_sum / self.run_trained_tokens.max(1) as f64
     }
 
     /// Adds a step.
@@ -115,6 +128,8 @@ impl LogWindow {
         sums.grad_norm = step.grad_norm;
         sums.learning_rate = step.learning_rate;
         self.num_tokens += step.tokens;
+        self.run_loss_sum += step.loss_sum;
+        self.run_trained_tokens += step.trained_tokens;
     }
 
     /// The row of the steps since the last one; empties the window.
@@ -166,11 +181,17 @@ mod tests {
     #[test]
     fn a_window_survives_a_checkpoint_bit_for_bit() {
         let mut window = LogWindow::new(7);
+        window.add(&step(0.7, 4));
+        window.take(1, 0.25, 1.0);
         window.add(&step(0.1 + 0.2, 3));
         let path = Path::new("run_state.json");
         let mut read = LogWindow::from_json(&window.to_json(), path).unwrap();
         read.add(&step(1.0, 2));
         window.add(&step(1.0, 2));
+        assert_eq!(read.run_loss(), window.run_loss());
+        assert!((window.run_loss() - 2.0 / 9.0).abs() < 1e-15);
+        // The clock starts anew with the process.
+        window.window_start = 0.0;
         assert_eq!(read.take(2, 0.5, 4.0), window.take(2, 0.5, 4.0));
         assert!(LogWindow::from_json("{}", path).is_err());
     }

@@ -90,8 +90,6 @@ pub struct Run<'a> {
 #[derive(Default)]
 struct Totals {
     steps: u64,
-    loss_sum: f64,
-    trained_tokens: u64,
     samples: u64,
 }
 
@@ -112,7 +110,7 @@ impl Run<'_> {
             let step = trainer.steps_done();
             let batches = self.data.step(step)?;
             let report = trainer.step(&batches, self.schedule.lr(step))?;
-            totals.add(&report, &batches);
+            totals.add(&batches);
             self.after_step(trainer, &report, &begin)?;
             let done = trainer.steps_done();
             if self
@@ -206,7 +204,7 @@ impl Run<'_> {
             train_runtime: seconds,
             samples: totals.samples,
             steps: totals.steps,
-            train_loss: totals.loss_sum / totals.trained_tokens.max(1) as f64,
+            train_loss: self.window.run_loss(),
             total_flos: self.plan.flops_per_token * self.window.num_tokens() as f64,
         }
     }
@@ -222,10 +220,8 @@ impl Run<'_> {
 }
 
 impl Totals {
-    fn add(&mut self, report: &StepReport, batches: &[PackedBatch]) {
+    fn add(&mut self, batches: &[PackedBatch]) {
         self.steps += 1;
-        self.loss_sum += report.loss_sum;
-        self.trained_tokens += report.trained_tokens;
         self.samples += batches.iter().map(PackedBatch::sequences).sum::<usize>() as u64;
     }
 }

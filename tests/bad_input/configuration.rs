@@ -1,0 +1,97 @@
+//! Keys and values of the configuration, and what they point at.
+
+use super::{BAD_CONFIG, check, common, fault, untouched};
+use serde_json::json;
+
+#[test]
+fn faults_of_the_configuration() {
+    check(&[
+        fault(
+            "unknown key",
+            json!({"lerning_rate": 1e-4}),
+            untouched,
+            BAD_CONFIG,
+            &["lerning_rate", "learning_rate", "out.yaml"],
+        ),
+        fault(
+            "value of another type",
+            json!({"max_steps": "many"}),
+            untouched,
+            BAD_CONFIG,
+            &["max_steps", "many", "out.yaml"],
+        ),
+        fault(
+            "unmatched target",
+            json!({"lora_target_modules": ["q_prjo"]}),
+            untouched,
+            BAD_CONFIG,
+            &["target_modules", "q_prjo", "q_proj"],
+        ),
+        fault(
+            "one of several targets unmatched",
+            json!({"lora_target_modules": ["q_proj", "v_porj"]}),
+            untouched,
+            BAD_CONFIG,
+            &["target_modules", "v_porj", "v_proj"],
+        ),
+        fault(
+            "no threads",
+            json!({"num_threads": 0}),
+            untouched,
+            BAD_CONFIG,
+            &["num_threads", "got 0", "expected 1 to"],
+        ),
+        fault(
+            "more threads than any machine has",
+            json!({"num_threads": 4_000_000_000_u64}),
+            untouched,
+            BAD_CONFIG,
+            &["num_threads", "4000000000", "expected 1 to"],
+        ),
+        fault(
+            "threads below nothing",
+            json!({"num_threads": -2}),
+            untouched,
+            BAD_CONFIG,
+            &["num_threads", "-2", "expected"],
+        ),
+        fault(
+            "unknown schedule",
+            json!({"lr_scheduler_type": "cosin"}),
+            untouched,
+            BAD_CONFIG,
+            &["lr_scheduler_type", "cosin", "cosine"],
+        ),
+        fault(
+            "no such base",
+            json!({"model_name_or_path": "/no/such/model"}),
+            untouched,
+            BAD_CONFIG,
+            &["model_name_or_path", "/no/such/model", "directory"],
+        ),
+        fault(
+            "no such data",
+            json!({"dataset_name": "/no/such/rows.jsonl"}),
+            untouched,
+            BAD_CONFIG,
+            &["dataset_name", "/no/such/rows.jsonl", ".jsonl"],
+        ),
+        fault(
+            "context longer than the model's",
+            json!({"max_length": null}),
+            |bench| {
+                let long = json!({"text": "word ".repeat(80)});
+                common::write_rows(&bench.path("rows.jsonl"), &[long]);
+            },
+            BAD_CONFIG,
+            &["max_length", "max_position_embeddings", "256", "401"],
+        ),
+        fault(
+            "rank 0",
+            json!({"lora_r": 0}),
+            untouched,
+            BAD_CONFIG,
+            &["lora_r", "1 or more"],
+        ),
+    ]);
+}
