@@ -12,7 +12,7 @@ use ferrotune::core::trainer::RunOutcome;
 use serde_json::json;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const CONFIG: &str = include_str!("../../examples/demo/demo.yaml");
 
@@ -92,11 +92,22 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
 
     let after = answers(result.model(), result.adapter(), &test)?;
-    let seconds = started.elapsed().as_secs_f64();
+    report(voice, &before, &after, &result, started.elapsed());
+    // A run that made the model worse is a failure of this program, whatever its loss said.
+    let worse = after.score() < before.score();
+    Ok(if worse {
+        ExitCode::Internal
+    } else {
+        ExitCode::Done
+    })
+}
+
+fn report(voice: Voice, before: &Answered, after: &Answered, result: &Outputs, took: Duration) {
+    let seconds = took.as_secs_f64();
     match voice {
         Voice::Person => {
-            println!("{}\n", share("after", &after));
-            println!("{}", side_by_side(&before, &after));
+            println!("{}\n", share("after", after));
+            println!("{}", side_by_side(before, after));
             println!(
                 "{seconds:.0} s in all; the result is in {}\n",
                 result.output.display()
@@ -116,13 +127,6 @@ pub(super) fn run(args: &Args) -> Outcome {
             })
         ),
     }
-    // A run that made the model worse is a failure of this program, whatever its loss said.
-    let worse = after.score() < before.score();
-    Ok(if worse {
-        ExitCode::Internal
-    } else {
-        ExitCode::Done
-    })
 }
 
 /// Writes base and data to `OUTPUT_DIR/demo`, and points the configuration there.
@@ -144,7 +148,11 @@ fn unpack(config: &mut TrainConfig) -> Result<PathBuf, Failure> {
 
 fn answers(model: &Path, adapter: Option<&Path>, test: &Path) -> Result<Answered, Failure> {
     let model = TextModel::load(model, adapter)?;
-    Ok(exact_match(&model, &questions(test, None)?, MAX_NEW_TOKENS)?)
+    Ok(exact_match(
+        &model,
+        &questions(test, None)?,
+        MAX_NEW_TOKENS,
+    )?)
 }
 
 fn say(voice: Voice, text: &str) {
