@@ -15,6 +15,7 @@ mod train;
 
 use clap::{Parser, Subcommand};
 use ferrotune::core::{Error, ExitCode};
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
@@ -74,7 +75,8 @@ pub(crate) fn main() -> std::process::ExitCode {
     exit_on_panic();
     start_logging();
     // Clap itself exits with 2 on arguments it cannot parse.
-    let outcome = match Cli::parse().command {
+    let words = std::env::args_os().map(either_spelling);
+    let outcome = match Cli::parse_from(words).command {
         Command::Train(args) => train::train(&args),
         Command::Plan(args) => train::plan(&args),
         Command::Demo(args) => demo::run(&args),
@@ -90,6 +92,22 @@ pub(crate) fn main() -> std::process::ExitCode {
         failure.exit_code()
     });
     std::process::ExitCode::from(code as u8)
+}
+
+/// TRL's habit and clap's both work: `--model_name_or_path` is `--model-name-or-path`.
+fn either_spelling(word: OsString) -> OsString {
+    let Some(flag) = word.to_str().filter(|w| w.starts_with("--")) else {
+        return word;
+    };
+    let (name, value) = flag.split_at(flag.find('=').unwrap_or(flag.len()));
+    let is_name = name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    if is_name {
+        format!("{}{value}", name.replace('_', "-")).into()
+    } else {
+        word
+    }
 }
 
 /// A panic is an internal error like any other: message, place, code 70.
@@ -122,4 +140,18 @@ fn after_help() -> String {
         "Exit codes (below 128: do not retry):\n{}",
         codes.join("\n")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_are_understood_with_underscores_and_values_left_alone() {
+        let spelled = |word: &str| either_spelling(word.into());
+        assert_eq!(spelled("--exact_match"), "--exact-match");
+        assert_eq!(spelled("--output_dir=a_b"), "--output-dir=a_b");
+        assert_eq!(spelled("--a_b is a prompt"), "--a_b is a prompt");
+        assert_eq!(spelled("under_score"), "under_score");
+    }
 }

@@ -20,10 +20,19 @@ impl Progress {
     }
 
     fn line(&self, row: &LogRow) {
-        self.bar.println(format!(
+        self.say(&format!(
             "step {:>6}  loss {:>8.4}  accuracy {:>6.3}  grad norm {:>8.3}  lr {:>9.2e}  {:>8.0} tokens/s",
             row.step, row.loss, row.mean_token_accuracy, row.grad_norm, row.learning_rate, row.tokens_per_second
         ));
+    }
+
+    /// Above the bar; the bar swallows its lines where standard error is not a terminal.
+    fn say(&self, line: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("{line}");
+        } else {
+            self.bar.println(line);
+        }
     }
 }
 
@@ -44,13 +53,11 @@ impl Observer for Progress {
                 self.bar.set_message(format!("loss {:.4}", row.loss));
                 self.line(row);
             }
-            Event::Evaluated(e) => self.bar.println(format!(
+            Event::Evaluated(e) => self.say(&format!(
                 "step {:>6}  eval loss {:.4}  accuracy {:.3}",
                 e.step, e.loss, e.mean_token_accuracy
             )),
-            Event::CheckpointSaved(saved) => {
-                self.bar.println(format!("saved {}", saved.path.display()));
-            }
+            Event::CheckpointSaved(saved) => self.say(&format!("saved {}", saved.path.display())),
             Event::RunFinished(_) => self.bar.finish_and_clear(),
             _ => {}
         }

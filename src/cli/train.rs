@@ -98,7 +98,7 @@ pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
     }
 }
 
-fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
+pub(super) fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
     let recipe = Recipe::prepare(config)?;
     let summary = Summary::of(&recipe)?;
     match voice {
