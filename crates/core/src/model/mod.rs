@@ -31,7 +31,7 @@ use ferrotune_kernels::{DType, Tensor, View, Workspace, embedding, matmul};
 use layer::{Layer, LayerSaved};
 use linear::PartSaved;
 use norm::{Norm, Normed};
-use run::Run;
+use run::{Run, on_worker};
 use std::collections::BTreeMap;
 
 /// A decoder with its frozen weights.
@@ -122,6 +122,16 @@ impl Model {
     /// # Errors
     /// If a token id lies outside the vocabulary.
     pub fn loss_and_gradients(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        batch: &PackedBatch,
+    ) -> Result<Sums> {
+        on_worker(|| self.forward_backward(pass, params, grads, batch))
+    }
+
+    fn forward_backward(
         &self,
         pass: Pass<'_>,
         params: &FlatBuffer,

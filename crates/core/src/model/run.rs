@@ -5,7 +5,11 @@ use crate::adapter::LowRank;
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Workspace, dropout, rng};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
+
+/// Rows of the angle tables that one task fills.
+const ANGLE_ROWS: usize = 64;
 
 /// Whether random draws happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,9 +100,8 @@ fn angles(rope: &RopeConfig, batch: &PackedBatch) -> (Vec<f32>, Vec<f32>) {
     let half = rope.rotary_dim / 2;
     let scale = rope.attention_factor() as f32;
     let mut by_length = BTreeMap::new();
-    let (mut cos, mut sin) = (Vec::new(), Vec::new());
-    cos.reserve(batch.tokens() * half);
-    sin.reserve(batch.tokens() * half);
+    let mut cos = vec![0.0; batch.tokens() * half];
+    let mut sin = vec![0.0; batch.tokens() * half];
     for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
         let length = if rope.depends_on_length() {
             batch.rope_lengths[s]
@@ -108,13 +111,29 @@ fn angles(rope: &RopeConfig, batch: &PackedBatch) -> (Vec<f32>, Vec<f32>) {
         let frequencies = by_length
             .entry(length)
             .or_insert_with(|| rope.inverse_frequencies(length));
-        for &position in &batch.position_ids[bounds[0] as usize..bounds[1] as usize] {
-            for &frequency in frequencies.iter() {
-                let angle = frequency * position as f32;
-                cos.push(angle.cos() * scale);
-                sin.push(angle.sin() * scale);
-            }
-        }
+        let rows = bounds[0] as usize..bounds[1] as usize;
+        let elements = rows.start * half..rows.end * half;
+        let positions = batch.position_ids[rows].par_chunks(ANGLE_ROWS);
+        let cos = cos[elements.clone()].par_chunks_mut(ANGLE_ROWS * half);
+        let sin = sin[elements].par_chunks_mut(ANGLE_ROWS * half);
+        (positions, cos, sin)
+            .into_par_iter()
+            .for_each(|(positions, cos, sin)| {
+                let rows = cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half));
+                for (&position, (cos, sin)) in positions.iter().zip(rows) {
+                    for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies.iter()) {
+                        let angle = frequency * position as f32;
+                        *cos = angle.cos() * scale;
+                        *sin = angle.sin() * scale;
+                    }
+                }
+            });
     }
     (cos, sin)
+}
+
+/// Runs `body` on a worker thread: from outside, each parallel loop would hand its work over to one
+/// and sleep until it is done, two switches of thread per operation.
+pub(crate) fn on_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| body())
 }
