@@ -176,7 +176,7 @@ def machine():
 
 def write(args, result):
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"peft-cpu-{result['shape']}-{result['dtype']}-{result['date'][:10]}.json"
+    path = args.results / f"peft-cpu-{result['shape']}-{result['dtype']}-{result['threads']}threads-{result['date'][:10]}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
