@@ -171,12 +171,12 @@ def machine():
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
+    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def write(args, result):
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"peft-cpu-{result['shape']}-{result['dtype']}-{result['date'][:10]}.json"
+    path = args.results / f"peft-cpu-{result['shape']}-{result['dtype']}-{result['threads']}threads-{result['date'][:10]}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
