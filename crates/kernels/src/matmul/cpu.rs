@@ -17,9 +17,11 @@ const NARROW: usize = 64;
 const NARROW_ROWS: usize = 256;
 /// From this many rows there are tiles enough for all threads without splitting the columns evenly.
 const TALL: usize = 8 * TILE_ROWS;
-/// Depth converted or transposed at once: with `TILE_COLS`, 384 KiB of f32, which stays in L2
-/// beside the copy that the product packs.
-const TILE_DEPTH: usize = 256;
+/// Most rows times columns that the `gemm` crate multiplies by its horizontal kernel.
+const HORIZONTAL: usize = 16 * 16;
+/// Longest sum of one call, and depth converted or transposed at once: with `TILE_COLS`, 768 KiB of
+/// f32, which stays in L2. Up to 512 the crate does not cut the sum further.
+const TILE_DEPTH: usize = 512;
 /// Rows of f32 that start a multiple of 4 KiB apart fall on the same cache sets; packing them costs
 /// the gemm crate a fifth of its speed at 512 rows of `dst`, transposing them first half of that.
 const PAGE: usize = 1024;
@@ -120,8 +122,7 @@ fn round_row<D: Element>(row: &mut [D], beta: f32, sum: &[f32]) {
     }
 }
 
-/// The f32 tile: `dst = beta * dst + alpha * a b`, in steps of `TILE_DEPTH` where an operand has to
-/// be converted or transposed.
+/// The f32 tile: `dst = beta * dst + alpha * a b`, in steps of at most `TILE_DEPTH`.
 ///
 /// # Safety
 /// As [`gemm_raw`].
@@ -140,9 +141,15 @@ unsafe fn accumulate<A: Element, B: Element>(
     cols: Range<usize>,
 ) {
     let slow_to_pack = B::DTYPE != DType::F32 || b.pitch().is_multiple_of(PAGE);
-    let flip = product.layout == Layout::Nt && rows.len() >= TRANSPOSE_ROWS && slow_to_pack;
-    let direct = A::DTYPE == DType::F32 && B::DTYPE == DType::F32 && !flip;
-    let depth = if direct { product.k.max(1) } else { TILE_DEPTH };
+    // The crate sums a small product of two K-contiguous operands in another order.
+    let small = rows.len() * cols.len() <= HORIZONTAL;
+    let long = rows.len() >= TRANSPOSE_ROWS && slow_to_pack;
+    let flip = product.layout == Layout::Nt && rows.len() > 1 && (small || long);
+    // A function of K alone: a row of the result has the same bits whatever rows stand beside it.
+    let depth = product
+        .k
+        .div_ceil(product.k.div_ceil(TILE_DEPTH).max(1))
+        .max(1);
     let scratch_a = scratch_len::<A>(rows.len(), depth);
     let scratch_b = if flip {
         cols.len() * depth

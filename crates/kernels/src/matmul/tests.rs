@@ -227,6 +227,43 @@ fn bits_do_not_depend_on_the_number_of_threads() {
     }
 }
 
+/// A token's result must not depend on which tokens share its batch.
+#[test]
+fn bits_of_a_row_do_not_depend_on_the_number_of_rows() {
+    let mut stream = Stream::new(4);
+    for kind in [Kind::Nt, Kind::Nn] {
+        for [n, k] in [
+            [16, 64],
+            [64, 16],
+            [4, 700],
+            [128, 1536],
+            [1000, 2049],
+            [1, 33],
+        ] {
+            let m = 150;
+            let [a_shape, b_shape] = kind.shapes(m, n, k);
+            let a = Padded::random(DType::F32, a_shape, 0, &mut stream);
+            let b = Padded::random(DType::F32, b_shape, 1, &mut stream);
+            let product = |rows: usize| {
+                let mut dst = Tensor::zeros(DType::F32, rows, n);
+                let a = a.view().row_range(0..rows);
+                kind.op()(dst.view_mut(), 0.0, 1.0, a, b.view()).expect("shapes fit");
+                dst.to_f32_vec()
+                    .into_iter()
+                    .map(f32::to_bits)
+                    .collect::<Vec<_>>()
+            };
+            let whole = product(m);
+            for rows in [2, 3, 5, 17, 64, 65] {
+                assert!(
+                    product(rows) == whole[..rows * n],
+                    "{kind:?} {n} {k}: {rows} rows"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
     let (a, b) = (
