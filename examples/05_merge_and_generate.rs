@@ -52,9 +52,10 @@ fn train(base: &Path, output: &Path) -> Result<RunOutcome> {
     config.model.model_name_or_path = Some(base.display().to_string());
     config.data.train_file = vec!["examples/opposites.jsonl".into()];
     config.lora.use_peft = true;
+    config.lora.lora_dropout = 0.0;
     config.lora.lora_target_modules = Some(Names::Pattern("all-linear".into()));
-    config.optimizer.learning_rate = 1e-2;
-    config.schedule.max_steps = 200;
+    config.optimizer.learning_rate = 3e-3;
+    config.schedule.max_steps = 300;
     config.output.output_dir = output.display().to_string();
     config.output.overwrite_output_dir = true;
     Recipe::prepare(config)?.train(&mut [], &AtomicBool::new(false))
