@@ -30,7 +30,13 @@ pub(super) fn run(args: &Args) -> Outcome {
         let text = serde_json::to_string_pretty(&document);
         println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
     }
-    println!("{passed} passed, {failed} failed");
+    let tally = format!("{passed} passed, {failed} failed");
+    if args.json {
+        // Standard output is the document alone.
+        eprintln!("{tally}");
+    } else {
+        println!("{tally}");
+    }
     Ok(if failed == 0 {
         ExitCode::Done
     } else {

@@ -1,8 +1,9 @@
 //! A saved PEFT adapter on its base: logits, loss, gradients of its parameters, merged weights.
 
 use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, norm, select};
-use super::case::{Case, dtype_of, inputs};
+use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::{Comparison, relative_error};
+use super::complete;
 use super::padded::PaddedBatch;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::data::PackedBatch;
@@ -29,6 +30,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
     let adapted = Adapted::load(&base, &case.path("adapter"), dtype)?;
+    complete::adapter(case, &expected, adapted.params.layout())?;
     let mut comparison = Comparison::default();
     if dtype == DType::F32 {
         let ours = adapted.run(DType::F32, &batch)?;
@@ -133,14 +135,14 @@ fn compare_f32(
         "logits",
         "logits",
         &ours.logits,
-        &select(&expected.read_f32("logits")?, padded, places),
+        &select(expected, "logits", padded, places)?,
         FORWARD,
     );
     c.number(
         "loss",
         "loss",
         ours.loss,
-        f64::from(expected.read_f32("loss")?[0]),
+        scalar(expected, "loss")?,
         FORWARD,
     );
     for (name, ours, theirs) in gradients(expected, &ours.grads)? {
@@ -176,7 +178,7 @@ fn compare_bf16(
                 BF16_FACTOR,
             );
         };
-    let logits = select(&expected.read_f32("logits")?, padded, places);
+    let logits = select(expected, "logits", padded, places)?;
     judge(
         "logits",
         "logits",
@@ -185,7 +187,7 @@ fn compare_bf16(
         &logits,
         BF16_FORWARD,
     );
-    let loss = expected.read_f32("loss")?;
+    let loss = [scalar(expected, "loss")? as f32];
     judge(
         "loss",
         "loss",
@@ -229,11 +231,14 @@ fn compare_merged(
             };
             c.tensor("merged", tensor, &ours, &theirs, tolerance);
         } else if let Some(tensor) = name.strip_prefix("merged_norm.") {
-            let (ours, theirs) = (
-                norm(&merged.read_f32(tensor)?),
-                expected.read_f32(&name)?[0],
+            let ours = norm(&merged.read_f32(tensor)?);
+            c.number(
+                "merged_norm",
+                tensor,
+                ours,
+                scalar(expected, &name)?,
+                GRADIENT,
             );
-            c.number("merged_norm", tensor, ours, f64::from(theirs), GRADIENT);
         }
     }
     Ok(())

@@ -1,7 +1,8 @@
 //! A model's logits, loss, hidden states and the gradient of every base weight.
 
-use super::case::{Case, dtype_of, inputs};
+use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::{Comparison, relative_error};
+use super::complete;
 use super::padded::PaddedBatch;
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::full::FullFineTuning;
@@ -23,6 +24,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
     let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
     let ours = Recomputed::new(case, &padded)?;
+    complete::arch(case, &expected, ours.grads.layout())?;
     let mut comparison = Comparison::default();
     let judge = Judge {
         expected: &expected,
@@ -128,10 +130,10 @@ impl Judge<'_> {
         places: &[usize],
         ours: &Tensor,
     ) -> Result<()> {
-        let recorded = select(&self.expected.read_f32(name)?, padded, places);
+        let recorded = select(self.expected, name, padded, places)?;
         let ours = ours.to_f32_vec();
-        if let Some(reference) = self.fp32(name)? {
-            let reference = select(&reference, padded, places);
+        if let Some(twin) = self.fp32_name(name) {
+            let reference = select(self.expected, &twin, padded, places)?;
             self.bf16(comparison, quantity, name, &ours, &recorded, &reference);
         } else if quantity == "logits" || !self.is_bf16() {
             let scale = recorded
@@ -149,7 +151,7 @@ impl Judge<'_> {
 
     /// Loss and gradients.
     fn numbers(&self, comparison: &mut Comparison, ours: &Recomputed) -> Result<()> {
-        let loss = self.expected.read_f32("loss")?;
+        let loss = [scalar(self.expected, "loss")? as f32];
         if let Some(reference) = self.fp32("loss")? {
             self.bf16(
                 comparison,
@@ -190,7 +192,7 @@ impl Judge<'_> {
                 (name.strip_prefix("gradnorm."), self.is_bf16())
             {
                 let norm = norm(self.gradient(ours, parameter)?);
-                let recorded = f64::from(self.expected.read_f32(&name)?[0]);
+                let recorded = scalar(self.expected, &name)?;
                 comparison.number("gradnorm", &name, norm, recorded, tolerance);
             }
         }
@@ -208,16 +210,19 @@ impl Judge<'_> {
         Ok(ours.grads.get(id))
     }
 
-    /// The recorded f32 twin of a quantity of a bf16 case.
-    fn fp32(&self, name: &str) -> Result<Option<Vec<f32>>> {
+    /// Name of the recorded f32 twin of a quantity of a bf16 case.
+    fn fp32_name(&self, name: &str) -> Option<String> {
         let twin = match name.split_once('.') {
             Some((head, tail)) => format!("{head}_fp32.{tail}"),
             None => format!("{name}_fp32"),
         };
-        self.expected
-            .meta(&twin)
-            .is_some()
-            .then(|| self.expected.read_f32(&twin))
+        self.expected.meta(&twin).map(|_| twin)
+    }
+
+    /// The recorded f32 twin itself.
+    fn fp32(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        self.fp32_name(name)
+            .map(|twin| self.expected.read_f32(&twin))
             .transpose()
     }
 
@@ -242,13 +247,30 @@ impl Judge<'_> {
     }
 }
 
-/// Rows of `[rows, cols, width]` at `places`.
-pub(super) fn select(values: &[f32], padded: &PaddedBatch, places: &[usize]) -> Vec<f32> {
-    let width = values.len() / (padded.rows * padded.cols).max(1);
-    places
+/// Rows of the recorded `[rows, cols, width]` at `places`.
+pub(super) fn select(
+    file: &SafetensorsFile,
+    name: &str,
+    padded: &PaddedBatch,
+    places: &[usize],
+) -> Result<Vec<f32>> {
+    let shape = file.meta(name).map(|m| m.shape.clone()).unwrap_or_default();
+    let [rows, cols, width] = shape[..] else {
+        let message = format!("`{name}` is {shape:?}, expected [rows, columns, width]");
+        return Err(Error::data(file.path(), None, message));
+    };
+    if [rows, cols] != [padded.rows, padded.cols] {
+        let message = format!(
+            "`{name}` is of {rows} x {cols} tokens, the inputs of {} x {}",
+            padded.rows, padded.cols
+        );
+        return Err(Error::data(file.path(), None, message));
+    }
+    let values = file.read_f32(name)?;
+    Ok(places
         .iter()
         .flat_map(|&p| values[p * width..(p + 1) * width].iter().copied())
-        .collect()
+        .collect())
 }
 
 /// Euclidean norm.

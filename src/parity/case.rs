@@ -88,33 +88,61 @@ pub(super) fn read_json(path: &Path) -> Result<Value> {
 
 /// The keyword arguments of a forward call: `inputs.safetensors`, or a prefix of another file.
 pub(super) fn inputs(file: &SafetensorsFile, prefix: &str) -> Result<PaddedBatch> {
-    let optional = |name: &str| -> Result<Option<Vec<i64>>> {
-        let name = format!("{prefix}{name}");
-        file.meta(&name)
-            .is_some()
-            .then(|| file.read_i64(&name))
-            .transpose()
-    };
     let name = format!("{prefix}input_ids");
     let shape = file
         .meta(&name)
         .map(|m| m.shape.clone())
         .unwrap_or_default();
     let [rows, cols] = shape[..] else {
+        let message = format!("`{name}` must be [rows, columns]");
+        return Err(Error::data(file.path(), None, message));
+    };
+    let read = |name: &str| -> Result<Option<Vec<i64>>> {
+        let name = format!("{prefix}{name}");
+        let Some(meta) = file.meta(&name) else {
+            return Ok(None);
+        };
+        if meta.shape != shape {
+            let message = format!(
+                "`{name}` is {:?}, expected {shape:?} like input_ids; only causal language models are compared",
+                meta.shape
+            );
+            return Err(Error::data(file.path(), None, message));
+        }
+        file.read_i64(&name).map(Some)
+    };
+    let batch = PaddedBatch {
+        rows,
+        cols,
+        input_ids: read("input_ids")?.unwrap_or_default(),
+        labels: read("labels")?,
+        attention_mask: read("attention_mask")?,
+        position_ids: read("position_ids")?,
+    };
+    let mut unsigned = batch
+        .input_ids
+        .iter()
+        .chain(batch.position_ids.iter().flatten());
+    if let Some(bad) = unsigned.find(|v| u32::try_from(**v).is_err()) {
         return Err(Error::data(
             file.path(),
             None,
-            format!("`{name}` must be [rows, columns]"),
+            format!("{bad} is no token id or position"),
         ));
-    };
-    Ok(PaddedBatch {
-        rows,
-        cols,
-        input_ids: file.read_i64(&name)?,
-        labels: optional("labels")?,
-        attention_mask: optional("attention_mask")?,
-        position_ids: optional("position_ids")?,
-    })
+    }
+    Ok(batch)
+}
+
+/// A recorded tensor of one element.
+pub(super) fn scalar(file: &SafetensorsFile, name: &str) -> Result<f64> {
+    let values = file.read_f32(name)?;
+    match values[..] {
+        [value] => Ok(f64::from(value)),
+        _ => {
+            let message = format!("`{name}` has {} elements, expected one", values.len());
+            Err(Error::data(file.path(), None, message))
+        }
+    }
 }
 
 /// bf16 if the file's matrices are.

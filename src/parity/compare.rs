@@ -17,10 +17,10 @@ pub struct Quantity {
 }
 
 impl Quantity {
-    /// Whether the error is within the tolerance; NaN never is.
+    /// Whether the error is within the tolerance; NaN never is, and a tolerance is a finite number.
     #[must_use]
     pub fn passed(&self) -> bool {
-        self.error <= self.tolerance
+        self.error <= self.tolerance && self.tolerance.is_finite()
     }
 }
 
@@ -64,8 +64,8 @@ impl Comparison {
         };
         let entry = self.quantities.entry(quantity.into()).or_insert_with(fresh);
         entry.tensors += 1;
-        let worse = error.is_nan() || error / tolerance > entry.error / entry.tolerance;
-        if (worse || entry.worst.is_empty()) && !entry.error.is_nan() {
+        let worse = excess(error, tolerance) > excess(entry.error, entry.tolerance);
+        if worse || entry.worst.is_empty() {
             entry.error = error;
             entry.tolerance = tolerance;
             entry.worst = name.into();
@@ -108,6 +108,18 @@ impl Comparison {
     }
 }
 
+/// How far an error is beyond its tolerance, as a ratio that is never NaN: anything is infinitely
+/// beyond a tolerance of zero, and NaN beyond any.
+fn excess(error: f64, tolerance: f64) -> f64 {
+    if error == 0.0 && tolerance.is_finite() {
+        0.0
+    } else if error.is_nan() || !(tolerance > 0.0 && tolerance.is_finite()) {
+        f64::INFINITY
+    } else {
+        error / tolerance
+    }
+}
+
 /// `max|a - b| / max|b|`; absolute where b is all zeros, infinite where lengths differ.
 pub(super) fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     if ours.len() != theirs.len() {
@@ -146,6 +158,24 @@ mod tests {
         let q = c.finish();
         assert!(!q[0].passed());
         assert_eq!((q[0].tensors, q[0].worst.as_str()), (3, "bad"));
+    }
+
+    #[test]
+    fn a_late_error_counts_where_nothing_is_tolerated() {
+        let mut c = Comparison::default();
+        c.number("count", "step 1", 5.0, 5.0, 0.0);
+        c.number("count", "step 2", 6.0, 5.0, 0.0);
+        c.number("count", "step 3", 5.0, 5.0, 0.0);
+        let q = c.finish();
+        assert!(!q[0].passed());
+        assert_eq!(q[0].worst, "step 2");
+    }
+
+    #[test]
+    fn an_infinite_tolerance_passes_nothing() {
+        let mut c = Comparison::default();
+        c.error("x", "zeros recorded", 1.0, f64::INFINITY);
+        assert!(!c.finish()[0].passed());
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod adapter;
 mod arch;
 mod case;
 mod compare;
+mod complete;
 mod padded;
 mod schedule;
 mod trajectory;

@@ -12,6 +12,7 @@ use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::process_group::Solo;
 use ferrotune_core::trainer::{Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use std::collections::BTreeMap;
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     reject_unknown(case)?;
     let steps = read_steps(case)?;
+    check_accumulation(case, &steps)?;
     let mut trainer = trainer(case, &steps)?;
     let schedule = schedule(case)?;
     let recorded = read_json(&case.path("steps.json"))?;
@@ -55,32 +57,107 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
             theirs("num_items"),
             0.0,
         );
-        let lr = recorded
-            .pointer("/lr_before_step/0")
-            .and_then(Value::as_f64)
-            .unwrap_or(f64::NAN);
-        comparison.number("lr", &name, report.learning_rate, lr, 1e-6);
+        let rates = recorded
+            .get("lr_before_step")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default();
+        comparison.number(
+            "lr groups",
+            &name,
+            1.0,
+            f64::from(u8::from(!rates.is_empty())),
+            0.0,
+        );
+        for lr in &rates {
+            let lr = lr.as_f64().unwrap_or(f64::NAN);
+            comparison.number("lr", &name, report.learning_rate, lr, 1e-6);
+        }
     }
     compare_final(case, &trainer, &mut comparison)?;
     Ok(comparison)
 }
 
+/// Keys of case.json that change nothing, or that are read here.
+const KNOWN: [&str; 18] = [
+    "kind",
+    "name",
+    "base",
+    "seed",
+    "full_finetune",
+    "optimizer",
+    "grad_accum",
+    "micro_batch",
+    "scheduler",
+    "loraplus_ratio",
+    "label_smoothing",
+    "param_groups",
+    "loss",
+    "calls",
+    "hand_vs_trainer",
+    "note",
+    "versions",
+    "peft_type",
+];
+/// Keys of its optimizer.
+const OPTIMIZER: [&str; 6] = [
+    "name",
+    "lr",
+    "weight_decay",
+    "betas",
+    "eps",
+    "clip_grad_norm",
+];
+
 /// Options of a recorded run that this engine does not have yet must not pass as if they were off.
 fn reject_unknown(case: &Case) -> Result<()> {
-    let label_smoothing = case.number(&["label_smoothing"]).unwrap_or(0.0);
-    if label_smoothing != 0.0 {
-        return Err(Error::config(
-            "label_smoothing",
-            format!("is {label_smoothing}; not supported yet"),
-        ));
+    let refuse = |key: &str, value: &Value| {
+        Err(Error::config(
+            key,
+            format!(
+                "is {value} in {}; not supported",
+                case.path("case.json").display()
+            ),
+        ))
+    };
+    let off = |value: &Value| {
+        value.is_null() || value == &Value::Bool(false) || value.as_f64() == Some(0.0)
+    };
+    for (key, value) in case.json.as_object().into_iter().flatten() {
+        let needs_off = ["label_smoothing", "loraplus_ratio"].contains(&key.as_str());
+        if (needs_off || !KNOWN.contains(&key.as_str())) && !off(value) {
+            return refuse(key, value);
+        }
     }
-    if let Some(ratio) = case.json.get("loraplus_ratio").filter(|v| !v.is_null()) {
-        return Err(Error::config(
-            "loraplus_ratio",
-            format!("is {ratio}; not supported yet"),
-        ));
+    let optimizer = case.json.get("optimizer").and_then(Value::as_object);
+    for (key, value) in optimizer.into_iter().flatten() {
+        let wrong = match key.as_str() {
+            "name" => value != "AdamW",
+            "betas" => !value.is_array(),
+            known if OPTIMIZER.contains(&known) => !value.is_number(),
+            _ => !off(value),
+        };
+        if wrong {
+            return refuse(&format!("optimizer.{key}"), value);
+        }
     }
     Ok(())
+}
+
+/// Every step must have the micro-batches that the case says.
+fn check_accumulation(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<()> {
+    let expected = case.number(&["grad_accum"]).unwrap_or(1.0);
+    match steps.iter().position(|s| s.len() as f64 != expected) {
+        None => Ok(()),
+        Some(step) => Err(Error::data(
+            case.path("batches.safetensors"),
+            None,
+            format!(
+                "step {step} has {} micro-batches, grad_accum is {expected}",
+                steps[step].len()
+            ),
+        )),
+    }
 }
 
 fn full(case: &Case) -> bool {
@@ -94,6 +171,10 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let base = case.base()?;
     let files = ModelFiles::open(&base)?;
     let weight_dtype = dtype_of(&files.shards()[0]);
+    if weight_dtype != DType::F32 {
+        let message = "a bf16 run was recorded without its f32 twin, so there is nothing exact to compare with";
+        return Err(Error::config("base", message));
+    }
     let number = |key: &str, default: f64| case.number(&["optimizer", key]).unwrap_or(default);
     let beta = |i: usize| {
         case.json
@@ -134,13 +215,13 @@ fn schedule(case: &Case) -> Result<LrSchedule> {
     let name = text("name").and_then(Value::as_str).unwrap_or("constant");
     let integer = |key: &str| text(key).and_then(Value::as_u64).unwrap_or(0);
     let lr = case.number(&["optimizer", "lr"]).unwrap_or(0.0);
-    LrSchedule::new(
-        name,
-        &BTreeMap::new(),
-        lr,
-        integer("warmup_steps"),
-        integer("total"),
-    )
+    let kwargs = text("kwargs").and_then(Value::as_object);
+    let kwargs: BTreeMap<String, Value> = kwargs
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
+    LrSchedule::new(name, &kwargs, lr, integer("warmup_steps"), integer("total"))
 }
 
 /// Micro-batches of every step: `stepS.microM.*` of batches.safetensors.

@@ -1,0 +1,89 @@
+//! Refuses a case that holds less, or other things, than its case.json says: what is not compared
+//! must not pass.
+
+use super::case::Case;
+use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::params::ParamLayout;
+use ferrotune_core::{Error, Result};
+use serde_json::Value;
+
+/// Of a model: every gradient that the case says it recorded, and nothing unknown.
+pub(super) fn arch(case: &Case, expected: &SafetensorsFile, params: &ParamLayout) -> Result<()> {
+    known(
+        expected,
+        &["logits", "loss", "logits_fp32", "loss_fp32"],
+        &["hidden.", "grad.", "gradnorm.", "grad_fp32."],
+    )?;
+    let says = case
+        .json
+        .get("grads")
+        .and_then(Value::as_str)
+        .unwrap_or("all; gradnorm");
+    let prefixes: &[&str] = match (says.starts_with("all"), says.contains("gradnorm")) {
+        (true, true) => &["grad.", "gradnorm."],
+        (true, false) => &["grad."],
+        (false, _) => &["gradnorm."],
+    };
+    for prefix in prefixes {
+        for (_, segment) in params.by_name() {
+            require(expected, &format!("{prefix}{}", segment.spec.name))?;
+        }
+    }
+    // Hidden states without the first are a file that lost one.
+    let hidden = expected
+        .names()
+        .filter(|n| n.starts_with("hidden."))
+        .count();
+    (1..=hidden).try_for_each(|k| require(expected, &format!("hidden.{k}")))
+}
+
+/// Of an adapter: the gradient of each of its parameters, and the merged weights.
+pub(super) fn adapter(case: &Case, expected: &SafetensorsFile, params: &ParamLayout) -> Result<()> {
+    known(
+        expected,
+        &["logits", "loss"],
+        &["grad.", "merged.", "merged_norm."],
+    )?;
+    for (_, segment) in params.by_name() {
+        require(expected, &format!("grad.{}", segment.spec.name))?;
+    }
+    let changed = case
+        .json
+        .get("tensors_changed_by_merge")
+        .and_then(Value::as_array);
+    for name in changed.into_iter().flatten().filter_map(Value::as_str) {
+        require(expected, &format!("merged_norm.{name}"))?;
+    }
+    if expected.names().any(|n| n.starts_with("merged.")) {
+        return Ok(());
+    }
+    Err(Error::data(
+        expected.path(),
+        None,
+        "no `merged.*` tensor; expected one at least",
+    ))
+}
+
+fn require(expected: &SafetensorsFile, name: &str) -> Result<()> {
+    if expected.meta(name).is_some() {
+        return Ok(());
+    }
+    Err(Error::data(
+        expected.path(),
+        None,
+        format!("`{name}` is missing, though the case should hold it"),
+    ))
+}
+
+fn known(expected: &SafetensorsFile, names: &[&str], prefixes: &[&str]) -> Result<()> {
+    let is_known =
+        |name: &&str| names.contains(name) || prefixes.iter().any(|p| name.starts_with(p));
+    match expected.names().find(|name| !is_known(name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::data(
+            expected.path(),
+            None,
+            format!("`{name}` is nothing that is compared here"),
+        )),
+    }
+}
