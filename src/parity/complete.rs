@@ -29,12 +29,12 @@ pub(super) fn arch(case: &Case, expected: &SafetensorsFile, params: &ParamLayout
             require(expected, &format!("{prefix}{}", segment.spec.name))?;
         }
     }
-    // Hidden states without the first are a file that lost one.
-    let hidden = expected
+    // A gap is a file that lost one. hidden.0 is the embedding itself and shows in all others.
+    let last = expected
         .names()
-        .filter(|n| n.starts_with("hidden."))
-        .count();
-    (1..=hidden).try_for_each(|k| require(expected, &format!("hidden.{k}")))
+        .filter_map(|n| n.strip_prefix("hidden.")?.parse::<usize>().ok())
+        .max();
+    (1..=last.unwrap_or(0)).try_for_each(|k| require(expected, &format!("hidden.{k}")))
 }
 
 /// Of an adapter: the gradient of each of its parameters, and the merged weights.

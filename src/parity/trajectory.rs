@@ -134,7 +134,7 @@ fn reject_unknown(case: &Case) -> Result<()> {
         let wrong = match key.as_str() {
             "name" => value != "AdamW",
             "betas" => !value.is_array(),
-            known if OPTIMIZER.contains(&known) => !value.is_number(),
+            known if OPTIMIZER.contains(&known) => !(value.is_number() || value.is_null()),
             _ => !off(value),
         };
         if wrong {
