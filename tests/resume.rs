@@ -390,3 +390,22 @@ fn save_total_limit_keeps_the_newest() {
     write_json(&state, &json!({"global_step": 99}));
     assert!(Checkpoint::verify(&bench.path("few/checkpoint-12")).is_err());
 }
+
+#[test]
+fn starting_over_takes_the_old_checkpoints_away_and_keeps_the_new_ones() {
+    let bench = uninterrupted();
+    let shorter = json!({
+        "resume_from_checkpoint": null, "overwrite_output_dir": true, "max_steps": 3,
+        "save_total_limit": 2,
+    });
+    // A run that is refused takes nothing away.
+    let mut refused = with(&bench, &shorter);
+    refused["lora_target_modules"] = json!(["no_such_layer"]);
+    bench.train("whole", &refused).expect(78);
+    assert_eq!(checkpoints(&bench.path("whole")).len(), STEPS as usize);
+    bench.train("whole", &with(&bench, &shorter)).expect(0);
+    assert_eq!(
+        checkpoints(&bench.path("whole")),
+        ["checkpoint-2", "checkpoint-3"]
+    );
+}

@@ -14,7 +14,7 @@ pub use summary::Summary;
 
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
+use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
 use ferrotune_core::lr_schedule::LrSchedule;
@@ -159,6 +159,9 @@ impl Recipe {
             None => (TrainerState::new(), LogWindow::new(0)),
         };
         let schedule = self.schedule()?;
+        if from.is_none() {
+            self.start_over(output)?;
+        }
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
             let eval_batches: Vec<PackedBatch> = self
@@ -194,6 +197,19 @@ impl Recipe {
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         Ok(outcome)
+    }
+
+    /// Takes an earlier run's checkpoints away: rotation would count them as newer than this run's.
+    ///
+    /// Nothing is left to fail before the first step when this is called, under the output's lock.
+    fn start_over(&self, output: &Path) -> Result<()> {
+        let settings = &self.config.output;
+        if settings.resume_from_checkpoint == Resume::Never && settings.overwrite_output_dir {
+            for path in checkpoint::remove_all(output)? {
+                tracing::info!("removed {} of an earlier run", path.display());
+            }
+        }
+        Ok(())
     }
 
     /// The trainer of this run, weights read, adapter at its initial values.
@@ -390,8 +406,7 @@ fn activation_dtype(config: &TrainConfig) -> DType {
 }
 
 fn refuse_to_overwrite(config: &TrainConfig, output: &Path) -> Result<()> {
-    use ferrotune_core::config::Resume;
-    let fresh = matches!(config.output.resume_from_checkpoint, Resume::Never);
+    let fresh = config.output.resume_from_checkpoint == Resume::Never;
     let has_checkpoints = !checkpoint::list(output)?.is_empty();
     if fresh && has_checkpoints && !config.output.overwrite_output_dir {
         return Err(Error::config(

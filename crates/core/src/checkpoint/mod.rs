@@ -15,7 +15,7 @@ use crate::io::StagedDir;
 use crate::{Error, Result};
 pub use manifest::{FileRecord, MANIFEST, Manifest, RunIdentity};
 pub use optimizer::{OPTIMIZER, read_optimizer, write_optimizer};
-pub use rotation::{latest_valid, list, rotate};
+pub use rotation::{latest_valid, list, remove_all, rotate};
 use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "checkpoint-";
