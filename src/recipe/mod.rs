@@ -3,6 +3,7 @@
 
 mod adapter;
 mod data;
+mod output_dir;
 mod outputs;
 mod resume;
 mod summary;
@@ -16,7 +17,7 @@ use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
 use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
+use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
@@ -94,10 +95,8 @@ impl Recipe {
     ) -> Result<Self> {
         config.validate()?;
         set_threads(&config)?;
-        let output = Path::new(&config.output.output_dir);
-        probe_writable(output)?;
-        refuse_to_overwrite(&config, output)?;
         let base = base_directory(&config)?;
+        output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
         let (_, params) = attach(&decoder, adapter_of(&config, &base, &decoder)?.as_ref())?;
@@ -145,6 +144,7 @@ impl Recipe {
         stop: &AtomicBool,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
+        std::fs::create_dir_all(output).map_err(Error::write(output))?;
         let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
         let mut log = outputs::trainer_log(output, from.as_ref())?;
@@ -403,22 +403,6 @@ fn activation_dtype(config: &TrainConfig) -> DType {
     } else {
         DType::F32
     }
-}
-
-fn refuse_to_overwrite(config: &TrainConfig, output: &Path) -> Result<()> {
-    let fresh = config.output.resume_from_checkpoint == Resume::Never;
-    let has_checkpoints = !checkpoint::list(output)?.is_empty();
-    if fresh && has_checkpoints && !config.output.overwrite_output_dir {
-        return Err(Error::config(
-            "output_dir",
-            format!(
-                "`{}` holds checkpoints of an earlier run; go on with resume_from_checkpoint: auto, start over \
-                 with overwrite_output_dir: true, or choose another directory",
-                output.display()
-            ),
-        ));
-    }
-    Ok(())
 }
 
 fn run_plan(
