@@ -409,3 +409,36 @@ fn starting_over_takes_the_old_checkpoints_away_and_keeps_the_new_ones() {
         ["checkpoint-2", "checkpoint-3"]
     );
 }
+
+#[test]
+fn a_resume_with_other_weights_of_the_same_shapes_is_refused() {
+    let bench = uninterrupted();
+    killed_after(&bench, "other", 4);
+    common::write_model(
+        &bench.path("base"),
+        &common::Shape::default(),
+        common::Stored::F32,
+        8,
+    );
+    let finished = bench.train("other", &changes(&bench)).expect(78);
+    assert!(
+        finished.stderr.contains("base_model"),
+        "{}",
+        finished.stderr
+    );
+}
+
+#[test]
+fn base_and_data_may_lie_elsewhere_when_a_run_goes_on() {
+    let bench = uninterrupted();
+    let output = killed_after(&bench, "moved", 4);
+    copy_dir(&bench.path("base"), &bench.path("mount/base"));
+    let rows = bench.path("mount/rows.jsonl");
+    std::fs::copy(bench.path("rows.jsonl"), &rows).expect("copied");
+    let paths = json!({
+        "model_name_or_path": bench.path("mount/base"), "dataset_name": null, "train_file": rows,
+        "eval_file": rows,
+    });
+    bench.train("moved", &with(&bench, &paths)).expect(0);
+    assert_same_result(&bench.path("whole"), &output);
+}

@@ -30,6 +30,7 @@ use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions,
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -58,6 +59,8 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Dtype of the frozen weights.
     pub weight_dtype: DType,
+    /// Digests of base and data, by name.
+    pub fingerprints: BTreeMap<String, String>,
 }
 
 impl Recipe {
@@ -119,6 +122,7 @@ impl Recipe {
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
         let trainable = params.layout().trainable();
         let weight_dtype = weight_dtype(&config, files.as_ref());
+        let fingerprints = outputs::fingerprints(&base, files.as_ref(), &dataset)?;
         Ok(Self {
             config,
             base,
@@ -131,6 +135,7 @@ impl Recipe {
             trainable,
             max_tokens,
             weight_dtype,
+            fingerprints,
         })
     }
 
