@@ -178,10 +178,28 @@ fn a_resume_from_a_path_starts_at_that_checkpoint() {
 #[test]
 fn a_resume_of_a_finished_run_trains_nothing_and_keeps_its_result() {
     let bench = uninterrupted();
-    let adapter = bench.path("whole").join("adapter_model.safetensors");
-    let before = read(&adapter);
-    bench.train("whole", &changes(&bench)).expect(0);
-    assert!(read(&adapter) == before);
+    let files = [
+        "adapter_model.safetensors",
+        "train_results.json",
+        "all_results.json",
+        "trainer_state.json",
+        "trainer_log.jsonl",
+        "README.md",
+        "run.json",
+    ];
+    let all = || files.map(|name| read(&bench.path("whole").join(name)));
+    let before = all();
+    let finished = bench.train("whole", &changes(&bench)).expect(0);
+    assert!(
+        finished.stderr.contains("already finished"),
+        "{}",
+        finished.stderr
+    );
+    assert!(all() == before, "a result was written again");
+    // A run killed after its last checkpoint has no result yet: it is written now.
+    let killed = killed_after(&bench, "killed", STEPS);
+    bench.train("killed", &changes(&bench)).expect(0);
+    assert_same_result(&bench.path("whole"), &killed);
 }
 
 #[test]

@@ -152,12 +152,6 @@ impl Recipe {
         std::fs::create_dir_all(output).map_err(Error::write(output))?;
         let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
-        let mut log = outputs::trainer_log(output, from.as_ref())?;
-        let mut observer = Tee {
-            log: &mut log,
-            others: observers,
-            evaluated: None,
-        };
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
@@ -167,6 +161,16 @@ impl Recipe {
         if from.is_none() {
             self.start_over(output)?;
         }
+        if trainer.steps_done() < self.plan.total_steps {
+            outputs::withdraw_result(output)?;
+        }
+        // Only now: what fails before this leaves the log of an earlier run as it is.
+        let mut log = outputs::trainer_log(output, from.as_ref())?;
+        let mut observer = Tee {
+            log: &mut log,
+            others: observers,
+            evaluated: None,
+        };
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
             let eval_batches: Vec<PackedBatch> = self
@@ -192,12 +196,16 @@ impl Recipe {
                 observer: &mut observer,
                 state: &mut state,
                 window,
+                resumed_from: from.as_ref().map(|c| c.path().to_path_buf()),
                 stop,
                 save: &mut save,
             };
             run.run(&mut trainer, started)?
         };
-        if let RunOutcome::Finished(finished) = &outcome {
+        // A run that was finished before has its results; no step was done that would change them.
+        if let RunOutcome::Finished(finished) = &outcome
+            && !(finished.steps == 0 && outputs::has_result(output, finished.step))
+        {
             let evaluated = observer.evaluated.as_ref();
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }

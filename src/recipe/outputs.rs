@@ -176,6 +176,25 @@ pub(super) fn trainer_log(
     Ok(TrainerLogJsonl::new(file, path))
 }
 
+/// Written last: where it is, the whole result is.
+const RUN: &str = "run.json";
+
+/// Whether `output` holds the whole result of a run of `step` steps.
+pub(super) fn has_result(output: &Path, step: u64) -> bool {
+    let text = std::fs::read(output.join(RUN)).unwrap_or_default();
+    let run: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    run["steps"] == json!(step)
+}
+
+/// Takes back the claim that `output` holds a result: a run is about to make another.
+pub(super) fn withdraw_result(output: &Path) -> Result<()> {
+    let path = output.join(RUN);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(&path)(e)),
+        _ => Ok(()),
+    }
+}
+
 /// The result, at the top of the output directory, read back before it counts.
 pub(super) fn write_final(
     recipe: &Recipe,
@@ -206,10 +225,7 @@ pub(super) fn write_final(
         &output.join("README.md"),
         model_card(recipe, finished).render().as_bytes(),
     )?;
-    write_file(
-        &output.join("run.json"),
-        run_json(recipe, finished).as_bytes(),
-    )
+    write_file(&output.join(RUN), run_json(recipe, finished).as_bytes())
 }
 
 /// Re-reads what was saved: every tensor, bit for bit.
