@@ -3,6 +3,7 @@
 
 mod adapter;
 mod data;
+mod memory;
 mod output_dir;
 mod outputs;
 mod resume;
@@ -26,7 +27,7 @@ use ferrotune_core::process_group::Solo;
 use ferrotune_core::run_log::{
     Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
 };
-use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
+use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
@@ -102,7 +103,7 @@ impl Recipe {
         output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
-        let (_, params) = attach(&decoder, adapter_of(&config, &base, &decoder)?.as_ref())?;
+        let trainable = memory::trainable(&config, &base, &decoder)?;
         let tokenizer = data::tokenizer(&config, &base)?;
         let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
@@ -111,19 +112,13 @@ impl Recipe {
             data::check_fits_vocabulary(&tokenizer, rows, &decoder)?;
         }
         let epochs = EpochData::new(&config, &dataset, 0, 1);
-        let plan = run_plan(
-            &config,
-            epochs.steps_per_epoch(),
-            params.layout().trainable(),
-            &decoder,
-        )?;
+        let plan = run_plan(&config, epochs.steps_per_epoch(), trainable, &decoder)?;
         let max_tokens = epochs
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
-        let trainable = params.layout().trainable();
         let weight_dtype = weight_dtype(&config, files.as_ref());
         let fingerprints = outputs::fingerprints(&base, files.as_ref(), &dataset)?;
-        Ok(Self {
+        let recipe = Self {
             config,
             base,
             decoder,
@@ -136,7 +131,9 @@ impl Recipe {
             max_tokens,
             weight_dtype,
             fingerprints,
-        })
+        };
+        memory::check(summary::planned_bytes(&recipe))?;
+        Ok(recipe)
     }
 
     /// Reads the weights, trains, and writes the result.

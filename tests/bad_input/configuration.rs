@@ -88,6 +88,13 @@ fn faults_of_the_configuration() {
             &["max_length", "max_position_embeddings", "256", "401"],
         ),
         fault(
+            "a rank that no machine has the memory for",
+            json!({"lora_r": 99_999_999_999_999_u64}),
+            untouched,
+            71,
+            &["does not fit", "available", "lora_r"],
+        ),
+        fault(
             "rank 0",
             json!({"lora_r": 0}),
             untouched,
