@@ -178,10 +178,28 @@ fn a_resume_from_a_path_starts_at_that_checkpoint() {
 #[test]
 fn a_resume_of_a_finished_run_trains_nothing_and_keeps_its_result() {
     let bench = uninterrupted();
-    let adapter = bench.path("whole").join("adapter_model.safetensors");
-    let before = read(&adapter);
-    bench.train("whole", &changes(&bench)).expect(0);
-    assert!(read(&adapter) == before);
+    let files = [
+        "adapter_model.safetensors",
+        "train_results.json",
+        "all_results.json",
+        "trainer_state.json",
+        "trainer_log.jsonl",
+        "README.md",
+        "run.json",
+    ];
+    let all = || files.map(|name| read(&bench.path("whole").join(name)));
+    let before = all();
+    let finished = bench.train("whole", &changes(&bench)).expect(0);
+    assert!(
+        finished.stderr.contains("already finished"),
+        "{}",
+        finished.stderr
+    );
+    assert!(all() == before, "a result was written again");
+    // A run killed after its last checkpoint has no result yet: it is written now.
+    let killed = killed_after(&bench, "killed", STEPS);
+    bench.train("killed", &changes(&bench)).expect(0);
+    assert_same_result(&bench.path("whole"), &killed);
 }
 
 #[test]
@@ -389,4 +407,56 @@ fn save_total_limit_keeps_the_newest() {
     let state = bench.path("few/checkpoint-12/trainer_state.json");
     write_json(&state, &json!({"global_step": 99}));
     assert!(Checkpoint::verify(&bench.path("few/checkpoint-12")).is_err());
+}
+
+#[test]
+fn starting_over_takes_the_old_checkpoints_away_and_keeps_the_new_ones() {
+    let bench = uninterrupted();
+    let shorter = json!({
+        "resume_from_checkpoint": null, "overwrite_output_dir": true, "max_steps": 3,
+        "save_total_limit": 2,
+    });
+    // A run that is refused takes nothing away.
+    let mut refused = with(&bench, &shorter);
+    refused["lora_target_modules"] = json!(["no_such_layer"]);
+    bench.train("whole", &refused).expect(78);
+    assert_eq!(checkpoints(&bench.path("whole")).len(), STEPS as usize);
+    bench.train("whole", &with(&bench, &shorter)).expect(0);
+    assert_eq!(
+        checkpoints(&bench.path("whole")),
+        ["checkpoint-2", "checkpoint-3"]
+    );
+}
+
+#[test]
+fn a_resume_with_other_weights_of_the_same_shapes_is_refused() {
+    let bench = uninterrupted();
+    killed_after(&bench, "other", 4);
+    common::write_model(
+        &bench.path("base"),
+        &common::Shape::default(),
+        common::Stored::F32,
+        8,
+    );
+    let finished = bench.train("other", &changes(&bench)).expect(78);
+    assert!(
+        finished.stderr.contains("base_model"),
+        "{}",
+        finished.stderr
+    );
+}
+
+#[test]
+fn base_and_data_may_lie_elsewhere_when_a_run_goes_on() {
+    let bench = uninterrupted();
+    let output = killed_after(&bench, "moved", 4);
+    copy_dir(&bench.path("base"), &bench.path("mount/base"));
+    let rows = bench.path("mount/rows.jsonl");
+    std::fs::copy(bench.path("rows.jsonl"), &rows).expect("copied");
+    let paths = json!({
+        "model_name_or_path": bench.path("mount/base"), "dataset_name": null, "train_file": rows,
+        "eval_file": rows,
+    });
+    bench.train("moved", &with(&bench, &paths)).expect(0);
+    assert_same_result(&bench.path("whole"), &output);
 }

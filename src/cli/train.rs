@@ -118,6 +118,13 @@ fn print_notes(config: &TrainConfig) {
 }
 
 fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {
+    if let RunOutcome::Finished(run) = outcome
+        && run.steps == 0
+    {
+        let output = output.display();
+        eprintln!("note: already finished after step {}: {output}", run.step);
+        return;
+    }
     if voice == Voice::Machine {
         return;
     }

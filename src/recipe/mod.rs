@@ -3,6 +3,8 @@
 
 mod adapter;
 mod data;
+mod memory;
+mod output_dir;
 mod outputs;
 mod resume;
 mod summary;
@@ -14,9 +16,9 @@ pub use summary::Summary;
 
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{Dtype, IntervalStrategy, TrainConfig};
+use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, OutputLock, probe_writable};
+use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
@@ -25,10 +27,11 @@ use ferrotune_core::process_group::Solo;
 use ferrotune_core::run_log::{
     Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
 };
-use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions, attach};
+use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -57,6 +60,8 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Dtype of the frozen weights.
     pub weight_dtype: DType,
+    /// Digests of base and data, by name.
+    pub fingerprints: BTreeMap<String, String>,
 }
 
 impl Recipe {
@@ -94,13 +99,11 @@ impl Recipe {
     ) -> Result<Self> {
         config.validate()?;
         set_threads(&config)?;
-        let output = Path::new(&config.output.output_dir);
-        probe_writable(output)?;
-        refuse_to_overwrite(&config, output)?;
         let base = base_directory(&config)?;
+        output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
-        let (_, params) = attach(&decoder, adapter_of(&config, &base, &decoder)?.as_ref())?;
+        let trainable = memory::trainable(&config, &base, &decoder)?;
         let tokenizer = data::tokenizer(&config, &base)?;
         let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
@@ -109,18 +112,13 @@ impl Recipe {
             data::check_fits_vocabulary(&tokenizer, rows, &decoder)?;
         }
         let epochs = EpochData::new(&config, &dataset, 0, 1);
-        let plan = run_plan(
-            &config,
-            epochs.steps_per_epoch(),
-            params.layout().trainable(),
-            &decoder,
-        )?;
+        let plan = run_plan(&config, epochs.steps_per_epoch(), trainable, &decoder)?;
         let max_tokens = epochs
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
-        let trainable = params.layout().trainable();
         let weight_dtype = weight_dtype(&config, files.as_ref());
-        Ok(Self {
+        let fingerprints = outputs::fingerprints(&base, files.as_ref(), &dataset)?;
+        let recipe = Self {
             config,
             base,
             decoder,
@@ -132,7 +130,10 @@ impl Recipe {
             trainable,
             max_tokens,
             weight_dtype,
-        })
+            fingerprints,
+        };
+        memory::check(summary::planned_bytes(&recipe))?;
+        Ok(recipe)
     }
 
     /// Reads the weights, trains, and writes the result.
@@ -145,20 +146,28 @@ impl Recipe {
         stop: &AtomicBool,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
+        std::fs::create_dir_all(output).map_err(Error::write(output))?;
         let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
-        let mut log = outputs::trainer_log(output, from.as_ref())?;
-        let mut observer = Tee {
-            log: &mut log,
-            others: observers,
-            evaluated: None,
-        };
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
             None => (TrainerState::new(), LogWindow::new(0)),
         };
         let schedule = self.schedule()?;
+        if from.is_none() {
+            self.start_over(output)?;
+        }
+        if trainer.steps_done() < self.plan.total_steps {
+            outputs::withdraw_result(output)?;
+        }
+        // Only now: what fails before this leaves the log of an earlier run as it is.
+        let mut log = outputs::trainer_log(output, from.as_ref())?;
+        let mut observer = Tee {
+            log: &mut log,
+            others: observers,
+            evaluated: None,
+        };
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
             let eval_batches: Vec<PackedBatch> = self
@@ -184,16 +193,33 @@ impl Recipe {
                 observer: &mut observer,
                 state: &mut state,
                 window,
+                resumed_from: from.as_ref().map(|c| c.path().to_path_buf()),
                 stop,
                 save: &mut save,
             };
             run.run(&mut trainer, started)?
         };
-        if let RunOutcome::Finished(finished) = &outcome {
+        // A run that was finished before has its results; no step was done that would change them.
+        if let RunOutcome::Finished(finished) = &outcome
+            && !(finished.steps == 0 && outputs::has_result(output, finished.step))
+        {
             let evaluated = observer.evaluated.as_ref();
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         Ok(outcome)
+    }
+
+    /// Takes an earlier run's checkpoints away: rotation would count them as newer than this run's.
+    ///
+    /// Nothing is left to fail before the first step when this is called, under the output's lock.
+    fn start_over(&self, output: &Path) -> Result<()> {
+        let settings = &self.config.output;
+        if settings.resume_from_checkpoint == Resume::Never && settings.overwrite_output_dir {
+            for path in checkpoint::remove_all(output)? {
+                tracing::info!("removed {} of an earlier run", path.display());
+            }
+        }
+        Ok(())
     }
 
     /// The trainer of this run, weights read, adapter at its initial values.
@@ -387,23 +413,6 @@ fn activation_dtype(config: &TrainConfig) -> DType {
     } else {
         DType::F32
     }
-}
-
-fn refuse_to_overwrite(config: &TrainConfig, output: &Path) -> Result<()> {
-    use ferrotune_core::config::Resume;
-    let fresh = matches!(config.output.resume_from_checkpoint, Resume::Never);
-    let has_checkpoints = !checkpoint::list(output)?.is_empty();
-    if fresh && has_checkpoints && !config.output.overwrite_output_dir {
-        return Err(Error::config(
-            "output_dir",
-            format!(
-                "`{}` holds checkpoints of an earlier run; go on with resume_from_checkpoint: auto, start over \
-                 with overwrite_output_dir: true, or choose another directory",
-                output.display()
-            ),
-        ));
-    }
-    Ok(())
 }
 
 fn run_plan(

@@ -1,7 +1,10 @@
 //! What a run leaves behind: checkpoints while it goes, the result at its end.
 
 use super::Recipe;
-use ferrotune_core::checkpoint::{Checkpoint, OPTIMIZER, RunIdentity, write_optimizer};
+use ferrotune_core::checkpoint::{
+    Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
+};
+use ferrotune_core::data::Dataset;
 use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
@@ -29,14 +32,14 @@ pub struct CheckpointFiles<'a> {
 }
 
 impl<'a> CheckpointFiles<'a> {
-    /// Takes the fingerprints of base, tokenizer and data.
+    /// For checkpoints that belong to `recipe`.
     #[must_use]
     pub fn new(recipe: &'a Recipe) -> Self {
         Self {
             recipe,
             identity: RunIdentity {
                 config: recipe.config.to_json(),
-                fingerprints: fingerprints(recipe),
+                fingerprints: recipe.fingerprints.clone(),
             },
         }
     }
@@ -69,28 +72,27 @@ impl<'a> CheckpointFiles<'a> {
     }
 }
 
-/// What must be equal for a continued run to be the same run.
-fn fingerprints(recipe: &Recipe) -> BTreeMap<String, String> {
-    let mut data = Vec::new();
-    for example in &recipe.dataset.examples {
-        data.extend_from_slice(&(example.len() as u64).to_le_bytes());
-        data.extend(example.input_ids.iter().flat_map(|v| v.to_le_bytes()));
-        data.extend(example.labels.iter().flat_map(|v| v.to_le_bytes()));
+/// Digests of base and data: equal for a continued run to be the same run.
+///
+/// # Errors
+/// [`Error::Read`].
+pub(super) fn fingerprints(
+    base: &Path,
+    files: Option<&ModelFiles>,
+    dataset: &Dataset,
+) -> Result<BTreeMap<String, String>> {
+    let path = base.join("config.json");
+    let config = std::fs::read(&path).map_err(Error::read(&path))?;
+    let mut model = blake3_of_bytes(&config);
+    for file in files.into_iter().flat_map(ModelFiles::shards) {
+        // The header with names, dtypes and shapes is in the first sample.
+        let content = sampled_digest(file.path())?;
+        model = blake3_of_bytes(format!("{model}{content}").as_bytes());
     }
-    let config = std::fs::read(recipe.base.join("config.json")).unwrap_or_default();
-    let mut base = blake3_of_bytes(&config);
-    for file in recipe.files.iter().flat_map(ModelFiles::shards) {
-        // Names, shapes and dtypes; hashing all weights would double the time to the first step.
-        let tensors: Vec<_> = file
-            .names()
-            .map(|n| format!("{n}: {:?}", file.meta(n)))
-            .collect();
-        base = blake3_of_bytes(format!("{base}{tensors:?}").as_bytes());
-    }
-    BTreeMap::from([
-        ("base_model".into(), base),
-        ("data".into(), blake3_of_bytes(&data)),
-    ])
+    Ok(BTreeMap::from([
+        ("base_model".into(), model),
+        ("data".into(), data_digest(&dataset.examples)),
+    ]))
 }
 
 /// The trained weights with what is needed to load them.
@@ -174,6 +176,25 @@ pub(super) fn trainer_log(
     Ok(TrainerLogJsonl::new(file, path))
 }
 
+/// Written last: where it is, the whole result is.
+const RUN: &str = "run.json";
+
+/// Whether `output` holds the whole result of a run of `step` steps.
+pub(super) fn has_result(output: &Path, step: u64) -> bool {
+    let text = std::fs::read(output.join(RUN)).unwrap_or_default();
+    let run: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    run["steps"] == json!(step)
+}
+
+/// Takes back the claim that `output` holds a result: a run is about to make another.
+pub(super) fn withdraw_result(output: &Path) -> Result<()> {
+    let path = output.join(RUN);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(&path)(e)),
+        _ => Ok(()),
+    }
+}
+
 /// The result, at the top of the output directory, read back before it counts.
 pub(super) fn write_final(
     recipe: &Recipe,
@@ -204,10 +225,7 @@ pub(super) fn write_final(
         &output.join("README.md"),
         model_card(recipe, finished).render().as_bytes(),
     )?;
-    write_file(
-        &output.join("run.json"),
-        run_json(recipe, finished).as_bytes(),
-    )
+    write_file(&output.join(RUN), run_json(recipe, finished).as_bytes())
 }
 
 /// Re-reads what was saved: every tensor, bit for bit.
@@ -294,7 +312,7 @@ fn run_json(recipe: &Recipe, finished: &RunFinished) -> String {
     let document = json!({
         "ferrotune_version": env!("CARGO_PKG_VERSION"),
         "world_size": 1,
-        "digests": fingerprints(recipe),
+        "digests": recipe.fingerprints,
         "config": recipe.config.to_json(),
         "data": {
             "rows": report.rows,

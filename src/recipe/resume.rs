@@ -11,10 +11,15 @@ use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
 use std::path::Path;
 
-/// Keys that may differ between a run and its continuation. Only the last two can change what is
-/// trained, through a schedule that depends on the run's length: to make a run longer is a choice.
-const FREE_KEYS: [&str; 21] = [
+/// Keys that may differ between a run and its continuation. What the paths of base, data and template
+/// point at is compared by digest, so that it may lie elsewhere. Of the others only `max_steps` and
+/// `num_train_epochs` can change what is trained, through a schedule that depends on the run's
+/// length: to make a run longer is a choice.
+const FREE_KEYS: [&str; 26] = [
+    "chat_template_path",
+    "dataset_name",
     "dataset_test_split",
+    "dataset_train_split",
     "device",
     "eval_file",
     "eval_packing",
@@ -24,6 +29,7 @@ const FREE_KEYS: [&str; 21] = [
     "logging_steps",
     "logging_strategy",
     "max_steps",
+    "model_name_or_path",
     "num_threads",
     "num_train_epochs",
     "output_dir",
@@ -35,6 +41,7 @@ const FREE_KEYS: [&str; 21] = [
     "save_steps",
     "save_strategy",
     "save_total_limit",
+    "train_file",
 ];
 
 /// The checkpoint a run starts from, verified, if it is to start from one.

@@ -115,6 +115,15 @@ impl fmt::Display for Summary {
     }
 }
 
+/// Bytes of weights, trained values with their moments, and activations.
+pub(super) fn planned_bytes(recipe: &Recipe) -> u64 {
+    let weights = recipe.decoder.parameters() * recipe.weight_dtype.bytes();
+    let trained = recipe.trainable * 16;
+    (weights as u64)
+        .saturating_add(trained as u64)
+        .saturating_add(activation_bytes(recipe) as u64)
+}
+
 /// Saved activations of the largest micro-batch, and the buffers of one layer's backward.
 fn activation_bytes(recipe: &Recipe) -> usize {
     let d = &recipe.decoder;

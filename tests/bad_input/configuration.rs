@@ -1,5 +1,6 @@
 //! Keys and values of the configuration, and what they point at.
 
+use super::common::{Workbench, command, entries, text};
 use super::{BAD_CONFIG, check, common, fault, untouched};
 use serde_json::json;
 
@@ -87,6 +88,13 @@ fn faults_of_the_configuration() {
             &["max_length", "max_position_embeddings", "256", "401"],
         ),
         fault(
+            "a rank that no machine has the memory for",
+            json!({"lora_r": 99_999_999_999_999_u64}),
+            untouched,
+            71,
+            &["does not fit", "available", "lora_r"],
+        ),
+        fault(
             "rank 0",
             json!({"lora_r": 0}),
             untouched,
@@ -94,4 +102,57 @@ fn faults_of_the_configuration() {
             &["lora_r", "1 or more"],
         ),
     ]);
+}
+
+#[test]
+fn training_into_the_directory_of_the_base_is_refused_and_changes_nothing() {
+    let bench = Workbench::new(6);
+    let base = bench.path("base");
+    std::fs::create_dir(bench.path("beside")).expect("writable");
+    let before = (
+        entries(&base),
+        common::read(&base.join("model.safetensors")),
+    );
+    for output in [base.clone(), bench.path("beside/../base")] {
+        let changes = json!({
+            "output_dir": output, "overwrite_output_dir": true, "use_peft": false,
+        });
+        let finished = bench.train("out", &changes).expect(BAD_CONFIG);
+        for part in ["output_dir", "base model", "another directory"] {
+            assert!(finished.stderr.contains(part), "{}", finished.stderr);
+        }
+    }
+    let after = (
+        entries(&base),
+        common::read(&base.join("model.safetensors")),
+    );
+    assert!(before == after, "the base has changed");
+}
+
+#[test]
+fn a_base_among_the_checkpoints_of_the_output_is_not_deleted() {
+    let bench = Workbench::new(6);
+    let full = json!({
+        "use_peft": false, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3,
+    });
+    bench.train("out", &full).expect(0);
+    let checkpoint = bench.path("out/checkpoint-2");
+    let again = json!({"model_name_or_path": checkpoint, "overwrite_output_dir": true});
+    let finished = bench.train("out", &again).expect(BAD_CONFIG);
+    assert!(
+        finished.stderr.contains("output_dir"),
+        "{}",
+        finished.stderr
+    );
+    assert!(checkpoint.join("model.safetensors").exists());
+}
+
+#[test]
+fn a_dry_run_makes_no_directory() {
+    let bench = Workbench::new(6);
+    let changes = json!({"output_dir": bench.path("new/nested/out")});
+    let config = bench.config("dry", &changes);
+    let run = command(&["train", text(&config), "--dry-run"]).output();
+    assert!(run.expect("the binary starts").status.success());
+    assert!(!bench.path("new").exists());
 }

@@ -5,6 +5,7 @@
 //! into place. Before a checkpoint is used every byte of it is checked; the step number, never a
 //! file time, decides which one is newest.
 
+mod fingerprint;
 mod manifest;
 mod optimizer;
 mod rotation;
@@ -13,9 +14,10 @@ mod tests;
 
 use crate::io::StagedDir;
 use crate::{Error, Result};
+pub use fingerprint::{data_digest, sampled_digest};
 pub use manifest::{FileRecord, MANIFEST, Manifest, RunIdentity};
 pub use optimizer::{OPTIMIZER, read_optimizer, write_optimizer};
-pub use rotation::{latest_valid, list, rotate};
+pub use rotation::{latest_valid, list, remove_all, rotate};
 use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "checkpoint-";

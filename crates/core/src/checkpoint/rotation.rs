@@ -99,3 +99,17 @@ pub fn rotate(output_dir: &Path, keep: usize) -> Result<Vec<PathBuf>> {
     }
     Ok(removed)
 }
+
+/// Deletes every checkpoint of `output_dir`, whole or not, and returns what it deleted, for a run
+/// that starts over there.
+///
+/// # Errors
+/// As [`rotate`].
+pub fn remove_all(output_dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    for (_, path) in list(output_dir)? {
+        remove_dir(&path).map_err(Error::write(&path))?;
+        removed.push(path);
+    }
+    Ok(removed)
+}

@@ -80,6 +80,8 @@ pub struct Run<'a> {
     pub state: &'a mut TrainerState,
     /// Metrics since the last log row.
     pub window: LogWindow,
+    /// The checkpoint the run goes on from, if it does: it is not written again.
+    pub resumed_from: Option<PathBuf>,
     /// Set from a signal handler: finish the step, save, leave.
     pub stop: &'a AtomicBool,
     /// Saves a checkpoint.
@@ -102,7 +104,7 @@ impl Run<'_> {
         let begin = Instant::now();
         self.emit(&Event::RunStarted(started))?;
         let mut totals = Totals::default();
-        let mut saved: Option<(u64, PathBuf)> = None;
+        let mut saved = self.resumed_from.take().map(|p| (trainer.steps_done(), p));
         while trainer.steps_done() < self.plan.total_steps {
             if self.stop.load(Ordering::SeqCst) {
                 return self.stopped(trainer, saved);
