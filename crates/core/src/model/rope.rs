@@ -70,9 +70,12 @@ pub enum RopeScaling {
 impl RopeConfig {
     /// Reads `rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (4.x).
     ///
+    /// `rotary_dim` is the architecture's to say: Llama rotates whole heads, and a
+    /// `partial_rotary_factor` in its config means nothing, to Transformers as here.
+    ///
     /// # Errors
     /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter.
-    pub fn from_hf(config: &HfConfig, head_dim: usize) -> Result<Self> {
+    pub fn from_hf(config: &HfConfig, rotary_dim: usize) -> Result<Self> {
         let (group, parameters) = parameters(config)?;
         let read = Parameters {
             config,
@@ -83,11 +86,6 @@ impl RopeConfig {
             "rope_theta",
             Some(config.number_or("rope_theta", 10_000.0)?),
         )?;
-        let partial = read.number(
-            "partial_rotary_factor",
-            Some(config.number_or("partial_rotary_factor", 1.0)?),
-        )?;
-        let rotary_dim = (head_dim as f64 * partial) as usize;
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(config.error(
                 "head_dim",
@@ -295,5 +293,25 @@ impl Parameters<'_> {
                 .and_then(Value::as_bool)
                 .unwrap_or(true),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+
+    #[test]
+    fn whole_heads_rotate_whatever_partial_rotary_factor_says() {
+        for config in [
+            json!({"partial_rotary_factor": 0.5}),
+            json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ] {
+            let config = HfConfig::from_value(Path::new("config.json"), config).expect("an object");
+            let rope = RopeConfig::from_hf(&config, 64).expect("a default rope");
+            assert_eq!(rope.rotary_dim, 64);
+            assert_eq!(rope.inverse_frequencies(8).len(), 32);
+        }
     }
 }
