@@ -7,12 +7,16 @@ use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{Tensor, rng};
 
+/// Below this, logits divided by the temperature leave the range of f32, and the most likely token
+/// would be drawn anyway.
+pub const MIN_TEMPERATURE: f64 = 1e-5;
+
 /// How the next token is chosen, and when to stop. Names are Transformers'.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
-    /// 0 always takes the most likely token.
+    /// 0 always takes the most likely token; so does anything below [`MIN_TEMPERATURE`].
     pub temperature: f64,
     /// Only the k most likely tokens; `None` keeps all.
     pub top_k: Option<usize>,
@@ -44,7 +48,7 @@ impl GenerateOptions {
     fn sampling(&self) -> Sampling {
         let temperature = self.temperature;
         match (self.top_k, self.top_p) {
-            _ if temperature <= 0.0 => Sampling::ArgMax,
+            _ if temperature < MIN_TEMPERATURE => Sampling::ArgMax,
             (None, None) => Sampling::All { temperature },
             (Some(k), None) => Sampling::TopK { k, temperature },
             (None, Some(p)) => Sampling::TopP { p, temperature },
@@ -74,7 +78,13 @@ pub fn generate(
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
 ) -> Result<Vec<Vec<u32>>> {
+    for (index, prompt) in prompts.iter().enumerate() {
+        capacity(model, index, prompt, options)?;
+    }
     let mut answers = vec![Vec::new(); prompts.len()];
+    if options.max_new_tokens == 0 {
+        return Ok(answers);
+    }
     let mut waiting = prompts.iter().enumerate().rev().collect::<Vec<_>>();
     let mut running: Vec<Answer> = Vec::new();
     while !(waiting.is_empty() && running.is_empty()) {
@@ -103,16 +113,22 @@ pub fn generate(
     Ok(answers)
 }
 
-fn start(
+/// Tokens of a prompt and its longest answer together.
+fn capacity(
     model: &Model,
-    pass: Pass<'_>,
     index: usize,
     prompt: &[u32],
     options: &GenerateOptions,
-) -> Result<Answer> {
+) -> Result<usize> {
+    if prompt.is_empty() {
+        return Err(Error::config(
+            "prompt",
+            format!("prompt {index} has no tokens; there is nothing to go on from"),
+        ));
+    }
     let context = model.config().max_position_embeddings;
-    let capacity = prompt.len() + options.max_new_tokens;
-    if prompt.is_empty() || capacity > context {
+    let capacity = prompt.len().saturating_add(options.max_new_tokens);
+    if capacity > context {
         return Err(Error::config(
             "max_new_tokens",
             format!(
@@ -123,6 +139,17 @@ fn start(
             ),
         ));
     }
+    Ok(capacity)
+}
+
+fn start(
+    model: &Model,
+    pass: Pass<'_>,
+    index: usize,
+    prompt: &[u32],
+    options: &GenerateOptions,
+) -> Result<Answer> {
+    let capacity = capacity(model, index, prompt, options)?;
     let seed = rng::mix(rng::key_for(options.seed, "generate"), index as u64);
     Ok(Answer {
         prompt: index,

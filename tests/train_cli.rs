@@ -356,6 +356,47 @@ fn a_cached_answer_equals_one_computed_from_the_start() {
 }
 
 #[test]
+fn the_ends_of_the_ranges_of_sampling_are_handled() {
+    let bench = Workbench::new(2);
+    let base = bench.path("base");
+    let run = |more: &[&str]| {
+        answers(&generate(
+            &base,
+            None,
+            &[&["--prompt", "1+2=?"], more].concat(),
+        ))
+    };
+    assert_eq!(run(&["--max-new-tokens", "0"]), [""]);
+    let short = ["--max-new-tokens", "8"];
+    let tiny = [&short[..], &["--temperature", "1e-300"]].concat();
+    assert_eq!(run(&tiny), run(&short));
+
+    let ask = [
+        "generate",
+        "--prompt",
+        "a",
+        "--model-name-or-path",
+        text(&base),
+    ];
+    let most = usize::MAX.to_string();
+    let refused = ferrotune(&[&ask[..], &["--max-new-tokens", &most]].concat()).expect(78);
+    assert!(
+        refused.stderr.contains("context is 256"),
+        "{}",
+        refused.stderr
+    );
+    // Refused before a model is looked for.
+    let nowhere = [
+        "generate",
+        "--prompt",
+        "a",
+        "--model-name-or-path",
+        "nowhere",
+    ];
+    ferrotune(&[&nowhere[..], &["--top-k", "0"]].concat()).expect(2);
+}
+
+#[test]
 fn full_fine_tuning_writes_a_model_that_answers_as_it_learnt() {
     let bench = Workbench::new(2);
     let rows: Vec<Value> = ["ping", "pang"]

@@ -37,12 +37,13 @@ pub(super) fn run(args: &Args) -> Outcome {
             "nothing to answer; give --prompt or --prompts-file".into(),
         ));
     }
+    let options = args.sampling.options()?;
     let chat = args.model.load()?;
     let ids = prompts
         .iter()
         .map(|p| chat.encode(p))
         .collect::<Result<Vec<_>, _>>()?;
-    let answers = chat.answer(&ids, &args.sampling.options()?)?;
+    let answers = chat.answer(&ids, &options)?;
     for (prompt, answer) in prompts.iter().zip(&answers) {
         if args.json {
             let messages: Vec<_> = prompt.iter().map(Message::fields).collect();
