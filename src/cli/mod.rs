@@ -110,10 +110,16 @@ fn either_spelling(word: OsString) -> OsString {
     }
 }
 
-/// A panic is an internal error like any other: message, place, code 70.
+/// A panic is an internal error like any other: message, place, code 70. A reader that has read
+/// enough (`ferrotune ... | head`) is none: the process ends as others do on a closed pipe.
 fn exit_on_panic() {
+    const CLOSED_PIPE: i32 = 141;
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
+        let message = info.payload_as_str().unwrap_or_default();
+        if message.starts_with("failed printing to stdout") && message.contains("Broken pipe") {
+            std::process::exit(CLOSED_PIPE);
+        }
         default(info);
         std::process::exit(ExitCode::Internal as i32);
     }));

@@ -19,6 +19,10 @@ pub(super) fn parse(words: &[String]) -> Result<(Vec<(String, String)>, Switches
     let mut switches = Switches::default();
     let mut words = words.iter().peekable();
     while let Some(word) = words.next() {
+        if ["-h", "--help"].contains(&word.as_str()) {
+            let message = "for help: `ferrotune help train`; for all keys: `ferrotune config-schema --markdown`";
+            return Err(Failure::Usage(message.into()));
+        }
         let Some(name) = word.strip_prefix("--") else {
             return Err(Failure::Usage(format!(
                 "`{word}` is not a `--key value` pair"
@@ -51,9 +55,9 @@ pub(super) fn parse(words: &[String]) -> Result<(Vec<(String, String)>, Switches
     Ok((pairs, switches))
 }
 
-/// A negative number is a value, `--x` is the next key.
+/// A negative number is a value; `--x` is the next key, and `-x` is nothing at all.
 fn is_value(word: &str) -> bool {
-    !word.starts_with("--")
+    !word.starts_with('-') || word.parse::<f64>().is_ok()
 }
 
 #[cfg(test)]
@@ -89,6 +93,13 @@ mod tests {
 
     #[test]
     fn a_loose_word_is_a_usage_error() {
-        assert!(parse(&words("max_steps 3")).is_err());
+        for line in [
+            "max_steps 3",
+            "--output_dir out -h",
+            "--output_dir out -x",
+            "--help",
+        ] {
+            assert!(parse(&words(line)).is_err(), "{line}");
+        }
     }
 }

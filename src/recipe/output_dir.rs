@@ -13,8 +13,8 @@ use std::path::Path;
 pub(super) fn check(config: &TrainConfig, base: &Path) -> Result<()> {
     let output = Path::new(&config.output.output_dir);
     refuse_the_base(output, base)?;
-    refuse_to_overwrite(config, output)?;
-    probe(output)
+    probe(output)?;
+    refuse_to_overwrite(config, output)
 }
 
 /// The base must outlive the run: neither its weights nor the checkpoint it lies in may go.
