@@ -135,10 +135,10 @@ fn assert_same(step: &Step, whole: &Step, label: &str) {
 fn check(method: Method) {
     let directory = tempfile::tempdir().expect("temporary directory");
     let base = directory.path();
-    // Weights of a size that does not magnify rounding: f32 sums of another order differ by 1e-7.
+    // Weights large enough that a wrong mask or position shows.
     let shape = Shape {
         bias: true,
-        gain: 0.6,
+        gain: 1.4,
         ..Shape::default()
     };
     write_model(base, &shape, Stored::F32, 3);
