@@ -52,20 +52,20 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
 }
 
 /// A base model with an adapter read from disk.
-pub(super) struct Adapted {
-    pub(super) model: Model,
-    pub(super) params: FlatBuffer,
+struct Adapted {
+    model: Model,
+    params: FlatBuffer,
 }
 
 /// What one forward and backward gave.
-pub(super) struct Pass1 {
+struct Recomputed {
     logits: Vec<f32>,
     loss: f64,
     grads: FlatBuffer,
 }
 
 impl Adapted {
-    pub(super) fn load(base: &Path, adapter: &Path, dtype: DType) -> Result<Self> {
+    fn load(base: &Path, adapter: &Path, dtype: DType) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let method: Box<dyn Adapter> = ferrotune_lora::load(adapter, &config.model_type)?;
         let (attachments, mut params) = attach(&config, method.as_ref())?;
@@ -80,7 +80,7 @@ impl Adapted {
         Ok(Self { model, params })
     }
 
-    fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Pass1> {
+    fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
         let workspace = Workspace::new(batch.tokens());
         let pass = Pass {
             workspace: &workspace,
@@ -89,7 +89,7 @@ impl Adapted {
         };
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
         let (loss, grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
-        Ok(Pass1 {
+        Ok(Recomputed {
             logits,
             loss,
             grads,
@@ -127,7 +127,7 @@ fn gradients<'a>(
 fn compare_f32(
     c: &mut Comparison,
     expected: &SafetensorsFile,
-    ours: &Pass1,
+    ours: &Recomputed,
     padded: &PaddedBatch,
     places: &[usize],
 ) -> Result<()> {
@@ -156,8 +156,8 @@ fn compare_f32(
 fn compare_bf16(
     c: &mut Comparison,
     expected: &SafetensorsFile,
-    ours: &Pass1,
-    reference: &Pass1,
+    ours: &Recomputed,
+    reference: &Recomputed,
     padded: &PaddedBatch,
     places: &[usize],
 ) -> Result<()> {

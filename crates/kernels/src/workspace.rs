@@ -89,13 +89,6 @@ impl Workspace {
         self.pool().scratch.entry(key).or_default().push(buffer);
     }
 
-    /// Frees every buffer that is not in use.
-    pub fn clear(&self) {
-        let mut pool = self.pool();
-        pool.free.clear();
-        pool.scratch.clear();
-    }
-
     fn pool(&self) -> MutexGuard<'_, Pool> {
         // A panic while the lock is held leaves the pool whole: only `pop` and `push` run inside.
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
