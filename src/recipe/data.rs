@@ -159,19 +159,10 @@ pub(super) fn check_fits_vocabulary(
     tokenizer: &Tokenizer,
     dataset: &Dataset,
     decoder: &DecoderConfig,
+    base: &Path,
 ) -> Result<()> {
     let ids = dataset.examples.iter().flat_map(|e| &e.input_ids);
-    let (largest, vocab_size) = (ids.max().copied().unwrap_or(0), decoder.vocab_size);
-    if (largest as usize) < vocab_size {
-        return Ok(());
-    }
-    Err(Error::model(
-        tokenizer.path(),
-        format!(
-            "gives token id {largest}, but vocab_size in config.json is {vocab_size}; tokenizer and \
-             model must belong together"
-        ),
-    ))
+    tokenizer.check_fits(ids, decoder.vocab_size, &base.join("config.json"))
 }
 
 /// Micro-batches of every step, as a function of (seed, epoch).

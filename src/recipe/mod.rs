@@ -109,7 +109,7 @@ impl Recipe {
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
             data::check_fits_context(&config, rows, &decoder, &base)?;
-            data::check_fits_vocabulary(&tokenizer, rows, &decoder)?;
+            data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
         }
         let epochs = EpochData::new(&config, &dataset, 0, 1);
         let plan = run_plan(&config, epochs.steps_per_epoch(), trainable, &decoder)?;

@@ -100,7 +100,7 @@ impl<'a> Builder<'a> {
             let text_field = &self.options.dataset_text_field;
             let rows = chunk
                 .par_iter()
-                .map(|line| parse_row(&path, line, text_field))
+                .map(|line| Row::parse(&path, line, text_field))
                 .collect();
             self.add(rows)?;
             if let Some(error) = failure {
@@ -190,15 +190,21 @@ fn next_chunk(lines: &mut impl Iterator<Item = Result<Line>>) -> (Vec<Line>, Opt
     (chunk, None)
 }
 
-fn parse_row(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Row> {
-    let object = parse_object(path, line)?;
-    let record = Record::from_row(&object, text_field)
-        .map_err(|message| Error::data(path, line.number, message))?;
-    Ok(Row {
-        record,
-        path: path.clone(),
-        line: line.number,
-    })
+impl Row {
+    /// Reads a line of a JSON Lines file; see [`Record::from_row`].
+    ///
+    /// # Errors
+    /// [`Error::Data`] with file and line.
+    pub fn parse(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Self> {
+        let object = parse_object(path, line)?;
+        let record = Record::from_row(&object, text_field)
+            .map_err(|message| Error::data(path, line.number, message))?;
+        Ok(Self {
+            record,
+            path: path.clone(),
+            line: line.number,
+        })
+    }
 }
 
 #[cfg(test)]

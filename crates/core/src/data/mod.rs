@@ -8,6 +8,7 @@ mod fixtures;
 pub mod jsonl;
 mod pack;
 mod prepare;
+mod prompt;
 mod record;
 mod sampler;
 mod tokenizer;
@@ -17,6 +18,7 @@ pub use chat_template::{ChatTemplate, Conversation, DEFAULT_DATE, Ending, Render
 pub use dataset::Dataset;
 pub use pack::{pack_bfd, split_long};
 pub use prepare::{PrepareOptions, PrepareReport, Preparer, Row, TruncationMode};
+pub use prompt::Prompt;
 pub use record::{Message, Record, RecordKind, TemplateInputs};
 pub use sampler::{BatchPlan, EpochPlan, MicroBatch, Order};
 pub use tokenizer::{Decoding, Encoded, SpecialTokens, Tokenizer};

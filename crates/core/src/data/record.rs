@@ -200,7 +200,7 @@ fn prompt_completion(
     }
 }
 
-fn read_messages(column: &str, value: &Value) -> Result<Vec<Message>, String> {
+pub(super) fn read_messages(column: &str, value: &Value) -> Result<Vec<Message>, String> {
     let Value::Array(items) = value else {
         return Err(format!(
             "`{column}` must be a list of messages, found {}",
@@ -217,7 +217,7 @@ fn read_messages(column: &str, value: &Value) -> Result<Vec<Message>, String> {
         .collect()
 }
 
-fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs, String> {
+pub(super) fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs, String> {
     let tools = match row.get("tools") {
         None | Some(Value::Null) => None,
         Some(Value::String(text)) if text.trim().is_empty() => None,
@@ -269,7 +269,7 @@ fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
 }
 
 /// Names in backquotes, at most a dozen.
-fn list(names: &[&str]) -> String {
+pub(super) fn list(names: &[&str]) -> String {
     if names.is_empty() {
         return "nothing".into();
     }

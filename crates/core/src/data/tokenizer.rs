@@ -57,6 +57,8 @@ pub struct Tokenizer {
     files: Vec<PathBuf>,
     front: Edge,
     back: Edge,
+    /// Whether encoding with special tokens ends with an EOS token.
+    appends_eos: bool,
 }
 
 impl Tokenizer {
@@ -80,6 +82,7 @@ impl Tokenizer {
             files: files::existing(directory),
             front: Edge::Keep,
             back: Edge::Keep,
+            appends_eos: false,
             special_tokens: settings.special_tokens,
             inner,
             path,
@@ -109,6 +112,11 @@ impl Tokenizer {
         let has_eos = full.last() == eos.as_ref() && plain.last() != eos.as_ref();
         self.front = edge(bos, add_bos, has_bos);
         self.back = edge(eos, add_eos, has_eos);
+        self.appends_eos = match self.back {
+            Edge::Keep => has_eos,
+            Edge::Add(_) => true,
+            Edge::Remove => false,
+        };
         Ok(())
     }
 
@@ -141,6 +149,19 @@ impl Tokenizer {
                 Edge::Add(id) => ids.push(id),
                 Edge::Remove => drop(ids.pop()),
             }
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of a text that is to be continued: with special tokens, but without the EOS token
+    /// that some tokenizers put behind every text.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the tokenizer refuses the text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, SpecialTokens::Add)?;
+        if self.appends_eos {
+            ids.pop();
         }
         Ok(ids)
     }
@@ -205,6 +226,31 @@ impl Tokenizer {
     #[must_use]
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// Checks that every id has a row in the embedding of a model, whose `config.json` says
+    /// `vocab_size`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming both files, the largest id and the size.
+    pub fn check_fits<'a>(
+        &self,
+        ids: impl IntoIterator<Item = &'a u32>,
+        vocab_size: usize,
+        config: &Path,
+    ) -> Result<()> {
+        let largest = ids.into_iter().max().copied().unwrap_or(0);
+        if (largest as usize) < vocab_size {
+            return Ok(());
+        }
+        Err(Error::model(
+            &self.path,
+            format!(
+                "gives token id {largest}, but vocab_size in {} is {vocab_size}; tokenizer and \
+                 model must belong together",
+                config.display()
+            ),
+        ))
     }
 
     /// The special tokens by name (`bos_token`, `eos_token`, ...): variables of chat templates.
