@@ -34,11 +34,10 @@ fn main() -> Result<()> {
 }
 
 fn answers(model: &TextModel, questions: &[&str]) -> Result<Vec<String>> {
-    // These rows are plain text; for a chat, `TextModel::encode` applies the chat template.
-    let special = ferrotune::core::data::SpecialTokens::Add;
+    // These rows are plain text; `Prompt::user` asks through the chat template.
     let prompts: Vec<Vec<u32>> = questions
         .iter()
-        .map(|text| model.tokenizer.encode(text, special))
+        .map(|text| model.encode(&Prompt::Text((*text).to_owned())))
         .collect::<Result<_>>()?;
     let options = GenerateOptions {
         max_new_tokens: 8,

@@ -4,7 +4,7 @@ pub use crate::generate::GenerateOptions;
 pub use crate::recipe::{Recipe, Summary};
 pub use crate::text_model::TextModel;
 pub use ferrotune_core::config::{Names, TrainConfig};
-pub use ferrotune_core::data::{Dataset, Example, Message, PackedBatch, Record, Tokenizer};
+pub use ferrotune_core::data::{Dataset, Example, Message, PackedBatch, Prompt, Record, Tokenizer};
 pub use ferrotune_core::io::ModelFiles;
 pub use ferrotune_core::lr_schedule::LrSchedule;
 pub use ferrotune_core::model::DecoderConfig;

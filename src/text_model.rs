@@ -1,21 +1,21 @@
 //! A model that is ready to answer: base, adapter and tokenizer together.
 
 use crate::generate::{GenerateOptions, generate};
+use ferrotune_core::Result;
 use ferrotune_core::adapter::Adapter;
-use ferrotune_core::data::{
-    ChatTemplate, Conversation, Decoding, Ending, Message, SpecialTokens, Tokenizer,
-};
+use ferrotune_core::data::{Decoding, Prompt, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles};
 use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
-use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Workspace};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A base model with or without an adapter, and its tokenizer.
 #[derive(Debug)]
 pub struct TextModel {
+    /// Directory of the base.
+    pub base: PathBuf,
     /// The base, with the adapter's attachments in place.
     pub model: Model,
     /// The adapter's values; empty without one.
@@ -35,6 +35,10 @@ impl TextModel {
     /// # Errors
     /// [`Error::Model`] or [`Error::Adapter`] naming the file and the tensor or key that does not
     /// fit; [`Error::Read`].
+    ///
+    /// [`Error::Model`]: ferrotune_core::Error::Model
+    /// [`Error::Adapter`]: ferrotune_core::Error::Adapter
+    /// [`Error::Read`]: ferrotune_core::Error::Read
     pub fn load(base: &Path, adapter: Option<&Path>) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
@@ -53,6 +57,7 @@ impl TextModel {
         let own_tokenizer = adapter.filter(|d| d.join("tokenizer.json").is_file());
         let tokenizer = Tokenizer::from_dir(own_tokenizer.unwrap_or(base))?;
         Ok(Self {
+            base: base.into(),
             model,
             params,
             tokenizer,
@@ -70,26 +75,32 @@ impl TextModel {
         }
     }
 
-    /// Token ids of a conversation that waits for its answer: through the chat template where
-    /// there is one, else as plain text, one message per line.
+    /// What a person types: the user's message where there is a chat template, plain text otherwise.
+    #[must_use]
+    pub fn prompt(&self, text: &str) -> Prompt {
+        match self.tokenizer.chat_template(None) {
+            Some(_) => Prompt::user(text),
+            None => Prompt::Text(text.to_owned()),
+        }
+    }
+
+    /// Token ids of a prompt, as training showed it.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template refuses the messages.
-    pub fn encode(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        match self.tokenizer.chat_template(None) {
-            Some(template) => {
-                let text = render(template, messages)?;
-                self.tokenizer.encode(&text, SpecialTokens::Omit)
-            }
-            None => {
-                let text = messages
-                    .iter()
-                    .filter_map(|m| m.content()?.as_str())
-                    .collect::<Vec<_>>()
-                    .join("\n");
-                self.tokenizer.encode(&text, SpecialTokens::Add)
-            }
-        }
+    /// As [`Prompt::encode`].
+    pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        prompt.encode(&self.tokenizer)
+    }
+
+    /// Checks that the embedding has a row for every token id.
+    ///
+    /// # Errors
+    /// [`Error::Model`](ferrotune_core::Error::Model) naming the tokenizer's file and the model's, the
+    /// largest id and the size of the vocabulary.
+    pub fn check_vocabulary<'a>(&self, ids: impl IntoIterator<Item = &'a u32>) -> Result<()> {
+        let vocab_size = self.model.config().vocab_size;
+        self.tokenizer
+            .check_fits(ids, vocab_size, &self.base.join("config.json"))
     }
 
     /// The answer to each prompt of token ids (see [`TextModel::encode`]), special tokens left out.
@@ -97,8 +108,9 @@ impl TextModel {
     /// Where `options` name no stop tokens, the tokenizer's are used.
     ///
     /// # Errors
-    /// As [`generate`].
+    /// As [`TextModel::check_vocabulary`] and [`generate`].
     pub fn answer(&self, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<Vec<String>> {
+        self.check_vocabulary(prompts.iter().flatten())?;
         let mut options = options.clone();
         if options.stop_ids.is_empty() {
             options.stop_ids = self.tokenizer.stop_ids().to_vec();
@@ -128,14 +140,4 @@ fn dtype_of(files: &ModelFiles) -> DType {
     } else {
         DType::F32
     }
-}
-
-fn render(template: &ChatTemplate, messages: &[Message]) -> Result<String, Error> {
-    let conversation = Conversation {
-        messages,
-        tools: None,
-        variables: &serde_json::Map::new(),
-        ending: Ending::GenerationPrompt,
-    };
-    Ok(template.render(&conversation)?.text)
 }

@@ -1,7 +1,7 @@
 //! `demo`: the files under `examples/demo` are in the binary; from there on it is `train`, and
 //! `eval --exact_match` before and after, on an ordinary configuration.
 
-use super::eval::{Answered, exact_match, questions};
+use super::exact_match::{Answered, exact_match, questions, read_rows};
 use super::train::{self, Voice};
 use super::{Failure, Outcome, overrides, stop};
 use ferrotune::TextModel;
@@ -148,11 +148,8 @@ fn unpack(config: &mut TrainConfig) -> Result<PathBuf, Failure> {
 
 fn answers(model: &Path, adapter: Option<&Path>, test: &Path) -> Result<Answered, Failure> {
     let model = TextModel::load(model, adapter)?;
-    Ok(exact_match(
-        &model,
-        &questions(test, None)?,
-        MAX_NEW_TOKENS,
-    )?)
+    let questions = questions(read_rows(test, "text", None)?)?;
+    Ok(exact_match(&model, test, questions, MAX_NEW_TOKENS)?)
 }
 
 fn say(voice: Voice, text: &str) {
@@ -185,7 +182,7 @@ fn side_by_side(before: &Answered, after: &Answered) -> String {
     );
     let answers = before.answers.iter().zip(&after.answers);
     for (question, (before, after)) in after.questions.iter().zip(answers).take(SAMPLES) {
-        let prompt = super::generate::last_text(&question.prompt);
+        let prompt = question.prompt.last_text();
         table += &format!(
             "{prompt:<18} {before:<18} {after:<10} {}\n",
             question.expected

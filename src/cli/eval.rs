@@ -1,16 +1,19 @@
 use super::chat::ModelArgs;
+use super::exact_match::{exact_match, questions, read_rows};
 use super::{Failure, Outcome};
 use ferrotune::TextModel;
-use ferrotune::core::data::jsonl::{JsonLines, parse_object};
-use ferrotune::core::data::{Dataset, Message, PackedBatch, PrepareOptions, Record};
+use ferrotune::core::data::{Dataset, PackedBatch, PrepareOptions, Row};
 use ferrotune::core::io::{FileDType, TensorData, write_safetensors};
 use ferrotune::core::{Error, ExitCode, Result};
-use ferrotune::generate::GenerateOptions;
 use ferrotune::kernels::linear_cross_entropy::Sums;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+
+/// TRL's `max_length`, for models whose context is not shorter.
+const MAX_LENGTH: usize = 1024;
 
 /// Arguments of `eval`.
 #[derive(Debug, clap::Args)]
@@ -20,9 +23,8 @@ pub(super) struct Args {
     /// JSON Lines as for training
     #[arg(long)]
     data: PathBuf,
-    /// Longest row in tokens, longer ones lose their end
-    #[arg(long, default_value_t = 1024)]
-    max_length: usize,
+    #[command(flatten)]
+    rows: RowArgs,
     /// Rows per batch
     #[arg(long, default_value_t = 8)]
     batch_size: usize,
@@ -33,25 +35,59 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
     /// Only the first N rows
-    #[arg(long)]
-    limit: Option<usize>,
+    #[arg(long, value_name = "N")]
+    limit: Option<NonZeroUsize>,
     /// Write token ids and logits of the first row to this safetensors file
     #[arg(long)]
     logits_file: Option<PathBuf>,
 }
 
+/// How rows become tokens with labels: the keys of training.
+#[derive(Debug, clap::Args)]
+struct RowArgs {
+    /// Longest row in tokens, longer ones lose their end [default: 1024, or the model's context where
+    /// that is shorter]
+    #[arg(long)]
+    max_length: Option<usize>,
+    /// Column of plain text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    dataset_text_field: String,
+    /// Loss on completions only; unset means yes for rows of prompt and completion
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
+    completion_only_loss: Option<bool>,
+    /// Loss on what the assistant says only
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
+    assistant_only_loss: Option<bool>,
+}
+
+impl RowArgs {
+    fn options(&self, context: usize) -> PrepareOptions {
+        PrepareOptions {
+            dataset_text_field: self.dataset_text_field.clone(),
+            max_length: Some(self.max_length.unwrap_or(MAX_LENGTH.min(context))),
+            completion_only_loss: self.completion_only_loss,
+            assistant_only_loss: self.assistant_only_loss.unwrap_or(false),
+            ..PrepareOptions::default()
+        }
+    }
+}
+
 pub(super) fn run(args: &Args) -> Outcome {
-    let chat = args.model.load()?;
+    let limit = args.limit.map(NonZeroUsize::get);
+    let rows = read_rows(&args.data, &args.rows.dataset_text_field, limit)?;
+    let asked = args.exact_match.then(|| questions(rows.clone()));
+    let asked = asked.transpose()?;
+    let model = args.model.load()?;
+    let dataset = prepare(args, &model, rows)?;
     let mut result = BTreeMap::new();
-    let dataset = loss(args, &chat, &mut result)?;
-    if args.exact_match {
-        let questions = questions(&args.data, args.limit)?;
-        let answered = exact_match(&chat, &questions, args.max_new_tokens)?;
+    if let Some(questions) = asked {
+        let answered = exact_match(&model, &args.data, questions, args.max_new_tokens)?;
         result.insert("eval_exact_match", json!(answered.score()));
         result.insert("eval_prompts", json!(answered.questions.len()));
     }
+    loss(&model, &dataset, args.batch_size, &mut result)?;
     if let Some(path) = &args.logits_file {
-        write_logits(path, &chat, &dataset)?;
+        write_logits(path, &model, &dataset)?;
     }
     println!(
         "{}",
@@ -60,26 +96,56 @@ pub(super) fn run(args: &Args) -> Outcome {
     Ok(ExitCode::Done)
 }
 
+/// The rows as training would see them, each of which the model can take.
+fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
+    let path = &args.data;
+    if rows.is_empty() {
+        let message = "no rows; expected one JSON object per line";
+        return Err(Error::data(path, None, message));
+    }
+    let context = model.model.config().max_position_embeddings;
+    let options = args.rows.options(context);
+    let dataset = Dataset::from_rows(rows, &model.tokenizer, &options)?;
+    let too_long = dataset.examples.iter().filter(|e| e.len() > context);
+    let (count, longest) = (too_long.count(), dataset.report.longest);
+    if count > 0 {
+        return Err(Error::config(
+            "max_length",
+            format!(
+                "leaves {count} of the {} rows of {} longer than the context of {}, {context} tokens \
+                 (the longest has {longest}); set --max-length {context} or leave it out",
+                dataset.report.rows,
+                path.display(),
+                model.base.display()
+            ),
+        ));
+    }
+    model.check_vocabulary(dataset.examples.iter().flat_map(|e| &e.input_ids))?;
+    Ok(dataset)
+}
+
+/// Adds the loss and its relatives, means over the tokens that are predicted.
 fn loss(
-    args: &Args,
-    chat: &TextModel,
-    result: &mut BTreeMap<&str, serde_json::Value>,
-) -> Result<Dataset> {
-    let options = PrepareOptions {
-        max_length: Some(args.max_length),
-        ..PrepareOptions::default()
-    };
-    let mut dataset = Dataset::load(std::slice::from_ref(&args.data), &chat.tokenizer, &options)?;
-    if let Some(limit) = args.limit {
-        dataset.examples.truncate(limit);
-    }
+    model: &TextModel,
+    dataset: &Dataset,
+    batch_size: usize,
+    result: &mut BTreeMap<&str, Value>,
+) -> Result<()> {
     let mut sums = Sums::default();
-    for rows in dataset.examples.chunks(args.batch_size.max(1)) {
+    for rows in dataset.examples.chunks(batch_size.max(1)) {
         let batch = PackedBatch::pack(rows.iter().enumerate().map(|(i, e)| (i as u64, e)));
-        sums += chat.model.loss(chat.pass(), &chat.params, &batch)?;
+        sums += model.model.loss(model.pass(), &model.params, &batch)?;
     }
-    let count = sums.count.max(1) as f64;
+    // Every example has a token that is predicted, so the count is not 0.
+    let count = sums.count as f64;
     let mean = sums.loss / count;
+    if !mean.is_finite() {
+        let message = format!(
+            "the loss over {} tokens is {mean}; the weights or the adapter hold NaN or infinity",
+            sums.count
+        );
+        return Err(Error::Numeric { message });
+    }
     result.insert("eval_loss", json!(mean));
     result.insert("eval_perplexity", json!(mean.exp()));
     result.insert("eval_entropy", json!(sums.entropy / count));
@@ -89,111 +155,16 @@ fn loss(
     );
     result.insert("eval_num_tokens", json!(sums.count));
     result.insert("eval_samples", json!(dataset.examples.len()));
-    Ok(dataset)
-}
-
-/// A prompt and the answer it should get.
-pub(super) struct Question {
-    pub(super) prompt: Vec<Message>,
-    pub(super) expected: String,
-}
-
-/// Questions with what the model answered.
-pub(super) struct Answered {
-    pub(super) questions: Vec<Question>,
-    pub(super) answers: Vec<String>,
-}
-
-impl Answered {
-    /// Share of answers that are exactly what was expected, spaces around aside.
-    pub(super) fn score(&self) -> f64 {
-        let right = |(q, a): &(&Question, &String)| q.expected.trim() == a.trim();
-        let right = self
-            .questions
-            .iter()
-            .zip(&self.answers)
-            .filter(right)
-            .count();
-        right as f64 / self.questions.len().max(1) as f64
-    }
-}
-
-/// The prompts of a data set with their completions: the last message, or the completion.
-pub(super) fn questions(path: &Path, limit: Option<usize>) -> Result<Vec<Question>> {
-    let mut questions = Vec::new();
-    for line in JsonLines::open(path)? {
-        let line = line?;
-        if limit.is_some_and(|limit| questions.len() >= limit) {
-            break;
-        }
-        let row = parse_object(path, &line)?;
-        let record =
-            Record::from_row(&row, "text").map_err(|m| Error::data(path, line.number, m))?;
-        let question = question(record).ok_or_else(|| {
-            Error::data(path, line.number, "has no prompt and completion; exact match needs `prompt` and `completion`, or `messages` that end with the assistant")
-        })?;
-        questions.push(question);
-    }
-    Ok(questions)
-}
-
-fn question(record: Record) -> Option<Question> {
-    let text = |message: &Message| message.content()?.as_str().map(str::to_owned);
-    match record {
-        Record::Messages { mut messages, .. } => {
-            let last = messages.pop().filter(|m| m.role() == "assistant")?;
-            Some(Question {
-                prompt: messages,
-                expected: text(&last)?,
-            })
-        }
-        Record::PromptCompletionMessages {
-            prompt, completion, ..
-        } => Some(Question {
-            prompt,
-            expected: text(completion.first()?)?,
-        }),
-        Record::PromptCompletion { prompt, completion } => Some(Question {
-            prompt: vec![Message::new("user", prompt)],
-            expected: completion,
-        }),
-        Record::Text(_) => None,
-    }
-}
-
-/// Answers every question, greedily.
-pub(super) fn exact_match(
-    chat: &TextModel,
-    questions: &[Question],
-    max_new_tokens: usize,
-) -> Result<Answered> {
-    let prompts = questions
-        .iter()
-        .map(|q| chat.encode(&q.prompt))
-        .collect::<Result<Vec<_>>>()?;
-    let greedy = GenerateOptions {
-        max_new_tokens,
-        batch_size: 64,
-        ..GenerateOptions::default()
-    };
-    let answers = chat.answer(&prompts, &greedy)?;
-    let questions = questions.iter().map(|q| Question {
-        prompt: q.prompt.clone(),
-        expected: q.expected.clone(),
-    });
-    Ok(Answered {
-        questions: questions.collect(),
-        answers,
-    })
+    Ok(())
 }
 
 /// `input_ids` `[1, T]` and `logits` `[1, T, V]`, for comparison with other software.
-fn write_logits(path: &Path, chat: &TextModel, dataset: &Dataset) -> Result<()> {
+fn write_logits(path: &Path, model: &TextModel, dataset: &Dataset) -> Result<()> {
     let Some(example) = dataset.examples.first() else {
         return Err(Error::data(path, None, "no row to take logits of"));
     };
     let batch = PackedBatch::pack([(0, example)]);
-    let logits = chat.model.logits(chat.pass(), &chat.params, &batch)?;
+    let logits = model.model.logits(model.pass(), &model.params, &batch)?;
     let (values, tokens, vocab) = (logits.to_f32_vec(), batch.tokens(), logits.cols());
     let ids: Vec<u8> = batch
         .input_ids

@@ -1,8 +1,9 @@
 use super::chat::{ModelArgs, SamplingArgs};
 use super::{Failure, Outcome};
-use ferrotune::core::data::jsonl::{JsonLines, parse_object};
-use ferrotune::core::data::{Message, Record};
-use ferrotune::core::{Error, ExitCode};
+use ferrotune::core::data::jsonl::{JsonLines, Line, parse_object};
+use ferrotune::core::data::{Message, Prompt};
+use ferrotune::core::{Error, ExitCode, Result};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Arguments of `generate`.
@@ -12,10 +13,13 @@ pub(super) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// A prompt; may be given several times
+    /// A prompt, the user's message where the model has a chat template; may be given several times
     #[arg(long)]
     prompt: Vec<String>,
-    /// JSON Lines of `prompt`, or of `messages` that end with the user
+    /// Take every --prompt as plain text to go on from, chat template or not
+    #[arg(long)]
+    raw: bool,
+    /// JSON Lines of `prompt` (a string is plain text, as in training) or of `messages`
     #[arg(long)]
     prompts_file: Option<PathBuf>,
     /// One JSON line per answer
@@ -24,71 +28,56 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let mut prompts: Vec<Vec<Message>> = args
-        .prompt
-        .iter()
-        .map(|p| vec![Message::new("user", p)])
-        .collect();
-    if let Some(path) = &args.prompts_file {
-        prompts.extend(read_prompts(path)?);
-    }
-    if prompts.is_empty() {
+    let rows = match &args.prompts_file {
+        Some(path) => read_prompts(path)?,
+        None => Vec::new(),
+    };
+    if args.prompt.is_empty() && rows.is_empty() {
         return Err(Failure::Usage(
             "nothing to answer; give --prompt or --prompts-file".into(),
         ));
     }
     let options = args.sampling.options()?;
-    let chat = args.model.load()?;
+    let model = args.model.load()?;
+    let typed = args.prompt.iter().map(|text| {
+        if args.raw {
+            Prompt::Text(text.clone())
+        } else {
+            model.prompt(text)
+        }
+    });
+    let prompts: Vec<Prompt> = typed.chain(rows).collect();
     let ids = prompts
         .iter()
-        .map(|p| chat.encode(p))
-        .collect::<Result<Vec<_>, _>>()?;
-    let answers = chat.answer(&ids, &options)?;
+        .map(|p| model.encode(p))
+        .collect::<Result<Vec<_>>>()?;
+    let answers = model.answer(&ids, &options)?;
     for (prompt, answer) in prompts.iter().zip(&answers) {
         if args.json {
-            let messages: Vec<_> = prompt.iter().map(Message::fields).collect();
-            println!(
-                "{}",
-                serde_json::json!({ "messages": messages, "answer": answer })
-            );
+            println!("{}", json_line(prompt, answer));
         } else {
-            println!("> {}\n{answer}\n", last_text(prompt));
+            println!("> {}\n{answer}\n", prompt.last_text());
         }
     }
     Ok(ExitCode::Done)
 }
 
-/// What the last message says.
-pub(super) fn last_text(messages: &[Message]) -> &str {
-    messages
-        .last()
-        .and_then(|m| m.content()?.as_str())
-        .unwrap_or_default()
+/// The prompt under the name of its column, and the answer.
+fn json_line(prompt: &Prompt, answer: &str) -> Value {
+    match prompt {
+        Prompt::Text(text) => json!({ "prompt": text, "answer": answer }),
+        Prompt::Chat { messages, .. } => {
+            let messages: Vec<_> = messages.iter().map(Message::fields).collect();
+            json!({ "messages": messages, "answer": answer })
+        }
+    }
 }
 
-fn read_prompts(path: &Path) -> Result<Vec<Vec<Message>>, Error> {
-    let mut prompts = Vec::new();
-    for line in JsonLines::open(path)? {
+fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+    let read = |line: Result<Line>| {
         let line = line?;
         let row = parse_object(path, &line)?;
-        let prompt = match row.get("prompt").and_then(|p| p.as_str()) {
-            Some(text) => vec![Message::new("user", text)],
-            None => messages_of(Record::from_row(&row, "text"), path, line.number)?,
-        };
-        prompts.push(prompt);
-    }
-    Ok(prompts)
-}
-
-fn messages_of(
-    record: Result<Record, String>,
-    path: &Path,
-    line: u64,
-) -> Result<Vec<Message>, Error> {
-    match record {
-        Ok(Record::Messages { messages, .. }) => Ok(messages),
-        Ok(Record::PromptCompletionMessages { prompt, .. }) => Ok(prompt),
-        Ok(_) => Err(Error::data(path, line, "expected `prompt` or `messages`")),
-        Err(message) => Err(Error::data(path, line, message)),
-    }
+        Prompt::from_row(&row).map_err(|message| Error::data(path, line.number, message))
+    };
+    JsonLines::open(path)?.map(read).collect()
 }

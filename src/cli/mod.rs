@@ -5,6 +5,7 @@ mod chat;
 mod config_schema;
 mod demo;
 mod eval;
+mod exact_match;
 mod generate;
 mod merge;
 mod overrides;

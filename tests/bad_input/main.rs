@@ -1,6 +1,7 @@
 //! Bad input: the exit code, a message with the place, what was expected and the fix, and nothing
 //! half-written.
 
+mod answers;
 #[path = "../common/mod.rs"]
 mod common;
 mod configuration;

@@ -1,0 +1,108 @@
+//! Questions of a data set, and how many of the answers are exactly those of the data set.
+
+use ferrotune::TextModel;
+use ferrotune::core::data::jsonl::{JsonLines, Line};
+use ferrotune::core::data::{Prompt, Row};
+use ferrotune::core::{Error, Result};
+use ferrotune::generate::GenerateOptions;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A prompt and the answer it should get.
+pub(super) struct Question {
+    pub(super) prompt: Prompt,
+    pub(super) expected: String,
+}
+
+/// Questions with what the model answered.
+pub(super) struct Answered {
+    pub(super) questions: Vec<Question>,
+    pub(super) answers: Vec<String>,
+}
+
+impl Answered {
+    /// Share of answers that are exactly what was expected, spaces around aside.
+    pub(super) fn score(&self) -> f64 {
+        let right = |(q, a): &(&Question, &String)| q.expected.trim() == a.trim();
+        let right = self
+            .questions
+            .iter()
+            .zip(&self.answers)
+            .filter(right)
+            .count();
+        right as f64 / self.questions.len().max(1) as f64
+    }
+}
+
+/// The first `limit` rows of a data set, or all.
+pub(super) fn read_rows(path: &Path, text_field: &str, limit: Option<usize>) -> Result<Vec<Row>> {
+    let shared: Arc<Path> = Arc::from(path);
+    let parse = |line: Result<Line>| Row::parse(&shared, &line?, text_field);
+    let lines = JsonLines::open(path)?.take(limit.unwrap_or(usize::MAX));
+    lines.map(parse).collect()
+}
+
+/// The prompts of rows with their completions: the last message, or the completion.
+pub(super) fn questions(rows: Vec<Row>) -> Result<Vec<Question>> {
+    let question = |row: Row| {
+        let (prompt, expected) = Prompt::with_answer(row.record).ok_or_else(|| {
+            Error::data(row.path, row.line, "has no prompt and completion; exact match needs `prompt` and `completion`, or `messages` that end with the assistant")
+        })?;
+        Ok(Question { prompt, expected })
+    };
+    rows.into_iter().map(question).collect()
+}
+
+/// Answers every question of the file `path`, greedily.
+pub(super) fn exact_match(
+    model: &TextModel,
+    path: &Path,
+    mut questions: Vec<Question>,
+    max_new_tokens: usize,
+) -> Result<Answered> {
+    let prompts = questions
+        .iter()
+        .map(|q| model.encode(&q.prompt))
+        .collect::<Result<Vec<_>>>()?;
+    check_fits_context(model, path, &prompts, max_new_tokens)?;
+    let greedy = GenerateOptions {
+        max_new_tokens,
+        batch_size: 64,
+        ..GenerateOptions::default()
+    };
+    let answers = model.answer(&prompts, &greedy)?;
+    // A completion may end with the EOS token as text; an answer never shows it.
+    let eos = model.tokenizer.eos_token().unwrap_or_default();
+    for question in &mut questions {
+        if let Some(text) = question.expected.trim_end().strip_suffix(eos) {
+            question.expected = text.to_owned();
+        }
+    }
+    Ok(Answered { questions, answers })
+}
+
+fn check_fits_context(
+    model: &TextModel,
+    path: &Path,
+    prompts: &[Vec<u32>],
+    max_new_tokens: usize,
+) -> Result<()> {
+    let context = model.model.config().max_position_embeddings;
+    let too_long = |p: &&Vec<u32>| p.len().saturating_add(max_new_tokens) > context;
+    let count = prompts.iter().filter(too_long).count();
+    if count == 0 {
+        return Ok(());
+    }
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    Err(Error::config(
+        "max_new_tokens",
+        format!(
+            "is {max_new_tokens}, and with it {count} of the {} prompts of {} exceed the context of \
+             {}, {context} tokens (the longest prompt has {longest}); lower --max-new-tokens or \
+             shorten the prompts",
+            prompts.len(),
+            path.display(),
+            model.base.display()
+        ),
+    ))
+}

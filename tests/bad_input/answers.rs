@@ -1,0 +1,128 @@
+//! What `eval` and `generate` refuse.
+
+use super::common::{Finished, Shape, Stored, Workbench, ferrotune, text, write_model};
+use super::common::{write_rows, write_weights};
+use super::{BAD_CONFIG, BAD_INPUT, INTERNAL};
+use serde_json::json;
+
+const USAGE: i32 = 2;
+
+fn eval(bench: &Workbench, more: &[&str]) -> Finished {
+    let (model, rows) = (bench.path("base"), bench.path("rows.jsonl"));
+    let place = ["eval", "--data", text(&rows)];
+    let model = ["--model_name_or_path", text(&model)];
+    ferrotune(&[&place[..], &model, more].concat())
+}
+
+fn generate(bench: &Workbench, more: &[&str]) -> Finished {
+    let model = bench.path("base");
+    let place = ["generate", "--model_name_or_path", text(&model)];
+    ferrotune(&[&place[..], more].concat())
+}
+
+/// Ends with `code`, says every part, and reports no number.
+#[track_caller]
+fn refused(finished: Finished, code: i32, says: &[&str]) {
+    let finished = finished.expect(code);
+    assert_eq!(finished.stdout, "");
+    for part in says {
+        assert!(
+            finished.stderr.contains(part),
+            "no `{part}`: {}",
+            finished.stderr
+        );
+    }
+}
+
+#[test]
+fn an_evaluation_of_nothing_is_refused() {
+    let bench = Workbench::new(4);
+    refused(eval(&bench, &["--limit", "0"]), USAGE, &["--limit", "zero"]);
+    write_rows(&bench.path("rows.jsonl"), &[]);
+    refused(eval(&bench, &[]), BAD_INPUT, &["rows.jsonl", "no rows"]);
+    let rows = [
+        json!({"prompt": "longer than four", "completion": "x"}),
+        json!({"prompt": "a", "completion": "b"}),
+    ];
+    write_rows(&bench.path("rows.jsonl"), &rows);
+    let nothing = ["rows.jsonl", "no token of any of the 1 rows", "max_length"];
+    let cut = ["--max_length", "4", "--limit", "1"];
+    refused(eval(&bench, &cut), BAD_INPUT, &nothing);
+    eval(&bench, &["--max_length", "4"]).expect(0);
+}
+
+#[test]
+fn rows_and_prompts_beyond_the_context_are_counted() {
+    let bench = Workbench::new(0);
+    let row = |length| json!({"prompt": "a".repeat(length), "completion": "b"});
+    let rows = [row(300), row(10), row(400), row(200)];
+    write_rows(&bench.path("rows.jsonl"), &rows);
+    refused(
+        eval(&bench, &["--max_length", "1024"]),
+        BAD_CONFIG,
+        &["max_length", "2 of the 4 rows", "rows.jsonl", "256", "402"],
+    );
+    refused(
+        eval(&bench, &["--exact_match", "--max_new_tokens", "100"]),
+        BAD_CONFIG,
+        &["max_new_tokens", "3 of the 4 prompts", "rows.jsonl", "256"],
+    );
+}
+
+#[test]
+fn a_loss_that_is_no_number_is_not_reported() {
+    let bench = Workbench::new(4);
+    let mut weights = Shape::default().weights(7);
+    let norm = weights.get_mut("model.norm.weight").expect("there");
+    norm.1[0] = f32::NAN;
+    let path = bench.path("base/model.safetensors");
+    write_weights(&path, weights.iter(), Stored::F32);
+    refused(eval(&bench, &[]), INTERNAL, &["NaN", "weights"]);
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_names_both_files_and_numbers() {
+    let bench = Workbench::new(4);
+    let shape = Shape {
+        vocab: 40,
+        ..Shape::default()
+    };
+    write_model(&bench.path("base"), &shape, Stored::F32, 1);
+    write_rows(&bench.path("rows.jsonl"), &[json!({"text": "1z"})]);
+    let (tokenizer, config) = (
+        bench.path("base/tokenizer.json"),
+        bench.path("base/config.json"),
+    );
+    // z is the last of the 78 tokens.
+    let says = [text(&tokenizer), text(&config), "token id 77", "is 40"];
+    refused(eval(&bench, &[]), BAD_INPUT, &says);
+    let ask = ["--raw", "--prompt", "1z"];
+    refused(generate(&bench, &ask), BAD_INPUT, &says);
+    generate(&bench, &["--raw", "--prompt", "1"]).expect(0);
+}
+
+#[test]
+fn a_conversation_for_a_model_without_a_chat_template_is_refused() {
+    let bench = Workbench::new(1);
+    std::fs::write(bench.path("base/tokenizer_config.json"), "{}").expect("writable");
+    let file = bench.path("rows.jsonl");
+    let ask = ["--prompts_file", text(&file)];
+    let says = ["tokenizer.json", "no chat template"];
+    refused(generate(&bench, &ask), BAD_INPUT, &says);
+    // What a person types is text then.
+    generate(&bench, &["--prompt", "1+1=?", "--max_new_tokens", "2"]).expect(0);
+}
+
+#[test]
+fn prompts_of_no_known_kind_name_their_line() {
+    let bench = Workbench::new(0);
+    let rows = [json!({"prompt": "a"}), json!({"question": "a"})];
+    write_rows(&bench.path("rows.jsonl"), &rows);
+    let file = bench.path("rows.jsonl");
+    let says = ["rows.jsonl:2", "`question`", "`prompt` or `messages`"];
+    refused(
+        generate(&bench, &["--prompts_file", text(&file)]),
+        BAD_INPUT,
+        &says,
+    );
+}
