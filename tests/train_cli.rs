@@ -188,6 +188,42 @@ fn any_key_can_be_overridden_on_the_command_line() {
 }
 
 #[test]
+fn help_after_the_config_file_is_help_and_nothing_else() {
+    // The file need not even be there.
+    for command in ["train", "plan"] {
+        let finished = ferrotune(&[command, "none.yaml", "--max_steps", "2", "--help"]).expect(0);
+        for part in [&format!("Usage: ferrotune {command}"), "config-schema"] {
+            assert!(
+                finished.stdout.contains(part),
+                "{part}: {}",
+                finished.stdout
+            );
+        }
+        let asked_first = ferrotune(&[command, "--help"]).expect(0);
+        assert_eq!(asked_first.stdout, finished.stdout);
+    }
+}
+
+#[test]
+fn an_override_without_its_value_or_with_a_word_too_many_is_a_usage_error() {
+    let bench = Workbench::new(4);
+    let config = bench.config("out", &json!({}));
+    for (words, part) in [
+        (vec!["--output_dir"], "`--output_dir` needs a value"),
+        (vec!["--run_name", "my", "run"], "`run`"),
+    ] {
+        let arguments = [vec!["train", text(&config)], words].concat();
+        let finished = ferrotune(&arguments).expect(2);
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+    assert!(!bench.path("out").exists());
+    // Blanks in one argument belong to the value, in a list too.
+    std::fs::rename(bench.path("rows.jsonl"), bench.path("my rows.jsonl")).expect("renamed");
+    let rows = bench.path("my rows.jsonl");
+    ferrotune(&["plan", text(&config), "--dataset_name", text(&rows)]).expect(0);
+}
+
+#[test]
 fn a_sharded_base_trains_to_the_same_bytes_as_a_single_file() {
     let bench = Workbench::new(8);
     bench.train("single", &json!({})).expect(0);
