@@ -497,3 +497,46 @@ fn eval_reports_the_loss_that_training_saw() {
     let loss = result["eval_loss"].as_f64().expect("a number");
     assert!((loss - first).abs() < 1e-5 * first, "{loss} and {first}");
 }
+
+#[test]
+fn another_base_than_the_adapter_was_trained_on_is_noted_and_no_error() {
+    let bench = trained(&json!({}));
+    let (base, adapter, rows) = (
+        bench.path("base"),
+        bench.path("out"),
+        bench.path("rows.jsonl"),
+    );
+    let other = bench.path("other");
+    common::copy_dir(&base, &other);
+    for (model, noted) in [(&base, false), (&other, true)] {
+        let place = [
+            "--model-name-or-path",
+            text(model),
+            "--adapter",
+            text(&adapter),
+        ];
+        let merged = bench.path(&format!("merged-{noted}"));
+        for command in [
+            vec!["generate", "--prompt", "1+2=?", "--max-new-tokens", "1"],
+            vec!["eval", "--data", text(&rows)],
+            vec!["merge", "--output-dir", text(&merged)],
+        ] {
+            let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(0);
+            let said = finished.stderr.contains("note: the adapter was trained on");
+            assert_eq!(said, noted, "{command:?}: {}", finished.stderr);
+            assert_eq!(finished.stderr.contains(text(&base)), noted, "{command:?}");
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_is_no_adapter_is_called_one() {
+    let bench = Workbench::new(4);
+    let base = bench.path("base");
+    let asked = ["--prompt", "a", "--model-name-or-path", text(&base)];
+    let finished = ferrotune(&[&["generate", "--adapter", text(&base)][..], &asked].concat());
+    let finished = finished.expect(65);
+    for part in ["is no PEFT adapter", "a whole model (model.safetensors)"] {
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+}

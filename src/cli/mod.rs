@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+mod base_note;
 mod bench;
 mod chat;
 mod config_schema;
