@@ -3,11 +3,13 @@
 mod common;
 
 use common::{
-    Finished, Shape, Stored, Workbench, chat_rows, entries, ferrotune, read_json, tensors, text,
-    write_model, write_rows, write_sharded_model,
+    Finished, Shape, Stored, Workbench, chat_rows, command, entries, ferrotune, read_json, tensors,
+    text, write_model, write_rows, write_sharded_model,
 };
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 
 const RESULT: [&str; 10] = [
     "README.md",
@@ -146,6 +148,55 @@ fn standard_output_is_one_json_object_per_line() {
     assert!(rows.iter().all(Value::is_object));
     let with_loss = rows.iter().filter(|r| r.get("loss").is_some()).count();
     assert_eq!(with_loss, 3, "{}", finished.stdout);
+}
+
+#[test]
+fn a_run_whose_reader_goes_away_trains_on_and_writes_its_files() {
+    let bench = Workbench::new(16);
+    let config = bench.config("out", &longer(&json!({})));
+    let mut child = command(&["train", text(&config), "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let mut reader = BufReader::new(child.stdout.take().expect("piped"));
+    reader.read_line(&mut String::new()).expect("readable");
+    drop((reader, child.stderr.take()));
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(entries(&bench.path("out")), RESULT);
+    assert_eq!(losses(&bench.path("out")).len(), 25);
+}
+
+#[test]
+fn an_error_that_nobody_reads_keeps_its_exit_code() {
+    let bench = Workbench::new(4);
+    let config = bench.config("out", &json!({"max_steps": 0}));
+    let mut child = command(&["train", text(&config)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().expect("it ends").code(), Some(78));
+}
+
+#[test]
+fn a_rank_above_the_smaller_dimension_of_a_weight_is_noted() {
+    let bench = Workbench::new(4);
+    // v_proj is 16 x 32, the other targets are larger both ways.
+    let finished = bench
+        .train("out", &json!({"lora_r": 20, "max_steps": 1}))
+        .expect(0);
+    for part in [
+        "note: lora_r: rank 20 of `model.layers.0.self_attn.v_proj` (and 1 more)",
+        "16 x 32",
+    ] {
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+    let finished = bench
+        .train("fits", &json!({"lora_r": 16, "max_steps": 1}))
+        .expect(0);
+    assert_eq!(finished.stderr, "");
 }
 
 #[test]
