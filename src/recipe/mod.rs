@@ -104,6 +104,8 @@ impl Recipe {
         output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
+        let base_digest = outputs::base_digest(&base, files.as_ref())?;
+        resume::check_early(&config, &base_digest)?;
         let shape = memory::Base {
             directory: &base,
             decoder: &decoder,
@@ -124,7 +126,7 @@ impl Recipe {
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
         let weight_dtype = weight_dtype(&config, files.as_ref());
-        let fingerprints = outputs::fingerprints(&base, files.as_ref(), &dataset)?;
+        let fingerprints = outputs::fingerprints(base_digest, &dataset);
         let recipe = Self {
             config,
             base,

@@ -4,6 +4,7 @@ use super::Recipe;
 use ferrotune_core::checkpoint::{
     Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
 };
+use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::Dataset;
 use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
@@ -72,15 +73,31 @@ impl<'a> CheckpointFiles<'a> {
     }
 }
 
+/// Names of the digests that a continued run must share.
+const BASE_DIGEST: &str = "base_model";
+pub(super) const DATA_DIGEST: &str = "data";
+
 /// Digests of base and data: equal for a continued run to be the same run.
+pub(super) fn fingerprints(base: String, dataset: &Dataset) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (BASE_DIGEST.into(), base),
+        (DATA_DIGEST.into(), data_digest(&dataset.examples)),
+    ])
+}
+
+/// What a run is as far as it is known before its data are.
+pub(super) fn identity_without_data(config: &TrainConfig, base: &str) -> RunIdentity {
+    RunIdentity {
+        config: config.to_json(),
+        fingerprints: BTreeMap::from([(BASE_DIGEST.into(), base.into())]),
+    }
+}
+
+/// Digest of the base: its configuration, and samples of its weights.
 ///
 /// # Errors
 /// [`Error::Read`].
-pub(super) fn fingerprints(
-    base: &Path,
-    files: Option<&ModelFiles>,
-    dataset: &Dataset,
-) -> Result<BTreeMap<String, String>> {
+pub(super) fn base_digest(base: &Path, files: Option<&ModelFiles>) -> Result<String> {
     let path = base.join("config.json");
     let config = std::fs::read(&path).map_err(Error::read(&path))?;
     let mut model = blake3_of_bytes(&config);
@@ -89,10 +106,7 @@ pub(super) fn fingerprints(
         let content = sampled_digest(file.path())?;
         model = blake3_of_bytes(format!("{model}{content}").as_bytes());
     }
-    Ok(BTreeMap::from([
-        ("base_model".into(), model),
-        ("data".into(), data_digest(&dataset.examples)),
-    ]))
+    Ok(model)
 }
 
 /// The trained weights with what is needed to load them.
