@@ -2,7 +2,7 @@
 
 use super::Recipe;
 use ferrotune_core::checkpoint::{
-    Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
+    self, Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
 };
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::Dataset;
@@ -10,8 +10,8 @@ use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
-    Evaluated, LogWindow, RunFinished, TrainerLogJsonl, TrainerState, all_results, eval_results,
-    rows_up_to, train_results,
+    CheckpointSaved, Evaluated, Event, LogWindow, Observer, RunFinished, TrainerLogJsonl,
+    TrainerState, all_results, eval_results, rows_up_to, train_results,
 };
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
@@ -63,6 +63,10 @@ impl<'a> CheckpointFiles<'a> {
         window: &LogWindow,
     ) -> Result<PathBuf> {
         let step = trainer.steps_done();
+        // The state in a checkpoint knows that checkpoint already: it may be the best there is.
+        let mut state = state.clone();
+        let path = checkpoint::path_of(output, step);
+        state.on(&Event::CheckpointSaved(CheckpointSaved { step, path }))?;
         Checkpoint::write(output, step, &self.identity, |directory| {
             write_trained(self.recipe, directory, trainer)?;
             let [exp_avg, exp_avg_sq] = trainer.moments();

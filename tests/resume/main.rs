@@ -6,7 +6,7 @@ mod common;
 mod refusals;
 mod signals;
 
-use common::{Workbench, copy_dir, entries, read, read_json, write_json};
+use common::{Workbench, copy_dir, entries, read, read_json, text, write_json};
 use ferrotune::core::checkpoint::Checkpoint;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -228,4 +228,20 @@ fn base_and_data_may_lie_elsewhere_when_a_run_goes_on() {
     });
     bench.train("moved", &with(&bench, &paths)).expect(0);
     assert_same_result(&bench.path("whole"), &output);
+}
+
+#[test]
+fn the_best_checkpoint_is_named_in_every_checkpoint_from_itself_on() {
+    let bench = uninterrupted();
+    let whole = bench.path("whole");
+    for step in 1..=STEPS {
+        let state = read_json(&whole.join(format!("checkpoint-{step}/trainer_state.json")));
+        let named = &state["best_model_checkpoint"];
+        let Some(best) = state["best_global_step"].as_u64() else {
+            assert!(step < 4 && named.is_null(), "step {step}: {named}");
+            continue;
+        };
+        let expected = whole.join(format!("checkpoint-{best}"));
+        assert_eq!(named, text(&expected), "step {step}");
+    }
 }

@@ -111,7 +111,8 @@ impl Checkpoint {
 }
 
 /// `output_dir/checkpoint-{step}`.
-fn path_of(output_dir: &Path, step: u64) -> PathBuf {
+#[must_use]
+pub fn path_of(output_dir: &Path, step: u64) -> PathBuf {
     output_dir.join(format!("{PREFIX}{step}"))
 }
 
