@@ -1,7 +1,7 @@
 //! Runs that a signal ends.
 
-use super::common::{Finished, Workbench, command, entries, ferrotune, text};
-use super::{STEPS, assert_same_result, changes, checkpoints, uninterrupted, with};
+use super::common::{Finished, Workbench, command, entries, ferrotune, read, read_json, text};
+use super::{STEPS, assert_same_result, changes, checkpoints, killed_after, uninterrupted, with};
 use ferrotune::core::checkpoint::Checkpoint;
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read};
@@ -81,28 +81,52 @@ fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
     }
 }
 
-#[test]
-fn sigterm_before_the_first_step_saves_nothing_and_says_so_with_174() {
-    let bench = Workbench::new(8);
-    // Preparation waits at this pipe, with the signal handlers in place.
+/// Starts a run whose preparation waits at a pipe for its chat template, with the signal handlers in
+/// place; sends it SIGTERM there, then gives it `template`.
+fn stopped_while_it_prepares(bench: &Workbench, name: &str, template: &str) -> Finished {
     let pipe = bench.path("template.jinja");
     let made = Command::new("mkfifo").arg(&pipe).status();
     assert!(made.expect("mkfifo runs").success());
-    let config = bench.config(
-        "stopped",
-        &with(&bench, &json!({"chat_template_path": pipe})),
-    );
+    let config = bench.config(name, &with(bench, &json!({"chat_template_path": pipe})));
     let child = spawn(&config);
     let writer = std::fs::OpenOptions::new().write(true).open(&pipe);
     let mut writer = writer.expect("the other end opens");
     signal(&child, "TERM");
     std::thread::sleep(Duration::from_millis(100));
-    let template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
     std::io::Write::write_all(&mut writer, template.as_bytes()).expect("written");
     drop(writer);
-    finish(child).expect(174);
+    finish(child)
+}
+
+#[test]
+fn sigterm_before_the_first_step_saves_nothing_and_says_so_with_174() {
+    let bench = Workbench::new(8);
+    let template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
+    stopped_while_it_prepares(&bench, "stopped", template).expect(174);
     assert!(checkpoints(&bench.path("stopped")).is_empty());
     assert!(!bench.path("stopped/adapter_model.safetensors").exists());
+}
+
+#[test]
+fn sigterm_before_the_first_step_of_a_resumed_run_leaves_its_checkpoint_as_the_one_saved() {
+    let bench = uninterrupted();
+    let output = killed_after(&bench, "stopped", 4);
+    let before = (
+        checkpoints(&output),
+        read(&output.join("checkpoint-4/ferrotune.json")),
+    );
+    // The base's own template, so that the data are the same.
+    let tokenizer = read_json(&bench.path("base/tokenizer_config.json"));
+    let template = tokenizer["chat_template"].as_str().expect("a template");
+    stopped_while_it_prepares(&bench, "stopped", template).expect(143);
+    let after = (
+        checkpoints(&output),
+        read(&output.join("checkpoint-4/ferrotune.json")),
+    );
+    assert!(before == after, "{after:?}");
+    assert!(!output.join("adapter_model.safetensors").exists());
+    bench.train("stopped", &changes(&bench)).expect(0);
+    assert_same_result(&bench.path("whole"), &output);
 }
 
 #[test]
