@@ -3,11 +3,13 @@
 mod common;
 
 use common::{
-    Finished, Shape, Stored, Workbench, chat_rows, entries, ferrotune, read_json, tensors, text,
-    write_model, write_rows, write_sharded_model,
+    Finished, Shape, Stored, Workbench, chat_rows, command, entries, ferrotune, read_json, tensors,
+    text, write_model, write_rows, write_sharded_model,
 };
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 
 const RESULT: [&str; 10] = [
     "README.md",
@@ -149,6 +151,55 @@ fn standard_output_is_one_json_object_per_line() {
 }
 
 #[test]
+fn a_run_whose_reader_goes_away_trains_on_and_writes_its_files() {
+    let bench = Workbench::new(16);
+    let config = bench.config("out", &longer(&json!({})));
+    let mut child = command(&["train", text(&config), "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let mut reader = BufReader::new(child.stdout.take().expect("piped"));
+    reader.read_line(&mut String::new()).expect("readable");
+    drop((reader, child.stderr.take()));
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(entries(&bench.path("out")), RESULT);
+    assert_eq!(losses(&bench.path("out")).len(), 25);
+}
+
+#[test]
+fn an_error_that_nobody_reads_keeps_its_exit_code() {
+    let bench = Workbench::new(4);
+    let config = bench.config("out", &json!({"max_steps": 0}));
+    let mut child = command(&["train", text(&config)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().expect("it ends").code(), Some(78));
+}
+
+#[test]
+fn a_rank_above_the_smaller_dimension_of_a_weight_is_noted() {
+    let bench = Workbench::new(4);
+    // v_proj is 16 x 32, the other targets are larger both ways.
+    let finished = bench
+        .train("out", &json!({"lora_r": 20, "max_steps": 1}))
+        .expect(0);
+    for part in [
+        "note: lora_r: rank 20 of `model.layers.0.self_attn.v_proj` (and 1 more)",
+        "16 x 32",
+    ] {
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+    let finished = bench
+        .train("fits", &json!({"lora_r": 16, "max_steps": 1}))
+        .expect(0);
+    assert_eq!(finished.stderr, "");
+}
+
+#[test]
 fn a_dry_run_shows_the_plan_and_writes_nothing() {
     let bench = Workbench::new(8);
     let config = bench.config("out", &json!({}));
@@ -185,6 +236,42 @@ fn any_key_can_be_overridden_on_the_command_line() {
     assert_eq!(adapter["r"], 3);
     assert_eq!(losses(&elsewhere).len(), 2);
     assert!(!bench.path("out").exists());
+}
+
+#[test]
+fn help_after_the_config_file_is_help_and_nothing_else() {
+    // The file need not even be there.
+    for command in ["train", "plan"] {
+        let finished = ferrotune(&[command, "none.yaml", "--max_steps", "2", "--help"]).expect(0);
+        for part in [&format!("Usage: ferrotune {command}"), "config-schema"] {
+            assert!(
+                finished.stdout.contains(part),
+                "{part}: {}",
+                finished.stdout
+            );
+        }
+        let asked_first = ferrotune(&[command, "--help"]).expect(0);
+        assert_eq!(asked_first.stdout, finished.stdout);
+    }
+}
+
+#[test]
+fn an_override_without_its_value_or_with_a_word_too_many_is_a_usage_error() {
+    let bench = Workbench::new(4);
+    let config = bench.config("out", &json!({}));
+    for (words, part) in [
+        (vec!["--output_dir"], "`--output_dir` needs a value"),
+        (vec!["--run_name", "my", "run"], "`run`"),
+    ] {
+        let arguments = [vec!["train", text(&config)], words].concat();
+        let finished = ferrotune(&arguments).expect(2);
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+    assert!(!bench.path("out").exists());
+    // Blanks in one argument belong to the value, in a list too.
+    std::fs::rename(bench.path("rows.jsonl"), bench.path("my rows.jsonl")).expect("renamed");
+    let rows = bench.path("my rows.jsonl");
+    ferrotune(&["plan", text(&config), "--dataset_name", text(&rows)]).expect(0);
 }
 
 #[test]
@@ -460,4 +547,47 @@ fn eval_reports_the_loss_that_training_saw() {
     let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");
     let loss = result["eval_loss"].as_f64().expect("a number");
     assert!((loss - first).abs() < 1e-5 * first, "{loss} and {first}");
+}
+
+#[test]
+fn another_base_than_the_adapter_was_trained_on_is_noted_and_no_error() {
+    let bench = trained(&json!({}));
+    let (base, adapter, rows) = (
+        bench.path("base"),
+        bench.path("out"),
+        bench.path("rows.jsonl"),
+    );
+    let other = bench.path("other");
+    common::copy_dir(&base, &other);
+    for (model, noted) in [(&base, false), (&other, true)] {
+        let place = [
+            "--model-name-or-path",
+            text(model),
+            "--adapter",
+            text(&adapter),
+        ];
+        let merged = bench.path(&format!("merged-{noted}"));
+        for command in [
+            vec!["generate", "--prompt", "1+2=?", "--max-new-tokens", "1"],
+            vec!["eval", "--data", text(&rows)],
+            vec!["merge", "--output-dir", text(&merged)],
+        ] {
+            let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(0);
+            let said = finished.stderr.contains("note: the adapter was trained on");
+            assert_eq!(said, noted, "{command:?}: {}", finished.stderr);
+            assert_eq!(finished.stderr.contains(text(&base)), noted, "{command:?}");
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_is_no_adapter_is_called_one() {
+    let bench = Workbench::new(4);
+    let base = bench.path("base");
+    let asked = ["--prompt", "a", "--model-name-or-path", text(&base)];
+    let finished = ferrotune(&[&["generate", "--adapter", text(&base)][..], &asked].concat());
+    let finished = finished.expect(65);
+    for part in ["is no PEFT adapter", "a whole model (model.safetensors)"] {
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
 }

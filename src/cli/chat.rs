@@ -1,6 +1,7 @@
 //! Arguments that `generate` and `eval` share.
 
 use super::Failure;
+use super::base_note::note_other_base;
 use ferrotune::TextModel;
 use ferrotune::core::Result;
 use ferrotune::generate::GenerateOptions;
@@ -19,6 +20,9 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     pub(super) fn load(&self) -> Result<TextModel> {
+        if let Some(adapter) = &self.adapter {
+            note_other_base(&self.model_name_or_path, adapter)?;
+        }
         TextModel::load(&self.model_name_or_path, self.adapter.as_deref())
     }
 }

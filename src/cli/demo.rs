@@ -3,7 +3,7 @@
 
 use super::exact_match::{Answered, exact_match, questions, read_rows};
 use super::train::{self, Voice};
-use super::{Failure, Outcome, overrides, stop};
+use super::{Failure, Outcome, overrides, print_help, stop};
 use ferrotune::TextModel;
 use ferrotune::core::ExitCode;
 use ferrotune::core::config::{Resume, TrainConfig};
@@ -51,6 +51,7 @@ const SAMPLES: usize = 8;
 
 /// Arguments of `demo`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = overrides::HELP)]
 pub(super) struct Args {
     /// `--key value` for any configuration key, such as --output_dir; also --dry-run and --json
     #[arg(
@@ -62,6 +63,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
+    if overrides::ask_for_help(&args.overrides) {
+        return print_help("demo");
+    }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     let started = Instant::now();
     let stop = stop::on_signal()?;

@@ -1,4 +1,5 @@
 use super::Outcome;
+use super::base_note::note_other_base;
 use ferrotune::core::ExitCode;
 use ferrotune::lora::{MergeDType, MergeOptions, OutputDirectory, merge};
 use std::path::PathBuf;
@@ -49,6 +50,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             OutputDirectory::MustBeNew
         },
     };
+    note_other_base(&args.model_name_or_path, &args.adapter)?;
     let report = merge(
         &args.model_name_or_path,
         &args.adapter,

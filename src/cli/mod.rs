@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+mod base_note;
 mod bench;
 mod chat;
 mod config_schema;
@@ -14,10 +15,10 @@ mod progress;
 mod stop;
 mod train;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use ferrotune::core::{Error, ExitCode};
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use tracing_subscriber::EnvFilter;
 
 /// GPU fine-tuning engine: LoRA and PEFT over frozen base weights.
@@ -89,10 +90,30 @@ pub(crate) fn main() -> std::process::ExitCode {
         Command::ConfigSchema(args) => config_schema::run(&args),
     };
     let code = outcome.unwrap_or_else(|failure| {
-        eprintln!("error: {failure}");
+        print_error_line(&format!("error: {failure}"));
         failure.exit_code()
     });
     std::process::ExitCode::from(code as u8)
+}
+
+/// A line on standard error, which nobody may be reading any more: that is no reason to fail.
+fn print_error_line(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Something to know that is no error.
+fn print_note(note: &str) {
+    print_error_line(&format!("note: {note}"));
+}
+
+/// The help of a subcommand, for one that gets the request among its own words.
+fn print_help(subcommand: &str) -> Outcome {
+    let mut cli = Cli::command();
+    cli.build();
+    if let Some(command) = cli.find_subcommand_mut(subcommand) {
+        print!("{}", command.render_help());
+    }
+    Ok(ExitCode::Done)
 }
 
 /// TRL's habit and clap's both work: `--model_name_or_path` is `--model-name-or-path`.

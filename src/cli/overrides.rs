@@ -1,6 +1,13 @@
 //! `--key value` pairs after a config file: any configuration key, as on TRL's command line.
 
 use super::Failure;
+use ferrotune::core::config::{Arity, TrainConfig};
+use serde_json::json;
+
+/// What the help of a command with overrides ends with.
+pub(super) const HELP: &str = "\
+Every key of a config file can be given here, as --KEY VALUE, --KEY=VALUE, --KEY V1 V2 for a list,
+or a bare --KEY for true. All keys: `ferrotune config-schema --markdown`.";
 
 /// Flags that are not configuration keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,48 +18,92 @@ pub(super) struct Switches {
     pub(super) json: bool,
 }
 
+/// Whether help is asked for, which is the answer to any command line it is in.
+pub(super) fn ask_for_help(words: &[String]) -> bool {
+    words.iter().any(|w| ["-h", "--help"].contains(&w.as_str()))
+}
+
 /// Splits what follows the config file into keys with values, and switches.
 ///
-/// `--key value`, `--key=value`, `--key v1 v2` (a list) and a bare `--key` (true) are understood.
+/// `--key value` and `--key=value` are understood for every key, a bare `--key` (true) for those
+/// that are true or false, and `--key v1 v2` for lists. A key that does not exist is left to
+/// whoever reads the pairs.
 pub(super) fn parse(words: &[String]) -> Result<(Vec<(String, String)>, Switches), Failure> {
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut switches = Switches::default();
     let mut words = words.iter().peekable();
     while let Some(word) = words.next() {
-        if ["-h", "--help"].contains(&word.as_str()) {
-            let message = "for help: `ferrotune help train`; for all keys: `ferrotune config-schema --markdown`";
-            return Err(Failure::Usage(message.into()));
-        }
         let Some(name) = word.strip_prefix("--") else {
-            return Err(Failure::Usage(format!(
-                "`{word}` is not a `--key value` pair"
-            )));
+            return Err(loose(word, pairs.last()));
         };
         match name {
             "dry-run" | "dry_run" => switches.dry_run = true,
             "json" => switches.json = true,
             _ => {
-                let (key, inline) = match name.split_once('=') {
-                    Some((key, value)) => (key, Some(value.to_owned())),
+                let (name, inline) = match name.split_once('=') {
+                    Some((name, value)) => (name, Some(value.to_owned())),
                     None => (name, None),
+                };
+                // Clap's habit and TRL's both work: --max-steps is --max_steps.
+                let key = name.replace('-', "_");
+                let arity = TrainConfig::arity(&key);
+                let most = match arity {
+                    Some(Arity::Switch | Arity::Single) => 1,
+                    Some(Arity::List) | None => usize::MAX,
                 };
                 let mut values: Vec<String> = inline.into_iter().collect();
                 if values.is_empty() {
-                    while let Some(value) = words.next_if(|w| is_value(w)) {
+                    while values.len() < most
+                        && let Some(value) = words.next_if(|w| is_value(w))
+                    {
                         values.push(value.clone());
                     }
                 }
-                let value = if values.is_empty() {
-                    "true".into()
-                } else {
-                    values.join(" ")
-                };
-                // Clap's habit and TRL's both work: --max-steps is --max_steps.
-                pairs.push((key.replace('-', "_"), value));
+                let value = value(&key, arity, &values)?;
+                pairs.push((key, value));
             }
         }
     }
     Ok((pairs, switches))
+}
+
+/// The text that the configuration reads for the words after a key.
+fn value(key: &str, arity: Option<Arity>, words: &[String]) -> Result<String, Failure> {
+    match (arity, words) {
+        (Some(Arity::Single | Arity::List), []) => {
+            Err(Failure::Usage(format!("`--{key}` needs a value")))
+        }
+        (_, []) => Ok("true".into()),
+        (Some(Arity::List), words) => Ok(list(words)),
+        (_, words) => Ok(words.join(" ")),
+    }
+}
+
+/// A word is an entry, blanks and all, unless commas or brackets make a list of it.
+fn list(words: &[String]) -> String {
+    let first = words[0].as_str();
+    let is_literal = first.starts_with(['[', '"', '\'']);
+    let is_plain = words.len() == 1 && !first.contains(char::is_whitespace);
+    if is_literal || is_plain {
+        return words.join(" ");
+    }
+    let between = |c: char| c == ',' || c.is_whitespace();
+    let entries = words.iter().flat_map(|word| match word.contains(',') {
+        true => word.split(between).filter(|w| !w.is_empty()).collect(),
+        false => vec![word.as_str()],
+    });
+    json!(entries.collect::<Vec<_>>()).to_string()
+}
+
+/// What to say about a word that belongs to no key; `before` is the last pair.
+fn loose(word: &str, before: Option<&(String, String)>) -> Failure {
+    let reason = match before {
+        Some((key, value)) if is_value(word) => {
+            format!("`--{key}` has its value, `{value}`; quote a value that has blanks in it")
+        }
+        _ => "expected `--key value`".to_owned(),
+    };
+    Failure::Usage(format!("`{word}` belongs to no key: {reason}"))
 }
 
 /// A negative number is a value; `--x` is the next key, and `-x` is nothing at all.
@@ -68,6 +119,21 @@ mod tests {
         text.split(' ').map(str::to_owned).collect()
     }
 
+    /// The value of the only pair.
+    fn value_of(line: &[&str]) -> String {
+        let line: Vec<String> = line.iter().map(|&w| w.to_owned()).collect();
+        let (pairs, _) = parse(&line).expect("all are pairs");
+        assert_eq!(pairs.len(), 1, "{pairs:?}");
+        pairs[0].1.clone()
+    }
+
+    fn complaint(line: &str) -> String {
+        match parse(&words(line)) {
+            Err(Failure::Usage(message)) => message,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
     #[test]
     fn pairs_lists_flags_and_negative_numbers() {
         let line = words(
@@ -76,7 +142,7 @@ mod tests {
         let (pairs, switches) = parse(&line).expect("all are pairs");
         let expected = [
             ("max_steps", "-1"),
-            ("lora_target_modules", "q_proj v_proj"),
+            ("lora_target_modules", r#"["q_proj","v_proj"]"#),
             ("packing", "true"),
             ("seed", "7"),
             ("max_length", "64"),
@@ -93,13 +159,58 @@ mod tests {
 
     #[test]
     fn a_loose_word_is_a_usage_error() {
+        for line in ["max_steps 3", "--output_dir out -x", "--packing=true yes"] {
+            assert!(complaint(line).contains("belongs to no key"), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_key_without_its_value_is_a_usage_error() {
         for line in [
-            "max_steps 3",
-            "--output_dir out -h",
-            "--output_dir out -x",
-            "--help",
+            "--output_dir",
+            "--max_steps --packing",
+            "--lora_target_modules --seed 7",
+            "--resume_from_checkpoint",
+            "--max-seq-length",
+            "--neftune_noise_alpha",
         ] {
-            assert!(parse(&words(line)).is_err(), "{line}");
+            assert!(complaint(line).contains("needs a value"), "{line}");
+        }
+        for line in ["--packing", "--bf16", "--gradient-checkpointing"] {
+            assert_eq!(value_of(&[line]), "true");
+        }
+    }
+
+    #[test]
+    fn a_second_word_after_a_single_value_is_named() {
+        for line in [
+            "--run_name my run",
+            "--packing true run",
+            "--max_steps 3 run",
+        ] {
+            let message = complaint(line);
+            assert!(message.contains("`run`"), "{message}");
+        }
+        assert!(complaint("--run_name my run").contains("`--run_name` has its value"));
+        assert_eq!(value_of(&["--run_name", "my run"]), "my run");
+        assert_eq!(value_of(&["--run_name=my run"]), "my run");
+    }
+
+    #[test]
+    fn entries_of_a_list_keep_their_blanks() {
+        for (line, expected) in [
+            (
+                vec!["--train_file", "my rows.jsonl"],
+                r#"["my rows.jsonl"]"#,
+            ),
+            (vec!["--train_file", "a b", "c"], r#"["a b","c"]"#),
+            (vec!["--train_file", "a.jsonl"], "a.jsonl"),
+            (vec!["--train_file", "a,b"], "a,b"),
+            (vec!["--train_file", "a, b"], r#"["a","b"]"#),
+            (vec!["--train_file", "a,", "b"], r#"["a","b"]"#),
+            (vec!["--train_file", "[a,", "b]"], "[a, b]"),
+        ] {
+            assert_eq!(value_of(&line), expected, "{line:?}");
         }
     }
 }

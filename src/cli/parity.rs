@@ -33,7 +33,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let tally = format!("{passed} passed, {failed} failed");
     if args.json {
         // Standard output is the document alone.
-        eprintln!("{tally}");
+        super::print_error_line(&tally);
     } else {
         println!("{tally}");
     }

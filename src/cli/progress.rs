@@ -1,5 +1,6 @@
 //! A progress bar with a line of metrics, for a person at a terminal.
 
+use super::print_error_line;
 use ferrotune::core::Result;
 use ferrotune::core::run_log::{Event, LogRow, Observer};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -29,7 +30,7 @@ impl Progress {
     /// Above the bar; the bar swallows its lines where standard error is not a terminal.
     fn say(&self, line: &str) {
         if self.bar.is_hidden() {
-            eprintln!("{line}");
+            print_error_line(line);
         } else {
             self.bar.println(line);
         }

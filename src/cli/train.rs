@@ -1,6 +1,6 @@
 use super::overrides::{self, Switches};
 use super::progress::Progress;
-use super::{Failure, Outcome, stop};
+use super::{Failure, Outcome, print_help, print_note, stop};
 use ferrotune::core::ExitCode;
 use ferrotune::core::config::{self, TrainConfig};
 use ferrotune::core::run_log::{JsonLines, Observer};
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Arguments of `train` and `plan`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = overrides::HELP)]
 pub(super) struct Args {
     /// YAML file with TRL's keys (see `config-schema --markdown`)
     config: PathBuf,
@@ -43,6 +44,9 @@ impl Voice {
 }
 
 pub(super) fn train(args: &Args) -> Outcome {
+    if overrides::ask_for_help(&args.overrides) {
+        return print_help("train");
+    }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     let stop = stop::on_signal()?;
     let config = config::load(&args.config, &pairs)?;
@@ -55,6 +59,9 @@ pub(super) fn train(args: &Args) -> Outcome {
 }
 
 pub(super) fn plan(args: &Args) -> Outcome {
+    if overrides::ask_for_help(&args.overrides) {
+        return print_help("plan");
+    }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     show_plan(config::load(&args.config, &pairs)?, Voice::new(switches))
 }
@@ -113,7 +120,7 @@ pub(super) fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
 
 fn print_notes(config: &TrainConfig) {
     for note in &config.notes {
-        eprintln!("note: {note}");
+        print_note(note);
     }
 }
 
@@ -122,7 +129,10 @@ fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {
         && run.steps == 0
     {
         let output = output.display();
-        eprintln!("note: already finished after step {}: {output}", run.step);
+        print_note(&format!(
+            "already finished after step {}: {output}",
+            run.step
+        ));
         return;
     }
     if voice == Voice::Machine {

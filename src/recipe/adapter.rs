@@ -1,7 +1,8 @@
-use ferrotune_core::adapter::Adapter;
+use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
 use ferrotune_core::config::{InitLoraWeights as Init, LoraBias, Names, TrainConfig};
 use ferrotune_core::full::FullFineTuning;
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
+use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, TargetModules};
 use std::path::Path;
@@ -19,7 +20,89 @@ pub fn adapter_of(
         return Ok(Box::new(FullFineTuning));
     }
     let lora = lora_config(config, base)?;
-    Ok(Box::new(LoraAdapter::new(lora, &decoder.model_type)?))
+    let adapter = LoraAdapter::new(lora, &decoder.model_type);
+    Ok(Box::new(adapter.map_err(|e| in_trl_names(config, e))?))
+}
+
+/// What the method attaches to the shape of the base, and the layout of what it trains.
+///
+/// # Errors
+/// [`Error::Config`] as [`adapter_of`], and for targets that match nothing.
+pub(super) fn attach(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+) -> Result<Attached> {
+    let sites = ModelPlan::new(decoder).sites;
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = adapter_of(config, base, decoder)?
+        .attach(&sites, &mut builder)
+        .map_err(|e| in_trl_names(config, e))?;
+    Ok(Attached {
+        trainable: builder.build()?.trainable(),
+        notes: rank_notes(&sites, &attachments),
+    })
+}
+
+/// A method on the shape of a base, before there is room for it.
+pub(super) struct Attached {
+    /// Trainable scalars.
+    pub(super) trainable: usize,
+    /// What the user may want to know.
+    pub(super) notes: Vec<String>,
+}
+
+/// A rank above the smaller dimension of a weight is legal, and for nothing.
+fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<String> {
+    let too_high: Vec<(&Site, usize)> = attachments
+        .iter()
+        .filter_map(|(id, attachment)| match attachment {
+            Attachment::LowRank(update) => Some((sites.get(id.0)?, update.rank)),
+            _ => None,
+        })
+        .filter(|(site, rank)| *rank > site.in_features.min(site.out_features))
+        .collect();
+    let Some((site, rank)) = too_high.first() else {
+        return Vec::new();
+    };
+    let (rows, columns) = (site.out_features, site.in_features);
+    let others = match too_high.len() - 1 {
+        0 => String::new(),
+        n => format!(" (and {n} more)"),
+    };
+    vec![format!(
+        "lora_r: rank {rank} of `{}`{others} is more than the smaller dimension of its weight, {rows} x \
+         {columns}; no update of it has a rank above {}",
+        site.name,
+        rows.min(columns)
+    )]
+}
+
+/// The keys of a LoRA in a configuration, by PEFT's names for them.
+const TRL_NAMES: [(&str, &str); 6] = [
+    ("alpha_pattern", "lora_alpha_pattern"),
+    ("exclude_modules", "lora_exclude_modules"),
+    ("layers_to_transform", "lora_layers_to_transform"),
+    ("r", "lora_r"),
+    ("rank_pattern", "lora_rank_pattern"),
+    ("target_modules", "lora_target_modules"),
+];
+
+/// The method speaks of PEFT's keys; whoever wrote a configuration knows TRL's, and where it is.
+fn in_trl_names(config: &TrainConfig, error: Error) -> Error {
+    let Error::Config { key, mut message } = error else {
+        return error;
+    };
+    for (peft, trl) in TRL_NAMES {
+        message = message.replace(&format!("`{peft}`"), &format!("`{trl}`"));
+        message = message.replace(&format!("`{peft}: "), &format!("`{trl}: "));
+    }
+    let known = TRL_NAMES.iter().find(|(peft, _)| *peft == key);
+    let key = known.map_or(key.as_str(), |(_, trl)| trl);
+    if let Some(origin) = config.origin(key) {
+        message += &format!(" ({origin})");
+    }
+    Error::config(key, message)
 }
 
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {

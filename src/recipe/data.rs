@@ -265,11 +265,18 @@ fn bins(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<Vec<usize
     }
 }
 
+/// Tokens of each line of a batch, in the order of the file: a row, or a bin of packed rows.
+pub(super) fn lines(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<usize> {
+    line_tokens(&bins(data, dataset, packing), &dataset.examples)
+}
+
+fn line_tokens(bins: &[Vec<usize>], examples: &[Example]) -> Vec<usize> {
+    let tokens = |bin: &Vec<usize>| bin.iter().map(|&i| examples[i].len()).sum();
+    bins.iter().map(tokens).collect()
+}
+
 fn largest_sum(bins: &[Vec<usize>], examples: &[Example], count: usize) -> usize {
-    let mut tokens: Vec<usize> = bins
-        .iter()
-        .map(|b| b.iter().map(|&i| examples[i].len()).sum())
-        .collect();
+    let mut tokens = line_tokens(bins, examples);
     tokens.sort_unstable_by(|a, b| b.cmp(a));
     tokens.iter().take(count).sum()
 }

@@ -3,6 +3,7 @@
 
 mod adapter;
 mod data;
+mod fitting;
 mod memory;
 mod output_dir;
 mod outputs;
@@ -94,7 +95,7 @@ impl Recipe {
     }
 
     fn prepare_from(
-        config: TrainConfig,
+        mut config: TrainConfig,
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
     ) -> Result<Self> {
         config.validate()?;
@@ -103,7 +104,15 @@ impl Recipe {
         output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
-        let trainable = memory::trainable(&config, &base, &decoder)?;
+        let base_digest = outputs::base_digest(&base, files.as_ref())?;
+        resume::check_early(&config, &base_digest)?;
+        let shape = memory::Base {
+            directory: &base,
+            decoder: &decoder,
+            files: files.as_ref(),
+        };
+        let (trainable, notes) = memory::trainable(&config, shape)?;
+        config.notes.extend(notes);
         let tokenizer = data::tokenizer(&config, &base)?;
         let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
@@ -117,7 +126,7 @@ impl Recipe {
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
         let weight_dtype = weight_dtype(&config, files.as_ref());
-        let fingerprints = outputs::fingerprints(&base, files.as_ref(), &dataset)?;
+        let fingerprints = outputs::fingerprints(base_digest, &dataset);
         let recipe = Self {
             config,
             base,
@@ -132,7 +141,7 @@ impl Recipe {
             weight_dtype,
             fingerprints,
         };
-        memory::check(summary::planned_bytes(&recipe))?;
+        memory::check(&recipe)?;
         Ok(recipe)
     }
 

@@ -2,15 +2,16 @@
 
 use super::Recipe;
 use ferrotune_core::checkpoint::{
-    Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
+    self, Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
 };
+use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::Dataset;
 use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
-    Evaluated, LogWindow, RunFinished, TrainerLogJsonl, TrainerState, all_results, eval_results,
-    rows_up_to, train_results,
+    CheckpointSaved, Evaluated, Event, LogWindow, Observer, RunFinished, TrainerLogJsonl,
+    TrainerState, all_results, eval_results, rows_up_to, train_results,
 };
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
@@ -62,6 +63,10 @@ impl<'a> CheckpointFiles<'a> {
         window: &LogWindow,
     ) -> Result<PathBuf> {
         let step = trainer.steps_done();
+        // The state in a checkpoint knows that checkpoint already: it may be the best there is.
+        let mut state = state.clone();
+        let path = checkpoint::path_of(output, step);
+        state.on(&Event::CheckpointSaved(CheckpointSaved { step, path }))?;
         Checkpoint::write(output, step, &self.identity, |directory| {
             write_trained(self.recipe, directory, trainer)?;
             let [exp_avg, exp_avg_sq] = trainer.moments();
@@ -72,15 +77,31 @@ impl<'a> CheckpointFiles<'a> {
     }
 }
 
+/// Names of the digests that a continued run must share.
+const BASE_DIGEST: &str = "base_model";
+pub(super) const DATA_DIGEST: &str = "data";
+
 /// Digests of base and data: equal for a continued run to be the same run.
+pub(super) fn fingerprints(base: String, dataset: &Dataset) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (BASE_DIGEST.into(), base),
+        (DATA_DIGEST.into(), data_digest(&dataset.examples)),
+    ])
+}
+
+/// What a run is as far as it is known before its data are.
+pub(super) fn identity_without_data(config: &TrainConfig, base: &str) -> RunIdentity {
+    RunIdentity {
+        config: config.to_json(),
+        fingerprints: BTreeMap::from([(BASE_DIGEST.into(), base.into())]),
+    }
+}
+
+/// Digest of the base: its configuration, and samples of its weights.
 ///
 /// # Errors
 /// [`Error::Read`].
-pub(super) fn fingerprints(
-    base: &Path,
-    files: Option<&ModelFiles>,
-    dataset: &Dataset,
-) -> Result<BTreeMap<String, String>> {
+pub(super) fn base_digest(base: &Path, files: Option<&ModelFiles>) -> Result<String> {
     let path = base.join("config.json");
     let config = std::fs::read(&path).map_err(Error::read(&path))?;
     let mut model = blake3_of_bytes(&config);
@@ -89,10 +110,7 @@ pub(super) fn fingerprints(
         let content = sampled_digest(file.path())?;
         model = blake3_of_bytes(format!("{model}{content}").as_bytes());
     }
-    Ok(BTreeMap::from([
-        ("base_model".into(), model),
-        ("data".into(), data_digest(&dataset.examples)),
-    ]))
+    Ok(model)
 }
 
 /// The trained weights with what is needed to load them.

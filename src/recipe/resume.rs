@@ -1,10 +1,12 @@
 //! Going on where a run stopped, to the same bits.
 
 use super::Recipe;
-use super::outputs::{CheckpointFiles, RUN_STATE, STATE};
-use ferrotune_core::checkpoint::{self, Checkpoint, OPTIMIZER, read_optimizer};
-use ferrotune_core::config::Resume;
-use ferrotune_core::io::remove_stale;
+use super::outputs::{self, CheckpointFiles, DATA_DIGEST, RUN_STATE, STATE};
+use ferrotune_core::checkpoint::{
+    self, Checkpoint, MANIFEST, OPTIMIZER, RunIdentity, read_optimizer,
+};
+use ferrotune_core::config::{Resume, TrainConfig};
+use ferrotune_core::io::{holds_set_aside, remove_stale};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{LogWindow, TrainerState};
 use ferrotune_core::trainer::Trainer;
@@ -44,6 +46,72 @@ const FREE_KEYS: [&str; 26] = [
     "train_file",
 ];
 
+/// Refuses, before any data are read, a checkpoint that the run cannot go on from as far as that
+/// shows: one that is not there, not whole by its lengths, or of another base or configuration.
+///
+/// Every byte is checked by [`find`], when the run has its output directory to itself.
+///
+/// # Errors
+/// [`Error::Config`] or [`Error::Checkpoint`].
+pub(super) fn check_early(config: &TrainConfig, base_digest: &str) -> Result<()> {
+    let output = Path::new(&config.output.output_dir);
+    match &config.output.resume_from_checkpoint {
+        Resume::Never | Resume::Auto => Ok(()),
+        // A checkpoint that a killed run was replacing comes back when the run starts.
+        _ if holds_set_aside(output) => Ok(()),
+        Resume::Last if checkpoint::list(output)?.is_empty() => Err(none_to_go_on_from(output)),
+        Resume::Last => Ok(()),
+        Resume::From(path) => {
+            if !path.join(MANIFEST).exists() {
+                require_a_checkpoint(path)?;
+            }
+            let then = Checkpoint::glance(path)?.run;
+            let mut now = outputs::identity_without_data(config, base_digest);
+            let data = then.fingerprints.get_key_value(DATA_DIGEST);
+            now.fingerprints
+                .extend(data.map(|(name, digest)| (name.clone(), digest.clone())));
+            refuse_another_run(path, &then, &now)
+        }
+    }
+}
+
+/// Says what stands at a path that was given for a checkpoint and is none, where that helps more
+/// than the name of a missing file.
+fn require_a_checkpoint(path: &Path) -> Result<()> {
+    let fault = |message: String| {
+        let message = format!("`{}` {message}", path.display());
+        Err(Error::config("resume_from_checkpoint", message))
+    };
+    let beside = path.parent().map(checkpoint::list);
+    if !path.exists() {
+        let beside = beside.transpose().unwrap_or_default().unwrap_or_default();
+        return fault(match beside.last() {
+            Some((_, newest)) => {
+                format!("does not exist; the newest there is {}", newest.display())
+            }
+            None => "does not exist; expected the path of a checkpoint, auto, or null".into(),
+        });
+    }
+    if !path.is_dir() {
+        return fault("is a file; expected the directory of a checkpoint".into());
+    }
+    match checkpoint::list(path)?.last() {
+        Some((_, newest)) => fault(format!(
+            "holds checkpoints and is none; give one of them, such as {}",
+            newest.display()
+        )),
+        None => Ok(()),
+    }
+}
+
+fn none_to_go_on_from(output: &Path) -> Error {
+    let message = format!(
+        "true, but `{}` holds no checkpoint; use auto to start anew",
+        output.display()
+    );
+    Error::config("resume_from_checkpoint", message)
+}
+
 /// The checkpoint a run starts from, verified, if it is to start from one.
 pub(super) fn find(recipe: &Recipe, output: &Path) -> Result<Option<Checkpoint>> {
     remove_stale(output)?;
@@ -52,18 +120,13 @@ pub(super) fn find(recipe: &Recipe, output: &Path) -> Result<Option<Checkpoint>>
         Resume::From(path) => Some(Checkpoint::verify(path)?),
         Resume::Auto => newest(output)?,
         Resume::Last => match newest(output)? {
-            None => {
-                let message = format!(
-                    "true, but `{}` holds no checkpoint; use auto to start anew",
-                    output.display()
-                );
-                return Err(Error::config("resume_from_checkpoint", message));
-            }
+            None => return Err(none_to_go_on_from(output)),
             found => found,
         },
     };
     if let Some(checkpoint) = &found {
-        refuse_another_run(recipe, checkpoint)?;
+        let now = CheckpointFiles::new(recipe).identity();
+        refuse_another_run(checkpoint.path(), &checkpoint.manifest().run, &now)?;
     }
     Ok(found)
 }
@@ -78,12 +141,9 @@ fn newest(output: &Path) -> Result<Option<Checkpoint>> {
     Ok(Some(checkpoint))
 }
 
-fn refuse_another_run(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> {
-    let now = CheckpointFiles::new(recipe).identity();
-    let differences: Vec<String> = checkpoint
-        .manifest()
-        .run
-        .differences(&now)
+fn refuse_another_run(checkpoint: &Path, then: &RunIdentity, now: &RunIdentity) -> Result<()> {
+    let differences: Vec<String> = then
+        .differences(now)
         .into_iter()
         .filter(|line| !FREE_KEYS.iter().any(|key| names_key(line, key)))
         .collect();
@@ -94,7 +154,7 @@ fn refuse_another_run(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> {
         "resume_from_checkpoint",
         format!(
             "{} belongs to another run:\n  {}\nset these back, or start a new run in another output_dir",
-            checkpoint.path().display(),
+            checkpoint.display(),
             differences.join("\n  ")
         ),
     ))

@@ -1,6 +1,7 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
 use super::Recipe;
+use super::memory::Needs;
 use ferrotune_core::Result;
 use serde_json::{Value, json};
 use std::fmt;
@@ -21,10 +22,14 @@ impl Summary {
         let (config, plan, report) = (&recipe.config, &recipe.plan, &recipe.dataset.report);
         let parameters = recipe.total_parameters();
         let share = 100.0 * recipe.trainable as f64 / parameters as f64;
-        let weights = recipe.decoder.parameters() * recipe.weight_dtype.bytes();
-        // Values, gradients and two moments, f32 each.
-        let trained = recipe.trainable * 16;
-        let activations = activation_bytes(recipe);
+        let needs = Needs::of(recipe);
+        let Needs {
+            weights,
+            trained,
+            activations,
+        } = needs;
+        // Values and two moments, f32 each.
+        let checkpoint = recipe.trainable as u64 * 12;
         let method = recipe.adapter()?.describe();
         let lines = vec![
             (
@@ -69,13 +74,13 @@ impl Summary {
                 "memory",
                 format!(
                     "about {} = weights {} + trained {} + activations {}",
-                    mib(weights + trained + activations),
+                    mib(needs.total()),
                     mib(weights),
                     mib(trained),
                     mib(activations)
                 ),
             ),
-            ("checkpoint", format!("{} each", mib(recipe.trainable * 12))),
+            ("checkpoint", format!("{} each", mib(checkpoint))),
             ("output", config.output.output_dir.clone()),
         ];
         let json = json!({
@@ -92,7 +97,7 @@ impl Summary {
             "total_steps": plan.total_steps,
             "steps_per_epoch": plan.steps_per_epoch,
             "memory_bytes": {"weights": weights, "trained": trained, "activations": activations},
-            "checkpoint_bytes": recipe.trainable * 12,
+            "checkpoint_bytes": checkpoint,
             "output_dir": config.output.output_dir,
             "notes": config.notes,
         });
@@ -115,23 +120,6 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Bytes of weights, trained values with their moments, and activations.
-pub(super) fn planned_bytes(recipe: &Recipe) -> u64 {
-    let weights = recipe.decoder.parameters() * recipe.weight_dtype.bytes();
-    let trained = recipe.trainable * 16;
-    (weights as u64)
-        .saturating_add(trained as u64)
-        .saturating_add(activation_bytes(recipe) as u64)
-}
-
-/// Saved activations of the largest micro-batch, and the buffers of one layer's backward.
-fn activation_bytes(recipe: &Recipe) -> usize {
-    let d = &recipe.decoder;
-    let saved = 2 * d.hidden_size + 2 * d.q_width() + 2 * d.kv_width() + 2 * d.intermediate_size;
-    let working = 3 * d.hidden_size + 2 * d.intermediate_size + 2 * d.q_width() + 2 * d.kv_width();
-    recipe.max_tokens * 4 * (d.layers * saved + working)
-}
-
-fn mib(bytes: usize) -> String {
+fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }

@@ -22,20 +22,6 @@ fn faults_of_the_configuration() {
             &["max_steps", "many", "out.yaml"],
         ),
         fault(
-            "unmatched target",
-            json!({"lora_target_modules": ["q_prjo"]}),
-            untouched,
-            BAD_CONFIG,
-            &["target_modules", "q_prjo", "q_proj"],
-        ),
-        fault(
-            "one of several targets unmatched",
-            json!({"lora_target_modules": ["q_proj", "v_porj"]}),
-            untouched,
-            BAD_CONFIG,
-            &["target_modules", "v_porj", "v_proj"],
-        ),
-        fault(
             "no threads",
             json!({"num_threads": 0}),
             untouched,
@@ -94,6 +80,47 @@ fn faults_of_the_configuration() {
             71,
             &["does not fit", "available", "lora_r"],
         ),
+    ]);
+}
+
+#[test]
+fn faults_of_the_adapter_are_told_in_the_names_of_the_file() {
+    check(&[
+        fault(
+            "unmatched target",
+            json!({"lora_target_modules": ["q_prjo"]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_target_modules`", "q_prjo", "q_proj", "out.yaml:"],
+        ),
+        fault(
+            "one of several targets unmatched",
+            json!({"lora_target_modules": ["q_proj", "v_porj"]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_target_modules`", "v_porj", "v_proj"],
+        ),
+        fault(
+            "unmatched exclusion",
+            json!({"lora_exclude_modules": ["q_prjo"]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_exclude_modules`", "q_prjo", "q_proj"],
+        ),
+        fault(
+            "unmatched rank pattern",
+            json!({"lora_rank_pattern": {"q_prjo": 2}}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_rank_pattern`", "q_prjo", "q_proj"],
+        ),
+        fault(
+            "layers of a pattern that names its own",
+            json!({"lora_layers_to_transform": [0], "lora_target_modules": "all-linear"}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_layers_to_transform`", "needs `lora_target_modules`"],
+        ),
         fault(
             "rank 0",
             json!({"lora_r": 0}),
@@ -102,6 +129,42 @@ fn faults_of_the_configuration() {
             &["lora_r", "1 or more"],
         ),
     ]);
+}
+
+#[test]
+fn a_run_too_large_for_any_machine_is_told_what_would_fit() {
+    let bench = Workbench::new(1);
+    // Of some 2 TiB of activations, for weights of a few MiB: a deep and narrow model, many rows.
+    let shape = common::Shape {
+        hidden: 8,
+        intermediate: 8,
+        layers: 4096,
+        heads: 1,
+        kv_heads: 1,
+        max_position: 300,
+        ..common::Shape::default()
+    };
+    common::write_json(&bench.path("base/config.json"), &shape.config());
+    let row = json!({"text": "a".repeat(250)});
+    common::write_rows(&bench.path("rows.jsonl"), &vec![row; 8000]);
+    let mut changes = json!({
+        "random_init": true, "use_peft": false, "per_device_train_batch_size": 8000,
+    });
+    let finished = bench.train("out", &changes).expect(71);
+    assert!(!bench.path("out").exists());
+    let said = |key: &str| {
+        let (_, rest) = finished.stderr.split_once(&format!("{key}: "))?;
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        digits.parse::<u64>().ok()
+    };
+    let batch = said("per_device_train_batch_size").expect(&finished.stderr);
+    assert!((1..8000).contains(&batch), "{}", finished.stderr);
+    // Half of it: other processes may have taken memory meanwhile.
+    changes["per_device_train_batch_size"] = json!(batch.div_ceil(2));
+    let config = bench.config("out", &changes);
+    let planned = command(&["plan", text(&config)]).output();
+    let planned: common::Finished = planned.expect("the binary starts").into();
+    planned.expect(0);
 }
 
 #[test]

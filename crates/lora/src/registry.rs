@@ -1,5 +1,7 @@
 //! From a `peft_type` to the method.
 
+mod absent;
+
 use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::{Error, Result, suggest};
@@ -69,10 +71,13 @@ impl PeftConfig {
     /// Reads the `adapter_config.json` of an adapter directory.
     ///
     /// # Errors
-    /// [`Error::Read`] if there is none; [`Error::Adapter`] if it is no such file, its method is
-    /// not supported, or it switches on a feature that is not.
+    /// [`Error::Adapter`] if there is none (saying what is there), it is no such file, its method is
+    /// not supported, or it switches on a feature that is not; [`Error::Read`].
     pub fn load(directory: &Path) -> Result<Self> {
         let path = directory.join(CONFIG_FILE);
+        if !path.exists() {
+            return Err(absent::no_adapter(directory));
+        }
         let object = read_object(&path)?;
         let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
             return Err(Error::adapter(
@@ -83,6 +88,14 @@ impl PeftConfig {
         match peft_type {
             "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
             other => Err(not_supported(&path, other)),
+        }
+    }
+
+    /// The base the adapter was trained on, as its file says: a path or a name on the hub.
+    #[must_use]
+    pub fn base_model_name_or_path(&self) -> Option<&str> {
+        match self {
+            Self::Lora(config) => config.base_model_name_or_path.as_deref(),
         }
     }
 

@@ -208,14 +208,20 @@ impl Manifest {
         serde_json::from_slice(&text).map_err(invalid)
     }
 
-    /// Checks every file in `dir` against its record: lengths first, because that is cheap.
-    pub(super) fn verify(&self, dir: &Path) -> Result<()> {
+    /// Checks that every file is in `dir`, with its length; gives their paths.
+    pub(super) fn check_lengths(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::with_capacity(self.files.len());
         for (name, record) in &self.files {
             let path = join_safely(dir, name)?;
             check_length(&path, record.bytes)?;
             paths.push(path);
         }
+        Ok(paths)
+    }
+
+    /// Checks every file in `dir` against its record: lengths first, because that is cheap.
+    pub(super) fn verify(&self, dir: &Path) -> Result<()> {
+        let paths = self.check_lengths(dir)?;
         let sums = blake3_of_files(&paths)?;
         for ((path, (sum, _)), record) in paths.iter().zip(sums).zip(self.files.values()) {
             if sum != record.blake3 {

@@ -3,6 +3,7 @@
 //! Either the feature is not there yet, then any value but the neutral one is an error; or the key
 //! steers something this engine does not have (a framework's knob), then it is noted and ignored.
 
+use super::value::Arity;
 use serde_json::{Value, json};
 
 /// What to do with a key at a value that is not neutral.
@@ -356,6 +357,17 @@ impl ForeignKey {
                 self.neutral.join(" or "),
                 if hint.is_empty() { "" } else { "; " }
             )),
+        }
+    }
+
+    /// How many words follow it on a command line, as far as its neutral values tell.
+    pub(super) fn arity(&self) -> Arity {
+        if self.neutral.contains(&"[]") {
+            Arity::List
+        } else if self.neutral == OFF || self.neutral.contains(&"true") {
+            Arity::Switch
+        } else {
+            Arity::Single
         }
     }
 

@@ -26,10 +26,11 @@ pub use arguments::{
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
-pub use value::{ALL_LINEAR, KeyValue, Names};
+pub use value::{ALL_LINEAR, Arity, KeyValue, Names};
 
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
+use foreign::ForeignKey;
 use parse::Entry;
 use section::Section;
 use serde_json::{Map, Value};
@@ -194,6 +195,15 @@ impl TrainConfig {
         sections.into_iter().flat_map(Section::keys).collect()
     }
 
+    /// How many words follow `key` on a command line, or `None` for a key that does not exist.
+    #[must_use]
+    pub fn arity(key: &str) -> Option<Arity> {
+        let name = unaliased(key);
+        let own = Self::keys().into_iter().find(|key| key.name == name);
+        own.map(|key| key.arity)
+            .or_else(|| foreign::find(name).map(ForeignKey::arity))
+    }
+
     /// The value of `key` as it is saved, or `None` for a key that does not exist.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<Value> {
@@ -274,8 +284,7 @@ impl TrainConfig {
     /// The table's own name for an entry's key.
     fn canonical(&self, entry: &Entry) -> Result<&'static str> {
         let written = entry.key.as_str();
-        let alias = ALIASES.iter().find(|(alias, _)| *alias == written);
-        let name = alias.map_or(written, |(_, key)| key);
+        let name = unaliased(written);
         let keys = Self::keys();
         if let Some(key) = keys.iter().find(|key| key.name == name) {
             return Ok(key.name);
@@ -323,6 +332,12 @@ impl TrainConfig {
             .chain(validate::notes(self))
             .collect();
     }
+}
+
+/// The present name of a key.
+fn unaliased(written: &str) -> &str {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == written);
+    alias.map_or(written, |(_, key)| key)
 }
 
 fn wrong_value(key: &str, value: &Value, expected: &str, origin: &Origin) -> Error {

@@ -40,9 +40,10 @@ pub fn json_schema() -> Value {
 const MARKDOWN_INTRODUCTION: &str = "\
 # Configuration keys
 
-A configuration is one flat YAML mapping. `--key value` on the command line overrides a key.
-An unknown key is an error that names the nearest known one. This page is what
-`ferrotune config-schema --markdown` prints; `ferrotune config-schema` prints a JSON schema for editors.
+A configuration is one flat YAML mapping. `--key value` on the command line overrides a key: a list
+may be several words or one with commas, a bare `--key` is true. An unknown key is an error that names
+the nearest known one. This page is what `ferrotune config-schema --markdown` prints; `ferrotune
+config-schema` prints a JSON schema for editors.
 ";
 
 /// The reference of all keys as Markdown: a table per section, then the keys without a field.

@@ -1,5 +1,6 @@
 //! Sections: a struct per part of the configuration, whose declaration is also the table of keys.
 
+use super::value::Arity;
 use serde_json::Value;
 
 /// One key of the configuration file, as the documentation and the schema show it.
@@ -17,6 +18,8 @@ pub struct Key {
     pub default_source: &'static str,
     /// JSON schema of its value.
     pub schema: Value,
+    /// How many words its value has on a command line.
+    pub arity: Arity,
 }
 
 /// A part of the configuration: typed fields, reachable by key.
@@ -70,6 +73,7 @@ macro_rules! section {
                     default: defaults.$key.to_value(),
                     default_source: $source,
                     schema: <$type as KeyValue>::schema(),
+                    arity: <$type as KeyValue>::ARITY,
                 } ),+ ]
             }
 

@@ -4,8 +4,22 @@ use crate::suggest::did_you_mean;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
+/// How many words follow a key on a command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arity {
+    /// None, which means true, or one.
+    Switch,
+    /// One.
+    Single,
+    /// One or more: the entries of a list.
+    List,
+}
+
 /// A type of configuration value. The one place that knows how it is written and read.
 pub trait KeyValue: Sized {
+    /// Words of a value on a command line.
+    const ARITY: Arity = Arity::Single;
+
     /// JSON schema of a value.
     fn schema() -> Value;
 
@@ -52,6 +66,8 @@ pub(super) fn word_as_bool(text: &str) -> Option<bool> {
 }
 
 impl KeyValue for bool {
+    const ARITY: Arity = Arity::Switch;
+
     fn schema() -> Value {
         json!({"type": "boolean"})
     }
@@ -173,6 +189,8 @@ impl KeyValue for String {
 }
 
 impl<T: KeyValue> KeyValue for Option<T> {
+    const ARITY: Arity = T::ARITY;
+
     fn schema() -> Value {
         json!({"anyOf": [T::schema(), {"type": "null"}]})
     }
@@ -218,6 +236,8 @@ fn words(text: &str) -> Result<Vec<Value>, String> {
 
 /// A single value stands for a list of one, as on Transformers' command line.
 impl<T: KeyValue> KeyValue for Vec<T> {
+    const ARITY: Arity = Arity::List;
+
     fn schema() -> Value {
         json!({"anyOf": [{"type": "array", "items": T::schema()}, T::schema()]})
     }
@@ -294,6 +314,8 @@ pub enum Names {
 pub const ALL_LINEAR: &str = "all-linear";
 
 impl KeyValue for Names {
+    const ARITY: Arity = Arity::List;
+
     fn schema() -> Value {
         json!({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
     }

@@ -169,6 +169,16 @@ pub fn remove_stale(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(stale)
 }
 
+/// Whether [`remove_stale`] would bring back a directory in `dir`. Changes nothing.
+#[must_use]
+pub fn holds_set_aside(dir: &Path) -> bool {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let was_replaced = |name: &str| replaced_name(name).is_some_and(|n| !dir.join(n).exists());
+    entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .any(|name| was_replaced(&name))
+}
+
 /// The name that a directory had before [`set_aside`].
 fn replaced_name(name: &str) -> Option<&str> {
     let (original, _) = name.strip_prefix('.')?.split_once(REPLACED)?;

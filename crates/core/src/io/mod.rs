@@ -21,7 +21,7 @@ mod staged_dir;
 mod tests;
 
 pub(crate) use atomic::remove_dir;
-pub use atomic::{probe_writable, remove_stale, write_file};
+pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file};
 pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
 pub use file_name::safe_file_name;
 pub use model_files::{ModelFiles, find_pickle};

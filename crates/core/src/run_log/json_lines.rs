@@ -2,14 +2,18 @@ use super::json::{json_number, line};
 use super::{Event, Observer};
 use crate::{Error, Result};
 use serde_json::{Value, json};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 
 /// One JSON line per event, for standard output without a terminal.
+///
+/// A reader that goes away (`| head -1`) is no failure of the run: from then on nothing is written.
 #[derive(Debug)]
 pub struct JsonLines<W> {
     writer: W,
     name: PathBuf,
+    /// Whether the reader is gone.
+    closed: bool,
 }
 
 impl<W: Write> JsonLines<W> {
@@ -18,17 +22,25 @@ impl<W: Write> JsonLines<W> {
         Self {
             writer,
             name: name.into(),
+            closed: false,
         }
     }
 }
 
 impl<W: Write> Observer for JsonLines<W> {
     fn on(&mut self, event: &Event) -> Result<()> {
+        if self.closed {
+            return Ok(());
+        }
         let text = line(entries(event));
-        self.writer
-            .write_all(text.as_bytes())
-            .and_then(|()| self.writer.flush())
-            .map_err(Error::write(&self.name))
+        let written = self.writer.write_all(text.as_bytes());
+        match written.and_then(|()| self.writer.flush()) {
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => {
+                self.closed = true;
+                Ok(())
+            }
+            result => result.map_err(Error::write(&self.name)),
+        }
     }
 }
 
@@ -120,19 +132,39 @@ mod tests {
         assert_eq!(rows[1]["path"], json!("out/a\n\"b"));
     }
 
-    #[test]
-    fn a_closed_output_is_an_error_that_names_it() {
-        struct Closed;
-        impl Write for Closed {
-            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
-                Err(std::io::ErrorKind::BrokenPipe.into())
-            }
-            fn flush(&mut self) -> std::io::Result<()> {
-                Ok(())
-            }
+    /// Fails as it is told to, and counts how often it is asked.
+    struct Failing {
+        kind: ErrorKind,
+        asked: usize,
+    }
+
+    impl Write for &mut Failing {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            self.asked += 1;
+            Err(self.kind.into())
         }
-        let mut lines = JsonLines::new(Closed, "standard output");
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_that_names_the_output() {
+        let kind = ErrorKind::StorageFull;
+        let mut full = Failing { kind, asked: 0 };
+        let mut lines = JsonLines::new(&mut full, "standard output");
         let error = lines.on(&Event::StepLogged(LogRow::default())).unwrap_err();
         assert!(error.to_string().contains("standard output"));
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_not_written_to_again() {
+        let kind = ErrorKind::BrokenPipe;
+        let mut gone = Failing { kind, asked: 0 };
+        let mut lines = JsonLines::new(&mut gone, "standard output");
+        for _ in 0..3 {
+            lines.on(&Event::StepLogged(LogRow::default())).unwrap();
+        }
+        assert_eq!(gone.asked, 1);
     }
 }

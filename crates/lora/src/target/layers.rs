@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 pub(super) struct Layers<'a> {
     pub(super) wanted: &'a [usize],
     expressions: Vec<Expression>,
+    /// Whether `layers_pattern` is set.
+    by_pattern: bool,
 }
 
 impl<'a> Layers<'a> {
@@ -42,6 +44,7 @@ impl<'a> Layers<'a> {
         Ok(Some(Self {
             wanted,
             expressions,
+            by_pattern: !selection.layers_pattern.is_empty(),
         }))
     }
 
@@ -66,7 +69,9 @@ impl<'a> Layers<'a> {
                     match (existing.first(), existing.last()) {
                         (Some(first), Some(last)) =>
                             format!("targeted modules lie in layers {first} to {last}"),
-                        _ => "no targeted module has a layer number: check `layers_pattern`".into(),
+                        _ if self.by_pattern =>
+                            "no targeted module has a layer number: check `layers_pattern`".into(),
+                        _ => "no targeted module has a layer number in its path".into(),
                     }
                 ),
             )),

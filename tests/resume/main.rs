@@ -1,17 +1,15 @@
 //! A run that was stopped and resumed is the run that was not, to the last bit.
 #![cfg(unix)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod refusals;
+mod signals;
 
-use common::{
-    Finished, Workbench, command, copy_dir, entries, ferrotune, read, read_json, text, write_json,
-};
+use common::{Workbench, copy_dir, entries, read, read_json, text, write_json};
 use ferrotune::core::checkpoint::Checkpoint;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 const STEPS: u64 = 12;
 /// What a clock measured, and a path of the output directory.
@@ -94,38 +92,6 @@ fn assert_same_result(whole: &Path, resumed: &Path) {
         let history = |run: &Path| comparable(read_json(&run.join(file)));
         assert_eq!(history(whole), history(resumed), "{file}");
     }
-}
-
-fn spawn(config: &Path) -> Child {
-    command(&["train", text(config)])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary starts")
-}
-
-fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill")
-        .args([format!("-{name}"), child.id().to_string()])
-        .status();
-    assert!(status.expect("kill runs").success());
-}
-
-fn finish(child: Child) -> Finished {
-    child.wait_with_output().expect("it ends").into()
-}
-
-/// Reads standard output up to the first line that is about a finished step.
-fn wait_for_step(child: &mut Child) -> BufReader<std::process::ChildStdout> {
-    let mut reader = BufReader::new(child.stdout.take().expect("piped"));
-    let mut line = String::new();
-    while reader.read_line(&mut line).expect("readable") > 0 {
-        if line.contains("\"loss\"") {
-            return reader;
-        }
-        line.clear();
-    }
-    panic!("the run ended before its first step");
 }
 
 fn checkpoints(output: &Path) -> Vec<String> {
@@ -216,185 +182,6 @@ fn full_fine_tuning_resumes_to_the_same_weights() {
 }
 
 #[test]
-fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
-    let bench = Workbench::new(400);
-    // Long enough that the signal arrives in the middle.
-    let slow = with(
-        &bench,
-        &json!({
-            "save_steps": 1000,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 48,
-            "gradient_accumulation_steps": 2,
-        }),
-    );
-    bench.train("whole", &slow).expect(0);
-    for name in ["TERM", "INT"] {
-        let config = bench.config(name, &slow);
-        let mut child = spawn(&config);
-        let mut rest = wait_for_step(&mut child);
-        signal(&child, name);
-        let mut stdout = String::new();
-        rest.read_to_string(&mut stdout).expect("readable");
-        finish(child).expect(143);
-        let output = bench.path(name);
-        let saved = checkpoints(&output);
-        assert_eq!(saved.len(), 1, "{saved:?}");
-        let checkpoint = Checkpoint::verify(&output.join(&saved[0])).expect("whole");
-        assert!(
-            (1..STEPS).contains(&checkpoint.step()),
-            "{}",
-            checkpoint.step()
-        );
-        assert!(
-            !entries(&output).contains(&"adapter_model.safetensors".to_owned()),
-            "a stopped run has no result"
-        );
-        ferrotune(&["train", text(&config)]).expect(0);
-        assert_same_result(&bench.path("whole"), &output);
-    }
-}
-
-#[test]
-fn sigterm_before_the_first_step_saves_nothing_and_says_so_with_174() {
-    let bench = Workbench::new(8);
-    // Preparation waits at this pipe, with the signal handlers in place.
-    let pipe = bench.path("template.jinja");
-    let made = Command::new("mkfifo").arg(&pipe).status();
-    assert!(made.expect("mkfifo runs").success());
-    let config = bench.config(
-        "stopped",
-        &with(&bench, &json!({"chat_template_path": pipe})),
-    );
-    let child = spawn(&config);
-    let writer = std::fs::OpenOptions::new().write(true).open(&pipe);
-    let mut writer = writer.expect("the other end opens");
-    signal(&child, "TERM");
-    std::thread::sleep(Duration::from_millis(100));
-    let template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
-    std::io::Write::write_all(&mut writer, template.as_bytes()).expect("written");
-    drop(writer);
-    finish(child).expect(174);
-    assert!(checkpoints(&bench.path("stopped")).is_empty());
-    assert!(!bench.path("stopped/adapter_model.safetensors").exists());
-}
-
-#[test]
-fn a_killed_run_resumes_to_the_same_bits() {
-    let bench = uninterrupted();
-    let config = bench.config("killed", &changes(&bench));
-    let mut child = spawn(&config);
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !bench.path("killed/checkpoint-2").is_dir() {
-        assert!(Instant::now() < deadline, "no checkpoint in time");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.kill().expect("killed");
-    child.wait().expect("ended");
-    ferrotune(&["train", text(&config)]).expect(0);
-    assert_same_result(&bench.path("whole"), &bench.path("killed"));
-    let names = entries(&bench.path("killed"));
-    assert!(
-        !names.iter().any(|n| n.starts_with('.')),
-        "leftovers: {names:?}"
-    );
-}
-
-#[test]
-fn a_resume_with_another_learning_rate_is_refused_by_name() {
-    let bench = uninterrupted();
-    killed_after(&bench, "other", 4);
-    let finished = bench
-        .train("other", &with(&bench, &json!({"learning_rate": 0.02})))
-        .expect(78);
-    for part in ["learning_rate", "0.01", "0.02", "output_dir"] {
-        assert!(
-            finished.stderr.contains(part),
-            "{part}: {}",
-            finished.stderr
-        );
-    }
-    assert_eq!(
-        checkpoints(&bench.path("other")).len(),
-        4,
-        "nothing was lost"
-    );
-}
-
-#[test]
-fn a_resume_with_other_data_is_refused() {
-    let bench = uninterrupted();
-    killed_after(&bench, "other", 4);
-    let mut rows = common::chat_rows(19);
-    rows[3] = json!({"messages": [
-        {"role": "user", "content": "other"}, {"role": "assistant", "content": "row"},
-    ]});
-    common::write_rows(&bench.path("rows.jsonl"), &rows);
-    let finished = bench.train("other", &changes(&bench)).expect(78);
-    assert!(finished.stderr.contains("data"), "{}", finished.stderr);
-}
-
-#[test]
-fn a_damaged_newest_checkpoint_is_passed_over_with_a_warning() {
-    let bench = uninterrupted();
-    let output = killed_after(&bench, "damaged", 7);
-    let path = output.join("checkpoint-7/optimizer.safetensors");
-    let mut bytes = read(&path);
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    std::fs::write(&path, bytes).expect("writable");
-    let finished = bench.train("damaged", &changes(&bench)).expect(0);
-    assert!(
-        finished.stderr.contains("checkpoint-7"),
-        "no warning: {}",
-        finished.stderr
-    );
-    assert_same_result(&bench.path("whole"), &output);
-}
-
-#[test]
-fn a_damaged_checkpoint_that_was_asked_for_is_an_error() {
-    let bench = uninterrupted();
-    let output = killed_after(&bench, "damaged", 2);
-    let checkpoint = output.join("checkpoint-2");
-    std::fs::write(checkpoint.join("adapter_model.safetensors"), "short").expect("writable");
-    let changes = with(&bench, &json!({"resume_from_checkpoint": checkpoint}));
-    let finished = bench.train("damaged", &changes).expect(65);
-    assert!(
-        finished.stderr.contains("adapter_model.safetensors"),
-        "{}",
-        finished.stderr
-    );
-}
-
-#[test]
-fn true_without_a_checkpoint_is_an_error_and_auto_starts_anew() {
-    let bench = Workbench::new(8);
-    let finished = bench
-        .train(
-            "none",
-            &with(&bench, &json!({"resume_from_checkpoint": true})),
-        )
-        .expect(78);
-    assert!(
-        finished.stderr.contains("resume_from_checkpoint") && finished.stderr.contains("auto"),
-        "{}",
-        finished.stderr
-    );
-    bench.train("auto", &changes(&bench)).expect(0);
-}
-
-#[test]
-fn an_output_directory_with_checkpoints_is_not_overwritten_unasked() {
-    let bench = uninterrupted();
-    let fresh = with(&bench, &json!({"resume_from_checkpoint": null}));
-    let finished = bench.train("whole", &fresh).expect(78);
-    for part in ["output_dir", "auto", "overwrite_output_dir"] {
-        assert!(finished.stderr.contains(part), "{}", finished.stderr);
-    }
-}
-
-#[test]
 fn save_total_limit_keeps_the_newest() {
     let bench = Workbench::new(8);
     let changes = with(&bench, &json!({"save_total_limit": 2}));
@@ -429,24 +216,6 @@ fn starting_over_takes_the_old_checkpoints_away_and_keeps_the_new_ones() {
 }
 
 #[test]
-fn a_resume_with_other_weights_of_the_same_shapes_is_refused() {
-    let bench = uninterrupted();
-    killed_after(&bench, "other", 4);
-    common::write_model(
-        &bench.path("base"),
-        &common::Shape::default(),
-        common::Stored::F32,
-        8,
-    );
-    let finished = bench.train("other", &changes(&bench)).expect(78);
-    assert!(
-        finished.stderr.contains("base_model"),
-        "{}",
-        finished.stderr
-    );
-}
-
-#[test]
 fn base_and_data_may_lie_elsewhere_when_a_run_goes_on() {
     let bench = uninterrupted();
     let output = killed_after(&bench, "moved", 4);
@@ -459,4 +228,20 @@ fn base_and_data_may_lie_elsewhere_when_a_run_goes_on() {
     });
     bench.train("moved", &with(&bench, &paths)).expect(0);
     assert_same_result(&bench.path("whole"), &output);
+}
+
+#[test]
+fn the_best_checkpoint_is_named_in_every_checkpoint_from_itself_on() {
+    let bench = uninterrupted();
+    let whole = bench.path("whole");
+    for step in 1..=STEPS {
+        let state = read_json(&whole.join(format!("checkpoint-{step}/trainer_state.json")));
+        let named = &state["best_model_checkpoint"];
+        let Some(best) = state["best_global_step"].as_u64() else {
+            assert!(step < 4 && named.is_null(), "step {step}: {named}");
+            continue;
+        };
+        let expected = whole.join(format!("checkpoint-{best}"));
+        assert_eq!(named, text(&expected), "step {step}");
+    }
 }
