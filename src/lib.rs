@@ -70,6 +70,7 @@ pub use ferrotune_dist as dist;
 pub use ferrotune_kernels as kernels;
 pub use ferrotune_lora as lora;
 
+pub mod device;
 pub mod generate;
 pub mod parity;
 pub mod prelude;

@@ -1,5 +1,6 @@
 //! A model that is ready to answer: base, adapter and tokenizer together.
 
+use crate::device::activation_dtype;
 use crate::generate::{GenerateOptions, generate};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::Adapter;
@@ -8,7 +9,7 @@ use ferrotune_core::io::{FileDType, ModelFiles};
 use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
-use ferrotune_kernels::{DType, Workspace};
+use ferrotune_kernels::{DType, Device, Workspace};
 use std::path::{Path, PathBuf};
 
 /// A base model with or without an adapter, and its tokenizer.
@@ -28,7 +29,7 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// Reads the model in `base` (merged or not) and the adapter in `adapter`.
+    /// Reads the model in `base` (merged or not) and the adapter in `adapter`, to answer on the CPU.
     ///
     /// Weights stay in the dtype of their files, f32 or bf16.
     ///
@@ -40,15 +41,23 @@ impl TextModel {
     /// [`Error::Adapter`]: ferrotune_core::Error::Adapter
     /// [`Error::Read`]: ferrotune_core::Error::Read
     pub fn load(base: &Path, adapter: Option<&Path>) -> Result<Self> {
+        Self::load_on(&Device::Cpu, base, adapter)
+    }
+
+    /// [`TextModel::load`], to answer on `device`.
+    ///
+    /// # Errors
+    /// As there, or a failure of the device.
+    pub fn load_on(device: &Device, base: &Path, adapter: Option<&Path>) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
         let (model, params) = match adapter {
             Some(directory) => {
                 let method = ferrotune_lora::load(directory, &config.model_type)?;
-                with_adapter(&config, &files, method.as_ref(), directory)?
+                with_adapter(device, &config, &files, method.as_ref(), directory)?
             }
             None => {
-                let mut params = FlatBuffer::zeros(&ParamLayoutBuilder::new().build()?);
+                let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
                 let dtype = dtype_of(&files);
                 let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
                 (model, params)
@@ -61,16 +70,16 @@ impl TextModel {
             model,
             params,
             tokenizer,
-            workspace: Workspace::new(0),
+            workspace: Workspace::on(device.clone(), 0),
         })
     }
 
-    /// A pass without random draws, with f32 activations.
+    /// A pass without random draws: f32 activations on a CPU, the dtype of the weights on a GPU.
     #[must_use]
     pub fn pass(&self) -> Pass<'_> {
         Pass {
             workspace: &self.workspace,
-            dtype: DType::F32,
+            dtype: activation_dtype(self.model.device(), self.model.weight_dtype()),
             mode: Mode::Eval,
         }
     }
@@ -122,12 +131,14 @@ impl TextModel {
 }
 
 fn with_adapter(
+    device: &Device,
     config: &DecoderConfig,
     files: &ModelFiles,
     adapter: &dyn Adapter,
     directory: &Path,
 ) -> Result<(Model, FlatBuffer)> {
     let (attachments, mut params) = attach(config, adapter)?;
+    params.move_to(device);
     let model = Model::load(config, attachments, files, &mut params, dtype_of(files))?;
     adapter.load(&mut params, directory)?;
     Ok((model, params))

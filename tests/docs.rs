@@ -4,12 +4,13 @@ use ferrotune::core::EXIT_CODES;
 use ferrotune::core::config::markdown_reference;
 use std::path::Path;
 
-const TEXTS: [&str; 8] = [
+const TEXTS: [&str; 9] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/config.md",
+    "docs/gpu.md",
     "docs/outputs.md",
     "docs/checkpoints.md",
     "docs/parity.md",

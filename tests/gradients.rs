@@ -12,6 +12,7 @@ use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune::core::process_group::Solo;
 use ferrotune::core::trainer::{Trainer, TrainerOptions, attach};
+use ferrotune::kernels::linear_cross_entropy::Accumulator;
 use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Workspace};
 use ferrotune::lora::{InitLoraWeights, LoraAdapter, LoraConfig, TargetModules};
@@ -97,11 +98,11 @@ impl Subject {
 
     fn loss_and_gradients(&self, mode: Mode, batch: &PackedBatch) -> (f64, FlatBuffer) {
         let mut grads = FlatBuffer::zeros(self.params.layout());
-        let sums = self
-            .model
-            .loss_and_gradients(self.pass(mode), &self.params, &mut grads, batch)
+        let mut sums = Accumulator::default();
+        self.model
+            .loss_and_gradients(self.pass(mode), &self.params, &mut grads, batch, &mut sums)
             .expect("runs");
-        (sums.loss, grads)
+        (sums.read().expect("sums of the host").loss, grads)
     }
 }
 

@@ -4,6 +4,7 @@ mod common;
 
 use common::copy_dir;
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::kernels::Device;
 use ferrotune::parity::{CaseReport, Quantity, run};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -75,8 +76,8 @@ fn describe(report: &CaseReport) -> String {
     )
 }
 
-fn assert_all_pass(cases: &[PathBuf]) {
-    let reports: Vec<CaseReport> = cases.iter().map(|case| run(case)).collect();
+fn assert_all_pass(cases: &[PathBuf], device: &Device) {
+    let reports: Vec<CaseReport> = cases.iter().map(|case| run(case, device)).collect();
     let failed: Vec<String> = reports.iter().filter(|r| !r.passed).map(describe).collect();
     assert!(
         failed.is_empty(),
@@ -91,7 +92,15 @@ fn assert_all_pass(cases: &[PathBuf]) {
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
     assert_eq!(cases.len(), 23, "a case was lost or added: {cases:#?}");
-    assert_all_pass(&cases);
+    assert_all_pass(&cases, &Device::Cpu);
+}
+
+/// On the GPU that `FERROTUNE_TEST_DEVICE=cuda` asks for, else on the stand-in that runs the same
+/// kernels, products and copies on the host.
+#[test]
+fn every_recorded_case_is_reproduced_on_a_gpu() {
+    let device = Device::Cuda(ferrotune::kernels::host_cuda::device());
+    assert_all_pass(&cases(&golden()), &device);
 }
 
 #[test]
@@ -109,7 +118,7 @@ fn cases_of_another_folder_are_reproduced_where_one_is_named() {
         "{MORE_CASES} holds no case of a known kind"
     );
     eprintln!("{} cases of {MORE_CASES}", cases.len());
-    assert_all_pass(&cases);
+    assert_all_pass(&cases, &Device::Cpu);
 }
 
 #[test]
@@ -120,7 +129,7 @@ fn a_case_of_an_unknown_kind_fails_and_says_so() {
         r#"{"kind": "horoscope"}"#,
     )
     .expect("writable");
-    let report = run(directory.path());
+    let report = run(directory.path(), &Device::Cpu);
     assert!(!report.passed);
     let error = report.error.expect("an error");
     assert!(
@@ -136,7 +145,7 @@ fn a_case_without_numbers_does_not_pass() {
         .path()
         .join("arch/llama_packed/expected.safetensors");
     write_safetensors(&file, &BTreeMap::new(), &BTreeMap::new()).expect("writable");
-    assert!(!run(&directory.path().join("arch/llama_packed")).passed);
+    assert!(!run(&directory.path().join("arch/llama_packed"), &Device::Cpu).passed);
 }
 
 /// One case with the bases beside it, to be damaged.
@@ -206,12 +215,12 @@ fn a_recorded_tensor_off_by_a_thousandth_fails_its_case() {
         let root = copy_of(group, case);
         let directory = root.path().join(group).join(case);
         assert!(
-            run(&directory).passed,
+            run(&directory, &Device::Cpu).passed,
             "{group}/{case} fails before it is damaged"
         );
         perturb(&directory.join(file), tensor, 1e-3);
         assert!(
-            !run(&directory).passed,
+            !run(&directory, &Device::Cpu).passed,
             "{group}/{case} passes with a wrong {tensor}"
         );
     }

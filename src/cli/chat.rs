@@ -4,6 +4,7 @@ use super::Failure;
 use super::base_note::note_other_base;
 use ferrotune::TextModel;
 use ferrotune::core::Result;
+use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
 use std::path::PathBuf;
 
@@ -16,6 +17,9 @@ pub(super) struct ModelArgs {
     /// Directory of an adapter on it
     #[arg(long)]
     pub(super) adapter: Option<PathBuf>,
+    /// Where to compute: auto, cpu or cuda
+    #[arg(long, default_value = "auto")]
+    pub(super) device: Device,
 }
 
 impl ModelArgs {
@@ -23,7 +27,8 @@ impl ModelArgs {
         if let Some(adapter) = &self.adapter {
             note_other_base(&self.model_name_or_path, adapter)?;
         }
-        TextModel::load(&self.model_name_or_path, self.adapter.as_deref())
+        let device = ferrotune::device::open(self.device)?;
+        TextModel::load_on(&device, &self.model_name_or_path, self.adapter.as_deref())
     }
 }
 

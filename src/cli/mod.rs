@@ -8,6 +8,7 @@ mod demo;
 mod eval;
 mod exact_match;
 mod generate;
+mod kernels;
 mod merge;
 mod overrides;
 mod parity;
@@ -47,6 +48,8 @@ enum Command {
     Parity(parity::Args),
     /// Tokens per second, share of the machine's peak and memory at a named model shape
     Bench(bench::Args),
+    /// Compile the CUDA kernels ahead of a run, list them, check what they take of a GPU
+    Kernels(kernels::Args),
     /// Every configuration key: JSON schema, or a table in Markdown
     ConfigSchema(config_schema::Args),
 }
@@ -87,6 +90,7 @@ pub(crate) fn main() -> std::process::ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Parity(args) => parity::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::ConfigSchema(args) => config_schema::run(&args),
     };
     let code = outcome.unwrap_or_else(|failure| {

@@ -1,5 +1,6 @@
 use super::{Failure, Outcome};
 use ferrotune::core::ExitCode;
+use ferrotune::core::config::Device;
 use ferrotune::parity::{CaseReport, Quantity, run as run_case};
 use std::path::PathBuf;
 
@@ -9,15 +10,19 @@ pub(super) struct Args {
     /// Case folders, each with a case.json
     #[arg(required = true)]
     cases: Vec<PathBuf>,
+    /// Where to recompute: auto, cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// One JSON document instead of a table
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
+    let device = ferrotune::device::open(args.device)?;
     let mut reports = Vec::new();
     for case in &args.cases {
-        let report = run_case(case);
+        let report = run_case(case, &device);
         if !args.json {
             print_case(&report);
         }

@@ -12,7 +12,7 @@ use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{DType, Workspace};
+use ferrotune_kernels::{DType, Device, Workspace};
 use ferrotune_lora::MergeOptions;
 use std::path::Path;
 
@@ -29,7 +29,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let padded = inputs(&SafetensorsFile::open(base.join("inputs.safetensors"))?, "")?;
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
-    let adapted = Adapted::load(&base, &case.path("adapter"), dtype)?;
+    let adapted = Adapted::load(&base, &case.path("adapter"), dtype, &case.device)?;
     complete::adapter(case, &expected, adapted.params.layout())?;
     let mut comparison = Comparison::default();
     if dtype == DType::F32 {
@@ -37,7 +37,8 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
         compare_f32(&mut comparison, &expected, &ours, &padded, &places)?;
     } else {
         let ours = adapted.run(DType::Bf16, &batch)?;
-        let reference = adapted.run(DType::F32, &batch)?;
+        let exact = Adapted::load(&base, &case.path("adapter"), DType::F32, &case.device)?;
+        let reference = exact.run(DType::F32, &batch)?;
         compare_bf16(
             &mut comparison,
             &expected,
@@ -65,10 +66,11 @@ struct Recomputed {
 }
 
 impl Adapted {
-    fn load(base: &Path, adapter: &Path, dtype: DType) -> Result<Self> {
+    fn load(base: &Path, adapter: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let method: Box<dyn Adapter> = ferrotune_lora::load(adapter, &config.model_type)?;
         let (attachments, mut params) = attach(&config, method.as_ref())?;
+        params.move_to(device);
         let model = Model::load(
             &config,
             attachments,
@@ -81,7 +83,7 @@ impl Adapted {
     }
 
     fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
-        let workspace = Workspace::new(batch.tokens());
+        let workspace = Workspace::on(self.model.device().clone(), batch.tokens());
         let pass = Pass {
             workspace: &workspace,
             dtype,

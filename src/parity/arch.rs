@@ -11,6 +11,7 @@ use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::linear_cross_entropy::Accumulator;
 use ferrotune_kernels::{Tensor, Workspace};
 
 /// f32 logits, hidden states and loss.
@@ -50,9 +51,10 @@ impl Recomputed {
         let files = ModelFiles::open(&case.directory)?;
         let dtype = dtype_of(&files.shards()[0]);
         let (attachments, mut params) = attach(&config, &FullFineTuning)?;
+        params.move_to(&case.device);
         let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
         let (batch, places) = padded.pack();
-        let workspace = Workspace::new(batch.tokens());
+        let workspace = Workspace::on(case.device.clone(), batch.tokens());
         let pass = Pass {
             workspace: &workspace,
             dtype,
@@ -78,8 +80,10 @@ pub(super) fn mean_gradient(
     params: &FlatBuffer,
     batch: &PackedBatch,
 ) -> Result<(f64, FlatBuffer)> {
-    let mut grads = FlatBuffer::zeros(params.layout());
-    let sums = model.loss_and_gradients(pass, params, &mut grads, batch)?;
+    let mut grads = FlatBuffer::zeros_on(params.layout(), params.device());
+    let mut sums = Accumulator::new(pass.workspace.device());
+    model.loss_and_gradients(pass, params, &mut grads, batch, &mut sums)?;
+    let sums = sums.read()?;
     let count = sums.count.max(1) as f64;
     grads
         .as_mut_slice()

@@ -1,7 +1,7 @@
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{FileDType, SafetensorsFile};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::DType;
+use ferrotune_kernels::{DType, Device};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -16,14 +16,16 @@ pub struct Case {
     pub kind: String,
     /// Its whole case.json.
     pub json: Value,
+    /// Where to recompute it.
+    pub device: Device,
 }
 
 impl Case {
-    /// Reads `directory/case.json`.
+    /// Reads `directory/case.json`, to be recomputed on `device`.
     ///
     /// # Errors
     /// [`Error::Data`] if it is missing, not JSON, or names no kind.
-    pub fn open(directory: &Path) -> Result<Self> {
+    pub fn open(directory: &Path, device: &Device) -> Result<Self> {
         let path = directory.join("case.json");
         let json = read_json(&path)?;
         let Some(kind) = json.get("kind").and_then(Value::as_str) else {
@@ -37,6 +39,7 @@ impl Case {
             directory: directory.into(),
             kind: kind.to_owned(),
             json,
+            device: device.clone(),
         })
     }
 

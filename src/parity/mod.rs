@@ -16,6 +16,7 @@ pub use case::Case;
 pub use compare::{Comparison, Quantity};
 
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::Device;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -34,10 +35,10 @@ pub struct CaseReport {
     pub error: Option<String>,
 }
 
-/// Runs one case.
+/// Runs one case on `device`.
 #[must_use]
-pub fn run(directory: &Path) -> CaseReport {
-    let (kind, result) = match Case::open(directory) {
+pub fn run(directory: &Path, device: &Device) -> CaseReport {
+    let (kind, result) = match Case::open(directory, device) {
         Ok(case) => (case.kind.clone(), compare_case(&case)),
         Err(error) => (String::new(), Err(error)),
     };

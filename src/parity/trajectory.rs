@@ -183,6 +183,7 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     };
     let clip = number("clip_grad_norm", 0.0);
     let options = TrainerOptions {
+        device: case.device.clone(),
         weight_dtype,
         activation_dtype: weight_dtype,
         adamw: AdamW {

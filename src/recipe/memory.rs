@@ -6,6 +6,7 @@ use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::Device;
 use std::path::Path;
 
 /// What is assumed where the machine does not say: 16 TiB.
@@ -44,6 +45,7 @@ pub(super) struct Base<'a> {
     pub(super) directory: &'a Path,
     pub(super) decoder: &'a DecoderConfig,
     pub(super) files: Option<&'a ModelFiles>,
+    pub(super) device: &'a Device,
 }
 
 impl<'a> Base<'a> {
@@ -52,6 +54,7 @@ impl<'a> Base<'a> {
             directory: &recipe.base,
             decoder: &recipe.decoder,
             files: recipe.files.as_ref(),
+            device: &recipe.device,
         }
     }
 
@@ -62,9 +65,10 @@ impl<'a> Base<'a> {
             2 * d.hidden_size + 2 * d.q_width() + 2 * d.kv_width() + 2 * d.intermediate_size;
         let working =
             3 * d.hidden_size + 2 * d.intermediate_size + 2 * d.q_width() + 2 * d.kv_width();
-        let bytes = activation_dtype(config).bytes();
+        let weight_dtype = weight_dtype(config, self.files, self.device);
+        let bytes = activation_dtype(config, weight_dtype, self.device).bytes();
         let per_token = (bytes * (d.layers * saved + working)) as u64;
-        let weights = d.parameters() * weight_dtype(config, self.files).bytes();
+        let weights = d.parameters() * weight_dtype.bytes();
         Needs {
             weights: weights as u64,
             trained: (trainable as u64).saturating_mul(TRAINED_BYTES),
@@ -78,7 +82,7 @@ impl<'a> Base<'a> {
 /// # Errors
 /// [`Error::Memory`] if weights and trained values do not fit.
 pub(super) fn trainable(config: &TrainConfig, base: Base<'_>) -> Result<(usize, Vec<String>)> {
-    let available = available();
+    let available = available(base.device)?;
     // This also keeps the products of the layout small.
     if least_trained(config) > available {
         let needs = Needs {
@@ -115,7 +119,7 @@ pub(super) fn least_trained(config: &TrainConfig) -> u64 {
 /// # Errors
 /// [`Error::Memory`], with what would fit.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
-    check_against(recipe, available())
+    check_against(recipe, available(&recipe.device)?)
 }
 
 /// [`check`] on a machine with `available` bytes.
@@ -151,8 +155,16 @@ fn does_not_fit(needs: Needs, available: u64, reserve: &str, changes: &[String])
     Error::Memory { message }
 }
 
+/// Bytes that can be allocated where the run computes.
+fn available(device: &Device) -> Result<u64> {
+    match device {
+        Device::Cpu => Ok(available_on_host()),
+        Device::Cuda(device) => Ok(device.memory_info()?.free as u64),
+    }
+}
+
 /// Bytes that can be allocated without swapping, as the system or its control group says.
-fn available() -> u64 {
+fn available_on_host() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let meminfo = read("/proc/meminfo");
     let line = meminfo

@@ -15,6 +15,7 @@ pub use data::{EpochData, eval_batches};
 pub use outputs::{CheckpointFiles, read_trained};
 pub use summary::Summary;
 
+use crate::device;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
 use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
@@ -30,8 +31,8 @@ use ferrotune_core::run_log::{
 };
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::{DType, Device};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -59,6 +60,8 @@ pub struct Recipe {
     pub trainable: usize,
     /// Tokens of the longest micro-batch there can be.
     pub max_tokens: usize,
+    /// Where it trains.
+    pub device: Device,
     /// Dtype of the frozen weights.
     pub weight_dtype: DType,
     /// Digests of base and data, by name.
@@ -100,6 +103,7 @@ impl Recipe {
     ) -> Result<Self> {
         config.validate()?;
         set_threads(&config)?;
+        let device = device::open(config.runtime.device)?;
         let base = base_directory(&config)?;
         output_dir::check(&config, &base)?;
         let decoder = DecoderConfig::open(&base)?;
@@ -107,6 +111,7 @@ impl Recipe {
         let base_digest = outputs::base_digest(&base, files.as_ref())?;
         resume::check_early(&config, &base_digest)?;
         let shape = memory::Base {
+            device: &device,
             directory: &base,
             decoder: &decoder,
             files: files.as_ref(),
@@ -125,7 +130,7 @@ impl Recipe {
         let max_tokens = epochs
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
-        let weight_dtype = weight_dtype(&config, files.as_ref());
+        let weight_dtype = weight_dtype(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(base_digest, &dataset);
         let recipe = Self {
             config,
@@ -138,6 +143,7 @@ impl Recipe {
             plan,
             trainable,
             max_tokens,
+            device,
             weight_dtype,
             fingerprints,
         };
@@ -256,9 +262,10 @@ impl Recipe {
     fn options(&self) -> TrainerOptions {
         let (optimizer, runtime) = (&self.config.optimizer, &self.config.runtime);
         TrainerOptions {
+            device: self.device.clone(),
             seed: runtime.seed,
             weight_dtype: self.weight_dtype,
-            activation_dtype: activation_dtype(&self.config),
+            activation_dtype: activation_dtype(&self.config, self.weight_dtype, &self.device),
             adamw: AdamW {
                 beta1: optimizer.adam_beta1,
                 beta2: optimizer.adam_beta2,
@@ -396,8 +403,10 @@ fn weights(
     Ok(Some(files))
 }
 
-fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>) -> DType {
+/// As asked for; `auto` is as the files have it, and on a GPU bf16 where `bf16: true` says so.
+fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>, device: &Device) -> DType {
     match config.model.base_dtype() {
+        Dtype::Auto if device.is_cuda() && config.model.bf16 == Some(true) => DType::Bf16,
         Dtype::Float32 => DType::F32,
         Dtype::Bfloat16 => DType::Bf16,
         Dtype::Auto => {
@@ -415,12 +424,12 @@ fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>) -> DType {
     }
 }
 
-/// f32 on the CPU, where bf16 saves memory but no time; bf16 when asked for by name.
-fn activation_dtype(config: &TrainConfig) -> DType {
-    if config.model.bf16 == Some(true) {
-        DType::Bf16
-    } else {
-        DType::F32
+/// f32 on a CPU, where bf16 saves memory but no time, unless `bf16: true` asks for it; on a GPU the
+/// dtype of the weights.
+fn activation_dtype(config: &TrainConfig, weights: DType, device: &Device) -> DType {
+    match (device, config.model.bf16) {
+        (Device::Cpu, Some(true)) => DType::Bf16,
+        _ => device::activation_dtype(device, weights),
     }
 }
 

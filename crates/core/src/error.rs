@@ -1,4 +1,5 @@
 use crate::ExitCode;
+use ferrotune_kernels::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Everything that can go wrong, sorted by what its reader can do about it.
@@ -89,7 +90,8 @@ pub enum Error {
         /// Who, during what.
         message: String,
     },
-    /// A tensor operation refused its arguments: an internal error. Exit code 70.
+    /// A tensor operation failed. Exit code 70 if it refused its arguments; on a GPU 71 if memory
+    /// ran out, 175 if the device failed, 78 if driver, libraries or GPU are missing or too old.
     #[error(transparent)]
     Kernel(#[from] ferrotune_kernels::Error),
 }
@@ -167,9 +169,53 @@ impl Error {
             | Self::Checkpoint { .. }
             | Self::Read { .. } => ExitCode::BadInput,
             Self::Write { .. } => ExitCode::CannotWrite,
-            Self::Numeric { .. } | Self::Kernel(_) => ExitCode::Internal,
+            Self::Numeric { .. } => ExitCode::Internal,
+            Self::Kernel(error) => match error.kind() {
+                ErrorKind::OutOfMemory => ExitCode::OutOfMemory,
+                ErrorKind::DeviceFault => ExitCode::Transient,
+                ErrorKind::Environment => ExitCode::BadConfig,
+                _ => ExitCode::Internal,
+            },
             Self::Memory { .. } => ExitCode::OutOfMemory,
             Self::Transient { .. } => ExitCode::Transient,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+    use crate::ExitCode;
+    use ferrotune_kernels::{Error as KernelError, ErrorKind};
+
+    #[test]
+    fn failures_of_a_gpu_tell_the_scheduler_whether_to_retry() {
+        let fault = |kind| KernelError::Cuda {
+            op: "launching".into(),
+            code: 700,
+            name: "CUDA_ERROR_ILLEGAL_ADDRESS".into(),
+            meaning: "an illegal memory access".into(),
+            fix: "",
+            kind,
+        };
+        let out_of_memory = KernelError::OutOfMemory {
+            wanted: 3,
+            free: 1,
+            total: 2,
+        };
+        let no_gpu = KernelError::NoGpu {
+            problem: "none is visible".into(),
+            fix: "plug one in".into(),
+        };
+        for (error, code) in [
+            (fault(ErrorKind::DeviceFault), ExitCode::Transient),
+            (fault(ErrorKind::Internal), ExitCode::Internal),
+            (fault(ErrorKind::Environment), ExitCode::BadConfig),
+            (out_of_memory, ExitCode::OutOfMemory),
+            (no_gpu, ExitCode::BadConfig),
+        ] {
+            let error = Error::from(error);
+            assert_eq!(error.exit_code(), code, "{error}");
         }
     }
 }

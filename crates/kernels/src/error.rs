@@ -62,9 +62,158 @@ pub enum Error {
         /// What is wrong and what would be right.
         message: String,
     },
+    /// A call of the CUDA driver, of its compiler or of its matrix products failed.
+    #[error("{op}: {name} ({code}): {meaning}{}", hint(fix))]
+    Cuda {
+        /// What was being done.
+        op: String,
+        /// Status code of the library.
+        code: u32,
+        /// Its name.
+        name: String,
+        /// What the library says about it.
+        meaning: String,
+        /// What can be done about it; may be empty.
+        fix: &'static str,
+        /// What it means for the process.
+        kind: ErrorKind,
+    },
+    /// The GPU has no room for an allocation.
+    #[error(
+        "the GPU is out of memory: {wanted} bytes wanted, {free} of {total} free; a smaller \
+         micro-batch or a shorter max_length needs less"
+    )]
+    OutOfMemory {
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes free at that time.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// There is no GPU that can be used.
+    #[error("no usable GPU: {problem}{}", hint(fix))]
+    NoGpu {
+        /// Why not.
+        problem: String,
+        /// What to do about it.
+        fix: String,
+    },
+    /// A library cannot be opened.
+    #[error("{library}: {problem}{}", hint(fix))]
+    Library {
+        /// Its name.
+        library: String,
+        /// What is wrong, every path tried.
+        problem: String,
+        /// What to do about it.
+        fix: String,
+    },
+    /// A kernel does not compile.
+    #[error("kernels of {module} do not compile for {arch}:\n{log}")]
+    Compile {
+        /// The module.
+        module: &'static str,
+        /// The architecture, like `sm_90a`.
+        arch: String,
+        /// What the compiler says.
+        log: String,
+    },
     /// A conversion to or from a candle tensor failed.
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
+}
+
+/// What an error means for the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Wrong arguments or a defect of this program.
+    Internal,
+    /// Does not fit in the memory of the device.
+    OutOfMemory,
+    /// The device failed; another try, perhaps on another machine, can help.
+    DeviceFault,
+    /// The machine lacks something: driver, library, a GPU that is new enough.
+    Environment,
+}
+
+impl Error {
+    /// What the error means for the process.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::NoGpu { .. } | Self::Library { .. } => ErrorKind::Environment,
+            Self::Cuda { kind, .. } => *kind,
+            _ => ErrorKind::Internal,
+        }
+    }
+
+    /// The same error again, for a device that keeps its first one.
+    pub(crate) fn replica(&self) -> Self {
+        match self {
+            Self::Cuda {
+                op,
+                code,
+                name,
+                meaning,
+                fix,
+                kind,
+            } => Self::Cuda {
+                op: op.clone(),
+                code: *code,
+                name: name.clone(),
+                meaning: meaning.clone(),
+                fix,
+                kind: *kind,
+            },
+            &Self::OutOfMemory {
+                wanted,
+                free,
+                total,
+            } => Self::OutOfMemory {
+                wanted,
+                free,
+                total,
+            },
+            Self::NoGpu { problem, fix } => Self::NoGpu {
+                problem: problem.clone(),
+                fix: fix.clone(),
+            },
+            Self::Library {
+                library,
+                problem,
+                fix,
+            } => Self::Library {
+                library: library.clone(),
+                problem: problem.clone(),
+                fix: fix.clone(),
+            },
+            Self::Invalid { op, message } => Self::Invalid {
+                op,
+                message: message.clone(),
+            },
+            Self::Compile { module, arch, log } => Self::Compile {
+                module,
+                arch: arch.clone(),
+                log: log.clone(),
+            },
+            other => Self::Invalid {
+                op: "cuda",
+                message: other.to_string(),
+            },
+        }
+    }
+}
+
+/// `; FIX`, or nothing.
+fn hint(fix: &str) -> String {
+    if fix.is_empty() {
+        String::new()
+    } else {
+        format!("; {fix}")
+    }
 }
 
 /// Result of an operation.

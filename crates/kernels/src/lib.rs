@@ -13,10 +13,19 @@ pub mod adamw;
 pub mod attention;
 pub mod bias;
 mod candle;
+mod copy;
+// Its launchers come with the operations' kernels.
+#[allow(dead_code, unused_imports)]
+pub mod cuda;
+pub mod dequantise;
+mod device;
 pub mod dropout;
 pub mod embedding;
 mod error;
+#[doc(hidden)]
+pub mod host_cuda;
 mod lanes;
+pub mod layer_norm;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod matmul;
@@ -29,8 +38,14 @@ pub mod swiglu;
 mod tensor;
 #[cfg(test)]
 mod test_support;
+#[cfg(test)]
+mod twins;
 mod workspace;
 
-pub use error::{Error, Result};
-pub use tensor::{Buffer, DType, Element, Rows, RowsMut, Slice, SliceMut, Tensor, View, ViewMut};
+pub use device::Device;
+pub use error::{Error, ErrorKind, Result};
+pub use tensor::{
+    Buffer, DType, DeviceBuffer, DeviceSlice, Element, Indices, Rows, RowsMut, Slice, SliceMut,
+    Tensor, View, ViewMut,
+};
 pub use workspace::Workspace;

@@ -1,8 +1,11 @@
 //! What the tests of the operations share.
 
+use crate::cuda::CudaDevice;
+pub(crate) use crate::host_cuda::device as cuda_device;
 use crate::rng::Stream;
 use crate::{DType, Tensor, View, ViewMut};
 use candle_core::{Device, Var};
+use std::sync::Arc;
 
 pub(crate) const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
@@ -152,4 +155,10 @@ pub(crate) fn flat(tensor: &candle_core::Tensor) -> Vec<f32> {
         .flatten_all()
         .and_then(|t| t.to_vec1())
         .expect("the tensor is f32")
+}
+
+/// A device of its own, for a test that breaks it.
+pub(crate) fn new_cuda_device() -> Arc<CudaDevice> {
+    // Opening the shared one sets where libraries and kernels are.
+    CudaDevice::open(cuda_device().ordinal()).expect("a device opens twice")
 }

@@ -1,6 +1,6 @@
 //! Reuse of activation buffers between steps.
 
-use crate::{Buffer, DType, Tensor};
+use crate::{Buffer, DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// to write.
 #[derive(Debug, Default)]
 pub struct Workspace {
+    device: Device,
     pool: Mutex<Pool>,
 }
 
@@ -24,16 +25,30 @@ struct Pool {
 }
 
 impl Workspace {
-    /// A pool for matrices of `max_rows` rows; it grows when a longer one is asked for.
+    /// A pool in host memory for matrices of `max_rows` rows; it grows when a longer one is asked
+    /// for.
     #[must_use]
     pub fn new(max_rows: usize) -> Self {
+        Self::on(Device::Cpu, max_rows)
+    }
+
+    /// A pool in the memory of `device`.
+    #[must_use]
+    pub fn on(device: Device, max_rows: usize) -> Self {
         let pool = Pool {
             max_rows,
             ..Pool::default()
         };
         Self {
+            device,
             pool: Mutex::new(pool),
         }
+    }
+
+    /// Where the buffers are.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// A matrix with unspecified contents.
@@ -47,7 +62,7 @@ impl Workspace {
         }
         let len = pool.max_rows * cols;
         let reused = pool.free.get_mut(&(dtype, len)).and_then(Vec::pop);
-        let buffer = reused.unwrap_or_else(|| Buffer::zeros(dtype, len));
+        let buffer = reused.unwrap_or_else(|| Buffer::new(&self.device, dtype, len));
         Tensor::from_buffer(buffer, rows, cols)
     }
 
@@ -80,7 +95,7 @@ impl Workspace {
             .scratch
             .get_mut(&(dtype, len))
             .and_then(Vec::pop);
-        reused.unwrap_or_else(|| Buffer::zeros(dtype, len))
+        reused.unwrap_or_else(|| Buffer::new(&self.device, dtype, len))
     }
 
     /// Returns scratch memory to the pool.

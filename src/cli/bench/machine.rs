@@ -1,15 +1,15 @@
 //! What the operating system says of this process. `None` where it has no `/proc`.
 
 use ferrotune::core::Result;
-use ferrotune::kernels::{DType, Tensor, matmul, rng};
+use ferrotune::kernels::{DType, Device, Tensor, matmul, rng};
 use std::fs;
 use std::time::Instant;
 
 /// Linux reports process times in hundredths of a second, whatever the kernel's own tick.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Side of the square product that measures the machine's peak.
-const PEAK_SIDE: usize = 2048;
+/// Side of the square product that measures a CPU's peak, and a GPU's.
+const PEAK_SIDES: [usize; 2] = [2048, 8192];
 const PEAK_REPEATS: usize = 8;
 
 /// Resident memory now, in bytes.
@@ -39,22 +39,53 @@ pub(super) fn cpu_seconds() -> Option<f64> {
     Some((stat(13)? + stat(14)?) / TICKS_PER_SECOND)
 }
 
-/// The best f32 rate of a large square product on all threads, in FLOP/s.
-pub(super) fn gemm_peak() -> Result<f64> {
+/// Bytes of GPU memory that are taken, by this process or another; `None` on a CPU.
+///
+/// # Errors
+/// The first failure of the device.
+pub(super) fn gpu_taken(device: &Device) -> Result<Option<u64>> {
+    let Device::Cuda(gpu) = device else {
+        return Ok(None);
+    };
+    let memory = gpu.memory_info()?;
+    Ok(Some((memory.total - memory.free) as u64))
+}
+
+/// The best rate of a large square product on random values.
+#[derive(Clone, Debug)]
+pub(super) struct Peak {
+    /// Per second.
+    pub(super) flops: f64,
+    /// The product, in words.
+    pub(super) what: String,
+}
+
+/// Measures [`Peak`] on all of `device`.
+///
+/// # Errors
+/// If the product cannot be computed there.
+pub(super) fn gemm_peak(device: &Device, dtype: DType) -> Result<Peak> {
+    let side = PEAK_SIDES[usize::from(device.is_cuda())];
     let random = |name: &str| {
         let mut stream = rng::Stream::new(rng::key_for(0, name));
-        let values = (0..PEAK_SIDE * PEAK_SIDE).map(|_| stream.uniform() as f32 - 0.5);
-        Tensor::from_f32(values.collect(), PEAK_SIDE, PEAK_SIDE)
+        let values = (0..side * side).map(|_| stream.uniform() as f32 - 0.5);
+        let values = Tensor::from_f32(values.collect(), side, side);
+        values.to_dtype(dtype).to_device(device)
     };
     let (a, b) = (random("a"), random("b"));
-    let mut product = Tensor::zeros(DType::F32, PEAK_SIDE, PEAK_SIDE);
+    let mut product = Tensor::zeros(dtype, side, side).to_device(device);
     let mut best = f64::INFINITY;
+    device.synchronize()?;
     for _ in 0..PEAK_REPEATS {
         let begin = Instant::now();
         matmul::nt(product.view_mut(), 0.0, 1.0, a.view(), b.view())?;
+        device.synchronize()?;
         best = best.min(begin.elapsed().as_secs_f64());
     }
-    Ok(2.0 * (PEAK_SIDE as f64).powi(3) / best)
+    Ok(Peak {
+        flops: 2.0 * (side as f64).powi(3) / best,
+        what: format!("{dtype} product of {side} x {side}"),
+    })
 }
 
 fn status(key: &str) -> Option<u64> {

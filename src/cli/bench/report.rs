@@ -11,6 +11,7 @@ pub(super) struct Report {
     pub(super) model: String,
     pub(super) method: String,
     pub(super) dtype: String,
+    pub(super) device: String,
     pub(super) threads: usize,
     pub(super) parameters: usize,
     pub(super) trainable_parameters: usize,
@@ -29,8 +30,12 @@ pub(super) struct Report {
     pub(super) cpu_seconds_per_step: Option<f64>,
     pub(super) flops_per_token: f64,
     pub(super) model_gflops: f64,
+    /// The product that gives the peak.
+    pub(super) gemm_peak: String,
     pub(super) gemm_peak_gflops: f64,
     pub(super) share_of_gemm_peak: f64,
+    /// Kernels, products and graphs that a timed step launches on a GPU.
+    pub(super) launches_per_step: Option<f64>,
     /// Largest resident memory from exec to the last step.
     pub(super) peak_rss: Option<u64>,
     /// Largest resident memory during the steps.
@@ -43,6 +48,11 @@ pub(super) struct Report {
     pub(super) memory_above_start: Option<u64>,
     /// `step_peak_rss - loaded_rss`.
     pub(super) memory_above_loaded: Option<u64>,
+    /// GPU memory taken at most during the steps, as the driver says, less what was taken before
+    /// weights and buffers. It counts other processes, so measure on a GPU that has none.
+    pub(super) gpu_memory_above_start: Option<u64>,
+    /// The same, less what was taken before the first step.
+    pub(super) gpu_memory_above_loaded: Option<u64>,
     pub(super) seconds_exec_to_loaded: Option<f64>,
     pub(super) seconds_exec_to_first_step: Option<f64>,
 }
@@ -94,7 +104,10 @@ impl fmt::Display for Report {
             ),
             (
                 "method",
-                format!("{}, {}, {} threads", self.method, self.dtype, self.threads),
+                format!(
+                    "{}, {}, {}, {} threads",
+                    self.method, self.dtype, self.device, self.threads
+                ),
             ),
             (
                 "step",
@@ -112,11 +125,11 @@ impl fmt::Display for Report {
             (
                 "of the peak",
                 format!(
-                    "{:.1} % ({:.1} of {:.1} GFLOP/s, f32 product of {})",
+                    "{:.1} % ({:.1} of {:.1} GFLOP/s, {})",
                     100.0 * self.share_of_gemm_peak,
                     self.model_gflops,
                     self.gemm_peak_gflops,
-                    "2048 x 2048"
+                    self.gemm_peak
                 ),
             ),
             (
@@ -139,7 +152,16 @@ impl fmt::Display for Report {
         for (name, value) in rows {
             writeln!(f, "{name:>12}  {value}")?;
         }
-        Ok(())
+        let Some(launches) = self.launches_per_step else {
+            return Ok(());
+        };
+        writeln!(
+            f,
+            "{:>12}  {} above start, {} of it beside weights; {launches:.0} launches per step",
+            "GPU",
+            mib(self.gpu_memory_above_start),
+            mib(self.gpu_memory_above_loaded)
+        )
     }
 }
 

@@ -52,8 +52,8 @@ const fn shape(
 }
 
 /// Parameters, a tied head counted once: 0.2 M, 5.0 M, 124.7 M, 134.5 M (SmolLM), 361.8 M (SmolLM),
-/// 1235.8 M (Llama 3.2), 8030.3 M (Llama 3.1).
-const SHAPES: [Shape; 7] = [
+/// 1235.8 M (Llama 3.2), 8030.3 M (Llama 3.1), 8946.6 M (8 of the 80 layers of Llama 3.1 70B).
+const SHAPES: [Shape; 8] = [
     shape(
         ["tiny", "tiny"],
         [64, 192, 2, 4, 2, 1024],
@@ -99,6 +99,13 @@ const SHAPES: [Shape; 7] = [
     shape(
         ["8B", "8B"],
         [4096, 14336, 32, 32, 8, 128_256],
+        false,
+        5e5,
+        [1, 512],
+    ),
+    shape(
+        ["70Bx8", "70Bx8"],
+        [8192, 28672, 8, 64, 8, 128_256],
         false,
         5e5,
         [1, 512],
@@ -169,6 +176,7 @@ mod tests {
             ("360M", 361.8),
             ("L", 1235.8),
             ("8B", 8030.3),
+            ("70Bx8", 8946.6),
         ] {
             assert_eq!(millions(name), expected, "{name}");
         }

@@ -292,7 +292,6 @@ fn ranges_and_combinations_are_checked() {
         ),
         ("lr_scheduler_kwargs", "{power: 2}", "takes none"),
         ("eval_strategy", "steps", "set eval_file"),
-        ("device", "cuda", "no CUDA yet"),
         ("num_threads", "0", "1 to"),
         ("model_name_or_path", "null", "not set"),
         ("dataset_name", "[]", "not set"),

@@ -1,6 +1,6 @@
 //! Ranges and combinations of values.
 
-use super::{Device, IntervalStrategy, TrainConfig};
+use super::{IntervalStrategy, TrainConfig};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::{Error, Result};
 use std::fmt::Display;
@@ -234,9 +234,6 @@ impl TrainConfig {
 
     fn check_runtime(&self) -> Result<()> {
         let runtime = &self.runtime;
-        self.require(runtime.device != Device::Cuda, "device", |_| {
-            "this build has no CUDA yet; set it to auto or cpu".to_owned()
-        })?;
         let threads = runtime.num_threads.unwrap_or(1);
         self.require(
             (1..=MAX_THREADS).contains(&threads),

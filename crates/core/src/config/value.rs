@@ -391,6 +391,14 @@ macro_rules! choices {
             }
         }
 
+        impl std::str::FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                <Self as $crate::config::value::KeyValue>::from_value(&serde_json::json!(text))
+            }
+        }
+
         impl $crate::config::value::KeyValue for $name {
             fn schema() -> serde_json::Value {
                 serde_json::json!({"enum": [$($word),+]})

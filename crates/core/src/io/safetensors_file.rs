@@ -6,11 +6,14 @@ use super::position::read_exact_at;
 use super::safetensors_header::{Entry, TensorMeta, check_header, read_header};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
-use ferrotune_kernels::ViewMut;
+use ferrotune_kernels::{Tensor, ViewMut};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+
+/// Host memory through which a weight goes to a GPU.
+const STAGED_BYTES: usize = 64 << 20;
 
 /// An open safetensors file whose header is known to be sound.
 ///
@@ -136,8 +139,16 @@ impl SafetensorsFile {
                 dst.shape()
             )));
         }
-        read_rows(&self.file, entry.offset, entry.meta.dtype, dst)
-            .map_err(|e| self.read_error(name, e))
+        let row_bytes = entry.bytes / dst.rows().max(1);
+        let read = |first: usize, dst: ViewMut<'_>| {
+            let offset = entry.offset + (first * row_bytes) as u64;
+            read_rows(&self.file, offset, entry.meta.dtype, dst)
+                .map_err(|e| self.read_error(name, e))
+        };
+        if dst.device().is_none() {
+            return read(0, dst);
+        }
+        staged(dst, read)
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -178,4 +189,23 @@ impl SafetensorsFile {
     fn defect(&self, message: impl Into<String>) -> Error {
         Error::model(&self.path, message)
     }
+}
+
+/// Fills `dst`, which a GPU holds, through host memory, [`STAGED_BYTES`] at a time.
+fn staged(
+    mut dst: ViewMut<'_>,
+    mut read: impl FnMut(usize, ViewMut<'_>) -> Result<()>,
+) -> Result<()> {
+    let ([rows, cols], dtype) = (dst.shape(), dst.dtype());
+    let at_once = (STAGED_BYTES / (cols * dtype.bytes()).max(1)).clamp(1, rows.max(1));
+    let mut stage = Tensor::zeros(dtype, at_once, cols);
+    for first in (0..rows).step_by(at_once) {
+        let end = rows.min(first + at_once);
+        let mut part = stage.view_mut().row_range(0..end - first);
+        read(first, part.reborrow())?;
+        dst.reborrow()
+            .row_range(first..end)
+            .copy_from(part.as_view());
+    }
+    Ok(())
 }

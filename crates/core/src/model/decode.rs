@@ -5,7 +5,7 @@ use super::{Model, Normed, Pass, Run};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Indices, Tensor, attention, rope, swiglu};
 
 /// Keys and values of one document, for every layer.
 #[derive(Debug)]
@@ -20,7 +20,8 @@ impl KvCache {
     /// Room for a document of `capacity` tokens, prompt and answer together.
     #[must_use]
     pub fn new(model: &Model, dtype: DType, capacity: usize) -> Self {
-        let tensor = || Tensor::zeros(dtype, capacity, model.config.kv_width());
+        let width = model.config.kv_width();
+        let tensor = || Tensor::empty(&model.device, dtype, capacity, width);
         let layers = (0..model.layers.len())
             .map(|_| [tensor(), tensor()])
             .collect();
@@ -61,8 +62,8 @@ impl Model {
         let run = self.run(pass, params, &batch);
         let workspace = pass.workspace;
         let mut stream = workspace.take(run.dtype, run.tokens, self.config.hidden_size);
-        let table = self.table(&self.embedding, params);
-        ferrotune_kernels::embedding::forward(table, &batch.input_ids, stream.view_mut())?;
+        let table = self.table(&self.embedding, &run);
+        ferrotune_kernels::embedding::forward(table, &run.ids, stream.view_mut())?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(&run, &stream)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -75,7 +76,12 @@ impl Model {
         for (cache, tokens) in caches.iter_mut().zip(new_tokens) {
             cache.len += tokens.len();
         }
-        let mut last = Tensor::zeros(run.dtype, caches.len(), self.config.hidden_size);
+        let mut last = Tensor::empty(
+            workspace.device(),
+            run.dtype,
+            caches.len(),
+            self.config.hidden_size,
+        );
         for (s, end) in batch.cu_seqlens[1..].iter().enumerate() {
             let row = *end as usize - 1;
             last.view_mut()
@@ -83,7 +89,7 @@ impl Model {
                 .copy_from(normed.y.view().row_range(row..row + 1));
         }
         workspace.give(normed.y);
-        self.project(params, last.view())
+        self.project(&run, last.view())
     }
 }
 
@@ -115,17 +121,19 @@ impl Layer {
                 .view_mut()
                 .row_range(start..end)
                 .copy_from(v.row_range(rows.clone()));
-            let mut lse = vec![0.0; rows.len() * self.attention.heads];
+            let mut lse = workspace.take(DType::F32, rows.len(), self.attention.heads);
+            let bounds = |end: usize| Indices::new(vec![0, end as u32], workspace.device());
             attention::forward(
                 &self.attention,
                 q.row_range(rows.clone()),
                 keys.view().row_range(0..end),
                 values.view().row_range(0..end),
-                &[0, rows.len() as u32],
-                &[0, end as u32],
+                &bounds(rows.len()),
+                &bounds(end),
                 attended.view_mut().row_range(rows),
-                &mut lse,
+                lse.view_mut(),
             )?;
+            workspace.give(lse);
         }
         let mut middle = workspace.take(run.dtype, run.tokens, self.o.out_features());
         self.o.forward(run, attended.view(), middle.view_mut())?;

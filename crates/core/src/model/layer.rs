@@ -11,7 +11,7 @@ use super::norm::{Norm, Normed};
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
 
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -29,17 +29,17 @@ pub(crate) struct Layer {
 pub(crate) struct LayerSaved {
     /// Residual stream before the attention block, `[T, D]`, and its norm's statistics.
     input: Tensor,
-    input_rstd: Vec<f32>,
+    input_rstd: Tensor,
     /// q, k, v after RoPE, `[T, (H + 2 K) E]`.
     qkv: Tensor,
     qkv_parts: Vec<PartSaved>,
     /// `[T, H E]`, and log-sum-exp `[T, H]`.
     attention: Tensor,
-    lse: Vec<f32>,
+    lse: Tensor,
     o_parts: Vec<PartSaved>,
     /// Residual stream before the mlp, `[T, D]`, and its norm's statistics.
     middle: Tensor,
-    middle_rstd: Vec<f32>,
+    middle_rstd: Tensor,
     /// `[T, 2 F]`.
     gate_up: Tensor,
     gate_up_parts: Vec<PartSaved>,
@@ -48,12 +48,15 @@ pub(crate) struct LayerSaved {
 
 impl LayerSaved {
     /// All activations, and what the attachments kept.
-    pub(crate) fn into_parts(self) -> ([Tensor; 5], impl Iterator<Item = PartSaved>) {
+    pub(crate) fn into_parts(self) -> ([Tensor; 8], impl Iterator<Item = PartSaved>) {
         let tensors = [
             self.input,
+            self.input_rstd,
             self.qkv,
             self.attention,
+            self.lse,
             self.middle,
+            self.middle_rstd,
             self.gate_up,
         ];
         let parts = [
@@ -86,17 +89,17 @@ impl Layer {
         workspace.give(y);
         self.rotate(run, &mut qkv, rope::Direction::Forward)?;
         let mut attended = workspace.take(dtype, tokens, self.o.in_features);
-        let mut lse = vec![0.0; tokens * self.attention.heads];
+        let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
         let [q, k, v] = self.split(&qkv);
         attention::forward(
             &self.attention,
             q,
             k,
             v,
-            run.cu_seqlens,
-            run.cu_seqlens,
+            &run.cu_seqlens,
+            &run.cu_seqlens,
             attended.view_mut(),
-            &mut lse,
+            lse.view_mut(),
         )?;
         let mut middle = workspace.take(dtype, tokens, self.o.out_features());
         let o_parts = self.o.forward(run, attended.view(), middle.view_mut())?;
@@ -188,6 +191,7 @@ impl Layer {
             d_stream.view_mut(),
         )?;
         workspace.give(saved.middle);
+        workspace.give(saved.middle_rstd);
 
         let mut d_attended = workspace.take(dtype, tokens, self.o.in_features);
         let dx = Some(d_attended.view_mut());
@@ -201,7 +205,7 @@ impl Layer {
         )?;
         let mut d_qkv = workspace.take(dtype, tokens, self.qkv.out_features());
         let [q, k, v] = self.split(&saved.qkv);
-        let (out, cu_seqlens) = (saved.attention.view(), run.cu_seqlens);
+        let (out, cu_seqlens) = (saved.attention.view(), &run.cu_seqlens);
         let d_out = d_attended.view();
         attention::backward(
             &self.attention,
@@ -209,13 +213,14 @@ impl Layer {
             k,
             v,
             out,
-            &saved.lse,
+            saved.lse.view(),
             cu_seqlens,
             d_out,
             d_qkv.view_mut(),
         )?;
         workspace.give(d_attended);
         workspace.give(saved.attention);
+        workspace.give(saved.lse);
         workspace.give(saved.qkv);
         self.rotate(run, &mut d_qkv, rope::Direction::Backward)?;
         let normed = self
@@ -238,6 +243,7 @@ impl Layer {
             )?;
         }
         workspace.give(saved.input);
+        workspace.give(saved.input_rstd);
         workspace.give(d_normed);
         Ok(())
     }
@@ -268,8 +274,8 @@ impl Layer {
         rope::apply(
             q_and_k,
             head_dim,
-            &run.cos,
-            &run.sin,
+            run.cos.view(),
+            run.sin.view(),
             self.rotary_dim,
             direction,
         )?;

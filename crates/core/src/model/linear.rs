@@ -7,7 +7,7 @@ use super::run::Run;
 use crate::Result;
 use crate::adapter::{Attachment, LowRank};
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Tensor, View, ViewMut, bias, lora_linear, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, bias, lora_linear, matmul};
 use std::ops::Range;
 
 /// One or more linears over one input.
@@ -42,7 +42,8 @@ pub(crate) enum PartWeight {
 
 #[derive(Debug)]
 pub(crate) enum PartBias {
-    Frozen(Vec<f32>),
+    /// `[1, out]`, f32.
+    Frozen(Tensor),
     Trained(ParamId),
 }
 
@@ -67,7 +68,7 @@ impl LinearGroup {
         x: View<'_>,
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
-        for (columns, weight) in self.products(run.params) {
+        for (columns, weight) in self.products(run) {
             matmul::nt(y.reborrow().columns(columns), 0.0, 1.0, x, weight)?;
         }
         let mut saved = Vec::with_capacity(self.parts.len());
@@ -79,8 +80,10 @@ impl LinearGroup {
             saved.push(match &part.attachment {
                 None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
                 Some(Attachment::LowRank(low_rank)) => {
-                    let mut s = run.workspace.take(DType::F32, x.rows(), low_rank.rank);
-                    let update = self.update(run, part, low_rank);
+                    let update = update(run, part, low_rank);
+                    let mut s = run
+                        .workspace
+                        .take(update.a.dtype(), x.rows(), low_rank.rank);
                     lora_linear::forward(x, &update, y, s.view_mut(), run.workspace)?;
                     PartSaved::LowRank(s)
                 }
@@ -114,7 +117,7 @@ impl LinearGroup {
         if let Some(dx) = &mut dx {
             // After a custom method dx already holds its share.
             let mut beta = if custom.is_some() { 1.0 } else { 0.0 };
-            for (columns, weight) in self.products(run.params) {
+            for (columns, weight) in self.products(run) {
                 matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
                 beta = 1.0;
             }
@@ -125,7 +128,7 @@ impl LinearGroup {
             if let (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank(s)) =
                 (&part.attachment, saved)
             {
-                let update = self.update(run, part, low_rank);
+                let update = update(run, part, low_rank);
                 let dx = dx.as_mut().map(ViewMut::reborrow);
                 low_rank_backward(run, grads, low_rank, &update, x, &s, part_dy, dx)?;
                 run.workspace.give(s);
@@ -179,16 +182,13 @@ impl LinearGroup {
     }
 
     /// The products that make the base output: columns of y, and the weight rows they come from.
-    fn products<'a>(&'a self, params: &'a FlatBuffer) -> Vec<(Range<usize>, View<'a>)> {
+    fn products<'a>(&'a self, run: &Run<'a>) -> Vec<(Range<usize>, View<'a>)> {
         if let Some(frozen) = &self.frozen {
             return vec![(0..self.out_features(), frozen.view())];
         }
+        let (params, dtype) = (run.params, run.dtype);
         let weight = |part: &'a Part| match &part.weight {
-            PartWeight::Trained(id) => Some(View::from_f32(
-                params.get(*id),
-                part.columns.len(),
-                self.in_features,
-            )),
+            PartWeight::Trained(id) => Some(params.view_as(*id, dtype)),
             PartWeight::Alone(tensor) => Some(tensor.view()),
             PartWeight::InGroup => None,
         };
@@ -197,42 +197,32 @@ impl LinearGroup {
             .filter_map(|p| weight(p).map(|w| (p.columns.clone(), w)))
             .collect()
     }
+}
 
-    fn update<'a>(
-        &self,
-        run: &'a Run<'_>,
-        part: &Part,
-        low_rank: &LowRank,
-    ) -> lora_linear::LowRank<'a> {
-        lora_linear::LowRank {
-            a: View::from_f32(run.params.get(low_rank.a), low_rank.rank, self.in_features),
-            b: View::from_f32(
-                run.params.get(low_rank.b),
-                part.columns.len(),
-                low_rank.rank,
-            ),
-            scale: low_rank.scale,
-            dropout: run.dropout(part.site, low_rank),
-        }
+fn update<'a>(run: &'a Run<'_>, part: &Part, low_rank: &LowRank) -> lora_linear::LowRank<'a> {
+    lora_linear::LowRank {
+        a: run.params.view_as(low_rank.a, run.dtype),
+        b: run.params.view_as(low_rank.b, run.dtype),
+        scale: low_rank.scale,
+        dropout: run.dropout(part.site, low_rank),
     }
 }
 
 impl Part {
-    fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<&'a [f32]> {
+    fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<View<'a>> {
         self.bias.as_ref().map(|bias| match bias {
-            PartBias::Frozen(values) => values.as_slice(),
-            PartBias::Trained(id) => params.get(*id),
+            PartBias::Frozen(values) => values.view(),
+            PartBias::Trained(id) => params.view(*id),
         })
     }
 
     /// Gradients of a trained base weight and bias.
     fn base_gradients(&self, grads: &mut FlatBuffer, x: View<'_>, dy: View<'_>) -> Result<()> {
         if let PartWeight::Trained(id) = self.weight {
-            let d_weight = ViewMut::from_f32(grads.get_mut(id), dy.cols(), x.cols());
-            matmul::tn(d_weight, 1.0, 1.0, dy, x)?;
+            matmul::tn(grads.view_mut(id), 1.0, 1.0, dy, x)?;
         }
         if let Some(PartBias::Trained(id)) = self.bias {
-            bias::backward(dy, grads.get_mut(id))?;
+            bias::backward(dy, grads.view_mut(id))?;
         }
         Ok(())
     }
@@ -252,7 +242,7 @@ fn low_rank_backward(
     dy: View<'_>,
     dx: Option<ViewMut<'_>>,
 ) -> Result<()> {
-    let [d_a, d_b] = grads.get_two_mut(low_rank.a, low_rank.b);
+    let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
     lora_linear::backward(x, update, s.view(), dy, dx, d_a, d_b, run.workspace)?;
     Ok(())
 }

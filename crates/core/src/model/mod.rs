@@ -26,8 +26,8 @@ use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::linear_cross_entropy::{self, Sums};
-use ferrotune_kernels::{DType, Tensor, View, Workspace, embedding, matmul};
+use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Indices, Tensor, View, Workspace, embedding, matmul};
 use layer::{Layer, LayerSaved};
 use linear::PartSaved;
 use norm::{Norm, Normed};
@@ -38,6 +38,7 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct Model {
     config: DecoderConfig,
+    device: Device,
     embedding: Table,
     layers: Vec<Layer>,
     norm: Norm,
@@ -64,7 +65,7 @@ struct Saved {
     layers: Vec<LayerSaved>,
     /// Residual stream after the last layer, `[T, D]`, and the final norm's statistics.
     stream: Tensor,
-    rstd: Vec<f32>,
+    rstd: Tensor,
 }
 
 /// Where and in which precision a pass runs.
@@ -81,7 +82,8 @@ pub struct Pass<'a> {
 impl Model {
     /// Reads the weights of `config` from `source`, with `attachments` in place.
     ///
-    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`.
+    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`, on the
+    /// device of `params`.
     ///
     /// # Errors
     /// [`crate::Error::Model`] if the weights do not fit the config, before any is read.
@@ -111,13 +113,21 @@ impl Model {
         &self.config
     }
 
+    /// Where the weights are.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Dtype of the frozen weights.
     #[must_use]
     pub fn weight_dtype(&self) -> DType {
         self.weight_dtype
     }
 
-    /// Sum of the losses over the trained tokens of `batch`, and its gradient added to `grads`.
+    /// Adds the losses of the trained tokens of `batch` to `sums`, and their gradient to `grads`.
+    ///
+    /// `params`, `grads` and `sums` live on the device of the model. Nothing waits for a GPU.
     ///
     /// # Errors
     /// If a token id lies outside the vocabulary.
@@ -127,8 +137,9 @@ impl Model {
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
         batch: &PackedBatch,
-    ) -> Result<Sums> {
-        on_worker(|| self.forward_backward(pass, params, grads, batch))
+        sums: &mut Accumulator,
+    ) -> Result<()> {
+        on_worker(|| self.forward_backward(pass, params, grads, batch, sums))
     }
 
     fn forward_backward(
@@ -137,10 +148,11 @@ impl Model {
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
         batch: &PackedBatch,
-    ) -> Result<Sums> {
+        sums: &mut Accumulator,
+    ) -> Result<()> {
         let run = self.run(pass, params, batch);
         let mut layers = Vec::with_capacity(self.layers.len());
-        let (hidden, stream, rstd) = self.decoder(&run, batch, Some(&mut layers), None)?;
+        let (hidden, stream, rstd) = self.decoder(&run, Some(&mut layers), None)?;
         let saved = Saved {
             layers,
             stream,
@@ -149,20 +161,20 @@ impl Model {
         let mut d_hidden = pass
             .workspace
             .take(pass.dtype, batch.tokens(), self.config.hidden_size);
-        let (rows, targets) = batch.targets();
-        let d_head = self.head_param().map(|id| grads.get_mut(id));
-        let sums = linear_cross_entropy::forward_backward(
+        let [rows, targets] = label_rows(&run, batch);
+        let d_head = self.head_param().map(|id| grads.view_mut(id));
+        linear_cross_entropy::forward_backward(
             hidden.view(),
-            self.head_weight(params),
+            self.head_weight(&run),
             &rows,
             &targets,
             d_hidden.view_mut(),
             d_head,
+            sums,
             pass.workspace,
         )?;
         pass.workspace.give(hidden);
-        self.backward(&run, grads, batch, saved, d_hidden)?;
-        Ok(sums)
+        self.backward(&run, grads, saved, d_hidden)
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -170,13 +182,17 @@ impl Model {
     /// # Errors
     /// If a token id lies outside the vocabulary.
     pub fn loss(&self, pass: Pass<'_>, params: &FlatBuffer, batch: &PackedBatch) -> Result<Sums> {
-        let hidden = self.hidden(pass, params, batch)?;
-        let (rows, targets) = batch.targets();
-        let head = self.head_weight(params);
-        let sums =
-            linear_cross_entropy::forward(hidden.view(), head, &rows, &targets, pass.workspace)?;
-        pass.workspace.give(hidden);
-        Ok(sums)
+        let run = self.run(pass, params, batch);
+        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
+        let [rows, targets] = label_rows(&run, batch);
+        let mut sums = Accumulator::new(pass.workspace.device());
+        let (head, workspace) = (self.head_weight(&run), pass.workspace);
+        let hidden_view = hidden.view();
+        linear_cross_entropy::forward(hidden_view, head, &rows, &targets, &mut sums, workspace)?;
+        for tensor in [hidden, stream, rstd] {
+            workspace.give(tensor);
+        }
+        Ok(sums.read()?)
     }
 
     /// The hidden states after the final norm, `[T, D]`.
@@ -190,8 +206,10 @@ impl Model {
         batch: &PackedBatch,
     ) -> Result<Tensor> {
         let run = self.run(pass, params, batch);
-        let (hidden, stream, _) = self.decoder(&run, batch, None, None)?;
-        pass.workspace.give(stream);
+        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
+        for tensor in [stream, rstd] {
+            pass.workspace.give(tensor);
+        }
         Ok(hidden)
     }
 
@@ -208,7 +226,7 @@ impl Model {
     ) -> Result<Vec<Tensor>> {
         let run = self.run(pass, params, batch);
         let mut states = Vec::new();
-        let (hidden, _, _) = self.decoder(&run, batch, None, Some(&mut states))?;
+        let (hidden, _, _) = self.decoder(&run, None, Some(&mut states))?;
         states.pop();
         states.push(hidden);
         Ok(states)
@@ -225,19 +243,19 @@ impl Model {
         batch: &PackedBatch,
     ) -> Result<Tensor> {
         let hidden = self.hidden(pass, params, batch)?;
-        self.project(params, hidden.view())
+        self.project(&self.run(pass, params, batch), hidden.view())
     }
 
-    /// `hidden` `[N, D]` times the head: `[N, V]` f32.
-    fn project(&self, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
-        let mut logits = Tensor::zeros(DType::F32, hidden.rows(), self.config.vocab_size);
-        matmul::nt(
-            logits.view_mut(),
-            0.0,
-            1.0,
-            hidden,
-            self.head_weight(params),
-        )?;
+    /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
+    fn project(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Tensor> {
+        let device = run.workspace.device();
+        let vocabulary = self.config.vocab_size;
+        let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
+        matmul::nt(logits.view_mut(), 0.0, 1.0, hidden, self.head_weight(run))?;
+        if device.is_cuda() {
+            logits = logits.to_device(&Device::Cpu);
+            device.synchronize()?;
+        }
         Ok(logits)
     }
 
@@ -256,16 +274,15 @@ impl Model {
     fn decoder(
         &self,
         run: &Run<'_>,
-        batch: &PackedBatch,
         mut keep: Option<&mut Vec<LayerSaved>>,
         mut states: Option<&mut Vec<Tensor>>,
-    ) -> Result<(Tensor, Tensor, Vec<f32>)> {
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         let mut stream = run
             .workspace
             .take(run.dtype, run.tokens, self.config.hidden_size);
         embedding::forward(
-            self.table(&self.embedding, run.params),
-            &batch.input_ids,
+            self.table(&self.embedding, run),
+            &run.ids,
             stream.view_mut(),
         )?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
@@ -291,7 +308,6 @@ impl Model {
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        batch: &PackedBatch,
         saved: Saved,
         d_hidden: Tensor,
     ) -> Result<()> {
@@ -305,8 +321,9 @@ impl Model {
                 .take_zeroed(run.dtype, run.tokens, self.config.hidden_size);
         self.norm
             .backward(run, grads, &d_hidden, &stream, &rstd, d_stream.view_mut())?;
-        run.workspace.give(d_hidden);
-        run.workspace.give(stream);
+        for tensor in [d_hidden, stream, rstd] {
+            run.workspace.give(tensor);
+        }
         let embedding = match self.embedding {
             Table::Trained(id) => Some(id),
             Table::Frozen(_) => None,
@@ -331,27 +348,23 @@ impl Model {
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
         }
         if let Some(id) = embedding {
-            embedding::backward(d_stream.view(), &batch.input_ids, grads.get_mut(id))?;
+            embedding::backward(d_stream.view(), &run.ids, grads.view_mut(id))?;
         }
         run.workspace.give(d_stream);
         Ok(())
     }
 
-    fn table<'a>(&self, table: &'a Table, params: &'a FlatBuffer) -> View<'a> {
+    fn table<'a>(&self, table: &'a Table, run: &'a Run<'_>) -> View<'a> {
         match table {
             Table::Frozen(tensor) => tensor.view(),
-            Table::Trained(id) => View::from_f32(
-                params.get(*id),
-                self.config.vocab_size,
-                self.config.hidden_size,
-            ),
+            Table::Trained(id) => run.params.view_as(*id, run.dtype),
         }
     }
 
-    fn head_weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
+    fn head_weight<'a>(&'a self, run: &'a Run<'_>) -> View<'a> {
         match &self.head {
-            Head::Tied => self.table(&self.embedding, params),
-            Head::Own(table) => self.table(table, params),
+            Head::Tied => self.table(&self.embedding, run),
+            Head::Own(table) => self.table(table, run),
         }
     }
 
@@ -365,6 +378,12 @@ impl Model {
             Table::Frozen(_) => None,
         }
     }
+}
+
+/// Rows that are trained on, and their targets, where the pass runs.
+fn label_rows(run: &Run<'_>, batch: &PackedBatch) -> [Indices<'static>; 2] {
+    let (rows, targets) = batch.targets();
+    [rows, targets].map(|values| Indices::new(values, run.workspace.device()))
 }
 
 impl LayerSaved {

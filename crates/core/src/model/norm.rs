@@ -3,7 +3,7 @@
 use super::run::Run;
 use crate::Result;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, ViewMut, rms_norm};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, rms_norm};
 
 /// One RMSNorm. Statistics of each pass are saved by the layer that calls it.
 #[derive(Debug)]
@@ -14,21 +14,23 @@ pub(crate) struct Norm {
 
 #[derive(Debug)]
 pub(crate) enum NormWeight {
-    Frozen(Vec<f32>),
+    /// `[1, D]`, f32.
+    Frozen(Tensor),
     Trained(ParamId),
 }
 
 /// A normed activation and the reciprocal standard deviations that made it.
 pub(crate) struct Normed {
     pub(crate) y: Tensor,
-    pub(crate) rstd: Vec<f32>,
+    /// `[T, 1]`.
+    pub(crate) rstd: Tensor,
 }
 
 impl Norm {
-    fn weight<'a>(&'a self, params: &'a FlatBuffer) -> &'a [f32] {
+    fn weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
         match &self.weight {
-            NormWeight::Frozen(weight) => weight,
-            NormWeight::Trained(id) => params.get(*id),
+            NormWeight::Frozen(weight) => weight.view(),
+            NormWeight::Trained(id) => params.view(*id),
         }
     }
 
@@ -39,7 +41,7 @@ impl Norm {
             self.weight(run.params),
             self.eps,
             normed.y.view_mut(),
-            &mut normed.rstd,
+            normed.rstd.view_mut(),
         )?;
         Ok(normed)
     }
@@ -59,15 +61,15 @@ impl Norm {
             weight,
             self.eps,
             normed.y.view_mut(),
-            &mut normed.rstd,
+            normed.rstd.view_mut(),
         )?;
         Ok(normed)
     }
 
     /// The normed activation again, from the saved statistics: cheaper to recompute than to keep.
-    pub(crate) fn recompute(&self, run: &Run<'_>, x: &Tensor, rstd: &[f32]) -> Result<Tensor> {
+    pub(crate) fn recompute(&self, run: &Run<'_>, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
         let mut y = run.workspace.take(run.dtype, x.rows(), x.cols());
-        rms_norm::apply(x.view(), self.weight(run.params), rstd, y.view_mut())?;
+        rms_norm::apply(x.view(), self.weight(run.params), rstd.view(), y.view_mut())?;
         Ok(y)
     }
 
@@ -78,18 +80,18 @@ impl Norm {
         grads: &mut FlatBuffer,
         dy: &Tensor,
         x: &Tensor,
-        rstd: &[f32],
+        rstd: &Tensor,
         dx: ViewMut<'_>,
     ) -> Result<()> {
         let d_weight = match self.weight {
             NormWeight::Frozen(_) => None,
-            NormWeight::Trained(id) => Some(grads.get_mut(id)),
+            NormWeight::Trained(id) => Some(grads.view_mut(id)),
         };
         rms_norm::backward(
             dy.view(),
             x.view(),
             self.weight(run.params),
-            rstd,
+            rstd.view(),
             dx,
             d_weight,
         )?;
@@ -103,7 +105,7 @@ impl Norm {
     fn output(run: &Run<'_>, x: &Tensor) -> Normed {
         Normed {
             y: run.workspace.take(run.dtype, x.rows(), x.cols()),
-            rstd: vec![0.0; x.rows()],
+            rstd: run.workspace.take(DType::F32, x.rows(), 1),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::rope::RopeConfig;
 use crate::adapter::LowRank;
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Workspace, dropout, rng};
+use ferrotune_kernels::{DType, Indices, Tensor, Workspace, dropout, rng};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -32,13 +32,14 @@ pub(crate) struct Run<'a> {
     /// Dtype of activations.
     pub(crate) dtype: DType,
     pub(crate) tokens: usize,
-    pub(crate) cu_seqlens: &'a [u32],
+    pub(crate) ids: Indices<'a>,
+    pub(crate) cu_seqlens: Indices<'a>,
     /// cos and sin per token, `[T, rotary_dim / 2]`.
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
+    pub(crate) cos: Tensor,
+    pub(crate) sin: Tensor,
     mode: Mode,
-    /// (document, position) of each token: the counter of its draws.
-    draw_rows: Vec<[u32; 2]>,
+    /// Document and position of each token, side by side: the counter of its draws.
+    draw_rows: Indices<'a>,
 }
 
 impl<'a> Run<'a> {
@@ -55,20 +56,29 @@ impl<'a> Run<'a> {
         if mode != Mode::Eval {
             for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
                 let id = batch.sequence_ids[s] as u32;
-                draw_rows.extend((0..bounds[1] - bounds[0]).map(|position| [id, position]));
+                draw_rows.extend((0..bounds[1] - bounds[0]).flat_map(|position| [id, position]));
             }
         }
-        let tokens = batch.tokens();
+        let (device, tokens) = (workspace.device(), batch.tokens());
+        let table = |values| {
+            let table = Tensor::from_f32(values, tokens, rope.rotary_dim / 2);
+            if device.is_cuda() {
+                table.to_device(device)
+            } else {
+                table
+            }
+        };
         Self {
             params,
             workspace,
             dtype,
             tokens,
-            cu_seqlens: &batch.cu_seqlens,
-            cos,
-            sin,
+            ids: Indices::new(&batch.input_ids[..], device),
+            cu_seqlens: Indices::new(&batch.cu_seqlens[..], device),
+            cos: table(cos),
+            sin: table(sin),
             mode,
-            draw_rows,
+            draw_rows: Indices::new(draw_rows, device),
         }
     }
 
@@ -77,7 +87,7 @@ impl<'a> Run<'a> {
         &self,
         site: usize,
         low_rank: &LowRank,
-    ) -> Option<(dropout::Key, &[[u32; 2]])> {
+    ) -> Option<(dropout::Key, &Indices<'a>)> {
         match self.mode {
             Mode::Train { seed, step } if low_rank.dropout > 0.0 => {
                 let seed = rng::mix(rng::mix(rng::key_for(seed, "dropout"), step), site as u64);

@@ -175,6 +175,7 @@ impl Builder<'_> {
         }
         Ok(Model {
             config: self.config.clone(),
+            device: self.params.device().clone(),
             embedding,
             layers,
             norm,
@@ -198,6 +199,7 @@ impl Builder<'_> {
                 head_dim: config.head_dim,
                 scale: config.attention_scale,
                 window: config.sliding_windows[index],
+                softcap: None,
             },
             rotary_dim: config.rope.rotary_dim,
         })
@@ -207,11 +209,13 @@ impl Builder<'_> {
         let plan = self.plan;
         let in_features = plan.site(ids[0]).in_features;
         let out_features: usize = ids.iter().map(|&id| plan.site(id).out_features).sum();
+        let device = self.params.device().clone();
         let trains = |b: &Self, id: SiteId| {
             matches!(b.attachments.get(&id), Some(Attachment::TrainBase { .. }))
         };
         let all_frozen = !ids.iter().any(|&id| trains(self, id));
-        let mut frozen = all_frozen.then(|| Tensor::zeros(self.dtype, out_features, in_features));
+        let mut frozen =
+            all_frozen.then(|| Tensor::empty(&device, self.dtype, out_features, in_features));
         let mut parts = Vec::with_capacity(ids.len());
         let mut first = 0;
         for &id in ids {
@@ -296,27 +300,21 @@ impl Builder<'_> {
     }
 
     fn frozen(&self, site: &Site) -> Result<Tensor> {
-        let mut tensor = Tensor::zeros(self.dtype, site.out_features, site.in_features);
+        let [rows, cols] = [site.out_features, site.in_features];
+        let mut tensor = Tensor::empty(self.params.device(), self.dtype, rows, cols);
         self.source
             .read(&format!("{}.weight", site.name), tensor.view_mut())?;
         Ok(tensor)
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; len];
-        self.source
-            .read(name, ViewMut::from_f32(&mut values, 1, len))?;
+    fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        let mut values = Tensor::empty(self.params.device(), DType::F32, 1, len);
+        self.source.read(name, values.view_mut())?;
         Ok(values)
     }
 
     fn read_param(&mut self, site: &Site, id: crate::params::ParamId, suffix: &str) -> Result<()> {
-        let shape = self.params.layout().segment(id).spec.shape.clone();
-        let (rows, cols) = if let [rows, cols] = shape[..] {
-            (rows, cols)
-        } else {
-            (1, shape.iter().product())
-        };
-        let to = ViewMut::from_f32(self.params.get_mut(id), rows, cols);
+        let to = self.params.view_mut(id);
         self.source.read(&format!("{}.{suffix}", site.name), to)
     }
 }

@@ -1,5 +1,6 @@
 //! One optimizer step, and the run around it.
 
+mod optimizer;
 mod run;
 mod step;
 

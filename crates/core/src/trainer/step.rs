@@ -1,5 +1,6 @@
 //! One optimizer step: gradients of every micro-batch, one reduction, clip, AdamW.
 
+use super::optimizer::{self, Buffers};
 use crate::adapter::{Adapter, Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::model::{DecoderConfig, Mode, Model, ModelPlan, Pass, WeightSource};
@@ -8,12 +9,14 @@ use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
 use crate::{Error, Result};
 use ferrotune_kernels::adamw::{self, AdamW};
-use ferrotune_kernels::linear_cross_entropy::Sums;
-use ferrotune_kernels::{DType, Workspace};
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Workspace};
 
 /// What a step needs to know besides its data.
 #[derive(Clone, Debug)]
 pub struct TrainerOptions {
+    /// Where to train.
+    pub device: Device,
     /// Seed of initial values and dropout.
     pub seed: u64,
     /// Dtype of frozen weights.
@@ -34,6 +37,7 @@ impl Default for TrainerOptions {
     /// Transformers' defaults: betas 0.9 and 0.999, eps 1e-8, no decay, clip at 1.0, seed 42.
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
             seed: 42,
             weight_dtype: DType::F32,
             activation_dtype: DType::F32,
@@ -73,6 +77,8 @@ pub struct Trainer {
     exp_avg_sq: FlatBuffer,
     group: Box<dyn ProcessGroup>,
     workspace: Workspace,
+    /// The optimizer's scalars on a GPU; `None` on a CPU.
+    on_gpu: Option<adamw::cuda::Update>,
     options: TrainerOptions,
     step: u64,
 }
@@ -91,6 +97,7 @@ impl Trainer {
         options: TrainerOptions,
     ) -> Result<Self> {
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
+        params.move_to(&options.device);
         let model = Model::load(
             config,
             attachments,
@@ -100,9 +107,10 @@ impl Trainer {
         )?;
         adapter.init(&mut params, options.seed)?;
         group.broadcast(params.as_mut_slice())?;
-        let zeros = || FlatBuffer::zeros(params.layout());
+        let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
-        let workspace = Workspace::new(options.max_tokens);
+        let workspace = Workspace::on(options.device.clone(), options.max_tokens);
+        let on_gpu = optimizer::scalars(&options.device, params.layout());
         Ok(Self {
             model,
             adapter,
@@ -112,6 +120,7 @@ impl Trainer {
             exp_avg_sq,
             group,
             workspace,
+            on_gpu,
             options,
             step: 0,
         })
@@ -125,32 +134,29 @@ impl Trainer {
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
-        self.grads.as_mut_slice().fill(0.0);
-        let mode = Mode::Train {
-            seed: self.options.seed,
-            step: self.step,
-        };
-        let pass = Pass {
-            workspace: &self.workspace,
-            dtype: self.options.activation_dtype,
-            mode,
-        };
-        let mut sums = Sums::default();
-        for batch in micro_batches {
-            sums += self
-                .model
-                .loss_and_gradients(pass, &self.params, &mut self.grads, batch)?;
-        }
+        let sums = self.gradients(micro_batches)?;
         let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
-
-        self.group.all_reduce(self.grads.as_mut_slice())?;
-        let (sums, tokens) = self.reduce(sums, tokens)?;
-        let count = sums.count as f64;
-        let loss = sums.loss / count;
-        self.check_finite("loss", loss)?;
-        let grad_norm = adamw::global_norm(self.grads.as_slice()) / count;
+        let peers = self.group.world_size() > 1;
+        if peers {
+            self.group.all_reduce(self.grads.as_mut_slice())?;
+        }
+        // A GPU is not waited for before the update, unless peers have to be asked.
+        let mut reduced = None;
+        if peers || !self.options.device.is_cuda() {
+            reduced = Some(self.reduce(&sums, tokens)?);
+        }
+        let count = reduced.map_or(sums.label_rows(), |(sums, _)| sums.count);
+        check_labels(count)?;
+        if let Some((sums, _)) = reduced {
+            self.check_finite("loss", sums.loss / count as f64)?;
+        }
+        let grad_norm = self.update(lr, count, &sums)?;
+        let (sums, tokens) = match reduced {
+            Some(reduced) => reduced,
+            None => self.reduce(&sums, tokens)?,
+        };
+        self.check_finite("loss", sums.loss / count as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
-        self.update(lr, self.clip_factor(grad_norm) / count)?;
         self.step += 1;
         Ok(StepReport {
             loss_sum: sums.loss,
@@ -163,6 +169,27 @@ impl Trainer {
         })
     }
 
+    /// Sums of the losses of this rank's micro-batches, and their gradient in `grads`.
+    fn gradients(&mut self, micro_batches: &[PackedBatch]) -> Result<Accumulator> {
+        self.grads.zero();
+        let mode = Mode::Train {
+            seed: self.options.seed,
+            step: self.step,
+        };
+        let pass = Pass {
+            workspace: &self.workspace,
+            dtype: self.options.activation_dtype,
+            mode,
+        };
+        let mut sums = Accumulator::new(&self.options.device);
+        for batch in micro_batches {
+            let (params, grads) = (&self.params, &mut self.grads);
+            self.model
+                .loss_and_gradients(pass, params, grads, batch, &mut sums)?;
+        }
+        Ok(sums)
+    }
+
     /// Loss and accuracy over `batches`, without dropout.
     ///
     /// # Errors
@@ -173,7 +200,8 @@ impl Trainer {
         for batch in batches {
             sums += self.model.loss(pass, &self.params, batch)?;
         }
-        let (sums, _) = self.reduce(sums, 0)?;
+        let (sums, _) = self.reduce_sums(sums, 0)?;
+        check_labels(sums.count)?;
         let count = sums.count as f64;
         Ok(EvalReport {
             loss: sums.loss / count,
@@ -259,7 +287,13 @@ impl Trainer {
         self.group.as_mut()
     }
 
-    fn reduce(&mut self, sums: Sums, tokens: u64) -> Result<(Sums, u64)> {
+    /// Sums and tokens of all ranks.
+    fn reduce(&mut self, sums: &Accumulator, tokens: u64) -> Result<(Sums, u64)> {
+        let sums = sums.read()?;
+        self.reduce_sums(sums, tokens)
+    }
+
+    fn reduce_sums(&mut self, sums: Sums, tokens: u64) -> Result<(Sums, u64)> {
         let mut counts = [sums.count, sums.correct, tokens];
         self.group.all_reduce_counts(&mut counts)?;
         let mut floats = [sums.loss, sums.entropy];
@@ -270,13 +304,6 @@ impl Trainer {
             count: counts[0],
             correct: counts[1],
         };
-        if sums.count == 0 {
-            let message =
-                "no token of this batch has a label; every row needs at least one trained token";
-            return Err(Error::Numeric {
-                message: message.into(),
-            });
-        }
         Ok((sums, counts[2]))
     }
 
@@ -293,25 +320,25 @@ impl Trainer {
         Err(Error::Numeric { message })
     }
 
-    /// torch.nn.utils.clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1.
-    fn clip_factor(&self, grad_norm: f64) -> f64 {
-        self.options
-            .max_grad_norm
-            .map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0))
-    }
-
-    fn update(&mut self, lr: f64, grad_scale: f64) -> Result<()> {
+    /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
+    /// returns its norm.
+    fn update(&mut self, lr: f64, count: u64, sums: &Accumulator) -> Result<f64> {
         let groups = self.parameter_groups(lr);
-        adamw::step(
-            &self.options.adamw,
-            self.params.as_mut_slice(),
-            self.grads.as_slice(),
-            grad_scale as f32,
-            self.exp_avg.as_mut_slice(),
-            self.exp_avg_sq.as_mut_slice(),
-            &groups,
-        )?;
-        Ok(())
+        let settings = adamw::cuda::Settings {
+            adamw: self.options.adamw,
+            divisor: count as f64,
+            max_norm: self.options.max_grad_norm,
+        };
+        let buffers = Buffers {
+            params: &mut self.params,
+            grads: &mut self.grads,
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+        };
+        match &mut self.on_gpu {
+            None => optimizer::on_host(&settings, &groups, buffers),
+            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, sums),
+        }
     }
 
     /// Neighbouring segments with the same learning rate and decay as one range.
@@ -338,6 +365,15 @@ impl Trainer {
         }
         groups
     }
+}
+
+fn check_labels(count: u64) -> Result<()> {
+    if count > 0 {
+        return Ok(());
+    }
+    let message =
+        "no token of this batch has a label; every row needs at least one trained token".into();
+    Err(Error::Numeric { message })
 }
 
 /// Matches `adapter` against the shape of `config`: attachments, and a zeroed parameter buffer.

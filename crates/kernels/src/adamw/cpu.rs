@@ -37,20 +37,20 @@ fn sum_of_squares_of_chunk(values: &[f32]) -> f64 {
 
 /// The scalars of a group, rounded to the f32 the update runs in.
 #[derive(Clone, Copy)]
-struct Scalars {
+pub(super) struct Scalars {
     grad_scale: f32,
-    keep: f32,
+    pub(super) keep: f32,
     beta1: f32,
     one_minus_beta1: f32,
     beta2: f32,
     one_minus_beta2: f32,
-    inverse_sqrt_bias2: f32,
+    pub(super) inverse_sqrt_bias2: f32,
     eps: f32,
-    step_size: f32,
+    pub(super) step_size: f32,
 }
 
 impl Scalars {
-    fn new(cfg: &AdamW, group: &Group, grad_scale: f32) -> Self {
+    pub(super) fn new(cfg: &AdamW, group: &Group, grad_scale: f32) -> Self {
         let steps = group.step as f64;
         let bias1 = 1.0 - cfg.beta1.powf(steps);
         let bias2 = 1.0 - cfg.beta2.powf(steps);

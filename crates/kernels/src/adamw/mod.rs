@@ -14,6 +14,9 @@
 //! `torch.optim.AdamW` (`amsgrad=False`), whose state is f32 too.
 
 mod cpu;
+pub mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 

@@ -17,17 +17,25 @@
 //! Keys outside the window or after the last query of a block of queries are never touched, and no
 //! matrix longer than one block of queries is kept: the backward pass recomputes `P` from `lse`.
 //!
+//! With a softcap c the score `s = scale * q_i . k_j` is replaced by `c * tanh(s / c)`, and dS takes
+//! the factor `1 - tanh(s / c)^2`.
+//!
+//! On a GPU a head is at most 256 wide. If every matrix is bf16 the products run on tensor cores, and
+//! `P` and `dS` are rounded to bf16 for them.
+//!
 //! # Source
 //! Vaswani et al. (2017); Dao: "FlashAttention-2" (2023) for the backward from `lse`; grouped heads
-//! and window as in transformers' Llama and Mistral.
+//! and window as in transformers' Llama and Mistral; softcap as in its Gemma 2.
 
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 
+use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::tensor::with_dtype;
-use crate::{Error, Result, View, ViewMut};
+use crate::{Error, Indices, Result, View, ViewMut};
 
 /// Heads and masks of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,17 +50,20 @@ pub struct Config {
     pub scale: f32,
     /// Number of keys a query sees, itself included; `None` for all before it.
     pub window: Option<usize>,
+    /// Bound c of the scores, which become `c * tanh(score / c)`.
+    pub softcap: Option<f32>,
 }
 
-/// Writes the output of every query to `out [Tq,H*E]` and its log-sum-exp to `lse [Tq*H]` (row-major
-/// `[Tq,H]`).
+/// Writes the output of every query to `out [Tq,H*E]` and its log-sum-exp to `lse [Tq,H]` f32, rows
+/// back to back.
 ///
 /// `q [Tq,H*E]`, `k [Tk,K*E]`, `v [Tk,K*E]` and `out` are each f32 or bf16; `cu_q` and `cu_k` are
 /// the sequence bounds `[S+1]`. Sequences may be empty.
 ///
 /// # Errors
-/// If a shape or length does not fit, `kv_heads` does not divide `heads`, the window is zero, or the
-/// bounds do not grow from 0 to the number of rows with at least as many keys as queries.
+/// If a shape or length does not fit, `kv_heads` does not divide `heads`, the window is zero, the
+/// softcap is not positive, or the bounds do not grow from 0 to the number of rows with at least as
+/// many keys as queries. On a GPU also if a head is wider than 256.
 #[expect(
     clippy::too_many_arguments,
     reason = "three inputs with their bounds, two outputs"
@@ -62,16 +73,29 @@ pub fn forward(
     q: View<'_>,
     k: View<'_>,
     v: View<'_>,
-    cu_q: &[u32],
-    cu_k: &[u32],
+    cu_q: &Indices<'_>,
+    cu_k: &Indices<'_>,
     out: ViewMut<'_>,
-    lse: &mut [f32],
+    lse: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "attention::forward";
     check_inputs(OP, config, q, k, v)?;
     check_bounds(OP, q.rows(), k.rows(), cu_q, cu_k)?;
     check_shape(OP, "out [Tq,H*E]", q.shape(), out.shape())?;
-    check_len(OP, "lse [Tq*H]", q.rows() * config.heads, lse.len())?;
+    check_shape(OP, "lse [Tq,H]", [q.rows(), config.heads], lse.shape())?;
+    let lse = lse.dense_f32(OP, "lse")?;
+    let devices = [
+        q.device(),
+        k.device(),
+        v.device(),
+        out.device(),
+        lse.device(),
+    ];
+    if let Some(device) = common(OP, &devices)? {
+        common(OP, &[Some(device), cu_q.device(), cu_k.device()])?;
+        return cuda::forward(OP, device, config, [q, k, v], [cu_q, cu_k], out, lse);
+    }
+    let lse = lse.contiguous(OP, "lse")?;
     let inputs = cpu::Inputs { q, k, v };
     with_dtype!(out.dtype(), T => {
         if let Some(out) = out.typed::<T>() {
@@ -98,8 +122,8 @@ pub fn backward(
     k: View<'_>,
     v: View<'_>,
     out: View<'_>,
-    lse: &[f32],
-    cu_seqlens: &[u32],
+    lse: View<'_>,
+    cu_seqlens: &Indices<'_>,
     d_out: View<'_>,
     d_qkv: ViewMut<'_>,
 ) -> Result<()> {
@@ -108,9 +132,26 @@ pub fn backward(
     check_bounds(OP, q.rows(), k.rows(), cu_seqlens, cu_seqlens)?;
     check_shape(OP, "out [T,H*E]", q.shape(), out.shape())?;
     check_shape(OP, "d_out [T,H*E]", q.shape(), d_out.shape())?;
-    check_len(OP, "lse [T*H]", q.rows() * config.heads, lse.len())?;
+    check_shape(OP, "lse [T,H]", [q.rows(), config.heads], lse.shape())?;
     let width = (config.heads + 2 * config.kv_heads) * config.head_dim;
     check_shape(OP, "d_qkv [T,(H+2K)*E]", [q.rows(), width], d_qkv.shape())?;
+    let lse = lse.dense_f32(OP, "lse")?;
+    let devices = [
+        q.device(),
+        k.device(),
+        v.device(),
+        out.device(),
+        lse.device(),
+        d_out.device(),
+        d_qkv.device(),
+    ];
+    if let Some(device) = common(OP, &devices)? {
+        common(OP, &[Some(device), cu_seqlens.device()])?;
+        let saved = cuda::Saved { out, lse, d_out };
+        let inputs = [q, k, v];
+        return cuda::backward(OP, device, config, inputs, &saved, cu_seqlens, d_qkv);
+    }
+    let lse = lse.contiguous(OP, "lse")?;
     let inputs = cpu::Inputs { q, k, v };
     let saved = cpu::backward::Saved { out, lse, d_out };
     with_dtype!(d_qkv.dtype(), T => {
@@ -143,6 +184,12 @@ fn check_inputs(
     }
     if config.window == Some(0) {
         let message = "a window of 0 keys hides every key; a window counts the query itself".into();
+        return Err(Error::Invalid { op, message });
+    }
+    if let Some(softcap) = config.softcap
+        && !(softcap > 0.0 && softcap.is_finite())
+    {
+        let message = format!("a softcap of {softcap}; it must be positive and finite");
         return Err(Error::Invalid { op, message });
     }
     check_shape(op, "q [Tq,H*E]", [q.rows(), heads * head_dim], q.shape())?;

@@ -1,7 +1,50 @@
-use super::{Config, backward, forward};
+use super::Config;
 use crate::rng::Stream;
-use crate::{DType, Error, Tensor, View};
+use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut};
 use candle_core::{D, DType as CandleDType, Device, IndexOp, Tensor as Oracle, Var};
+
+// The operations, over slices of host memory.
+#[expect(clippy::too_many_arguments, reason = "as the operation")]
+fn forward(
+    config: &Config,
+    q: View<'_>,
+    k: View<'_>,
+    v: View<'_>,
+    cu_q: &[u32],
+    cu_k: &[u32],
+    out: ViewMut<'_>,
+    lse: &mut [f32],
+) -> Result<()> {
+    let lse = ViewMut::from_f32(lse, q.rows(), config.heads);
+    let (cu_q, cu_k) = (Indices::host(cu_q), Indices::host(cu_k));
+    super::forward(config, q, k, v, &cu_q, &cu_k, out, lse)
+}
+
+#[expect(clippy::too_many_arguments, reason = "as the operation")]
+fn backward(
+    config: &Config,
+    q: View<'_>,
+    k: View<'_>,
+    v: View<'_>,
+    out: View<'_>,
+    lse: &[f32],
+    cu_seqlens: &[u32],
+    d_out: View<'_>,
+    d_qkv: ViewMut<'_>,
+) -> Result<()> {
+    let lse = View::from_f32(lse, q.rows(), config.heads);
+    super::backward(
+        config,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        &Indices::host(cu_seqlens),
+        d_out,
+        d_qkv,
+    )
+}
 
 fn random(rows: usize, cols: usize, stream: &mut Stream) -> Tensor {
     let values = (0..rows * cols).map(|_| stream.normal() as f32).collect();
@@ -43,7 +86,12 @@ fn head(
         })
         .collect();
     let mask = Oracle::from_vec(mask, (queries, keys), q.device())?;
-    let scores = ((q.matmul(&k.t()?.contiguous()?)? * f64::from(config.scale))? + mask)?;
+    let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(config.scale))?;
+    let scores = match config.softcap.map(f64::from) {
+        None => scores,
+        Some(softcap) => ((scores / softcap)?.tanh()? * softcap)?,
+    };
+    let scores = (scores + mask)?;
     let max = scores.max_keepdim(D::Minus1)?.detach();
     let exp = scores.broadcast_sub(&max)?.exp()?;
     let sum = exp.sum_keepdim(D::Minus1)?;
@@ -114,6 +162,7 @@ fn config(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>)
         head_dim,
         scale,
         window,
+        softcap: None,
     }
 }
 
@@ -242,6 +291,21 @@ fn f32_matches_f64_autograd_for_groups_windows_and_ragged_sequences() {
         for lengths in LENGTHS {
             let config = config(heads, kv_heads, head_dim, window);
             check_against_autograd(&config, lengths, DType::F32, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn a_softcap_bounds_scores_and_scales_their_gradients() {
+    // Scores here are of order 1: the first cap bends every score, the last almost none.
+    for softcap in [0.5, 2.0, 50.0] {
+        for (heads, kv_heads, head_dim, window) in CONFIGS {
+            let config = Config {
+                softcap: Some(softcap),
+                ..config(heads, kv_heads, head_dim, window)
+            };
+            check_against_autograd(&config, &[5, 70, 1], DType::F32, 2e-6);
+            check_against_autograd(&config, &[5, 70, 1], DType::Bf16, 8e-3);
         }
     }
 }
@@ -384,6 +448,15 @@ fn arguments_that_do_not_fit_are_refused() {
         &[0, 5],
     );
     assert!(window.contains("window of 0"), "{window}");
+    let softcap = message(
+        Config {
+            softcap: Some(0.0),
+            ..good
+        },
+        &[0, 3],
+        &[0, 5],
+    );
+    assert!(softcap.contains("softcap of 0"), "{softcap}");
     let width = message(
         Config {
             head_dim: 4,

@@ -3,19 +3,29 @@
 //! Forward: `y[t, o] += b[o]`. Backward: `db[o] += sum_t dy[t, o]`.
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 
-use crate::error::check_len;
+use crate::device::common;
+use crate::error::check_shape;
 use crate::tensor::with_dtype;
 use crate::{Result, View, ViewMut};
 
-/// Adds `bias` `[O]` f32 to each row of `y` `[T, O]`, f32 or bf16.
+/// Adds `bias` `[1, O]` f32 to each row of `y` `[T, O]`, f32 or bf16.
 ///
 /// # Errors
-/// If the lengths differ.
-pub fn add(y: ViewMut<'_>, bias: &[f32]) -> Result<()> {
-    check_len("bias::add", "bias", y.cols(), bias.len())?;
+/// If the shapes differ.
+pub fn add(y: ViewMut<'_>, bias: View<'_>) -> Result<()> {
+    const OP: &str = "bias::add";
+    check_shape(OP, "bias", [1, y.cols()], bias.shape())?;
+    let bias = bias.dense_f32(OP, "bias")?;
+    if let Some(device) = common(OP, &[y.device(), bias.device()])? {
+        return cuda::add(device, y, bias);
+    }
+    let bias = bias.contiguous(OP, "bias")?;
     with_dtype!(y.dtype(), T => {
         if let Some(y) = y.typed::<T>() {
             cpu::add(y, bias);
@@ -24,14 +34,20 @@ pub fn add(y: ViewMut<'_>, bias: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Adds the column sums of `dy` `[T, O]`, f32 or bf16, to `d_bias` `[O]`.
+/// Adds the column sums of `dy` `[T, O]`, f32 or bf16, to `d_bias` `[1, O]` f32.
 ///
 /// Rows are summed in order, so the bits do not depend on the number of threads.
 ///
 /// # Errors
-/// If the lengths differ.
-pub fn backward(dy: View<'_>, d_bias: &mut [f32]) -> Result<()> {
-    check_len("bias::backward", "d_bias", dy.cols(), d_bias.len())?;
+/// If the shapes differ.
+pub fn backward(dy: View<'_>, d_bias: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "bias::backward";
+    check_shape(OP, "d_bias", [1, dy.cols()], d_bias.shape())?;
+    let d_bias = d_bias.dense_f32(OP, "d_bias")?;
+    if let Some(device) = common(OP, &[dy.device(), d_bias.device()])? {
+        return cuda::backward(device, dy, d_bias);
+    }
+    let d_bias = d_bias.contiguous(OP, "d_bias")?;
     with_dtype!(dy.dtype(), T => {
         if let Some(dy) = dy.typed::<T>() {
             cpu::backward(dy, d_bias);

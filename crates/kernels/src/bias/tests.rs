@@ -1,5 +1,13 @@
-use super::{add, backward};
-use crate::{DType, Tensor};
+use crate::{DType, Result, Tensor, View, ViewMut};
+
+// The operations, over slices of host memory.
+fn add(y: ViewMut<'_>, bias: &[f32]) -> Result<()> {
+    super::add(y, View::vector(bias))
+}
+
+fn backward(dy: View<'_>, d_bias: &mut [f32]) -> Result<()> {
+    super::backward(dy, ViewMut::vector(d_bias))
+}
 
 fn matrix(rows: usize, cols: usize) -> Tensor {
     Tensor::from_f32(

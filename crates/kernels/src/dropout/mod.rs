@@ -14,13 +14,17 @@
 //! Srivastava et al.: "Dropout" (2014), scaled at training time; [`crate::rng::philox4x32`].
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 
+use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
-use crate::{Error, Result, View, ViewMut};
+use crate::{Error, Indices, Result, View, ViewMut};
 
 /// What a mask depends on besides token and column.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,15 +37,19 @@ pub struct Key {
 
 /// Writes `x [T, D]` with its mask applied to `out [T, D]` (each f32 or bf16).
 ///
-/// `rows [T]` holds the (sequence id, position) of every row. Also the backward pass: then `x` is
-/// the gradient of the output.
+/// `rows [2 T]` holds sequence id and position of every row, side by side. Also the backward pass:
+/// then `x` is the gradient of the output.
 ///
 /// # Errors
 /// If a shape or length differs or `key.p` is not in `[0, 1]`.
-pub fn forward(x: View<'_>, key: Key, rows: &[[u32; 2]], out: ViewMut<'_>) -> Result<()> {
-    let mask = checked_mask("dropout::forward", x, key, rows, &out)?;
+pub fn forward(x: View<'_>, key: Key, rows: &Indices<'_>, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "dropout::forward";
+    let mask = checked_mask(OP, x, key, rows, &out)?;
+    if let Some(device) = common(OP, &[x.device(), rows.device(), out.device()])? {
+        return cuda::apply(device, "forward", x, mask, rows, out);
+    }
     with_dtype!(x.dtype(), X => with_dtype!(out.dtype(), Y =>
-        cpu::apply::<X, Y>(typed(x), mask, rows, typed_mut(out), |_, masked| masked)
+        cpu::apply::<X, Y>(typed(x), mask, pairs(rows), typed_mut(out), |_, masked| masked)
     ));
     Ok(())
 }
@@ -50,7 +58,7 @@ pub fn forward(x: View<'_>, key: Key, rows: &[[u32; 2]], out: ViewMut<'_>) -> Re
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward(dy: View<'_>, key: Key, rows: &[[u32; 2]], dx: ViewMut<'_>) -> Result<()> {
+pub fn backward(dy: View<'_>, key: Key, rows: &Indices<'_>, dx: ViewMut<'_>) -> Result<()> {
     forward(dy, key, rows, dx)
 }
 
@@ -58,23 +66,32 @@ pub fn backward(dy: View<'_>, key: Key, rows: &[[u32; 2]], dx: ViewMut<'_>) -> R
 ///
 /// # Errors
 /// As [`forward`].
-pub fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &[[u32; 2]]) -> Result<()> {
-    let mask = checked_mask("dropout::add_masked", d, key, rows, &dx)?;
+pub fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &Indices<'_>) -> Result<()> {
+    const OP: &str = "dropout::add_masked";
+    let mask = checked_mask(OP, d, key, rows, &dx)?;
+    if let Some(device) = common(OP, &[d.device(), rows.device(), dx.device()])? {
+        return cuda::apply(device, "add_masked", d, mask, rows, dx);
+    }
     with_dtype!(d.dtype(), X => with_dtype!(dx.dtype(), Y =>
-        cpu::apply::<X, Y>(typed(d), mask, rows, typed_mut(dx), |sum, masked| sum + masked)
+        cpu::apply::<X, Y>(typed(d), mask, pairs(rows), typed_mut(dx), |sum, masked| sum + masked)
     ));
     Ok(())
+}
+
+/// (sequence id, position) of every row.
+fn pairs<'a>(rows: &'a Indices<'_>) -> &'a [[u32; 2]] {
+    bytemuck::cast_slice(rows)
 }
 
 fn checked_mask(
     op: &'static str,
     x: View<'_>,
     key: Key,
-    rows: &[[u32; 2]],
+    rows: &Indices<'_>,
     out: &ViewMut<'_>,
 ) -> Result<cpu::Mask> {
     check_shape(op, "the output", x.shape(), out.shape())?;
-    check_len(op, "rows", x.rows(), rows.len())?;
+    check_len(op, "rows", 2 * x.rows(), rows.len())?;
     if !(0.0..=1.0).contains(&key.p) {
         let message = format!("the probability p is {}, expected 0 to 1", key.p);
         return Err(Error::Invalid { op, message });

@@ -1,11 +1,23 @@
-use super::{Key, add_masked, backward, forward};
+use super::Key;
 use crate::rng::{Stream, philox4x32};
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
     oracle_gradients, tolerance, var,
 };
-use crate::{DType, Tensor};
-use candle_core::Device;
+use crate::{DType, Indices, Result, Tensor, View, ViewMut};
+
+// The operations, over slices of host memory.
+fn forward(x: View<'_>, key: Key, rows: &[[u32; 2]], out: ViewMut<'_>) -> Result<()> {
+    super::forward(x, key, &Indices::host(rows.as_flattened()), out)
+}
+
+fn backward(dy: View<'_>, key: Key, rows: &[[u32; 2]], dx: ViewMut<'_>) -> Result<()> {
+    super::backward(dy, key, &Indices::host(rows.as_flattened()), dx)
+}
+
+fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &[[u32; 2]]) -> Result<()> {
+    super::add_masked(dx, d, key, &Indices::host(rows.as_flattened()))
+}
 
 const ROWS: usize = 5;
 const KEY: Key = Key {
@@ -48,7 +60,7 @@ fn both_directions_follow_the_definition() {
             let mask = candle_core::Tensor::from_vec(
                 factors(KEY, &tokens, cols),
                 (ROWS, cols),
-                &Device::Cpu,
+                &candle_core::Device::Cpu,
             );
             let (leaf, mask) = (var(&x.values(), &shape), mask.unwrap());
             let want = (leaf.as_tensor() * &mask).unwrap();

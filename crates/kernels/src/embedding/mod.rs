@@ -9,42 +9,50 @@
 //! equal ids runs in token order: the same bits for any number of threads.
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 
+use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
-use crate::{Error, Result, View, ViewMut};
+use crate::{Error, Indices, Result, View, ViewMut};
 
 /// Copies row `ids[t]` of `table [V, D]` to row `t` of `out [T, D]` (each f32 or bf16).
 ///
 /// # Errors
 /// If a shape differs or an id is not below V; `out` is then untouched.
-pub fn forward(table: View<'_>, ids: &[u32], out: ViewMut<'_>) -> Result<()> {
+pub fn forward(table: View<'_>, ids: &Indices<'_>, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "embedding::forward";
     check_shape(OP, "out", [ids.len(), table.cols()], out.shape())?;
     check_ids(OP, ids, table.rows())?;
+    if let Some(device) = common(OP, &[table.device(), ids.device(), out.device()])? {
+        return cuda::forward(device, table, ids, out);
+    }
     with_dtype!(table.dtype(), X => with_dtype!(out.dtype(), Y =>
         cpu::forward::<X, Y>(typed(table), ids, typed_mut(out))
     ));
     Ok(())
 }
 
-/// Adds row `t` of `d_out [T, D]` (f32 or bf16) to row `ids[t]` of `d_table [V * D]`.
+/// Adds row `t` of `d_out [T, D]` (f32 or bf16) to row `ids[t]` of `d_table [V, D]` f32.
 ///
 /// # Errors
-/// If a length is not as stated or an id is not below V; `d_table` is then untouched.
-pub fn backward(d_out: View<'_>, ids: &[u32], d_table: &mut [f32]) -> Result<()> {
+/// If a shape is not as stated or an id is not below V; `d_table` is then untouched.
+pub fn backward(d_out: View<'_>, ids: &Indices<'_>, d_table: ViewMut<'_>) -> Result<()> {
     const OP: &str = "embedding::backward";
-    let cols = d_out.cols();
     check_len(OP, "ids", d_out.rows(), ids.len())?;
-    if cols == 0 {
-        return check_len(OP, "d_table", 0, d_table.len());
+    let expected = [d_table.rows(), d_out.cols()];
+    check_shape(OP, "d_table", expected, d_table.shape())?;
+    check_ids(OP, ids, d_table.rows())?;
+    let d_table = d_table.dense_f32(OP, "d_table")?;
+    if let Some(device) = common(OP, &[d_out.device(), ids.device(), d_table.device()])? {
+        return cuda::backward(device, d_out, ids, d_table);
     }
-    let vocab = d_table.len() / cols;
-    check_len(OP, "d_table", vocab * cols, d_table.len())?;
-    check_ids(OP, ids, vocab)?;
+    let d_table = d_table.contiguous(OP, "d_table")?;
     with_dtype!(d_out.dtype(), G => cpu::backward::<G>(typed(d_out), ids, d_table));
     Ok(())
 }

@@ -1,5 +1,5 @@
-use super::Sums;
 use super::softmax::{Lane, statistics, to_gradients};
+use super::{Gradients, Sums};
 use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
 use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
@@ -8,12 +8,6 @@ use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
 const CHUNK_LOGITS: usize = 8 << 20;
 /// Most label rows of a chunk.
 const CHUNK_ROWS: usize = 256;
-
-/// Where the gradients go.
-pub(super) struct Gradients<'a> {
-    pub(super) d_hidden: ViewMut<'a>,
-    pub(super) d_head: Option<&'a mut [f32]>,
-}
 
 pub(super) fn run(
     hidden: View<'_>,
@@ -44,8 +38,7 @@ pub(super) fn run(
         if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
             to_gradients(logits.view_mut(), &lanes, targets);
             if let Some(d_head) = d_head {
-                let d_head = ViewMut::from_f32(d_head, vocabulary, width);
-                matmul::nn(d_head, 1.0, 1.0, logits.view(), selected.view())?;
+                matmul::nn(d_head.reborrow(), 1.0, 1.0, logits.view(), selected.view())?;
             }
             // The hidden rows are not needed any more: their gradient takes their place.
             matmul::tn(selected.view_mut(), 0.0, 1.0, logits.view(), head)?;

@@ -7,10 +7,11 @@
 //! d_hidden[row] = (p - onehot(target)) head    d_head += sum over rows (p - onehot)^T hidden[row]
 //! ```
 //!
-//! Only the label rows are projected. They are taken in chunks whose length depends on V alone, of
-//! at most 32 MiB of logits; a chunk is stored `[V, rows]`, so that the head is read as it lies and
-//! every row is one lane of a vector. Losses are summed in f64 in row order: the bits do not depend
-//! on the number of threads. Logits that are not finite give a loss that is not finite.
+//! Only the label rows are projected. They are taken in chunks whose length depends on V alone. On
+//! the CPU a chunk has at most 32 MiB of logits and is stored `[V, rows]`, so that the head is read
+//! as it lies and every row is one lane of a vector; on a GPU it has at most 512 MiB, stored
+//! `[rows, V]`, and is enough for a large product. Losses are summed in f64 in an order that depends
+//! on the shapes alone. Logits that are not finite give a loss that is not finite.
 //!
 //! Shapes: `hidden [T,D]`, `head [V,D]`, each f32 or bf16; `rows [N]` in `0..T`, `targets [N]` in
 //! `0..V`. Gradients are those of the sum of the losses.
@@ -19,76 +20,106 @@
 //! The loss of `torch.nn.functional.cross_entropy(reduction="sum")`; chunking as in Wijmans et al.:
 //! "Cut Your Losses in Large-Vocabulary Language Models" (2024), with the chunk's logits kept.
 
+mod accumulator;
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 mod softmax;
 #[cfg(test)]
 mod tests;
 
+pub use accumulator::{Accumulator, Sums};
+
+use crate::device::common;
 use crate::error::{check_len, check_shape};
-use crate::{Error, Result, View, ViewMut, Workspace};
-use std::ops::AddAssign;
+use crate::{Error, Indices, Result, View, ViewMut, Workspace};
 
-/// What a set of label rows adds up to.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sums {
-    /// Sum of the losses, in nats.
-    pub loss: f64,
-    /// Number of label rows.
-    pub count: u64,
-    /// Rows whose largest logit is the target's (the first of equal ones counts).
-    pub correct: u64,
-    /// Sum of the entropies of the predictions, in nats.
-    pub entropy: f64,
-}
-
-impl AddAssign for Sums {
-    fn add_assign(&mut self, other: Self) {
-        self.loss += other.loss;
-        self.count += other.count;
-        self.correct += other.correct;
-        self.entropy += other.entropy;
-    }
-}
-
-/// Sums of loss, accuracy and entropy over the label rows.
+/// Adds loss, accuracy and entropy of the label rows to `sums`.
 ///
 /// # Errors
-/// If a shape or length does not fit, or a row or target lies outside its table.
+/// If a shape or length does not fit, or a row or target lies outside its table; on a GPU also if
+/// `hidden` and `head` differ in dtype.
 pub fn forward(
     hidden: View<'_>,
     head: View<'_>,
-    rows: &[u32],
-    targets: &[u32],
+    rows: &Indices<'_>,
+    targets: &Indices<'_>,
+    sums: &mut Accumulator,
     workspace: &Workspace,
-) -> Result<Sums> {
-    check("linear_cross_entropy::forward", hidden, head, rows, targets)?;
-    cpu::run(hidden, head, rows, targets, None, workspace)
+) -> Result<()> {
+    const OP: &str = "linear_cross_entropy::forward";
+    check(OP, hidden, head, rows, targets)?;
+    let devices = [
+        hidden.device(),
+        head.device(),
+        rows.device(),
+        targets.device(),
+    ];
+    if let Some(device) = common(OP, &devices)? {
+        let (data, labels) = ([hidden, head], [rows, targets]);
+        return cuda::run(device, data, labels, None, sums, workspace);
+    }
+    sums.add(cpu::run(hidden, head, rows, targets, None, workspace)?);
+    Ok(())
 }
 
 /// [`forward`], and the gradients of the sum of the losses.
 ///
-/// `d_hidden [T,D]` is written, zero off the label rows. `d_head [V*D]` is added to; without it the
+/// `d_hidden [T,D]` is written, zero off the label rows. `d_head [V,D]` f32 is added to; without it the
 /// head is frozen and its gradient never computed.
 ///
 /// # Errors
 /// As [`forward`].
+#[expect(
+    clippy::too_many_arguments,
+    reason = "two inputs, two gradients, three sums"
+)]
 pub fn forward_backward(
     hidden: View<'_>,
     head: View<'_>,
-    rows: &[u32],
-    targets: &[u32],
+    rows: &Indices<'_>,
+    targets: &Indices<'_>,
     d_hidden: ViewMut<'_>,
-    d_head: Option<&mut [f32]>,
+    d_head: Option<ViewMut<'_>>,
+    sums: &mut Accumulator,
     workspace: &Workspace,
-) -> Result<Sums> {
+) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
     check(OP, hidden, head, rows, targets)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
     if let Some(d_head) = &d_head {
-        check_len(OP, "d_head [V*D]", head.rows() * head.cols(), d_head.len())?;
+        check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
     }
-    let gradients = cpu::Gradients { d_hidden, d_head };
-    cpu::run(hidden, head, rows, targets, Some(gradients), workspace)
+    let d_head_device = d_head.as_ref().map_or(hidden.device(), ViewMut::device);
+    let devices = [
+        hidden.device(),
+        head.device(),
+        rows.device(),
+        targets.device(),
+        d_hidden.device(),
+        d_head_device,
+    ];
+    let gradients = Gradients { d_hidden, d_head };
+    if let Some(device) = common(OP, &devices)? {
+        let (data, labels) = ([hidden, head], [rows, targets]);
+        return cuda::run(device, data, labels, Some(gradients), sums, workspace);
+    }
+    sums.add(cpu::run(
+        hidden,
+        head,
+        rows,
+        targets,
+        Some(gradients),
+        workspace,
+    )?);
+    Ok(())
+}
+
+/// Where the gradients go.
+struct Gradients<'a> {
+    d_hidden: ViewMut<'a>,
+    d_head: Option<ViewMut<'a>>,
 }
 
 fn check(

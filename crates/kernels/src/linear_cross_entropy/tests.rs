@@ -1,7 +1,42 @@
-use super::{Sums, forward, forward_backward};
+use super::{Accumulator, Sums};
 use crate::rng::Stream;
-use crate::{DType, Error, Tensor, View, Workspace};
+use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut, Workspace};
 use candle_core::{D, Device, Tensor as Oracle, Var};
+
+// The operations, over slices of host memory.
+fn forward(
+    hidden: View<'_>,
+    head: View<'_>,
+    rows: &[u32],
+    targets: &[u32],
+    workspace: &Workspace,
+) -> Result<Sums> {
+    let (rows, targets) = (Indices::host(rows), Indices::host(targets));
+    let mut sums = Accumulator::default();
+    super::forward(hidden, head, &rows, &targets, &mut sums, workspace)?;
+    sums.read()
+}
+
+fn forward_backward(
+    hidden: View<'_>,
+    head: View<'_>,
+    rows: &[u32],
+    targets: &[u32],
+    d_hidden: ViewMut<'_>,
+    d_head: Option<&mut [f32]>,
+    workspace: &Workspace,
+) -> Result<Sums> {
+    let (rows, targets) = (Indices::host(rows), Indices::host(targets));
+    let d_head = d_head.map(|d| {
+        let vocabulary = d.len() / head.cols();
+        ViewMut::from_f32(d, vocabulary, head.cols())
+    });
+    let mut sums = Accumulator::default();
+    super::forward_backward(
+        hidden, head, &rows, &targets, d_hidden, d_head, &mut sums, workspace,
+    )?;
+    sums.read()
+}
 
 struct Case {
     hidden: Tensor,
@@ -327,14 +362,14 @@ fn rows_and_targets_outside_their_tables_are_refused() {
         &[],
         &[],
         d_hidden.view_mut(),
-        Some(&mut [0.0; 20]),
+        Some(&mut [0.0; 18]),
         &workspace,
     );
     assert!(matches!(
         error,
-        Err(Error::Length {
-            expected: 21,
-            got: 20,
+        Err(Error::Shape {
+            expected: [7, 3],
+            got: [6, 3],
             ..
         })
     ));

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Shapes: `x [T,in]`, `A [R,in]`, `B [out,R]`, `s [T,R]`, `y [T,out]`. `x`, `y` and their gradients
-//! are f32 or bf16; `A`, `B`, `s` and the gradients of `A` and `B` are f32. A matrix `[T,in]` is only
-//! allocated with dropout, from the workspace.
+//! are f32 or bf16; `A`, `B` and `s` have one dtype, f32 on a CPU; the gradients of `A` and `B` are
+//! f32. A matrix `[T,in]` is only allocated with dropout, from the workspace.
 //!
 //! # Source
 //! Hu et al.: "LoRA: Low-Rank Adaptation of Large Language Models" (2021); initialisation and the
@@ -16,20 +16,20 @@
 #[cfg(test)]
 mod tests;
 
-use crate::error::{check_dtype, check_len, check_shape};
-use crate::{DType, Result, View, ViewMut, Workspace, dropout, matmul};
+use crate::error::{check_dtype, check_shape};
+use crate::{Indices, Result, View, ViewMut, Workspace, dropout, matmul};
 
 /// The two factors of a low-rank update and how they are applied.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'a> {
-    /// The down projection `A [R, in]`, f32.
+    /// The down projection `A [R, in]`.
     pub a: View<'a>,
-    /// The up projection `B [out, R]`, f32.
+    /// The up projection `B [out, R]`.
     pub b: View<'a>,
     /// Factor of the product, `alpha / R` for plain LoRA.
     pub scale: f32,
-    /// Dropout on `x`: the key of the mask and the (sequence id, position) of every row `[T]`.
-    pub dropout: Option<(dropout::Key, &'a [[u32; 2]])>,
+    /// Dropout on `x`: the key of the mask, and sequence id and position of every row `[2 T]`.
+    pub dropout: Option<(dropout::Key, &'a Indices<'a>)>,
 }
 
 impl LowRank<'_> {
@@ -44,9 +44,8 @@ impl LowRank<'_> {
         check_shape(op, "B [out,R]", [y[1], self.rank()], self.b.shape())?;
         check_shape(op, "y [T,out]", [tokens, y[1]], y)?;
         check_shape(op, "s [T,R]", [tokens, self.rank()], s.shape())?;
-        check_dtype(op, "A", DType::F32, self.a.dtype())?;
-        check_dtype(op, "B", DType::F32, self.b.dtype())?;
-        check_dtype(op, "s", DType::F32, s.dtype())
+        check_dtype(op, "B", self.a.dtype(), self.b.dtype())?;
+        check_dtype(op, "s", self.a.dtype(), s.dtype())
     }
 }
 
@@ -69,7 +68,7 @@ pub fn forward(
     matmul::nt(y, 1.0, low_rank.scale, s.as_view(), low_rank.b)
 }
 
-/// Adds the gradients of `A` to `d_a [R*in]`, of `B` to `d_b [out*R]` and, if asked for, of `x` to
+/// Adds the gradients of `A` to `d_a [R,in]`, of `B` to `d_b [out,R]` and, if asked for, of `x` to
 /// `dx [T,in]`.
 ///
 /// `x`, `low_rank` and `s` are those of [`forward`]; `dy [T,out]` is the gradient of `y`.
@@ -83,25 +82,23 @@ pub fn backward(
     s: View<'_>,
     dy: View<'_>,
     dx: Option<ViewMut<'_>>,
-    d_a: &mut [f32],
-    d_b: &mut [f32],
+    d_a: ViewMut<'_>,
+    d_b: ViewMut<'_>,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "lora_linear::backward";
     low_rank.check(OP, x, dy.shape(), s)?;
-    let ([tokens, inputs], outputs, rank) = (x.shape(), dy.cols(), low_rank.rank());
-    check_len(OP, "d_a [R*in]", rank * inputs, d_a.len())?;
-    check_len(OP, "d_b [out*R]", outputs * rank, d_b.len())?;
+    check_shape(OP, "d_a [R,in]", low_rank.a.shape(), d_a.shape())?;
+    check_shape(OP, "d_b [out,R]", low_rank.b.shape(), d_b.shape())?;
     if let Some(dx) = &dx {
         check_shape(OP, "dx [T,in]", x.shape(), dx.shape())?;
     }
 
-    let d_b = ViewMut::from_f32(d_b, outputs, rank);
     matmul::tn(d_b, 1.0, low_rank.scale, dy, s)?;
-    let mut ds = workspace.take(DType::F32, tokens, rank);
+    let mut ds = workspace.take(s.dtype(), x.rows(), low_rank.rank());
     matmul::nn(ds.view_mut(), 0.0, low_rank.scale, dy, low_rank.b)?;
     with_dropped(x, low_rank, workspace, |x| {
-        matmul::tn(ViewMut::from_f32(d_a, rank, inputs), 1.0, 1.0, ds.view(), x)
+        matmul::tn(d_a, 1.0, 1.0, ds.view(), x)
     })?;
     if let Some(dx) = dx {
         add_input_gradient(dx, low_rank, ds.view(), workspace)?;
@@ -129,7 +126,7 @@ fn add_input_gradient(
 
 impl<'a> LowRank<'a> {
     /// The dropout, unless it drops nothing.
-    fn active_dropout(&self) -> Option<(dropout::Key, &'a [[u32; 2]])> {
+    fn active_dropout(&self) -> Option<(dropout::Key, &'a Indices<'a>)> {
         self.dropout.filter(|(key, _)| key.p != 0.0)
     }
 }

@@ -1,8 +1,28 @@
-use super::{LowRank, backward, forward};
+use super::{LowRank, forward};
 use crate::dropout::{self, Key};
 use crate::rng::Stream;
-use crate::{DType, Error, Tensor, View, Workspace};
+use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut, Workspace};
 use candle_core::{Device, Tensor as Oracle, Var};
+
+// The operations, over slices of host memory.
+#[expect(clippy::too_many_arguments, reason = "as the operation")]
+fn backward(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    s: View<'_>,
+    dy: View<'_>,
+    dx: Option<ViewMut<'_>>,
+    d_a: &mut [f32],
+    d_b: &mut [f32],
+    workspace: &Workspace,
+) -> Result<()> {
+    let rank = s.cols();
+    let rows = d_a.len() / x.cols();
+    let d_a = ViewMut::from_f32(d_a, rows, x.cols());
+    let rows = d_b.len() / rank;
+    let d_b = ViewMut::from_f32(d_b, rows, rank);
+    super::backward(x, low_rank, s, dy, dx, d_a, d_b, workspace)
+}
 
 /// Sizes: tokens, input, output, rank.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +58,7 @@ struct Case {
     y: Tensor,
     dy: Tensor,
     dx: Tensor,
-    rows: Vec<[u32; 2]>,
+    rows: Indices<'static>,
 }
 
 impl Case {
@@ -55,7 +75,11 @@ impl Case {
             y: random(sizes.tokens, sizes.outputs).to_dtype(dtype),
             dy: random(sizes.tokens, sizes.outputs).to_dtype(dtype),
             dx: random(sizes.tokens, sizes.inputs).to_dtype(dtype),
-            rows: (0..sizes.tokens as u32).map(|t| [t / 5, t % 5]).collect(),
+            rows: Indices::host(
+                (0..sizes.tokens as u32)
+                    .flat_map(|t| [t / 5, t % 5])
+                    .collect::<Vec<_>>(),
+            ),
         }
     }
 
@@ -64,7 +88,7 @@ impl Case {
             a: self.a.view(),
             b: self.b.view(),
             scale: 0.7,
-            dropout: p.map(|p| (Key { seed: 11, p }, self.rows.as_slice())),
+            dropout: p.map(|p| (Key { seed: 11, p }, &self.rows)),
         }
     }
 }
@@ -287,10 +311,10 @@ fn arguments_that_do_not_fit_are_refused() {
     };
     let good = case.low_rank(None);
     assert!(run(&good, &s, &mut [0.0; 16]).is_ok());
-    let error = run(&good, &s, &mut [0.0; 15]).expect_err("refused");
+    let error = run(&good, &s, &mut [0.0; 24]).expect_err("refused");
     assert_eq!(
         error.to_string(),
-        "lora_linear::backward: d_a [R*in] has 15 elements, expected 16"
+        "lora_linear::backward: d_a [R,in] is [3, 8] [rows, columns], expected [2, 8]"
     );
     let half = s.to_dtype(DType::Bf16);
     let error = run(&good, &half, &mut [0.0; 16]);

@@ -13,17 +13,21 @@
 
 pub(crate) mod block;
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 mod transpose;
 
+use crate::device::common;
 use crate::error::check_shape;
 use crate::tensor::with_dtype;
 use crate::{Result, View, ViewMut};
 
 /// Which operand is stored transposed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Layout {
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+pub(crate) enum Layout {
     /// `a [M,K]`, `b [N,K]`.
     Nt,
     /// `a [M,K]`, `b [K,N]`.
@@ -64,6 +68,7 @@ pub fn nt(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
     check_shape(OP, "b [N,K]", [n, k], b.shape())?;
     check_shape(OP, "dst [M,N]", [m, n], dst.shape())?;
     run(
+        OP,
         dst,
         a,
         b,
@@ -75,8 +80,7 @@ pub fn nt(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
             beta,
             alpha,
         },
-    );
-    Ok(())
+    )
 }
 
 /// `dst [M,N] = beta * dst + alpha * a [M,K] b [K,N]`.
@@ -89,6 +93,7 @@ pub fn nn(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
     check_shape(OP, "b [K,N]", [k, n], b.shape())?;
     check_shape(OP, "dst [M,N]", [m, n], dst.shape())?;
     run(
+        OP,
         dst,
         a,
         b,
@@ -100,8 +105,7 @@ pub fn nn(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
             beta,
             alpha,
         },
-    );
-    Ok(())
+    )
 }
 
 /// `dst [M,N] = beta * dst + alpha * a [K,M]^T b [K,N]`.
@@ -114,6 +118,7 @@ pub fn tn(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
     check_shape(OP, "b [K,N]", [k, n], b.shape())?;
     check_shape(OP, "dst [M,N]", [m, n], dst.shape())?;
     run(
+        OP,
         dst,
         a,
         b,
@@ -125,14 +130,23 @@ pub fn tn(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
             beta,
             alpha,
         },
-    );
-    Ok(())
+    )
 }
 
-fn run(dst: ViewMut<'_>, a: View<'_>, b: View<'_>, product: &Product) {
+fn run(
+    op: &'static str,
+    dst: ViewMut<'_>,
+    a: View<'_>,
+    b: View<'_>,
+    product: &Product,
+) -> Result<()> {
+    if let Some(device) = common(op, &[dst.device(), a.device(), b.device()])? {
+        return cuda::product(device, &dst, a, b, product);
+    }
     with_dtype!(dst.dtype(), D => with_dtype!(a.dtype(), A => with_dtype!(b.dtype(), B => {
         if let (Some(dst), Some(a), Some(b)) = (dst.typed::<D>(), a.typed::<A>(), b.typed::<B>()) {
             cpu::product(dst, a, b, product);
         }
     })));
+    Ok(())
 }

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! T is the number of rows (packed tokens), D the number of columns (hidden size). Data is f32 or
-//! bf16, each argument its own; weight, statistics and arithmetic are f32, rounded once at the end.
+//! bf16, each argument its own; weight `[1, D]`, statistics and arithmetic are f32, rounded once at
+//! the end.
 //!
 //! # Source
 //! Zhang, Sennrich: "Root Mean Square Layer Normalization" (2019), equation 4; `eps` under the
@@ -16,29 +17,54 @@
 //! by the weight, which loses accuracy and is not imitated here.
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 
-use crate::error::{check_len, check_shape};
+use crate::device::common;
+use crate::error::check_shape;
 use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
 use crate::{Result, View, ViewMut};
+use cuda::Statistics;
 
-/// Normalises every row of `x [T, D]` into `y [T, D]`; `rstd [T]` is kept for the backward pass.
+/// Normalises every row of `x [T, D]` into `y [T, D]`; `rstd [T, 1]` is kept for the backward pass.
 ///
 /// # Errors
 /// If a shape or length differs from the ones above.
 pub fn forward(
     x: View<'_>,
-    weight: &[f32],
+    weight: View<'_>,
     eps: f32,
     y: ViewMut<'_>,
-    rstd: &mut [f32],
+    rstd: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "rms_norm::forward";
     check_shape(OP, "y", x.shape(), y.shape())?;
-    check_len(OP, "weight", x.cols(), weight.len())?;
-    check_len(OP, "rstd", x.rows(), rstd.len())?;
+    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
+    let weight = weight.dense_f32(OP, "weight")?;
+    let rstd = rstd.dense_f32(OP, "rstd")?;
+    let devices = [x.device(), weight.device(), y.device(), rstd.device()];
+    if let Some(device) = common(OP, &devices)? {
+        return cuda::forward(
+            device,
+            "forward",
+            x,
+            y,
+            Statistics {
+                weight,
+                eps,
+                rstd: rstd.as_view(),
+            },
+        );
+    }
+    let (weight, rstd) = (
+        weight.contiguous(OP, "weight")?,
+        rstd.contiguous(OP, "rstd")?,
+    );
     with_dtype!(x.dtype(), X => with_dtype!(y.dtype(), Y =>
         cpu::forward::<X, Y>(typed(x), weight, eps, typed_mut(y), rstd)
     ));
@@ -55,16 +81,42 @@ pub fn forward(
 pub fn add_forward(
     residual: ViewMut<'_>,
     branch: View<'_>,
-    weight: &[f32],
+    weight: View<'_>,
     eps: f32,
     y: ViewMut<'_>,
-    rstd: &mut [f32],
+    rstd: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "rms_norm::add_forward";
     check_shape(OP, "branch", residual.shape(), branch.shape())?;
     check_shape(OP, "y", residual.shape(), y.shape())?;
-    check_len(OP, "weight", residual.cols(), weight.len())?;
-    check_len(OP, "rstd", residual.rows(), rstd.len())?;
+    check_shape(OP, "weight", [1, residual.cols()], weight.shape())?;
+    check_shape(OP, "rstd", [residual.rows(), 1], rstd.shape())?;
+    let weight = weight.dense_f32(OP, "weight")?;
+    let rstd = rstd.dense_f32(OP, "rstd")?;
+    let devices = [
+        residual.device(),
+        branch.device(),
+        weight.device(),
+        y.device(),
+        rstd.device(),
+    ];
+    if let Some(device) = common(OP, &devices)? {
+        return cuda::add_forward(
+            device,
+            residual,
+            branch,
+            y,
+            Statistics {
+                weight,
+                eps,
+                rstd: rstd.as_view(),
+            },
+        );
+    }
+    let (weight, rstd) = (
+        weight.contiguous(OP, "weight")?,
+        rstd.contiguous(OP, "rstd")?,
+    );
     with_dtype!(residual.dtype(), R => with_dtype!(branch.dtype(), B => with_dtype!(y.dtype(), Y =>
         cpu::add_forward::<R, B, Y>(
             typed_mut(residual), typed(branch), weight, eps, typed_mut(y), rstd,
@@ -73,43 +125,82 @@ pub fn add_forward(
     Ok(())
 }
 
-/// Recomputes `y [T, D]` from `x [T, D]` and the `rstd [T]` that [`forward`] kept: the same bits.
+/// Recomputes `y [T, D]` from `x [T, D]` and the `rstd [T, 1]` that [`forward`] kept: the same bits.
 ///
 /// # Errors
 /// If a shape or length differs.
-pub fn apply(x: View<'_>, weight: &[f32], rstd: &[f32], y: ViewMut<'_>) -> Result<()> {
+pub fn apply(x: View<'_>, weight: View<'_>, rstd: View<'_>, y: ViewMut<'_>) -> Result<()> {
     const OP: &str = "rms_norm::apply";
     check_shape(OP, "y", x.shape(), y.shape())?;
-    check_len(OP, "weight", x.cols(), weight.len())?;
-    check_len(OP, "rstd", x.rows(), rstd.len())?;
+    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
+    let weight = weight.dense_f32(OP, "weight")?;
+    let rstd = rstd.dense_f32(OP, "rstd")?;
+    let devices = [x.device(), weight.device(), y.device(), rstd.device()];
+    if let Some(device) = common(OP, &devices)? {
+        return cuda::forward(
+            device,
+            "apply",
+            x,
+            y,
+            Statistics {
+                weight,
+                eps: 0.0,
+                rstd,
+            },
+        );
+    }
+    let (weight, rstd) = (
+        weight.contiguous(OP, "weight")?,
+        rstd.contiguous(OP, "rstd")?,
+    );
     with_dtype!(x.dtype(), X => with_dtype!(y.dtype(), Y =>
         cpu::apply::<X, Y>(typed(x), weight, rstd, typed_mut(y))
     ));
     Ok(())
 }
 
-/// Adds the gradient of the input to `dx [T, D]` and that of the weight to `d_weight [D]`.
+/// Adds the gradient of the input to `dx [T, D]` and that of the weight to `d_weight [1, D]`.
 ///
-/// `dy` and `x` are `[T, D]`, `rstd` is `[T]`. `d_weight` is `None` for a frozen weight.
+/// `dy` and `x` are `[T, D]`, `rstd` is `[T, 1]`. `d_weight` is `None` for a frozen weight.
 ///
 /// # Errors
 /// If a shape or length differs.
 pub fn backward(
     dy: View<'_>,
     x: View<'_>,
-    weight: &[f32],
-    rstd: &[f32],
+    weight: View<'_>,
+    rstd: View<'_>,
     dx: ViewMut<'_>,
-    d_weight: Option<&mut [f32]>,
+    d_weight: Option<ViewMut<'_>>,
 ) -> Result<()> {
     const OP: &str = "rms_norm::backward";
     check_shape(OP, "dy", x.shape(), dy.shape())?;
     check_shape(OP, "dx", x.shape(), dx.shape())?;
-    check_len(OP, "weight", x.cols(), weight.len())?;
-    check_len(OP, "rstd", x.rows(), rstd.len())?;
+    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
     if let Some(d_weight) = &d_weight {
-        check_len(OP, "d_weight", x.cols(), d_weight.len())?;
+        check_shape(OP, "d_weight", [1, x.cols()], d_weight.shape())?;
     }
+    let weight = weight.dense_f32(OP, "weight")?;
+    let rstd = rstd.dense_f32(OP, "rstd")?;
+    let d_weight = d_weight.map(|d| d.dense_f32(OP, "d_weight")).transpose()?;
+    let mut devices = vec![
+        dy.device(),
+        x.device(),
+        weight.device(),
+        rstd.device(),
+        dx.device(),
+    ];
+    devices.extend(d_weight.as_ref().map(ViewMut::device));
+    if let Some(device) = common(OP, &devices)? {
+        return cuda::backward(device, dy, x, weight, rstd, dx, d_weight);
+    }
+    let (weight, rstd) = (
+        weight.contiguous(OP, "weight")?,
+        rstd.contiguous(OP, "rstd")?,
+    );
+    let d_weight = d_weight.map(|d| d.contiguous(OP, "d_weight")).transpose()?;
     with_dtype!(dy.dtype(), G => with_dtype!(x.dtype(), X => with_dtype!(dx.dtype(), D =>
         cpu::backward::<G, X, D>(typed(dy), typed(x), weight, rstd, typed_mut(dx), d_weight)
     )));

@@ -1,10 +1,57 @@
-use super::{add_forward, apply, backward, forward};
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
     flat, normal, oracle_gradients, tolerance, var,
 };
-use crate::{DType, Tensor, View};
+use crate::{DType, Result, Tensor, View, ViewMut};
 use candle_nn::ops::rms_norm_slow;
+
+// The operations, over slices of host memory.
+fn forward(x: View<'_>, weight: &[f32], eps: f32, y: ViewMut<'_>, rstd: &mut [f32]) -> Result<()> {
+    super::forward(x, View::vector(weight), eps, y, column_mut(rstd))
+}
+
+fn add_forward(
+    residual: ViewMut<'_>,
+    branch: View<'_>,
+    weight: &[f32],
+    eps: f32,
+    y: ViewMut<'_>,
+    rstd: &mut [f32],
+) -> Result<()> {
+    super::add_forward(
+        residual,
+        branch,
+        View::vector(weight),
+        eps,
+        y,
+        column_mut(rstd),
+    )
+}
+
+fn apply(x: View<'_>, weight: &[f32], rstd: &[f32], y: ViewMut<'_>) -> Result<()> {
+    super::apply(x, View::vector(weight), column(rstd), y)
+}
+
+fn backward(
+    dy: View<'_>,
+    x: View<'_>,
+    weight: &[f32],
+    rstd: &[f32],
+    dx: ViewMut<'_>,
+    d_weight: Option<&mut [f32]>,
+) -> Result<()> {
+    let d_weight = d_weight.map(ViewMut::vector);
+    super::backward(dy, x, View::vector(weight), column(rstd), dx, d_weight)
+}
+
+fn column(values: &[f32]) -> View<'_> {
+    View::from_f32(values, values.len(), 1)
+}
+
+fn column_mut(values: &mut [f32]) -> ViewMut<'_> {
+    let rows = values.len();
+    ViewMut::from_f32(values, rows, 1)
+}
 
 const EPS: f32 = 1e-5;
 const ROWS: usize = 5;

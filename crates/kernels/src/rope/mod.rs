@@ -16,13 +16,17 @@
 //! with the pairing of the Hugging Face models (`rotate_half`).
 
 mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;
 
-use crate::error::check_len;
+use crate::device::common;
+use crate::error::check_shape;
 use crate::row_blocks::typed_mut;
 use crate::tensor::with_dtype;
-use crate::{Error, Result, ViewMut};
+use crate::{Error, Result, View, ViewMut};
 
 /// Which way the rotation is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,16 +39,16 @@ pub enum Direction {
 
 /// Rotates every head of `x [T, heads * head_dim]` (f32 or bf16) in place.
 ///
-/// `cos` and `sin` are `[T, rotary_dim / 2]`, row by row: the angle of each row's position.
+/// `cos` and `sin` are `[T, rotary_dim / 2]` f32, rows back to back: the angle of each row's position.
 ///
 /// # Errors
 /// If the columns are no multiple of `head_dim`, if `rotary_dim` is odd or above `head_dim`, or if
-/// `cos` or `sin` has another length.
+/// `cos` or `sin` has another shape.
 pub fn apply(
     x: ViewMut<'_>,
     head_dim: usize,
-    cos: &[f32],
-    sin: &[f32],
+    cos: View<'_>,
+    sin: View<'_>,
     rotary_dim: usize,
     direction: Direction,
 ) -> Result<()> {
@@ -62,11 +66,16 @@ pub fn apply(
         ));
     }
     let half = rotary_dim / 2;
-    check_len(OP, "cos", x.rows() * half, cos.len())?;
-    check_len(OP, "sin", x.rows() * half, sin.len())?;
+    check_shape(OP, "cos", [x.rows(), half], cos.shape())?;
+    check_shape(OP, "sin", [x.rows(), half], sin.shape())?;
     if half == 0 {
         return Ok(());
     }
+    let (cos, sin) = (cos.dense_f32(OP, "cos")?, sin.dense_f32(OP, "sin")?);
+    if let Some(device) = common(OP, &[x.device(), cos.device(), sin.device()])? {
+        return cuda::apply(device, x, head_dim, cos, sin, direction);
+    }
+    let (cos, sin) = (cos.contiguous(OP, "cos")?, sin.contiguous(OP, "sin")?);
     let angles = cpu::Angles { cos, sin, half };
     with_dtype!(x.dtype(), X => match direction {
         Direction::Forward => cpu::apply::<X, false>(typed_mut(x), head_dim, angles),

@@ -1,12 +1,35 @@
+use super::Direction;
 use super::Direction::{Backward, Forward};
-use super::{Direction, apply};
 use crate::test_support::{
     DTYPES, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count, flat, normal,
     oracle_gradients, tolerance, var,
 };
-use crate::{DType, Tensor};
+use crate::{DType, Result, Tensor, View, ViewMut};
 use candle_core::{D, Var};
 use candle_nn::rotary_emb::rope_slow;
+
+// The operations, over slices of host memory.
+fn apply(
+    x: ViewMut<'_>,
+    head_dim: usize,
+    cos: &[f32],
+    sin: &[f32],
+    rotary_dim: usize,
+    direction: Direction,
+) -> Result<()> {
+    let (rows, half) = (x.rows(), rotary_dim / 2);
+    let (cos, sin) = (table(cos, rows, half), table(sin, rows, half));
+    super::apply(x, head_dim, cos, sin, rotary_dim, direction)
+}
+
+/// `[rows, half]`, or one row of what has another length.
+fn table(values: &[f32], rows: usize, half: usize) -> View<'_> {
+    if values.len() == rows * half {
+        View::from_f32(values, rows, half)
+    } else {
+        View::vector(values)
+    }
+}
 
 /// Rows, heads, head_dim, rotary_dim: whole and partial rotation, odd halves.
 const SHAPES: [[usize; 4]; 6] = [
@@ -154,6 +177,10 @@ fn wrong_shapes_are_refused() {
     assert!(refused(0, &half, &half, 0).contains("above 0"));
     assert!(refused(4, &half, &half, 3).contains("even"));
     assert!(refused(4, &half, &half, 6).contains("up to head_dim = 4"));
-    assert!(refused(4, &half[1..], &half, 4).contains("cos has 3 elements, expected 4"));
-    assert!(refused(4, &half, &half[1..], 4).contains("sin has 3 elements, expected 4"));
+    assert!(
+        refused(4, &half[1..], &half, 4).contains("cos is [1, 3] [rows, columns], expected [2, 2]")
+    );
+    assert!(
+        refused(4, &half, &half[1..], 4).contains("sin is [1, 3] [rows, columns], expected [2, 2]")
+    );
 }

@@ -176,7 +176,13 @@ impl Task<'_> {
                     let lse = self.saved.lse[(rows.start + r) * self.config.heads + head];
                     let delta = dot(out.row(r), d_out.row(r));
                     let visible = self.sequence.columns_of(queries.start + r, keys.start);
-                    score_gradients(p, d_s, visible, lse, delta);
+                    hide(p, &visible);
+                    hide(d_s, &visible);
+                    let (p, d_s) = (&mut p[visible.clone()], &mut d_s[visible]);
+                    match self.config.softcap {
+                        None => score_gradients(p, d_s, lse, delta),
+                        Some(softcap) => capped_gradients(p, d_s, softcap, lse, delta),
+                    }
                 }
             },
         );
@@ -198,16 +204,29 @@ impl Task<'_> {
     }
 }
 
-/// Scores to probabilities, their gradients to those of the unscaled scores; zero off `visible`.
+/// Zeroes what is not `visible`.
 #[inline(always)]
-fn score_gradients(p: &mut [f32], d_s: &mut [f32], visible: Range<usize>, lse: f32, delta: f32) {
-    for row in [&mut *p, &mut *d_s] {
-        row[..visible.start].fill(0.0);
-        row[visible.end..].fill(0.0);
-    }
-    for (p, d_s) in p[visible.clone()].iter_mut().zip(&mut d_s[visible]) {
+fn hide(row: &mut [f32], visible: &Range<usize>) {
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+}
+
+/// Scores to probabilities, their gradients to those of the unscaled scores.
+#[inline(always)]
+fn score_gradients(p: &mut [f32], d_s: &mut [f32], lse: f32, delta: f32) {
+    for (p, d_s) in p.iter_mut().zip(d_s) {
         *p = simd::exp(*p - lse);
         *d_s = *p * (*d_s - delta);
+    }
+}
+
+/// [`score_gradients`] of scores that a softcap bounds.
+#[inline(always)]
+fn capped_gradients(p: &mut [f32], d_s: &mut [f32], softcap: f32, lse: f32, delta: f32) {
+    for (p, d_s) in p.iter_mut().zip(d_s) {
+        let tanh = (*p / softcap).tanh();
+        *p = simd::exp(softcap * tanh - lse);
+        *d_s = *p * (*d_s - delta) * (1.0 - tanh * tanh);
     }
 }
 

@@ -128,7 +128,11 @@ impl Task {
             || {
                 let rows_of_scores = scores.chunks_exact_mut(keys.len());
                 for ((i, row), norm) in queries.clone().zip(rows_of_scores).zip(&mut norms) {
-                    let (max, sum) = exponentials(row, sequence.columns_of(i, keys.start));
+                    let visible = sequence.columns_of(i, keys.start);
+                    if let Some(softcap) = config.softcap {
+                        cap(&mut row[visible.clone()], softcap);
+                    }
+                    let (max, sum) = exponentials(row, visible);
                     *norm = sum.recip();
                     let at = (sequence.q.start + i) * config.heads + head;
                     // SAFETY: this task alone writes this head of its queries; `lse` is [Tq, H].
@@ -164,6 +168,13 @@ impl<'a> Keys<'a> {
             Self::Transposed(keys) => keys.columns(range),
             Self::Rows(keys) => keys.rows(range).transposed(),
         }
+    }
+}
+
+/// Replaces scores by `softcap * tanh(score / softcap)`.
+fn cap(scores: &mut [f32], softcap: f32) {
+    for score in scores {
+        *score = softcap * (*score / softcap).tanh();
     }
 }
 

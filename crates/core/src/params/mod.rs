@@ -5,6 +5,10 @@
 //! order, so that gradients become ready from the front of the buffer during backward; files are
 //! sorted by name instead.
 
+mod flat_buffer;
+
+pub use flat_buffer::FlatBuffer;
+
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -191,71 +195,6 @@ impl ParamLayout {
     }
 }
 
-/// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
-#[derive(Clone, Debug)]
-pub struct FlatBuffer {
-    layout: Arc<ParamLayout>,
-    data: Vec<f32>,
-}
-
-impl FlatBuffer {
-    /// Zeros.
-    #[must_use]
-    pub fn zeros(layout: &Arc<ParamLayout>) -> Self {
-        Self {
-            layout: Arc::clone(layout),
-            data: vec![0.0; layout.len()],
-        }
-    }
-
-    /// What lies where.
-    #[must_use]
-    pub fn layout(&self) -> &Arc<ParamLayout> {
-        &self.layout
-    }
-
-    /// One tensor.
-    #[must_use]
-    pub fn get(&self, id: ParamId) -> &[f32] {
-        &self.data[self.layout.segment(id).range()]
-    }
-
-    /// One tensor, to be written.
-    pub fn get_mut(&mut self, id: ParamId) -> &mut [f32] {
-        let range = self.layout.segment(id).range();
-        &mut self.data[range]
-    }
-
-    /// Two different tensors, to be written.
-    ///
-    /// # Panics
-    /// If `a` and `b` are the same tensor.
-    pub fn get_two_mut(&mut self, a: ParamId, b: ParamId) -> [&mut [f32]; 2] {
-        assert_ne!(a, b, "get_two_mut needs two different tensors");
-        let (ra, rb) = (
-            self.layout.segment(a).range(),
-            self.layout.segment(b).range(),
-        );
-        let (low, high) = self.data.split_at_mut(ra.start.max(rb.start));
-        if ra.start < rb.start {
-            [&mut low[ra], &mut high[..rb.len()]]
-        } else {
-            [&mut high[..ra.len()], &mut low[rb]]
-        }
-    }
-
-    /// The whole buffer.
-    #[must_use]
-    pub fn as_slice(&self) -> &[f32] {
-        &self.data
-    }
-
-    /// The whole buffer, to be written. Alignment gaps must stay zero.
-    pub fn as_mut_slice(&mut self) -> &mut [f32] {
-        &mut self.data
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,11 +224,13 @@ mod tests {
         let a = builder.add(ParamSpec::new("a", [3], 0));
         let b = builder.add(ParamSpec::new("b", [2], 1));
         let mut buffer = FlatBuffer::zeros(&builder.build().expect("unique names"));
-        let [x, y] = buffer.get_two_mut(a, b);
-        x.fill(1.0);
-        y.fill(2.0);
-        let [y, x] = buffer.get_two_mut(b, a);
-        assert_eq!((&*x, &*y), (&[1.0; 3][..], &[2.0; 2][..]));
+        for (first, second) in [(a, b), (b, a)] {
+            let [x, y] = buffer.view_two_mut(first, second);
+            x.fill(1.0);
+            y.fill(2.0);
+            assert!(buffer.get(first).iter().all(|&v| v == 1.0));
+            assert!(buffer.get(second).iter().all(|&v| v == 2.0));
+        }
     }
 
     #[test]

@@ -1,0 +1,219 @@
+//! The buffer itself, in host memory or a GPU's.
+
+use super::{ParamId, ParamLayout};
+use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
+use std::sync::{Arc, OnceLock};
+
+/// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
+///
+/// Its home is one device, where operations read and write it ([`FlatBuffer::view`]). A buffer whose
+/// home is a GPU can be read and written from the host as well ([`FlatBuffer::as_slice`]): the values
+/// are copied when they are first asked for on the other side, and the copy that became old is
+/// dropped. Nothing is copied while one side alone works.
+#[derive(Debug)]
+pub struct FlatBuffer {
+    layout: Arc<ParamLayout>,
+    device: Device,
+    /// At least one of `host` and `resident` holds the values; the others are copies.
+    host: OnceLock<Vec<f32>>,
+    /// `[1, len]` on the GPU; never set when the home is the host.
+    resident: OnceLock<Tensor>,
+    /// The values rounded to bf16, for products of bf16 operands.
+    rounded: OnceLock<Tensor>,
+}
+
+impl Clone for FlatBuffer {
+    /// Copies the values; the copy starts in host memory and has the same home.
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeros_on(&self.layout, &self.device);
+        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        copy
+    }
+}
+
+impl FlatBuffer {
+    /// Zeros in host memory.
+    #[must_use]
+    pub fn zeros(layout: &Arc<ParamLayout>) -> Self {
+        Self::zeros_on(layout, &Device::Cpu)
+    }
+
+    /// Zeros whose home is `device`.
+    #[must_use]
+    pub fn zeros_on(layout: &Arc<ParamLayout>, device: &Device) -> Self {
+        Self {
+            layout: Arc::clone(layout),
+            device: device.clone(),
+            host: OnceLock::from(vec![0.0; layout.len()]),
+            resident: OnceLock::new(),
+            rounded: OnceLock::new(),
+        }
+    }
+
+    /// Where operations find it.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Makes `device` its home.
+    pub fn move_to(&mut self, device: &Device) {
+        self.as_mut_slice();
+        self.device = device.clone();
+    }
+
+    /// What lies where.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<ParamLayout> {
+        &self.layout
+    }
+
+    /// One tensor, in host memory.
+    #[must_use]
+    pub fn get(&self, id: ParamId) -> &[f32] {
+        &self.as_slice()[self.layout.segment(id).range()]
+    }
+
+    /// One tensor in host memory, to be written.
+    pub fn get_mut(&mut self, id: ParamId) -> &mut [f32] {
+        let range = self.layout.segment(id).range();
+        &mut self.as_mut_slice()[range]
+    }
+
+    /// The whole buffer, in host memory.
+    ///
+    /// NaN after a failure of the GPU, which reports it with its next operation.
+    #[must_use]
+    pub fn as_slice(&self) -> &[f32] {
+        self.host.get_or_init(|| match self.resident.get() {
+            Some(tensor) => tensor.to_f32_vec(),
+            None => vec![0.0; self.layout.len()],
+        })
+    }
+
+    /// The whole buffer in host memory, to be written. Alignment gaps must stay zero.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        let _ = self.as_slice();
+        self.resident = OnceLock::new();
+        self.rounded = OnceLock::new();
+        self.host.get_mut().map_or(&mut [], Vec::as_mut_slice)
+    }
+
+    /// Sets every value to zero, at home.
+    pub fn zero(&mut self) {
+        match self.device {
+            Device::Cpu => self.as_mut_slice().fill(0.0),
+            Device::Cuda(_) => self.home_mut().fill(0.0),
+        }
+    }
+
+    /// The whole buffer as `[1, len]`, at home.
+    #[must_use]
+    pub fn home(&self) -> View<'_> {
+        match self.device {
+            Device::Cpu => View::vector(self.as_slice()),
+            Device::Cuda(_) => self.resident().view(),
+        }
+    }
+
+    /// The whole buffer as `[1, len]`, at home, to be written.
+    pub fn home_mut(&mut self) -> ViewMut<'_> {
+        if let Device::Cpu = self.device {
+            return ViewMut::vector(self.as_mut_slice());
+        }
+        self.resident();
+        self.host = OnceLock::new();
+        self.rounded = OnceLock::new();
+        match self.resident.get_mut() {
+            Some(tensor) => tensor.view_mut(),
+            None => unreachable!("the line above has set it"),
+        }
+    }
+
+    /// The whole buffer and its rounded copy as `[1, len]` on the GPU, for the optimizer that writes
+    /// both. `None` for the copy if no operation has asked for it.
+    pub fn home_and_rounded_mut(&mut self) -> (ViewMut<'_>, Option<ViewMut<'_>>) {
+        if let Device::Cpu = self.device {
+            return (ViewMut::vector(self.as_mut_slice()), None);
+        }
+        self.resident();
+        self.host = OnceLock::new();
+        let rounded = self.rounded.get_mut().map(Tensor::view_mut);
+        match self.resident.get_mut() {
+            Some(tensor) => (tensor.view_mut(), rounded),
+            None => unreachable!("the line above has set it"),
+        }
+    }
+
+    /// One tensor at home: a matrix in its own shape, anything else as one row.
+    #[must_use]
+    pub fn view(&self, id: ParamId) -> View<'_> {
+        self.shaped(self.home(), id)
+    }
+
+    /// One tensor at home in `dtype`: on a GPU, bf16 is a copy kept up to date by the optimizer; on
+    /// the host, values are f32.
+    #[must_use]
+    pub fn view_as(&self, id: ParamId, dtype: DType) -> View<'_> {
+        match (&self.device, dtype) {
+            (Device::Cuda(_), DType::Bf16) => {
+                let rounded = self
+                    .rounded
+                    .get_or_init(|| self.resident().to_dtype(DType::Bf16));
+                self.shaped(rounded.view(), id)
+            }
+            _ => self.view(id),
+        }
+    }
+
+    /// One tensor at home, to be written: a matrix in its own shape, anything else as one row.
+    pub fn view_mut(&mut self, id: ParamId) -> ViewMut<'_> {
+        let (range, [rows, cols]) = (self.layout.segment(id).range(), self.matrix(id));
+        self.home_mut().columns(range).reshaped(rows, cols)
+    }
+
+    /// Two different tensors at home, to be written.
+    ///
+    /// # Panics
+    /// If `a` and `b` are the same tensor.
+    pub fn view_two_mut(&mut self, a: ParamId, b: ParamId) -> [ViewMut<'_>; 2] {
+        assert_ne!(a, b, "view_two_mut needs two different tensors");
+        let ranges = [a, b].map(|id| self.layout.segment(id).range());
+        let shapes = [a, b].map(|id| self.matrix(id));
+        let a_first = ranges[0].start < ranges[1].start;
+        let cut = ranges[0].start.max(ranges[1].start);
+        let [low, high] = self.home_mut().split_columns(cut);
+        let parts = if a_first { [low, high] } else { [high, low] };
+        let bases = if a_first { [0, cut] } else { [cut, 0] };
+        let mut each = ranges.into_iter().zip(bases).zip(shapes);
+        parts.map(|part| match each.next() {
+            Some(((range, base), [rows, cols])) => part
+                .columns(range.start - base..range.end - base)
+                .reshaped(rows, cols),
+            None => unreachable!("there are two of each"),
+        })
+    }
+
+    fn resident(&self) -> &Tensor {
+        self.resident.get_or_init(|| {
+            let host = View::vector(self.as_slice());
+            let mut tensor = Tensor::empty(&self.device, DType::F32, 1, host.cols());
+            tensor.view_mut().copy_from(host);
+            tensor
+        })
+    }
+
+    fn shaped<'a>(&self, home: View<'a>, id: ParamId) -> View<'a> {
+        let [rows, cols] = self.matrix(id);
+        home.columns(self.layout.segment(id).range())
+            .reshaped(rows, cols)
+    }
+
+    fn matrix(&self, id: ParamId) -> [usize; 2] {
+        let spec = &self.layout.segment(id).spec;
+        match spec.shape[..] {
+            [rows, cols] => [rows, cols],
+            _ => [1, spec.len()],
+        }
+    }
+}

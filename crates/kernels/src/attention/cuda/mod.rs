@@ -1,0 +1,308 @@
+//! Launches the kernels, which are compiled for the narrowest of four widths that holds a head.
+
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "a mutable view is exclusive: whoever launches on it owns it"
+)]
+
+#[cfg(test)]
+mod tests;
+
+use super::Config;
+use crate::cuda::rows::{Access, Matrix, count};
+use crate::cuda::{CudaDevice, Grid, Memory, Module};
+use crate::{DType, Error, Indices, Result, View, ViewMut};
+use std::sync::Arc;
+
+/// The kernels with tiles of `$width` columns.
+macro_rules! module {
+    ($name:literal, $width:literal) => {
+        Module {
+            name: $name,
+            source: concat!(
+                "#define WIDTH ",
+                $width,
+                "\n#line 1 \"attention/work.cuh\"\n",
+                include_str!("work.cuh"),
+                "#line 1 \"attention/mma.cuh\"\n",
+                include_str!("mma.cuh"),
+                "#line 1 \"attention/fma.cuh\"\n",
+                include_str!("fma.cuh"),
+                "#line 1 \"attention/forward.cuh\"\n",
+                include_str!("forward.cuh"),
+                "#line 1 \"attention/backward.cuh\"\n",
+                include_str!("backward.cuh"),
+                "#line 1 \"attention/kernel.cu\"\n",
+                include_str!("kernel.cu"),
+            ),
+        }
+    };
+}
+
+pub(crate) static MODULES: [(u32, Module); 4] = [
+    (64, module!("attention_64", "64")),
+    (96, module!("attention_96", "96")),
+    (128, module!("attention_128", "128")),
+    (256, module!("attention_256", "256")),
+];
+
+const THREADS: u32 = 128;
+/// Most blocks in y.
+const MAX_BLOCKS_Y: usize = 65_535;
+
+/// `struct Attention` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    out: Matrix,
+    d_out: Matrix,
+    d_qkv: Matrix,
+    lse: u64,
+    delta: u64,
+    cu_q: u64,
+    cu_k: u64,
+    sequences: u32,
+    queries: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    window: u32,
+    scale: f32,
+    softcap: f32,
+    packed: u32,
+    unused: u32,
+}
+
+/// The tiles of a block: rows it keeps and rows that stream past, in shared memory.
+#[derive(Clone, Copy)]
+struct Tiles {
+    rows: u32,
+    kept: u32,
+    columns: u32,
+    streamed: u32,
+}
+
+/// Which kernels run: those of one width, on tensor cores if every matrix is bf16.
+struct Kernels {
+    module: &'static Module,
+    width: u32,
+    tensor_cores: bool,
+}
+
+impl Kernels {
+    fn new(op: &'static str, head_dim: usize, matrices: &[View<'_>]) -> Result<Self> {
+        let fits = MODULES
+            .iter()
+            .find(|(width, _)| head_dim <= *width as usize);
+        let Some((width, module)) = fits else {
+            let message = format!("heads of width {head_dim}; on a GPU at most 256");
+            return Err(Error::Invalid { op, message });
+        };
+        Ok(Self {
+            module,
+            width: *width,
+            tensor_cores: matrices.iter().all(|m| m.dtype() == DType::Bf16),
+        })
+    }
+
+    /// As in kernel.cu. A newer GPU may stream smaller tiles.
+    fn forward(&self) -> Tiles {
+        let (rows, columns) = match (self.tensor_cores, self.width) {
+            (false, _) => (16, 16),
+            (true, 128) => (128, 48),
+            (true, ..=128) => (128, 64),
+            (true, _) => (64, 64),
+        };
+        Tiles {
+            rows,
+            kept: 1,
+            columns,
+            streamed: 2,
+        }
+    }
+
+    fn backward(&self, rows: u32) -> Tiles {
+        let (columns, stages) = match (self.tensor_cores, self.width) {
+            (false, _) => (16, 2),
+            (true, ..=128) => (32, 2),
+            (true, _) => (32, 1),
+        };
+        Tiles {
+            rows: if self.tensor_cores { rows } else { 16 },
+            kept: 2,
+            columns,
+            streamed: 2 * stages,
+        }
+    }
+
+    fn backward_q(&self) -> Tiles {
+        self.backward(if self.width <= 128 { 128 } else { 64 })
+    }
+
+    fn backward_kv(&self) -> Tiles {
+        self.backward(if self.width <= 64 { 128 } else { 64 })
+    }
+
+    /// Launches `kernel` for every head and every block of rows; the kernel finds the sequence of a
+    /// block in the bounds.
+    fn launch(
+        &self,
+        op: &'static str,
+        device: &CudaDevice,
+        kernel: &str,
+        tiles: Tiles,
+        [heads, passes]: [u32; 2],
+        params: &Params,
+    ) -> Result<()> {
+        let rows = if params.sequences == 0 {
+            0
+        } else {
+            params.queries
+        };
+        let blocks = rows / tiles.rows + params.sequences;
+        if blocks as usize > MAX_BLOCKS_Y {
+            let message = format!(
+                "{rows} queries in {} sequences are more than one launch holds; split the batch",
+                params.sequences
+            );
+            return Err(Error::Invalid { op, message });
+        }
+        let (dtype, pitch) = if self.tensor_cores {
+            ("bf16", 2 * self.width)
+        } else {
+            ("f32", 4 * (self.width + 1))
+        };
+        let shared = (tiles.kept * tiles.rows + tiles.streamed * tiles.columns) * pitch;
+        let grid = Grid::new([heads, blocks, passes], THREADS).with_shared(shared);
+        device.launch(
+            self.module,
+            &format!("attention_{kernel}_{dtype}"),
+            grid,
+            params,
+        )
+    }
+}
+
+/// Matrices of a pass, those of the backward pass alone in the second half.
+struct Matrices<'a> {
+    inputs: [View<'a>; 3],
+    out: View<'a>,
+    gradients: Option<[View<'a>; 2]>,
+}
+
+impl Matrices<'_> {
+    fn params(&self, config: &Config, lse: u64, cu_q: &Indices<'_>, cu_k: &Indices<'_>) -> Params {
+        let [q, k, v] = self.inputs.map(Matrix::of);
+        let out = Matrix::of(self.out);
+        let [d_out, d_qkv] = self.gradients.map_or([out; 2], |both| both.map(Matrix::of));
+        let matrices = [q, k, v, out, d_out, d_qkv];
+        let access = Access::of(&matrices, &[], &[config.head_dim]);
+        Params {
+            q,
+            k,
+            v,
+            out,
+            d_out,
+            d_qkv,
+            lse,
+            delta: 0,
+            cu_q: cu_q.ptr(),
+            cu_k: cu_k.ptr(),
+            sequences: count(cu_q.len() - 1),
+            queries: count(self.inputs[0].rows()),
+            heads: count(config.heads),
+            kv_heads: count(config.kv_heads),
+            head_dim: count(config.head_dim),
+            window: config
+                .window
+                .map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX)),
+            scale: config.scale,
+            softcap: config.softcap.unwrap_or(0.0),
+            packed: u32::from(access == Access::Bf16),
+            unused: 0,
+        }
+    }
+}
+
+pub(super) fn forward(
+    op: &'static str,
+    device: &CudaDevice,
+    config: &Config,
+    inputs: [View<'_>; 3],
+    [cu_q, cu_k]: [&Indices<'_>; 2],
+    out: ViewMut<'_>,
+    lse: ViewMut<'_>,
+) -> Result<()> {
+    let matrices = Matrices {
+        inputs,
+        out: out.as_view(),
+        gradients: None,
+    };
+    let [q, k, v] = inputs;
+    let kernels = Kernels::new(op, config.head_dim, &[q, k, v, matrices.out])?;
+    let params = matrices.params(config, lse.ptr(), cu_q, cu_k);
+    let grid = [params.heads, 1];
+    kernels.launch(op, device, "forward", kernels.forward(), grid, &params)
+}
+
+/// What the forward pass left, and the gradient of its output.
+#[derive(Clone, Copy)]
+pub(super) struct Saved<'a> {
+    pub(super) out: View<'a>,
+    pub(super) lse: View<'a>,
+    pub(super) d_out: View<'a>,
+}
+
+pub(super) fn backward(
+    op: &'static str,
+    device: &Arc<CudaDevice>,
+    config: &Config,
+    inputs: [View<'_>; 3],
+    saved: &Saved<'_>,
+    cu_seqlens: &Indices<'_>,
+    d_qkv: ViewMut<'_>,
+) -> Result<()> {
+    let ([q, k, v], Saved { out, d_out, .. }) = (inputs, *saved);
+    let matrices = Matrices {
+        inputs,
+        out,
+        gradients: Some([d_out, d_qkv.as_view()]),
+    };
+    let all = [q, k, v, out, d_out, d_qkv.as_view()];
+    let kernels = Kernels::new(op, config.head_dim, &all)?;
+    let delta: Memory = device.alloc(saved.lse.rows() * config.heads * size_of::<f32>());
+    let mut params = matrices.params(config, saved.lse.ptr(), cu_seqlens, cu_seqlens);
+    params.delta = delta.ptr();
+
+    // Eight threads for each head of each query.
+    let threads = 8 * params.queries as usize * config.heads;
+    let grid = Grid::new(count(threads.div_ceil(THREADS as usize)), THREADS);
+    device.launch(kernels.module, "attention_backward_delta", grid, &params)?;
+    let grid = [params.heads, 1];
+    kernels.launch(
+        op,
+        device,
+        "backward_q",
+        kernels.backward_q(),
+        grid,
+        &params,
+    )?;
+    // dk and dv together fill the registers beyond a width of 128: one pass each.
+    let passes = if kernels.tensor_cores && kernels.width > 128 {
+        2
+    } else {
+        1
+    };
+    let grid = [params.kv_heads, passes];
+    kernels.launch(
+        op,
+        device,
+        "backward_kv",
+        kernels.backward_kv(),
+        grid,
+        &params,
+    )
+}

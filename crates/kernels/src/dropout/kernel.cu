@@ -1,0 +1,77 @@
+// Dropout with a mask of counter-based random words, four columns a counter.
+#include "rows.cuh"
+
+struct Dropout {
+    Matrix x, out;
+    const u32* tokens;  // sequence and position of every row
+    u32 rows, cols;
+    u32 key[2];
+    u32 threshold;  // keep a word from here on
+    f32 scale;
+};
+
+struct Words {
+    u32 word[4];
+};
+
+// Philox-4x32 with ten rounds, as in rng.rs.
+DEVICE Words philox4x32(u32 c0, u32 c1, u32 c2, u32 k0, u32 k1) {
+    u32 c3 = 0;
+#pragma unroll
+    for (u32 round = 0; round < 10; round++) {
+        const u64 p0 = u64(c0) * 0xd2511f53u, p1 = u64(c2) * 0xcd9e8d57u;
+        c0 = u32(p1 >> 32) ^ c1 ^ k0;
+        c1 = u32(p1);
+        c2 = u32(p0 >> 32) ^ c3 ^ k1;
+        c3 = u32(p0);
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// The factors of the LEN columns from `column` on.
+template <u32 LEN>
+DEVICE void factors(const Dropout& p, u32 row, u32 column, f32 (&to)[LEN]) {
+    const u32 sequence = p.tokens[2 * u64(row)], position = p.tokens[2 * u64(row) + 1];
+#pragma unroll
+    for (u32 first = 0; first < LEN; first += 4) {
+        const Words words = philox4x32((column + first) / 4, position, sequence, p.key[0], p.key[1]);
+        if (LEN == 1) {
+            // Selected, not indexed: the words stay in registers.
+            const u32 low = column & 1 ? words.word[1] : words.word[0];
+            const u32 high = column & 1 ? words.word[3] : words.word[2];
+            to[0] = (column & 2 ? high : low) >= p.threshold ? p.scale : 0.0f;
+        } else {
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) to[first + e] = words.word[e] >= p.threshold ? p.scale : 0.0f;
+        }
+    }
+}
+
+// out = x * factor, or, with ADD, out += x * factor.
+template <typename Access, bool ADD>
+DEVICE void dropout(const Dropout& p) {
+    const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
+    if (group >= p.cols / Access::LEN) return;
+    for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
+        const auto x = Access::load_once(p.x, row, group);
+        typename Access::Group out = {};
+        if (ADD) out = Access::load(p.out, row, group);
+        f32 factor[Access::LEN];
+        factors(p, row, group * Access::LEN, factor);
+#pragma unroll
+        for (u32 e = 0; e < Access::LEN; e++) {
+            const f32 masked = Access::get(x, e) * factor[e];
+            Access::set(p.out, out, e, ADD ? Access::get(out, e) + masked : masked);
+        }
+        Access::store(p.out, row, group, out);
+    }
+}
+
+KERNEL(dropout_forward_f32, 256, Dropout, (dropout<Packed<f32>, false>))
+KERNEL(dropout_forward_bf16, 256, Dropout, (dropout<Packed<bf16>, false>))
+KERNEL(dropout_forward_any, 256, Dropout, (dropout<Any, false>))
+KERNEL(dropout_add_masked_f32, 256, Dropout, (dropout<Packed<f32>, true>))
+KERNEL(dropout_add_masked_bf16, 256, Dropout, (dropout<Packed<bf16>, true>))
+KERNEL(dropout_add_masked_any, 256, Dropout, (dropout<Any, true>))

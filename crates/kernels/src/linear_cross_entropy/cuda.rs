@@ -1,0 +1,348 @@
+//! The label rows in chunks: gather, logits, loss and gradient in place, back through the head.
+//!
+//! Logits are f32 whatever the dtype of the data, so that the loss is the CPU's. The gradient takes
+//! their place in the dtype of the head, for the products that follow. Nothing waits for the GPU.
+
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "a mutable view is exclusive: whoever launches on it owns it"
+)]
+
+use super::{Accumulator, Gradients};
+use crate::cuda::rows::count;
+use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
+use crate::error::check_dtype;
+use crate::matmul::Layout;
+use crate::{DType, Error, Indices, Result, Tensor, View, Workspace};
+use std::ops::Range;
+use std::sync::Arc;
+
+pub(crate) static MODULE: Module = Module {
+    name: "linear_cross_entropy",
+    source: include_str!("kernel.cu"),
+};
+
+/// Most logits held at once: 512 MiB, which is 1024 rows of 128 Ki tokens.
+const CHUNK_LOGITS: usize = 128 << 20;
+/// Most label rows of a chunk.
+const CHUNK_ROWS: usize = 4096;
+/// f64 loss, f64 entropy and u32 hit of a row, in f32s.
+const STATISTICS: usize = 5;
+const ROW_THREADS: u32 = 256;
+const SOFTMAX_THREADS: u32 = 512;
+
+/// What stays the same from chunk to chunk.
+struct Run<'a> {
+    device: &'a CudaDevice,
+    hidden: View<'a>,
+    head: View<'a>,
+    /// Label rows and targets on the GPU.
+    rows: u64,
+    targets: u64,
+    /// What the sums are added to.
+    total: u64,
+    /// Logits between the rows of a chunk.
+    pitch: usize,
+}
+
+/// Buffers of a chunk.
+struct Buffers {
+    logits: Tensor,
+    /// Label rows of `hidden`, then their gradient.
+    selected: Tensor,
+    statistics: Tensor,
+}
+
+pub(super) fn run(
+    device: &Arc<CudaDevice>,
+    [hidden, head]: [View<'_>; 2],
+    [rows, targets]: [&Indices<'_>; 2],
+    mut gradients: Option<Gradients<'_>>,
+    sums: &mut Accumulator,
+    workspace: &Workspace,
+) -> Result<()> {
+    const OP: &str = "linear_cross_entropy";
+    check_dtype(
+        OP,
+        "hidden, to be multiplied by the head,",
+        head.dtype(),
+        hidden.dtype(),
+    )?;
+    if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
+        check_dtype(OP, "d_hidden", hidden.dtype(), d_hidden.dtype())?;
+        if let Some(d_head) = d_head {
+            check_dtype(OP, "d_head", DType::F32, d_head.dtype())?;
+        }
+        d_hidden.reborrow().fill(0.0);
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let total = match sums.memory() {
+        Some(memory) if Arc::ptr_eq(memory.device(), device) => memory.ptr(),
+        _ => {
+            let message = "sums must be made for the GPU that holds hidden".into();
+            return Err(Error::Invalid { op: OP, message });
+        }
+    };
+    let run = Run {
+        device,
+        hidden,
+        head,
+        rows: rows.ptr(),
+        targets: targets.ptr(),
+        total,
+        pitch: head.rows().next_multiple_of(8),
+    };
+    sums.count(rows.len());
+    let limit = chunk_rows(run.pitch).min(rows.len());
+    let scratch = |dtype, cols| {
+        let buffer = workspace.take_scratch(dtype, limit * cols);
+        Tensor::from_buffer(buffer, limit, cols)
+    };
+    let mut buffers = Buffers {
+        logits: scratch(DType::F32, run.pitch),
+        selected: scratch(head.dtype(), head.cols()),
+        statistics: scratch(DType::F32, STATISTICS),
+    };
+    for chunk in chunks(rows, limit, hidden.rows()) {
+        run.chunk(chunk, &mut buffers, gradients.as_mut())?;
+    }
+    let Buffers {
+        logits,
+        selected,
+        statistics,
+    } = buffers;
+    for tensor in [logits, selected, statistics] {
+        workspace.give_scratch(tensor.into_buffer());
+    }
+    Ok(())
+}
+
+/// Label rows per chunk: as many as fit, 16 at least, a multiple of 16.
+fn chunk_rows(pitch: usize) -> usize {
+    (CHUNK_LOGITS / pitch).clamp(16, CHUNK_ROWS) / 16 * 16
+}
+
+/// Consecutive ranges of at most `limit` of `rows`, in none of which a row comes twice: the gradients
+/// of a chunk are added at the same time.
+fn chunks(rows: &[u32], limit: usize, tokens: usize) -> Vec<Range<usize>> {
+    let mut chunk_of = vec![usize::MAX; tokens];
+    let mut chunks: Vec<Range<usize>> = Vec::new();
+    for (i, &row) in rows.iter().enumerate() {
+        match chunks.last_mut() {
+            Some(last) if last.len() < limit && chunk_of[row as usize] != last.start => {
+                last.end = i + 1;
+            }
+            _ => chunks.push(i..i + 1),
+        }
+        chunk_of[row as usize] = chunks.last().map_or(0, |last| last.start);
+    }
+    chunks
+}
+
+impl Run<'_> {
+    fn chunk(
+        &self,
+        labels: Range<usize>,
+        buffers: &mut Buffers,
+        gradients: Option<&mut Gradients<'_>>,
+    ) -> Result<()> {
+        let len = labels.len();
+        let at = |indices: u64| indices + (labels.start * size_of::<u32>()) as u64;
+        let rows = self.rows_of(self.hidden, at(self.rows), buffers);
+        self.launch_rows("gather", len, &rows)?;
+        self.product(Product {
+            layout: Layout::Nt,
+            sizes: [len, self.head.rows(), self.head.cols()],
+            beta: 0.0,
+            a: operand(buffers.selected.view()),
+            b: operand(self.head),
+            dst: operand(buffers.logits.view()),
+        })?;
+        self.softmax(len, at(self.targets), buffers, gradients.is_some())?;
+        match gradients {
+            Some(gradients) => self.back(len, at(self.rows), buffers, gradients),
+            None => Ok(()),
+        }
+    }
+
+    /// Losses of the chunk, added to the sums; the gradients of its logits if asked for.
+    fn softmax(&self, len: usize, targets: u64, buffers: &Buffers, gradient: bool) -> Result<()> {
+        let sums = buffers.statistics.view().ptr();
+        let params = Softmax {
+            logits: buffers.logits.view().ptr(),
+            targets,
+            sums,
+            correct: sums + (len * size_of::<[f64; 2]>()) as u64,
+            pitch: self.pitch as u64,
+            vocabulary: count(self.head.rows()),
+            unused: 0,
+        };
+        let kernel = match gradient {
+            true => format!("linear_cross_entropy_gradient_{}", self.head.dtype()),
+            false => "linear_cross_entropy_loss".into(),
+        };
+        let grid = Grid::new(count(len), SOFTMAX_THREADS);
+        self.device.launch(&MODULE, &kernel, grid, &params)?;
+        let params = Reduce {
+            sums,
+            correct: params.correct,
+            total: self.total,
+            rows: count(len),
+            unused: 0,
+        };
+        let grid = Grid::new(1, ROW_THREADS);
+        self.device
+            .launch(&MODULE, "linear_cross_entropy_reduce", grid, &params)
+    }
+
+    /// From the gradient of the logits to that of the head and of the hidden rows.
+    fn back(
+        &self,
+        len: usize,
+        rows: u64,
+        buffers: &mut Buffers,
+        gradients: &mut Gradients<'_>,
+    ) -> Result<()> {
+        let dtype = self.head.dtype();
+        let d_logits = Operand {
+            ptr: buffers.logits.view().ptr(),
+            dtype,
+            // The rows of a bf16 gradient start where those of the f32 logits did.
+            pitch: self.pitch * DType::F32.bytes() / dtype.bytes(),
+        };
+        let [vocabulary, width] = self.head.shape();
+        if let Some(d_head) = &gradients.d_head {
+            self.product(Product {
+                layout: Layout::Tn,
+                sizes: [vocabulary, width, len],
+                beta: 1.0,
+                a: d_logits,
+                b: operand(buffers.selected.view()),
+                dst: operand(d_head.as_view()),
+            })?;
+        }
+        // The hidden rows are not needed any more: their gradient takes their place.
+        self.product(Product {
+            layout: Layout::Nn,
+            sizes: [len, width, vocabulary],
+            beta: 0.0,
+            a: d_logits,
+            b: operand(self.head),
+            dst: operand(buffers.selected.view()),
+        })?;
+        let rows = self.rows_of(gradients.d_hidden.as_view(), rows, buffers);
+        self.launch_rows("scatter_add", len, &rows)
+    }
+
+    fn rows_of(&self, hidden: View<'_>, rows: u64, buffers: &Buffers) -> Rows {
+        let width = hidden.cols() * hidden.dtype().bytes();
+        let pitch = hidden.pitch() * hidden.dtype().bytes();
+        let aligned = [width, pitch].iter().all(|bytes| bytes.is_multiple_of(16));
+        Rows {
+            hidden: hidden.ptr(),
+            packed: buffers.selected.view().ptr(),
+            rows,
+            pitch: hidden.pitch() as u64,
+            cols: count(hidden.cols()),
+            vectors: u32::from(aligned && hidden.ptr().is_multiple_of(16)),
+        }
+    }
+
+    fn launch_rows(&self, kernel: &str, len: usize, params: &Rows) -> Result<()> {
+        let kernel = format!("linear_cross_entropy_{kernel}_{}", self.head.dtype());
+        let grid = Grid::new(count(len), ROW_THREADS);
+        self.device.launch(&MODULE, &kernel, grid, params)
+    }
+
+    fn product(&self, product: Product) -> Result<()> {
+        let [m, n, k] = product.sizes;
+        self.device.gemm(&Gemm {
+            layout: product.layout,
+            m,
+            n,
+            k,
+            alpha: 1.0,
+            beta: product.beta,
+            a: product.a,
+            b: product.b,
+            dst: product.dst,
+        })
+    }
+}
+
+struct Product {
+    layout: Layout,
+    /// M, N, K.
+    sizes: [usize; 3],
+    beta: f32,
+    a: Operand,
+    b: Operand,
+    dst: Operand,
+}
+
+fn operand(view: View<'_>) -> Operand {
+    Operand {
+        ptr: view.ptr(),
+        dtype: view.dtype(),
+        pitch: view.pitch(),
+    }
+}
+
+/// As in kernel.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Rows {
+    hidden: u64,
+    packed: u64,
+    rows: u64,
+    pitch: u64,
+    cols: u32,
+    vectors: u32,
+}
+
+/// As in kernel.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Softmax {
+    logits: u64,
+    targets: u64,
+    sums: u64,
+    correct: u64,
+    pitch: u64,
+    vocabulary: u32,
+    unused: u32,
+}
+
+/// As in kernel.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Reduce {
+    sums: u64,
+    correct: u64,
+    total: u64,
+    rows: u32,
+    unused: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_hold_no_row_twice() {
+        assert_eq!(chunks(&[4, 2, 0, 1, 3], 2, 5), [0..2, 2..4, 4..5]);
+        assert_eq!(chunks(&[1, 2, 1, 2, 2], 9, 3), [0..2, 2..4, 4..5]);
+        assert_eq!(chunks(&[0, 1, 1, 0], 9, 2), [0..2, 2..4]);
+        assert!(chunks(&[], 9, 2).is_empty());
+    }
+
+    #[test]
+    fn a_chunk_of_a_large_vocabulary_fits_the_budget() {
+        assert_eq!(chunk_rows(128 << 10), 1024);
+        assert_eq!(chunk_rows(151_936), 880);
+        assert_eq!(chunk_rows(8), 4096);
+        assert_eq!(chunk_rows(1 << 30), 16);
+    }
+}

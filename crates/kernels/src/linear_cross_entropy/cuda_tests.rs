@@ -1,0 +1,156 @@
+//! The GPU against the CPU.
+
+use super::{Accumulator, Sums, forward, forward_backward};
+use crate::rng::Stream;
+use crate::test_support::{DTYPES, assert_close, cuda_device};
+use crate::twins::{Place, assert_cuda_matches};
+use crate::{DType, Device, Error, Indices, Tensor, Workspace};
+
+/// What a run on either device gives: gradients of hidden states and head, sums.
+fn run_at(place: &Place, sizes: [usize; 4], rows: &[u32], dtype: DType) -> Results {
+    let [tokens, width, vocabulary, labels] = sizes;
+    let hidden = place.matrix(1, [tokens, width], dtype);
+    let head = place.matrix(2, [vocabulary, width], dtype);
+    let mut stream = Stream::new(7);
+    let mut target = || stream.below(vocabulary) as u32;
+    let targets: Vec<u32> = (0..labels).map(|_| target()).collect();
+    let (rows, targets) = (place.indices(rows), place.indices(&targets));
+    let mut d_hidden = place.poisoned([tokens, width], dtype);
+    let mut d_head = place.dense(3, [vocabulary, width]);
+    let workspace = Workspace::on(place.device().clone(), tokens);
+    let mut sums = Accumulator::new(place.device());
+    let (x, w) = (hidden.view(), head.view());
+    forward(x, w, &rows, &targets, &mut sums, &workspace).expect("valid arguments");
+    let (dx, dw) = (d_hidden.view_mut(), Some(d_head.view_mut()));
+    forward_backward(x, w, &rows, &targets, dx, dw, &mut sums, &workspace).expect("valid");
+    Results {
+        d_hidden: d_hidden.values(),
+        d_head: d_head.to_f32_vec(),
+        sums: sums.read().expect("the GPU has not failed"),
+    }
+}
+
+struct Results {
+    d_hidden: Vec<f32>,
+    d_head: Vec<f32>,
+    sums: Sums,
+}
+
+/// [T, D, V, N]: less than one warp of logits, and more than a block of threads; even and odd rows.
+const CUDA_SIZES: [[usize; 4]; 4] = [
+    [1, 1, 1, 1],
+    [9, 24, 131, 9],
+    [12, 17, 2051, 5],
+    [5, 8, 5000, 3],
+];
+
+/// `labels` of the rows in no order.
+fn shuffled_rows([tokens, .., labels]: [usize; 4]) -> Vec<u32> {
+    let mut rows: Vec<u32> = (0..tokens as u32).collect();
+    Stream::new(5).shuffle(&mut rows);
+    rows.truncate(labels);
+    rows
+}
+
+#[test]
+fn cuda_matches_the_cpu() {
+    for (sizes, dtype) in CUDA_SIZES.iter().flat_map(|s| DTYPES.map(|d| (*s, d))) {
+        let rows = shuffled_rows(sizes);
+        assert_cuda_matches(&format!("{sizes:?} {dtype}"), |place| {
+            let results = run_at(place, sizes, &rows, dtype);
+            let Sums {
+                loss,
+                entropy,
+                correct,
+                count,
+            } = results.sums;
+            assert_eq!(count, 2 * sizes[3] as u64);
+            let mut all = vec![
+                (dtype, results.d_hidden),
+                (DType::F32, vec![loss as f32]),
+                (DType::F32, vec![entropy as f32]),
+                (DType::F32, vec![correct as f32]),
+            ];
+            if dtype == DType::F32 {
+                all.push((dtype, results.d_head));
+            }
+            all
+        });
+    }
+}
+
+#[test]
+fn cuda_rounds_the_gradient_of_bf16_logits_once() {
+    let sizes = [12, 16, 777, 12];
+    let rows = shuffled_rows(sizes);
+    let results = [Device::Cpu, Device::Cuda(cuda_device())]
+        .map(|device| run_at(&Place::dense_on(device), sizes, &rows, DType::Bf16).d_head);
+    // The GPU multiplies a gradient of 8 bits, the CPU one of 24.
+    assert_close(&results[1], &results[0], 2.0_f64.powi(-8), "d_head");
+}
+
+#[test]
+fn cuda_adds_up_rows_that_are_named_twice() {
+    let sizes = [4, 8, 50, 7];
+    for dtype in DTYPES {
+        assert_cuda_matches(&format!("{dtype}"), |place| {
+            let results = run_at(place, sizes, &[3, 1, 3, 0, 0, 1, 3], dtype);
+            // bf16: every addition is rounded on both devices.
+            vec![
+                (dtype, results.d_hidden),
+                (DType::F32, vec![results.sums.loss as f32]),
+            ]
+        });
+    }
+}
+
+#[test]
+fn cuda_takes_no_labels_and_no_tokens() {
+    for sizes in [[0, 3, 7, 0], [4, 3, 7, 0]] {
+        assert_cuda_matches(&format!("{sizes:?}"), |place| {
+            let results = run_at(place, sizes, &[], DType::F32);
+            assert_eq!(results.sums, Sums::default());
+            assert!(results.d_hidden.iter().all(|v| *v == 0.0));
+            vec![(DType::F32, results.d_hidden), (DType::F32, results.d_head)]
+        });
+    }
+}
+
+#[test]
+fn cuda_logits_that_are_not_finite_give_a_loss_that_is_not_finite() {
+    let device = Device::Cuda(cuda_device());
+    let head = Tensor::from_f32(vec![1.0, -1.0, 0.5], 3, 1).to_device(&device);
+    let index = |value| Indices::new(vec![value], &device);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let hidden = Tensor::from_f32(vec![bad], 1, 1).to_device(&device);
+        let mut sums = Accumulator::new(&device);
+        let workspace = Workspace::on(device.clone(), 1);
+        let (x, w) = (hidden.view(), head.view());
+        forward(x, w, &index(0), &index(1), &mut sums, &workspace).expect("valid arguments");
+        let sums = sums.read().expect("the GPU has not failed");
+        assert!(!sums.loss.is_finite(), "{bad}: {sums:?}");
+    }
+}
+
+#[test]
+fn cuda_refuses_what_it_cannot_multiply_or_reach() {
+    let device = Device::Cuda(cuda_device());
+    let hidden = Tensor::zeros(DType::F32, 2, 4).to_device(&device);
+    let head = Tensor::zeros(DType::Bf16, 3, 4).to_device(&device);
+    let workspace = Workspace::on(device.clone(), 2);
+    let run = |head: &Tensor, rows: &Indices<'_>, mut sums: Accumulator| {
+        let (x, w) = (hidden.view(), head.view());
+        forward(x, w, rows, rows, &mut sums, &workspace).expect_err("refused")
+    };
+    let (here, there) = (Indices::new(vec![1], &device), Indices::host(vec![1]));
+    let error = run(&head, &here, Accumulator::new(&device));
+    assert!(matches!(error, Error::DType { .. }), "{error}");
+    let same = head.to_dtype(DType::F32);
+    let error = run(&same, &there, Accumulator::new(&device));
+    assert!(error.to_string().contains("different devices"), "{error}");
+    let error = run(&same, &here, Accumulator::new(&Device::Cpu));
+    assert!(
+        error.to_string().contains("sums must be made for the GPU"),
+        "{error}"
+    );
+}
