@@ -1,93 +1,126 @@
 """Full optimizer steps of LoRA with transformers + peft, timed. Prints one JSON object.
 
-zero_grad, forward with labels, backward, clip_grad_norm_(1.0), AdamW(fused): eager, sdpa attention, no
-gradient checkpointing. peft keeps its adapters in f32 whatever the base is, as it does by default.
+zero_grad, forward with labels, backward, clip_grad_norm_(1.0), AdamW(fused), sdpa attention. As it stands:
+eager, no gradient checkpointing, adapters in f32 whatever the base is, as peft does by default; --variant
+names other ways (variants.py). Ends with 3 where a package is missing, with 71 where memory runs out.
 """
 
 import argparse
 import json
 import os
-import time
+import sys
 
 import procfs
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--model", required=True)
-parser.add_argument("--adapter", required=True)
-parser.add_argument("--rows", required=True)
-parser.add_argument("--batch", type=int, required=True)
-parser.add_argument("--steps", type=int, required=True)
-parser.add_argument("--warmup", type=int, required=True)
-parser.add_argument("--threads", type=int, required=True)
-parser.add_argument("--learning-rate", type=float, default=1e-4)
-parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-args = parser.parse_args()
+VARIANTS = ["eager", "bf16_adapters", "trl_defaults", "compiled", "liger", "unsloth", "unsloth_style"]
+NOT_INSTALLED, OUT_OF_MEMORY = 3, 71
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--variant", choices=VARIANTS, default="eager")
+    return parser.parse_args()
+
+
+args = arguments()
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
+import measure  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import variants  # noqa: E402
 
-torch.set_num_threads(args.threads)
-transformers.utils.logging.disable_progress_bar()
-start_rss = procfs.status_bytes("VmRSS")
 
-base = AutoModelForCausalLM.from_pretrained(
-    args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa", use_safetensors=True
-)
-base.config.use_cache = False
-model = PeftModel.from_pretrained(base, args.adapter, is_trainable=True)
-model.train()
-trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, fused=True)
-with open(args.rows) as file:
-    rows = torch.tensor([json.loads(line)["input_ids"] for line in file])
-batches = rows.split(args.batch)
+def main():
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    batches = read_batches()
+    args.seq = max(batch["input_ids"].shape[1] for batch in batches)
+    memory = measure.Memory(args.device)
+    model, context = variants.load(args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, fused=True)
+    memory.loaded()
+    exec_to_loaded = procfs.seconds_since_exec()
 
-loaded_rss, load_peak = procfs.status_bytes("VmRSS"), procfs.status_bytes("VmHWM")
-exec_to_loaded = procfs.seconds_since_exec()
-procfs.reset_peak()
-losses, grad_norms, times = [], [], []
-exec_to_first_step = None
-for step in range(args.warmup + args.steps):
-    if step == args.warmup:
-        cpu_before = procfs.cpu_seconds()
-    ids = batches[step % len(batches)]
-    begin = time.perf_counter()
-    optimizer.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    losses.append(loss.item())
-    grad_norms.append(norm.item())
-    seconds = time.perf_counter() - begin
-    if step == 0:
-        exec_to_first_step = procfs.seconds_since_exec()
-    if step >= args.warmup:
-        times.append(seconds)
-step_peak = procfs.status_bytes("VmHWM")
+    def step(batch):
+        optimizer.zero_grad(set_to_none=True)
+        with context:
+            loss = model(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return loss, norm
 
-print(
-    json.dumps(
-        {
-            "version": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
-            "threads": torch.get_num_threads(),
-            "losses": losses,
-            "grad_norms": grad_norms,
-            "step_times": times,
-            "cpu_seconds_per_step": (procfs.cpu_seconds() - cpu_before) / args.steps,
-            "trainable_parameters": sum(p.numel() for p in trained),
-            "start_rss": start_rss,
-            "loaded_rss": loaded_rss,
-            "step_peak_rss": step_peak,
-            "peak_rss": max(load_peak, step_peak),
-            "memory_above_start": step_peak - start_rss,
-            "memory_above_loaded": step_peak - loaded_rss,
-            "seconds_exec_to_loaded": exec_to_loaded,
-            "seconds_exec_to_first_step": exec_to_first_step,
-        }
-    )
-)
+    clock = measure.Clock(args.device)
+    losses, grad_norms, times = [], [], []
+    for number in range(args.warmup + args.steps):
+        if number == args.warmup:
+            cpu_before = procfs.cpu_seconds()
+        batch = batches[number % len(batches)]
+        clock.start()
+        loss, norm = step(batch)
+        losses.append(loss.item())
+        grad_norms.append(norm.item())
+        seconds = clock.seconds()
+        if number == 0:
+            exec_to_first_step = procfs.seconds_since_exec()
+        if number >= args.warmup:
+            times.append(seconds)
+    cpu_seconds = (procfs.cpu_seconds() - cpu_before) / args.steps
+    sizes = memory.report()
+    return {
+        "version": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
+        "variant": args.variant,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "losses": losses,
+        "grad_norms": grad_norms,
+        "step_times": times,
+        "cpu_seconds_per_step": cpu_seconds,
+        "launches_per_step": measure.count_launches(lambda: step(batches[0])) if args.device == "cuda" else None,
+        "trainable_parameters": sum(p.numel() for p in trained),
+        **sizes,
+        "seconds_exec_to_loaded": exec_to_loaded,
+        "seconds_exec_to_first_step": exec_to_first_step,
+    }
+
+
+def read_batches():
+    """Steps of --batch rows; rows of different lengths are padded to the longest, with a mask."""
+    with open(args.rows) as file:
+        rows = [json.loads(line)["input_ids"] for line in file]
+    return [make_batch(rows[i : i + args.batch]) for i in range(0, len(rows), args.batch)]
+
+
+def make_batch(rows):
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=args.device)
+    lengths = torch.tensor([len(row) for row in rows], device=args.device)
+    if bool((lengths == longest).all()):
+        return {"input_ids": ids, "labels": ids}
+    mask = torch.arange(longest, device=args.device) < lengths[:, None]
+    return {"input_ids": ids, "labels": ids.masked_fill(~mask, -100), "attention_mask": mask.long()}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main()))
+    except variants.NotInstalled as missing:
+        print(f"not installed: {missing}", file=sys.stderr)
+        sys.exit(NOT_INSTALLED)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"out of memory: {error}", file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY)

@@ -12,13 +12,14 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 
+import record
+
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = record.ROOT
 BATCHES = {"1B": (1, 512), "8B": (1, 512), "tiny": (4, 64)}
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 CHECKED_STEPS = 5
@@ -99,8 +100,8 @@ def compare(args, binary, shape):
         "rank": args.rank,
         "threads": args.threads,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
+        "commit": record.commit(),
+        "machine": record.machine(),
         "load_before_each_run": load,
         "loss_difference": losses,
         "ratios": ratios(runs),
@@ -127,7 +128,7 @@ def run_json(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout[done.stdout.index("{") :])
+    return record.first_json(done.stdout)
 
 
 def check_losses(runs, tolerance):
@@ -155,23 +156,6 @@ def ratios(runs):
         "peak_rss": quotient("ferrotune", "peft", "peak_rss"),
         "exec_to_first_step": quotient("ferrotune", "peft", "seconds_exec_to_first_step"),
     }
-
-
-def commit():
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def write(args, result):

@@ -1,0 +1,154 @@
+"""The steps of tests/gpu/run.py: what each runs, and when it counts as passed."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+
+import failures
+import record
+import training
+from ledger import run_limited
+from outcome import Failed, Skipped
+
+SECONDS_KERNELS, SECONDS_PARITY, SECONDS_TRAINING, SECONDS_SANITIZER, SECONDS_FAILURE = 240, 120, 120, 400, 120
+SANITIZERS = ["memcheck", "racecheck"]
+SANITIZER_ERROR = 97
+# What compute-sanitizer says where the virtual machine does not let it in.
+NO_SANITIZER = "Device not supported"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """`check(pack, limit)` returns a note, or raises."""
+
+    name: str
+    limit: int
+    check: Callable
+
+
+class Pack:
+    """The folder under test, and where its programs run."""
+
+    def __init__(self, folder, work, device):
+        self.folder, self.work, self.device = folder, work, device
+        self.binary, self.kernel_tests = folder / "bin" / "ferrotune", folder / "bin" / "kernel-tests"
+        self.log = work / "log.txt"
+        self.environment = record.with_cuda_libraries(os.environ)
+        # Tests take the stand-ins for a GPU unless they are told that there is one.
+        if device == "cuda":
+            self.environment["FERROTUNE_TEST_DEVICE"] = "cuda"
+        if (folder / "kernels").is_dir():
+            self.environment.setdefault("FERROTUNE_KERNELS", str(folder / "kernels"))
+
+    def run(self, command, limit, **environment):
+        """(exit code, stdout, seconds) of a program started in the pack."""
+        environment = self.environment | environment
+        return run_limited(command, limit, self.log, cwd=self.folder, env=environment)
+
+    def checked(self, command, limit, **environment):
+        """Standard output of a program that must end with 0."""
+        code, output, _ = self.run(command, limit, **environment)
+        if code != 0:
+            raise Failed(f"exit code {code}: {last_line(output) or 'see the log'}")
+        return output
+
+
+def run(step, pack):
+    begin = time.monotonic()
+    try:
+        status, note = "passed", step.check(pack, step.limit)
+    except Skipped as reason:
+        status, note = "skipped", str(reason)
+    except Failed as reason:
+        status, note = "failed", str(reason)
+    except subprocess.TimeoutExpired:
+        status, note = "failed", f"ran past {step.limit} s"
+    return {"status": status, "note": note, "seconds": time.monotonic() - begin}
+
+
+def steps(pack):
+    found = [Step(f"kernels/{op}", SECONDS_KERNELS, lambda p, limit, op=op: kernels(p, limit, op)) for op in ops(pack)]
+    for group in ("arch", "adapters", "train"):
+        found.append(Step(f"parity/{group}", SECONDS_PARITY, lambda p, limit, g=group: parity(p, limit, g)))
+    for name, check in (training.CHECKS | failures.CHECKS).items():
+        limit = SECONDS_TRAINING if name in training.CHECKS else SECONDS_FAILURE
+        found.append(Step(name, limit, check))
+    for tool in SANITIZERS:
+        for op in ops(pack):
+            check = lambda p, limit, tool=tool, op=op: sanitize(p, limit, tool, op)  # noqa: E731
+            found.append(Step(f"{tool}/{op}", SECONDS_SANITIZER, check))
+    return found
+
+
+def gpu_tests(pack):
+    """Names of the tests that touch a device: those of `cuda` in their path, and of `copy`."""
+    listed = subprocess.run([pack.kernel_tests, "--list"], capture_output=True, text=True, check=True).stdout
+    names = [line.removesuffix(": test") for line in listed.splitlines() if line.endswith(": test")]
+    return [name for name in names if "cuda" in name or name.startswith("copy::")]
+
+
+def ops(pack):
+    """Modules with such tests, in order; a module's tests share a process."""
+    return list(dict.fromkeys(name.split("::")[0] for name in gpu_tests(pack)))
+
+
+def kernels(pack, limit, op):
+    """A fault breaks the device for all tests of its process: what failed is tried once more, alone."""
+    begin = time.monotonic()
+    names = [name for name in gpu_tests(pack) if name.split("::")[0] == op]
+    code, output, _ = pack.run([pack.kernel_tests, "--exact", "--test-threads=4", *names], limit)
+    if code == 0:
+        return tally(output, names)
+    passed = set(re.findall(r"^test (\S+) \.\.\. ok$", output, re.MULTILINE))
+    failed = [name for name in names if name not in passed]
+    alone = []
+    for name in failed:
+        left = max(1, limit - (time.monotonic() - begin))
+        if pack.run([pack.kernel_tests, "--exact", name], left)[0] != 0:
+            alone.append(name)
+    if alone:
+        raise Failed(f"{len(alone)} of {len(names)} fail: {', '.join(alone)}")
+    return f"{len(names)} pass, {len(failed)} of them only in a process of their own"
+
+
+def tally(output, names):
+    ran = re.search(r"(\d+) passed; 0 failed; (\d+) ignored", output)
+    if not ran or int(ran[1]) + int(ran[2]) != len(names):
+        raise Failed(f"{len(names)} tests are there, but the program says: {last_line(output)}")
+    return f"{ran[1]} tests" + (f", {ran[2]} ignored" if ran[2] != "0" else "")
+
+
+def parity(pack, limit, group):
+    """The golden cases of PyTorch, Transformers and PEFT, recomputed on the device."""
+    cases = sorted(path.parent for path in pack.folder.glob(f"tests/fixtures/golden/{group}/[!_]*/case.json"))
+    command = [pack.binary, "parity", "--device", pack.device, *cases]
+    code, output, _ = pack.run(command, limit)
+    (pack.work / f"parity-{group}.txt").write_text(output)
+    if code != 0:
+        failed = re.findall(r"(\S+)  \[\S+\]  FAILED", output)
+        raise Failed(f"exit code {code}: {', '.join(pathlib.Path(path).name for path in failed) or last_line(output)}")
+    return last_line(output)
+
+
+def sanitize(pack, limit, tool, op):
+    if not shutil.which("compute-sanitizer"):
+        raise Skipped("no compute-sanitizer on this machine")
+    names = [name for name in gpu_tests(pack) if name.split("::")[0] == op]
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", SANITIZER_ERROR, "--target-processes", "all"]
+    code, output, _ = pack.run([*sanitizer, pack.kernel_tests, "--exact", "--test-threads=1", *names], limit)
+    if NO_SANITIZER in output:
+        raise Skipped("compute-sanitizer cannot reach the GPU of this machine")
+    report = re.findall(r"========= (?:ERROR|RACECHECK) SUMMARY: .*", output)
+    if code != 0:
+        raise Failed(f"exit code {code}: {(report or [last_line(output)])[-1]}")
+    return (report or ["no error"])[-1].removeprefix("========= ")
+
+
+def last_line(text):
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
