@@ -1,0 +1,124 @@
+//! The binary on a GPU: the one `FERROTUNE_TEST_DEVICE=cuda` asks for, else the stand-in that runs
+//! the same kernels on the host.
+
+mod common;
+
+use common::{Finished, Stored, Workbench, command, entries, read, read_json, text, write_model};
+use ferrotune::kernels::host_cuda;
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Distance of losses of two devices, whose sums have other orders.
+const SAME_LOSS: f64 = 1e-4;
+/// The same with bf16 activations on one of them: 8 bits of mantissa.
+const BF16_LOSS: f64 = 2e-2;
+
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Finished {
+    let mut command = command(arguments);
+    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_none_or(|device| device != "cuda") {
+        command.env("FERROTUNE_CUDA_LIBRARIES", host_cuda::libraries());
+    }
+    command.envs(environment.iter().copied());
+    command.output().expect("the binary starts").into()
+}
+
+fn train(bench: &Workbench, name: &str, device: &str, changes: &Value) -> Finished {
+    let mut changes = changes.clone();
+    changes["device"] = json!(device);
+    let config = bench.config(name, &changes);
+    run(&["train", text(&config)], &[])
+}
+
+/// Losses and gradient norms of the log, in order.
+fn curve(output: &Path) -> Vec<[f64; 2]> {
+    let state = read_json(&output.join("trainer_state.json"));
+    let history = state["log_history"].as_array().expect("a list");
+    let point = |r: &Value| Some([r["loss"].as_f64()?, r["grad_norm"].as_f64()?]);
+    history.iter().filter_map(point).collect()
+}
+
+fn assert_near(ours: &[[f64; 2]], theirs: &[[f64; 2]], tolerance: f64) {
+    assert_eq!(ours.len(), theirs.len());
+    assert!(!ours.is_empty());
+    for (a, b) in ours.iter().flatten().zip(theirs.iter().flatten()) {
+        assert!((a - b).abs() <= tolerance * b.abs(), "{a} and {b}");
+    }
+}
+
+fn changes() -> Value {
+    json!({"max_steps": 6, "lora_dropout": 0.1, "lora_target_modules": "all-linear", "logging_steps": 1})
+}
+
+#[test]
+fn training_on_a_gpu_is_that_on_the_cpu_and_repeats_itself() {
+    let bench = Workbench::new(24);
+    for (name, device) in [("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda")] {
+        train(&bench, name, device, &changes()).expect(0);
+    }
+    let [cpu, gpu] = ["cpu", "gpu"].map(|name| curve(&bench.path(name)));
+    assert_near(&gpu, &cpu, SAME_LOSS);
+    let file = "adapter_model.safetensors";
+    let [gpu, again] = ["gpu", "again"].map(|name| read(&bench.path(name).join(file)));
+    assert!(gpu == again, "two runs wrote other bytes");
+}
+
+#[test]
+fn a_bf16_base_trains_in_bf16() {
+    let bench = Workbench::new(24);
+    write_model(
+        &bench.path("base"),
+        &common::Shape::default(),
+        Stored::Bf16,
+        7,
+    );
+    for (name, device) in [("cpu", "cpu"), ("gpu", "cuda")] {
+        train(&bench, name, device, &changes()).expect(0);
+    }
+    let [cpu, gpu] = ["cpu", "gpu"].map(|name| curve(&bench.path(name)));
+    let losses = |curve: &[[f64; 2]]| curve.iter().map(|p| [p[0]; 2]).collect::<Vec<_>>();
+    assert_near(&losses(&gpu), &losses(&cpu), BF16_LOSS);
+}
+
+#[test]
+fn answers_of_a_gpu_are_those_of_the_cpu() {
+    let bench = Workbench::new(24);
+    let base = bench.path("base");
+    let answers = ["cpu", "cuda"].map(|device| {
+        let base = ["generate", "--model_name_or_path", text(&base)];
+        let asked = [
+            "--prompt",
+            "7",
+            "--max_new_tokens",
+            "6",
+            "--json",
+            "--device",
+            device,
+        ];
+        run(&[&base[..], &asked].concat(), &[]).expect(0).stdout
+    });
+    assert!(!answers[0].is_empty());
+    assert_eq!(answers[0], answers[1]);
+}
+
+#[test]
+fn a_run_that_does_not_fit_on_the_gpu_is_refused_before_a_weight_is_read() {
+    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+        eprintln!("not tried: the memory of a real GPU cannot be made small");
+        return;
+    }
+    let bench = Workbench::new(24);
+    let mut changes = changes();
+    changes["device"] = json!("cuda");
+    let config = bench.config("small", &changes);
+    let refused = run(
+        &["train", text(&config)],
+        &[("FERROTUNE_HOST_MEMORY", "65536")],
+    );
+    let refused = refused.expect(71);
+    assert!(
+        refused.stderr.contains("are available"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(entries(&bench.path("small")), Vec::<String>::new());
+}
