@@ -114,6 +114,10 @@ API int cuModuleGetFunction(Function** function, Module* module, const char* nam
             return NOT_FOUND;
         }
         found = std::make_unique<Function>(Function{module, text, kernel, *params, *threads});
+        // Unasked, static and dynamic shared memory share 48 KiB. What is static is known of the whole
+        // module alone, so this asks for more room than a kernel needs, up to 16 KiB.
+        const size_t fixed = ferrotune_host::static_shared(module->library);
+        found->dynamic_limit -= static_cast<int>(fixed < (16u << 10) ? fixed : (16u << 10));
     }
     *function = found.get();
     return SUCCESS;

@@ -8,8 +8,9 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_int};
 use std::sync::Mutex;
 
-/// Dynamic shared memory that every kernel may use without asking.
-const UNASKED_SHARED: u32 = 48 << 10;
+/// Dynamic shared memory that every kernel may use without asking: static and dynamic together may be
+/// 48 KiB, and no kernel has more than 16 of static.
+const UNASKED_SHARED: u32 = 32 << 10;
 
 /// Blocks, threads per block, and dynamic shared memory per block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -96,9 +96,11 @@ pub(super) fn run(
     };
     sums.count(rows.len());
     let limit = chunk_rows(run.pitch).min(rows.len());
+    // Few sizes, so that scratch is used again whatever the number of label rows.
+    let held = limit.next_power_of_two().min(chunk_rows(run.pitch));
     let scratch = |dtype, cols| {
-        let buffer = workspace.take_scratch(dtype, limit * cols);
-        Tensor::from_buffer(buffer, limit, cols)
+        let buffer = workspace.take_scratch(dtype, held * cols);
+        Tensor::from_buffer(buffer, held, cols)
     };
     let mut buffers = Buffers {
         logits: scratch(DType::F32, run.pitch),
