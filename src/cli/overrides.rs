@@ -69,6 +69,10 @@ pub(super) fn parse(words: &[String]) -> Result<(Vec<(String, String)>, Switches
 
 /// The text that the configuration reads for the words after a key.
 fn value(key: &str, arity: Option<Arity>, words: &[String]) -> Result<String, Failure> {
+    if words.iter().any(|word| word.trim().is_empty()) {
+        let message = format!("`--{key}` has an empty value; write null to unset it");
+        return Err(Failure::Usage(message));
+    }
     match (arity, words) {
         (Some(Arity::Single | Arity::List), []) => {
             Err(Failure::Usage(format!("`--{key}` needs a value")))
@@ -131,6 +135,17 @@ mod tests {
         match parse(&words(line)) {
             Err(Failure::Usage(message)) => message,
             other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_empty_value_is_refused() {
+        for line in [
+            "--seed= --packing",
+            "--resume_from_checkpoint=",
+            "--train_file ",
+        ] {
+            assert!(complaint(line).contains("has an empty value"), "{line}");
         }
     }
 

@@ -164,6 +164,9 @@ impl Recipe {
         std::fs::create_dir_all(output).map_err(Error::write(output))?;
         let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
+        if let Some(checkpoint) = &from {
+            resume::refuse_to_go_back(output, checkpoint.step(), self.plan.total_steps)?;
+        }
         let mut trainer = self.trainer()?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
@@ -219,6 +222,7 @@ impl Recipe {
             && !(finished.steps == 0 && outputs::has_result(output, finished.step))
         {
             let evaluated = observer.evaluated.as_ref();
+            outputs::withdraw_result(output)?;
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         Ok(outcome)

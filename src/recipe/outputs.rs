@@ -199,9 +199,14 @@ const RUN: &str = "run.json";
 
 /// Whether `output` holds the whole result of a run of `step` steps.
 pub(super) fn has_result(output: &Path, step: u64) -> bool {
+    result_step(output) == Some(step)
+}
+
+/// Steps of the run whose result `output` holds.
+pub(super) fn result_step(output: &Path) -> Option<u64> {
     let text = std::fs::read(output.join(RUN)).unwrap_or_default();
     let run: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
-    run["steps"] == json!(step)
+    run["steps"].as_u64()
 }
 
 /// Takes back the claim that `output` holds a result: a run is about to make another.

@@ -202,6 +202,28 @@ pub(super) fn restore(
     Ok((state, window))
 }
 
+/// Refuses a checkpoint at or after the last step where `output` holds what came later: nothing would
+/// be trained, and the later result would be replaced by the earlier one.
+///
+/// # Errors
+/// [`Error::Config`], nothing changed.
+pub(super) fn refuse_to_go_back(output: &Path, step: u64, total_steps: u64) -> Result<()> {
+    let newest = checkpoint::list(output)?.into_iter().map(|(s, _)| s);
+    let later = newest.chain(outputs::result_step(output)).max();
+    match later {
+        Some(later) if step >= total_steps && later > step => Err(Error::config(
+            "resume_from_checkpoint",
+            format!(
+                "the checkpoint of step {step} leaves nothing to train up to step {total_steps}, and {} holds \
+                 what came later, up to step {later}; raise max_steps or num_train_epochs, or write to another \
+                 output_dir",
+                output.display()
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -258,3 +258,26 @@ fn a_restore_that_fails_leaves_the_log_and_everything_else_as_it_was() {
     assert!(files == contents(&output), "a file has changed");
     assert!(old == contents(&newest), "the checkpoint has changed");
 }
+
+#[test]
+fn an_older_checkpoint_with_nothing_left_to_train_does_not_replace_the_result() {
+    let bench = Workbench::new(19);
+    let steady = json!({"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 4});
+    bench.train("whole", &with(&bench, &steady)).expect(0);
+    let output = bench.path("whole");
+    let files = ["adapter_model.safetensors", "run.json", "trainer_log.jsonl"];
+    let before = files.map(|file| read(&output.join(file)));
+    let mut back = steady;
+    back["max_steps"] = json!(1);
+    back["resume_from_checkpoint"] = json!(output.join("checkpoint-2"));
+    let refused = bench.train("whole", &with(&bench, &back)).expect(78);
+    assert!(
+        refused.stderr.contains("leaves nothing to train"),
+        "{}",
+        refused.stderr
+    );
+    assert!(
+        before == files.map(|file| read(&output.join(file))),
+        "files changed"
+    );
+}
