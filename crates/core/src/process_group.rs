@@ -1,6 +1,7 @@
 //! The port that ranks implement: what a trainer needs of its peers.
 
 use crate::Result;
+use crate::params::FlatBuffer;
 use std::fmt::Debug;
 
 /// A group of processes (or threads) that train one model together.
@@ -13,35 +14,57 @@ pub trait ProcessGroup: Debug + Send {
     /// Number of processes.
     fn world_size(&self) -> usize;
 
-    /// Replaces `buffer` by the element-wise sum over all ranks, the same bits on each.
+    /// Announces that this rank is about to begin optimizer step `step` (from 0), and whether it has been
+    /// asked to stop. Returns whether the run ends before this step: once one rank was asked, every rank
+    /// ends before the same step, the first that no rank had begun.
     ///
     /// # Errors
     /// [`crate::Error::Transient`] if a peer is lost.
-    fn all_reduce(&mut self, buffer: &mut [f32]) -> Result<()>;
+    fn begin_step(&mut self, step: u64, stop: bool) -> Result<bool>;
 
-    /// Sums exact integers (token counts, flags) over all ranks.
+    /// Replaces `buffer` by the element-wise sum over all ranks, the same bits on each, and `totals` (loss
+    /// sums, token counts) by their sums in rank order. The one exchange of an optimizer step.
+    ///
+    /// Counts below 2^53 are exact.
     ///
     /// # Errors
-    /// [`crate::Error::Transient`] if a peer is lost.
-    fn all_reduce_counts(&mut self, counts: &mut [u64]) -> Result<()>;
+    /// [`crate::Error::Transient`] if a peer is lost, or if ranks ask for different things.
+    fn all_reduce(&mut self, buffer: &mut FlatBuffer, totals: &mut [f64]) -> Result<()>;
 
-    /// Sums f64 values (loss sums) over all ranks, in rank order.
+    /// Every rank's bytes, by rank. Lengths may differ.
     ///
     /// # Errors
-    /// [`crate::Error::Transient`] if a peer is lost.
-    fn all_reduce_sums(&mut self, sums: &mut [f64]) -> Result<()>;
+    /// [`crate::Error::Transient`] if a peer is lost, or if ranks ask for different things.
+    fn all_gather(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
 
     /// Replaces `buffer` by rank 0's.
     ///
     /// # Errors
-    /// [`crate::Error::Transient`] if a peer is lost.
-    fn broadcast(&mut self, buffer: &mut [f32]) -> Result<()>;
+    /// [`crate::Error::Transient`] if a peer is lost, or if ranks ask for different things.
+    fn broadcast(&mut self, buffer: &mut FlatBuffer) -> Result<()>;
+
+    /// Replaces `totals` by their sums over all ranks, taken in rank order. Counts below 2^53 are exact.
+    ///
+    /// # Errors
+    /// As [`ProcessGroup::all_gather`].
+    fn sum_totals(&mut self, totals: &mut [f64]) -> Result<()> {
+        let all = self.all_gather(bytemuck::cast_slice(totals))?;
+        for (i, total) in totals.iter_mut().enumerate() {
+            *total = all
+                .iter()
+                .map(|bytes| bytemuck::pod_read_unaligned::<f64>(&bytes[i * 8..i * 8 + 8]))
+                .sum();
+        }
+        Ok(())
+    }
 
     /// Returns once every rank has called it.
     ///
     /// # Errors
-    /// [`crate::Error::Transient`] if a peer is lost.
-    fn barrier(&mut self) -> Result<()>;
+    /// As [`ProcessGroup::all_gather`].
+    fn barrier(&mut self) -> Result<()> {
+        self.all_gather(&[]).map(drop)
+    }
 }
 
 /// A group of one: every reduction is the identity.
@@ -55,19 +78,16 @@ impl ProcessGroup for Solo {
     fn world_size(&self) -> usize {
         1
     }
-    fn all_reduce(&mut self, _: &mut [f32]) -> Result<()> {
+    fn begin_step(&mut self, _: u64, stop: bool) -> Result<bool> {
+        Ok(stop)
+    }
+    fn all_reduce(&mut self, _: &mut FlatBuffer, _: &mut [f64]) -> Result<()> {
         Ok(())
     }
-    fn all_reduce_counts(&mut self, _: &mut [u64]) -> Result<()> {
-        Ok(())
+    fn all_gather(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![bytes.to_vec()])
     }
-    fn all_reduce_sums(&mut self, _: &mut [f64]) -> Result<()> {
-        Ok(())
-    }
-    fn broadcast(&mut self, _: &mut [f32]) -> Result<()> {
-        Ok(())
-    }
-    fn barrier(&mut self) -> Result<()> {
+    fn broadcast(&mut self, _: &mut FlatBuffer) -> Result<()> {
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Ranks as threads of one process.
 
+use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::ProcessGroup;
 use ferrotune_core::{Error, Result};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,10 +25,21 @@ struct Shared {
 /// One exchange: every rank puts its contribution, then every rank takes all of them.
 #[derive(Debug, Default)]
 struct Round {
-    contributions: Vec<Option<Vec<u64>>>,
+    contributions: Vec<Option<Contribution>>,
     taken: usize,
+    /// The first step that no rank has begun.
+    next_step: u64,
+    /// The step before which the run ends, once a rank was asked to stop.
+    stop_before: Option<u64>,
     /// A rank left, or waited too long: every later call fails.
     poisoned: Option<String>,
+}
+
+/// What one rank brings to an exchange, and what it wants done with it.
+#[derive(Clone, Debug)]
+struct Contribution {
+    operation: &'static str,
+    bytes: Vec<u8>,
 }
 
 impl Local {
@@ -53,18 +65,25 @@ impl Local {
             .collect()
     }
 
-    /// Everyone's words, by rank.
-    fn exchange(&self, words: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+    /// Everyone's bytes, by rank. With `same_length`, a rank that brings another number of bytes than
+    /// this one has diverged.
+    fn exchange(
+        &self,
+        operation: &'static str,
+        bytes: Vec<u8>,
+        same_length: bool,
+    ) -> Result<Vec<Vec<u8>>> {
         let deadline = Instant::now() + self.shared.timeout;
         let mut round = self.lock();
         // The previous round may not have been taken by everyone yet.
         round = self.wait(round, deadline, |r| r.contributions[self.rank].is_none())?;
-        round.contributions[self.rank] = Some(words);
+        let length = bytes.len();
+        round.contributions[self.rank] = Some(Contribution { operation, bytes });
         self.shared.changed.notify_all();
         round = self.wait(round, deadline, |r| {
             r.contributions.iter().all(Option::is_some)
         })?;
-        let all: Vec<Vec<u64>> = round.contributions.iter().flatten().cloned().collect();
+        let all: Vec<Contribution> = round.contributions.iter().flatten().cloned().collect();
         round.taken += 1;
         if round.taken == self.shared.world_size {
             round.taken = 0;
@@ -74,13 +93,16 @@ impl Local {
             round = self.wait(round, deadline, |r| r.contributions[self.rank].is_none())?;
         }
         drop(round);
-        let length = all[self.rank].len();
-        match all.iter().position(|words| words.len() != length) {
-            None => Ok(all),
+        let differs = |peer: &Contribution| {
+            peer.operation != operation || (same_length && peer.bytes.len() != length)
+        };
+        match all.iter().position(differs) {
+            None => Ok(all.into_iter().map(|c| c.bytes).collect()),
             Some(peer) => Err(self.poison(&format!(
-                "ranks diverged: rank {} reduces {length} words, rank {peer} {}",
+                "ranks diverged: rank {} asks for {operation} of {length} bytes, rank {peer} for {} of {}",
                 self.rank,
-                all[peer].len()
+                all[peer].operation,
+                all[peer].bytes.len()
             ))),
         }
     }
@@ -151,51 +173,72 @@ impl ProcessGroup for Local {
         self.shared.world_size
     }
 
-    fn all_reduce(&mut self, buffer: &mut [f32]) -> Result<()> {
-        let words = buffer.iter().map(|v| u64::from(v.to_bits())).collect();
-        let all = self.exchange(words)?;
-        for (i, value) in buffer.iter_mut().enumerate() {
-            *value = all
-                .iter()
-                .map(|words| f32::from_bits(words[i] as u32))
-                .sum();
+    fn begin_step(&mut self, step: u64, stop: bool) -> Result<bool> {
+        let mut round = self.lock();
+        if stop && round.stop_before.is_none() {
+            round.stop_before = Some(round.next_step.max(step));
+        }
+        let ends = round.stop_before.is_some_and(|end| step >= end);
+        // A peer that ended here has left already.
+        if ends {
+            return Ok(true);
+        }
+        if let Some(message) = &round.poisoned {
+            let message = message.clone();
+            return Err(Error::Transient { message });
+        }
+        round.next_step = round.next_step.max(step + 1);
+        Ok(false)
+    }
+
+    fn all_reduce(&mut self, buffer: &mut FlatBuffer, totals: &mut [f64]) -> Result<()> {
+        let values = buffer.as_mut_slice();
+        let mut bytes: Vec<u8> = bytemuck::cast_slice(totals).to_vec();
+        bytes.extend_from_slice(bytemuck::cast_slice(values));
+        let all = self.exchange("all_reduce", bytes, true)?;
+        let rest = size_of_val(totals);
+        for (i, total) in totals.iter_mut().enumerate() {
+            *total = all.iter().map(|b| read::<f64>(b, i)).sum();
+        }
+        for (i, value) in values.iter_mut().enumerate() {
+            *value = all.iter().map(|b| read::<f32>(&b[rest..], i)).sum();
         }
         Ok(())
     }
 
-    fn all_reduce_counts(&mut self, counts: &mut [u64]) -> Result<()> {
-        let all = self.exchange(counts.to_vec())?;
-        for (i, count) in counts.iter_mut().enumerate() {
-            *count = all.iter().map(|words| words[i]).sum();
+    fn all_gather(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.exchange("all_gather", bytes.to_vec(), false)
+    }
+
+    fn broadcast(&mut self, buffer: &mut FlatBuffer) -> Result<()> {
+        let values = buffer.as_mut_slice();
+        let all = self.exchange("broadcast", bytemuck::cast_slice(values).to_vec(), true)?;
+        for (i, value) in values.iter_mut().enumerate() {
+            *value = read(&all[0], i);
         }
         Ok(())
     }
+}
 
-    fn all_reduce_sums(&mut self, sums: &mut [f64]) -> Result<()> {
-        let all = self.exchange(sums.iter().map(|v| v.to_bits()).collect())?;
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = all.iter().map(|words| f64::from_bits(words[i])).sum();
-        }
-        Ok(())
-    }
-
-    fn broadcast(&mut self, buffer: &mut [f32]) -> Result<()> {
-        let all = self.exchange(buffer.iter().map(|v| u64::from(v.to_bits())).collect())?;
-        for (value, word) in buffer.iter_mut().zip(&all[0]) {
-            *value = f32::from_bits(*word as u32);
-        }
-        Ok(())
-    }
-
-    fn barrier(&mut self) -> Result<()> {
-        self.exchange(Vec::new()).map(drop)
-    }
+/// Element `i` of an array of `T` that need not be aligned.
+fn read<T: bytemuck::AnyBitPattern>(bytes: &[u8], i: usize) -> T {
+    bytemuck::pod_read_unaligned(&bytes[i * size_of::<T>()..(i + 1) * size_of::<T>()])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferrotune_core::params::{ParamLayoutBuilder, ParamSpec};
     use std::thread;
+
+    /// A buffer of one tensor.
+    fn buffer(values: &[f32]) -> FlatBuffer {
+        let mut layout = ParamLayoutBuilder::new();
+        let id = layout.add(ParamSpec::new("w", [values.len()], 0));
+        let mut buffer = FlatBuffer::zeros(&layout.build().expect("one tensor"));
+        buffer.get_mut(id).copy_from_slice(values);
+        buffer
+    }
 
     fn on_each_rank<R: Send>(world: usize, body: impl Fn(Local) -> R + Sync) -> Vec<R> {
         let body = &body;
@@ -218,15 +261,21 @@ mod tests {
             let mut last = Vec::new();
             for round in 0..50 {
                 let rank = group.rank();
-                let mut floats = vec![rank as f32 + 0.1, round as f32];
-                group.all_reduce(&mut floats).expect("peers live");
-                let mut counts = [rank as u64];
-                group.all_reduce_counts(&mut counts).expect("peers live");
-                assert_eq!(counts, [3]);
-                let mut same = [rank as f32];
+                let mut floats = buffer(&[rank as f32 + 0.1, round as f32]);
+                let mut totals = [rank as f64];
+                group
+                    .all_reduce(&mut floats, &mut totals)
+                    .expect("peers live");
+                assert_eq!(totals, [3.0]);
+                group.sum_totals(&mut totals).expect("peers live");
+                assert_eq!(totals, [9.0]);
+                let mut same = buffer(&[rank as f32]);
                 group.broadcast(&mut same).expect("peers live");
-                assert_eq!(same, [0.0]);
-                last = floats;
+                assert_eq!(same.as_slice()[0], 0.0);
+                let bytes = vec![rank as u8; rank];
+                let all = group.all_gather(&bytes).expect("peers live");
+                assert_eq!(all, [vec![], vec![1], vec![2, 2]]);
+                last = floats.as_slice().to_vec();
             }
             group.barrier().expect("peers live");
             last
@@ -254,7 +303,7 @@ mod tests {
         for _ in 0..200 {
             let results = on_each_rank(3, |mut group| {
                 let mut sum = [1.0];
-                group.all_reduce(&mut sum).map(|()| sum)
+                group.sum_totals(&mut sum).map(|()| sum)
             });
             for sum in results {
                 assert_eq!(sum.expect("the round was complete"), [3.0]);
@@ -263,11 +312,41 @@ mod tests {
     }
 
     #[test]
-    fn diverging_lengths_are_an_error_on_both_sides() {
-        let results = on_each_rank(2, |mut group| {
-            let mut buffer = vec![0.0; 1 + group.rank()];
-            group.all_reduce(&mut buffer)
+    fn diverging_calls_are_an_error_on_both_sides() {
+        let lengths = on_each_rank(2, |mut group| {
+            let mut buffer = buffer(&vec![0.0; 1 + 8 * group.rank()]);
+            group.all_reduce(&mut buffer, &mut [])
         });
-        assert!(results.iter().all(Result::is_err));
+        assert!(lengths.iter().all(Result::is_err));
+        let operations = on_each_rank(2, |mut group| {
+            if group.rank() == 0 {
+                group.barrier()
+            } else {
+                group.broadcast(&mut buffer(&[]))
+            }
+        });
+        for error in operations {
+            let message = error.expect_err("they asked for two things").to_string();
+            assert!(message.contains("all_gather") && message.contains("broadcast"));
+        }
+    }
+
+    #[test]
+    fn every_rank_ends_before_the_same_step() {
+        for asked in 0..3 {
+            let ends = on_each_rank(3, |mut group| {
+                let mut step = 0;
+                loop {
+                    let stop = group.rank() == asked && step >= 5;
+                    if group.begin_step(step, stop).expect("peers live") {
+                        return step;
+                    }
+                    group.barrier().expect("peers live");
+                    step += 1;
+                }
+            });
+            assert!(ends.iter().all(|end| *end == ends[0]), "{ends:?}");
+            assert!((5..=6).contains(&ends[0]), "{ends:?}");
+        }
     }
 }

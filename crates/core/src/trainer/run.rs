@@ -106,10 +106,11 @@ impl Run<'_> {
         let mut totals = Totals::default();
         let mut saved = self.resumed_from.take().map(|p| (trainer.steps_done(), p));
         while trainer.steps_done() < self.plan.total_steps {
-            if self.stop.load(Ordering::SeqCst) {
+            let step = trainer.steps_done();
+            let stop = self.stop.load(Ordering::SeqCst);
+            if trainer.group_mut().begin_step(step, stop)? {
                 return self.stopped(trainer, saved);
             }
-            let step = trainer.steps_done();
             let batches = self.data.step(step)?;
             let report = trainer.step(&batches, self.schedule.lr(step))?;
             totals.add(&batches);

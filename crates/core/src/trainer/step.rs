@@ -106,7 +106,7 @@ impl Trainer {
             options.weight_dtype,
         )?;
         adapter.init(&mut params, options.seed)?;
-        group.broadcast(params.as_mut_slice())?;
+        group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
         let workspace = Workspace::on(options.device.clone(), options.max_tokens);
@@ -136,14 +136,13 @@ impl Trainer {
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
         let sums = self.gradients(micro_batches)?;
         let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
-        let peers = self.group.world_size() > 1;
-        if peers {
-            self.group.all_reduce(self.grads.as_mut_slice())?;
-        }
         // A GPU is not waited for before the update, unless peers have to be asked.
         let mut reduced = None;
-        if peers || !self.options.device.is_cuda() {
-            reduced = Some(self.reduce(&sums, tokens)?);
+        if self.group.world_size() > 1 || !self.options.device.is_cuda() {
+            let mut totals = Totals::new(sums.read()?, tokens);
+            self.group
+                .all_reduce(&mut self.grads, totals.as_mut_slice())?;
+            reduced = Some(totals.sums());
         }
         let count = reduced.map_or(sums.label_rows(), |(sums, _)| sums.count);
         check_labels(count)?;
@@ -153,7 +152,7 @@ impl Trainer {
         let grad_norm = self.update(lr, count, &sums)?;
         let (sums, tokens) = match reduced {
             Some(reduced) => reduced,
-            None => self.reduce(&sums, tokens)?,
+            None => (sums.read()?, tokens),
         };
         self.check_finite("loss", sums.loss / count as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
@@ -200,7 +199,9 @@ impl Trainer {
         for batch in batches {
             sums += self.model.loss(pass, &self.params, batch)?;
         }
-        let (sums, _) = self.reduce_sums(sums, 0)?;
+        let mut totals = Totals::new(sums, 0);
+        self.group.sum_totals(totals.as_mut_slice())?;
+        let (sums, _) = totals.sums();
         check_labels(sums.count)?;
         let count = sums.count as f64;
         Ok(EvalReport {
@@ -287,26 +288,6 @@ impl Trainer {
         self.group.as_mut()
     }
 
-    /// Sums and tokens of all ranks.
-    fn reduce(&mut self, sums: &Accumulator, tokens: u64) -> Result<(Sums, u64)> {
-        let sums = sums.read()?;
-        self.reduce_sums(sums, tokens)
-    }
-
-    fn reduce_sums(&mut self, sums: Sums, tokens: u64) -> Result<(Sums, u64)> {
-        let mut counts = [sums.count, sums.correct, tokens];
-        self.group.all_reduce_counts(&mut counts)?;
-        let mut floats = [sums.loss, sums.entropy];
-        self.group.all_reduce_sums(&mut floats)?;
-        let sums = Sums {
-            loss: floats[0],
-            entropy: floats[1],
-            count: counts[0],
-            correct: counts[1],
-        };
-        Ok((sums, counts[2]))
-    }
-
     fn check_finite(&self, what: &str, value: f64) -> Result<()> {
         if value.is_finite() {
             return Ok(());
@@ -364,6 +345,32 @@ impl Trainer {
             }
         }
         groups
+    }
+}
+
+/// The sums of a step as ranks exchange them. Counts stay exact: they are far below 2^53.
+struct Totals([f64; 5]);
+
+impl Totals {
+    fn new(sums: Sums, tokens: u64) -> Self {
+        let counts = [sums.count, sums.correct, tokens].map(|count| count as f64);
+        Self([sums.loss, sums.entropy, counts[0], counts[1], counts[2]])
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [f64] {
+        &mut self.0
+    }
+
+    /// The sums, and the number of tokens.
+    fn sums(&self) -> (Sums, u64) {
+        let [loss, entropy, count, correct, tokens] = self.0;
+        let sums = Sums {
+            loss,
+            entropy,
+            count: count as u64,
+            correct: correct as u64,
+        };
+        (sums, tokens as u64)
     }
 }
 
