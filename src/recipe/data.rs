@@ -6,6 +6,7 @@ use ferrotune_core::data::{
     Tokenizer, pack_bfd, split_long,
 };
 use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::process_group::Place;
 use ferrotune_core::trainer::StepData;
 use ferrotune_core::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -171,6 +172,7 @@ pub struct EpochData<'a> {
     examples: &'a [Example],
     bins: Vec<Vec<usize>>,
     plan: BatchPlan,
+    hidden_size: usize,
     rank: usize,
     steps_per_epoch: u64,
     /// The epoch whose order is at hand.
@@ -178,14 +180,19 @@ pub struct EpochData<'a> {
 }
 
 impl<'a> EpochData<'a> {
-    /// The data of one rank of `world_size`.
+    /// The data of the rank at `place`, for a model as wide as `hidden_size`.
     #[must_use]
-    pub fn new(config: &TrainConfig, dataset: &'a Dataset, rank: usize, world_size: usize) -> Self {
+    pub fn new(
+        config: &TrainConfig,
+        dataset: &'a Dataset,
+        hidden_size: usize,
+        place: Place,
+    ) -> Self {
         let data = &config.data;
         let plan = BatchPlan {
             per_device_train_batch_size: data.per_device_train_batch_size,
             gradient_accumulation_steps: config.optimizer.gradient_accumulation_steps,
-            world_size,
+            world_size: place.world_size,
             order: match data.train_sampling_strategy {
                 SamplingStrategy::Random => Order::Random,
                 SamplingStrategy::Sequential => Order::Sequential,
@@ -193,12 +200,13 @@ impl<'a> EpochData<'a> {
             seed: config.runtime.data_seed(),
         };
         let bins = bins(data, dataset, data.packing);
-        let steps_per_epoch = EpochPlan::packed(&bins, plan, 0).steps() as u64;
+        let steps_per_epoch = EpochPlan::packed(&bins, |_| 0, plan, 0).steps() as u64;
         Self {
             examples: &dataset.examples,
             bins,
             plan,
-            rank,
+            hidden_size,
+            rank: place.rank,
             steps_per_epoch,
             current: None,
         }
@@ -226,7 +234,9 @@ impl StepData for EpochData<'_> {
         let steps = self.steps_per_epoch.max(1);
         let epoch = step / steps;
         if self.current.as_ref().is_none_or(|(e, _)| *e != epoch) {
-            self.current = Some((epoch, EpochPlan::packed(&self.bins, self.plan, epoch)));
+            let cost = |row: usize| cost(self.examples[row].len(), self.hidden_size);
+            let plan = EpochPlan::packed(&self.bins, cost, self.plan, epoch);
+            self.current = Some((epoch, plan));
         }
         let micro_batches = self
             .current
@@ -237,6 +247,13 @@ impl StepData for EpochData<'_> {
         };
         Ok(micro_batches.unwrap_or_default().iter().map(pack).collect())
     }
+}
+
+/// What a document of `tokens` costs, in units that only compare: a layer's products take about
+/// `24 hidden^2` FLOPs a token, and its causal attention `2 hidden` a token and token before it.
+fn cost(tokens: usize, hidden_size: usize) -> u64 {
+    let (tokens, hidden_size) = (tokens as u64, hidden_size as u64);
+    tokens * (12 * hidden_size + tokens)
 }
 
 /// Batches of `per_device_eval_batch_size` rows (or bins) in the order of the file.

@@ -25,7 +25,7 @@ use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
     DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
 };
-use ferrotune_core::process_group::Solo;
+use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::run_log::{
     Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
 };
@@ -62,6 +62,8 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Where it trains.
     pub device: Device,
+    /// This process among its peers.
+    pub place: Place,
     /// Dtype of the frozen weights.
     pub weight_dtype: DType,
     /// Digests of base and data, by name.
@@ -75,7 +77,17 @@ impl Recipe {
     /// # Errors
     /// The first thing that is wrong, by file, line or key.
     pub fn prepare(config: TrainConfig) -> Result<Self> {
-        Self::prepare_from(config, data::training)
+        Self::prepare_at(Place::SOLO, config)
+    }
+
+    /// [`Recipe::prepare`] for one of several processes, which then train together
+    /// ([`Recipe::train_with`]). Every process reads configuration, base and data itself; the output
+    /// directory is rank 0's alone.
+    ///
+    /// # Errors
+    /// As [`Recipe::prepare`].
+    pub fn prepare_at(place: Place, config: TrainConfig) -> Result<Self> {
+        Self::prepare_from(place, config, data::training)
     }
 
     /// [`Recipe::prepare`] on rows that come from anywhere instead of files.
@@ -92,24 +104,30 @@ impl Recipe {
     ) -> Result<Self> {
         config.data.dataset_name = vec![name.to_owned()];
         config.data.train_file.clear();
-        Self::prepare_from(config, |config, tokenizer| {
+        Self::prepare_from(Place::SOLO, config, |config, tokenizer| {
             data::training_rows(config, tokenizer, rows)
         })
     }
 
     fn prepare_from(
+        place: Place,
         mut config: TrainConfig,
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
     ) -> Result<Self> {
         config.validate()?;
         set_threads(&config)?;
-        let device = device::open(config.runtime.device)?;
+        let device = device::open_for(config.runtime.device, place.local_rank)?;
         let base = base_directory(&config)?;
-        output_dir::check(&config, &base)?;
+        if place.is_first() {
+            output_dir::check(&config, &base)?;
+        }
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
         let base_digest = outputs::base_digest(&base, files.as_ref())?;
-        resume::check_early(&config, &base_digest)?;
+        let identity = outputs::identity_without_data(&config, &base_digest, place.world_size);
+        if place.is_first() {
+            resume::check_early(&config, &identity)?;
+        }
         let shape = memory::Base {
             device: &device,
             directory: &base,
@@ -125,13 +143,13 @@ impl Recipe {
             data::check_fits_context(&config, rows, &decoder, &base)?;
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
         }
-        let epochs = EpochData::new(&config, &dataset, 0, 1);
+        let epochs = EpochData::new(&config, &dataset, decoder.hidden_size, place);
         let plan = run_plan(&config, epochs.steps_per_epoch(), trainable, &decoder)?;
         let max_tokens = epochs
             .max_tokens()
             .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
         let weight_dtype = weight_dtype(&config, files.as_ref(), &device);
-        let fingerprints = outputs::fingerprints(base_digest, &dataset);
+        let fingerprints = outputs::fingerprints(identity, &dataset);
         let recipe = Self {
             config,
             base,
@@ -144,6 +162,7 @@ impl Recipe {
             trainable,
             max_tokens,
             device,
+            place,
             weight_dtype,
             fingerprints,
         };
@@ -160,6 +179,42 @@ impl Recipe {
         observers: &mut [Box<dyn Observer + '_>],
         stop: &AtomicBool,
     ) -> Result<RunOutcome> {
+        self.train_with(Box::new(Solo), observers, stop)
+    }
+
+    /// [`Recipe::train`] together with the peers of `group`, each of which calls it. Rank 0 reads
+    /// checkpoints, writes files and calls `observers`; the others follow it, and return when it is done.
+    ///
+    /// # Errors
+    /// As [`Recipe::train`]; [`Error::Transient`] if a peer is lost.
+    pub fn train_with(
+        &self,
+        group: Box<dyn ProcessGroup>,
+        observers: &mut [Box<dyn Observer + '_>],
+        stop: &AtomicBool,
+    ) -> Result<RunOutcome> {
+        let asked = (group.rank(), group.world_size());
+        if asked != (self.place.rank, self.place.world_size) {
+            let message = format!(
+                "prepared for rank {} of {}, and joined a group as rank {} of {}",
+                self.place.rank, self.place.world_size, asked.0, asked.1
+            );
+            return Err(Error::config("rank", message));
+        }
+        if self.place.is_first() {
+            self.lead(group, observers, stop)
+        } else {
+            self.follow(group, stop)
+        }
+    }
+
+    /// Trains as rank 0: all files and all words are its own.
+    fn lead(
+        &self,
+        group: Box<dyn ProcessGroup>,
+        observers: &mut [Box<dyn Observer + '_>],
+        stop: &AtomicBool,
+    ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
         std::fs::create_dir_all(output).map_err(Error::write(output))?;
         let _lock = OutputLock::acquire(output)?;
@@ -167,11 +222,12 @@ impl Recipe {
         if let Some(checkpoint) = &from {
             resume::refuse_to_go_back(output, checkpoint.step(), self.plan.total_steps)?;
         }
-        let mut trainer = self.trainer()?;
+        let mut trainer = self.trainer_with(group)?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
             None => (TrainerState::new(), LogWindow::new(0)),
         };
+        trainer.follow_first_rank()?;
         let schedule = self.schedule()?;
         if from.is_none() {
             self.start_over(output)?;
@@ -188,12 +244,8 @@ impl Recipe {
         };
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
-            let eval_batches: Vec<PackedBatch> = self
-                .eval_dataset
-                .as_ref()
-                .map(|d| eval_batches(&self.config, d))
-                .unwrap_or_default();
-            let mut data = EpochData::new(&self.config, &self.dataset, 0, 1);
+            let eval_batches = self.eval_batches();
+            let mut data = self.epoch_data();
             let files = CheckpointFiles::new(self);
             let keep = self.config.output.save_total_limit;
             let mut save = |trainer: &Trainer, state: &TrainerState, window: &LogWindow| {
@@ -225,7 +277,51 @@ impl Recipe {
             outputs::withdraw_result(output)?;
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
+        // Whoever returns knows that what the run leaves behind is whole.
+        trainer.group_mut().barrier()?;
         Ok(outcome)
+    }
+
+    /// Trains along with rank 0, without a word or a file.
+    fn follow(&self, group: Box<dyn ProcessGroup>, stop: &AtomicBool) -> Result<RunOutcome> {
+        let output = Path::new(&self.config.output.output_dir);
+        let mut trainer = self.trainer_with(group)?;
+        trainer.follow_first_rank()?;
+        let schedule = self.schedule()?;
+        let started = self.run_started(&trainer, 0);
+        let eval_batches = self.eval_batches();
+        let run = Run {
+            plan: self.plan.clone(),
+            schedule: &schedule,
+            data: &mut self.epoch_data(),
+            eval_batches: &eval_batches,
+            observer: &mut Silent,
+            state: &mut TrainerState::new(),
+            window: LogWindow::new(0),
+            resumed_from: None,
+            stop,
+            save: &mut |trainer, _, _| Ok(checkpoint::path_of(output, trainer.steps_done())),
+        };
+        let outcome = run.run(&mut trainer, started)?;
+        trainer.group_mut().barrier()?;
+        Ok(outcome)
+    }
+
+    fn eval_batches(&self) -> Vec<PackedBatch> {
+        let dataset = self.eval_dataset.as_ref();
+        dataset
+            .map(|d| eval_batches(&self.config, d))
+            .unwrap_or_default()
+    }
+
+    /// This rank's micro-batches.
+    fn epoch_data(&self) -> EpochData<'_> {
+        EpochData::new(
+            &self.config,
+            &self.dataset,
+            self.decoder.hidden_size,
+            self.place,
+        )
     }
 
     /// Takes an earlier run's checkpoints away: rotation would count them as newer than this run's.
@@ -246,6 +342,14 @@ impl Recipe {
     /// # Errors
     /// If the weights cannot be read.
     pub fn trainer(&self) -> Result<Trainer> {
+        self.trainer_with(Box::new(Solo))
+    }
+
+    /// [`Recipe::trainer`] beside the peers of `group`.
+    ///
+    /// # Errors
+    /// As [`Recipe::trainer`]; [`Error::Transient`] if a peer is lost.
+    pub fn trainer_with(&self, group: Box<dyn ProcessGroup>) -> Result<Trainer> {
         let adapter = adapter_of(&self.config, &self.base, &self.decoder)?;
         let random = RandomWeights {
             seed: self.config.runtime.seed,
@@ -254,13 +358,7 @@ impl Recipe {
             Some(files) => files,
             None => &random,
         };
-        Trainer::new(
-            &self.decoder,
-            source,
-            adapter,
-            Box::new(Solo),
-            self.options(),
-        )
+        Trainer::new(&self.decoder, source, adapter, group, self.options())
     }
 
     fn options(&self) -> TrainerOptions {
@@ -278,6 +376,7 @@ impl Recipe {
             weight_decay: optimizer.weight_decay,
             max_grad_norm: (optimizer.max_grad_norm > 0.0).then_some(optimizer.max_grad_norm),
             max_tokens: self.max_tokens,
+            deterministic_reduction: runtime.deterministic_reduction,
         }
     }
 
@@ -321,7 +420,7 @@ impl Recipe {
             first_num_tokens,
             train_batch_size: self.config.data.per_device_train_batch_size as u64,
             gradient_accumulation_steps: self.config.optimizer.gradient_accumulation_steps as u64,
-            world_size: 1,
+            world_size: self.place.world_size as u64,
             logging_steps: self.plan.log_every.unwrap_or(0),
             eval_steps: self.plan.eval_every.unwrap_or(0),
             save_steps: self.plan.save_every.unwrap_or(0),
@@ -355,6 +454,15 @@ impl Observer for Tee<'_, '_> {
         }
         self.log.on(event)?;
         emit(self.others, event)
+    }
+}
+
+/// Ranks other than 0 say nothing.
+struct Silent;
+
+impl Observer for Silent {
+    fn on(&mut self, _: &Event) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -467,6 +575,7 @@ fn run_plan(
         log_first: output.logging_first_step,
         save_every: every(output.save_strategy, output.save_interval(total_steps)),
         eval_every: every(output.eval_strategy, output.eval_interval(total_steps)),
+        check_replicas_every: Some(config.runtime.replica_check_steps).filter(|steps| *steps > 0),
         flops_per_token,
     })
 }

@@ -80,20 +80,34 @@ impl<'a> CheckpointFiles<'a> {
 /// Names of the digests that a continued run must share.
 const BASE_DIGEST: &str = "base_model";
 pub(super) const DATA_DIGEST: &str = "data";
+/// Micro-batches of an optimizer step: gradient_accumulation_steps times ranks.
+const MICRO_BATCHES: &str = "micro_batches_per_step";
 
 /// Digests of base and data: equal for a continued run to be the same run.
-pub(super) fn fingerprints(base: String, dataset: &Dataset) -> BTreeMap<String, String> {
-    BTreeMap::from([
-        (BASE_DIGEST.into(), base),
-        (DATA_DIGEST.into(), data_digest(&dataset.examples)),
-    ])
+pub(super) fn fingerprints(identity: RunIdentity, dataset: &Dataset) -> BTreeMap<String, String> {
+    let mut fingerprints = identity.fingerprints;
+    fingerprints.insert(DATA_DIGEST.into(), data_digest(&dataset.examples));
+    fingerprints
 }
 
 /// What a run is as far as it is known before its data are.
-pub(super) fn identity_without_data(config: &TrainConfig, base: &str) -> RunIdentity {
+///
+/// The number of ranks may change where the micro-batches of a step stay as many.
+pub(super) fn identity_without_data(
+    config: &TrainConfig,
+    base: &str,
+    world_size: usize,
+) -> RunIdentity {
+    let accumulation = config.optimizer.gradient_accumulation_steps;
     RunIdentity {
         config: config.to_json(),
-        fingerprints: BTreeMap::from([(BASE_DIGEST.into(), base.into())]),
+        fingerprints: BTreeMap::from([
+            (BASE_DIGEST.into(), base.into()),
+            (
+                MICRO_BATCHES.into(),
+                accumulation.saturating_mul(world_size).to_string(),
+            ),
+        ]),
     }
 }
 
@@ -334,7 +348,7 @@ fn run_json(recipe: &Recipe, finished: &RunFinished) -> String {
     let report = &recipe.dataset.report;
     let document = json!({
         "ferrotune_version": env!("CARGO_PKG_VERSION"),
-        "world_size": 1,
+        "world_size": recipe.place.world_size,
         "digests": recipe.fingerprints,
         "config": recipe.config.to_json(),
         "data": {

@@ -17,7 +17,9 @@ use std::path::Path;
 /// point at is compared by digest, so that it may lie elsewhere. Of the others only `max_steps` and
 /// `num_train_epochs` can change what is trained, through a schedule that depends on the run's
 /// length: to make a run longer is a choice.
-const FREE_KEYS: [&str; 26] = [
+///
+/// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
+const FREE_KEYS: [&str; 28] = [
     "chat_template_path",
     "dataset_name",
     "dataset_test_split",
@@ -27,6 +29,7 @@ const FREE_KEYS: [&str; 26] = [
     "eval_packing",
     "eval_steps",
     "eval_strategy",
+    "gradient_accumulation_steps",
     "logging_first_step",
     "logging_steps",
     "logging_strategy",
@@ -37,6 +40,7 @@ const FREE_KEYS: [&str; 26] = [
     "output_dir",
     "overwrite_output_dir",
     "per_device_eval_batch_size",
+    "replica_check_steps",
     "report_to",
     "resume_from_checkpoint",
     "run_name",
@@ -53,7 +57,7 @@ const FREE_KEYS: [&str; 26] = [
 ///
 /// # Errors
 /// [`Error::Config`] or [`Error::Checkpoint`].
-pub(super) fn check_early(config: &TrainConfig, base_digest: &str) -> Result<()> {
+pub(super) fn check_early(config: &TrainConfig, now: &RunIdentity) -> Result<()> {
     let output = Path::new(&config.output.output_dir);
     match &config.output.resume_from_checkpoint {
         Resume::Never | Resume::Auto => Ok(()),
@@ -66,7 +70,7 @@ pub(super) fn check_early(config: &TrainConfig, base_digest: &str) -> Result<()>
                 require_a_checkpoint(path)?;
             }
             let then = Checkpoint::glance(path)?.run;
-            let mut now = outputs::identity_without_data(config, base_digest);
+            let mut now = now.clone();
             let data = then.fingerprints.get_key_value(DATA_DIGEST);
             now.fingerprints
                 .extend(data.map(|(name, digest)| (name.clone(), digest.clone())));

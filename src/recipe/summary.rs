@@ -60,9 +60,13 @@ impl Summary {
             (
                 "batch",
                 format!(
-                    "{} x {} rows per step, {} tokens in the largest micro-batch",
+                    "{} x {} rows per step{}, {} tokens in the largest micro-batch",
                     config.data.per_device_train_batch_size,
                     config.optimizer.gradient_accumulation_steps,
+                    match recipe.place.world_size {
+                        1 => String::new(),
+                        ranks => format!(" on each of {ranks} ranks"),
+                    },
                     recipe.max_tokens
                 ),
             ),
@@ -94,6 +98,7 @@ impl Summary {
             "tokens": report.tokens,
             "trained_tokens": report.trained_tokens,
             "max_tokens": recipe.max_tokens,
+            "world_size": recipe.place.world_size,
             "total_steps": plan.total_steps,
             "steps_per_epoch": plan.steps_per_epoch,
             "memory_bytes": {"weights": weights, "trained": trained, "activations": activations},

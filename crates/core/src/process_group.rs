@@ -4,6 +4,38 @@ use crate::Result;
 use crate::params::FlatBuffer;
 use std::fmt::Debug;
 
+/// A process among its peers, known before they meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// This process, `0..world_size`. Rank 0 writes the files and speaks for all.
+    pub rank: usize,
+    /// Number of processes.
+    pub world_size: usize,
+    /// Which process of this machine: chooses its GPU.
+    pub local_rank: usize,
+}
+
+impl Place {
+    /// A process on its own.
+    pub const SOLO: Self = Self {
+        rank: 0,
+        world_size: 1,
+        local_rank: 0,
+    };
+
+    /// Whether this is rank 0.
+    #[must_use]
+    pub fn is_first(self) -> bool {
+        self.rank == 0
+    }
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::SOLO
+    }
+}
+
 /// A group of processes (or threads) that train one model together.
 ///
 /// Every rank makes the same calls in the same order. After an error the group is unusable.

@@ -1,7 +1,8 @@
 //! Which rows each optimizer step of an epoch reads, on which rank.
 //!
 //! The list of micro-batches is made before ranks are assigned and depends on the seed and the
-//! epoch alone, so the same rows meet in the same optimizer step for any split of them.
+//! epoch alone, so the same rows meet in the same optimizer step for any split of them. Which rank
+//! computes which micro-batch of a step is chosen so that all have about as much to do.
 
 use ferrotune_kernels::rng::{Stream, key_for, mix};
 
@@ -50,21 +51,39 @@ impl MicroBatch {
 /// The rows of one epoch, in order, cut into optimizer steps.
 #[derive(Clone, Debug)]
 pub struct EpochPlan {
-    groups: Vec<Vec<usize>>,
+    groups: Vec<Group>,
     plan: BatchPlan,
+}
+
+/// A row, or a packed bin of rows, which stay together.
+#[derive(Clone, Debug)]
+struct Group {
+    rows: Vec<usize>,
+    cost: u64,
 }
 
 impl EpochPlan {
     /// The plan of an epoch over single examples, numbered `0..rows`.
     #[must_use]
     pub fn new(rows: usize, plan: BatchPlan, epoch: u64) -> Self {
-        Self::packed(&(0..rows).map(|i| vec![i]).collect::<Vec<_>>(), plan, epoch)
+        let bins: Vec<_> = (0..rows).map(|i| vec![i]).collect();
+        Self::packed(&bins, |_| 1, plan, epoch)
     }
 
-    /// The plan of an epoch over packed bins of examples; a bin counts as one row.
+    /// The plan of an epoch over packed bins of examples; a bin counts as one row. `cost` of an example,
+    /// in any unit, is what ranks are balanced by.
     #[must_use]
-    pub fn packed(bins: &[Vec<usize>], plan: BatchPlan, epoch: u64) -> Self {
-        let mut groups = bins.to_vec();
+    pub fn packed(
+        bins: &[Vec<usize>],
+        cost: impl Fn(usize) -> u64,
+        plan: BatchPlan,
+        epoch: u64,
+    ) -> Self {
+        let group = |rows: &Vec<usize>| Group {
+            rows: rows.clone(),
+            cost: rows.iter().map(|&row| cost(row)).sum(),
+        };
+        let mut groups: Vec<Group> = bins.iter().map(group).collect();
         if plan.order == Order::Random {
             Stream::new(mix(key_for(plan.seed, "epoch order"), epoch)).shuffle(&mut groups);
         }
@@ -88,8 +107,8 @@ impl EpochPlan {
             .div_ceil(self.micro_batches_per_step())
     }
 
-    /// The micro-batches of `rank` in a step (from 0) of the epoch. Every rank has as many as
-    /// every other; the last of them may be empty. Micro-batches go to the ranks in turn.
+    /// The micro-batches of `rank` in a step (from 0) of the epoch, in their global order. Every rank has
+    /// as many as every other; the last of them may be empty.
     #[must_use]
     pub fn step(&self, step_in_epoch: usize, rank: usize) -> Vec<MicroBatch> {
         let world = self.plan.world_size.max(1);
@@ -98,24 +117,50 @@ impl EpochPlan {
             .saturating_mul(per_step)
             .min(self.groups.len());
         let end = begin.saturating_add(per_step).min(self.groups.len());
-        let batches: Vec<&[Vec<usize>]> = self.groups[begin..end]
+        let mut batches: Vec<&[Group]> = self.groups[begin..end]
             .chunks(self.rows_per_micro_batch())
             .collect();
-        let documents = |groups: &[Vec<usize>]| groups.iter().map(|g| g.len() as u64).sum::<u64>();
+        batches.resize(batches.len().div_ceil(world) * world, &[]);
+        let costs: Vec<u64> = batches
+            .iter()
+            .map(|groups| groups.iter().map(|g| g.cost).sum())
+            .collect();
+        let ranks = balance(&costs, world);
         let mut first_sequence_id = 0;
         let mut mine = Vec::new();
-        for index in 0..batches.len().div_ceil(world) * world {
-            let groups = batches.get(index).copied().unwrap_or_default();
-            if index % world == rank {
+        for (groups, owner) in batches.into_iter().zip(ranks) {
+            let rows: Vec<usize> = groups.iter().flat_map(|g| g.rows.clone()).collect();
+            let documents = rows.len() as u64;
+            if owner == rank {
                 mine.push(MicroBatch {
-                    rows: groups.concat(),
+                    rows,
                     first_sequence_id,
                 });
             }
-            first_sequence_id += documents(groups);
+            first_sequence_id += documents;
         }
         mine
     }
+}
+
+/// The rank of each of `costs`, a multiple of `world` of them: as many for each rank, and about as much.
+///
+/// The dearest first, each to the rank that has least so far (Graham's longest-processing-time rule, with
+/// equal numbers).
+fn balance(costs: &[u64], world: usize) -> Vec<usize> {
+    let mut dearest_first: Vec<usize> = (0..costs.len()).collect();
+    dearest_first.sort_by_key(|&i| (std::cmp::Reverse(costs[i]), i));
+    let mut load = vec![(0_u64, 0_usize); world];
+    let mut ranks = vec![0; costs.len()];
+    for i in dearest_first {
+        let open = (0..world).filter(|&rank| load[rank].1 < costs.len() / world);
+        // Equal loads go by number, so that equal costs are dealt in turn.
+        let rank = open.min_by_key(|&rank| (load[rank], rank)).unwrap_or(0);
+        load[rank].0 = load[rank].0.saturating_add(costs[i]);
+        load[rank].1 += 1;
+        ranks[i] = rank;
+    }
+    ranks
 }
 
 #[cfg(test)]
@@ -210,7 +255,7 @@ mod tests {
             order: Order::Sequential,
             ..plan(1, 2, 2)
         };
-        let epoch = EpochPlan::packed(&bins, sequential, 0);
+        let epoch = EpochPlan::packed(&bins, |_| 0, sequential, 0);
         assert_eq!(epoch.steps(), 1);
         let batch = |rows: &[usize], first_sequence_id| MicroBatch {
             rows: rows.to_vec(),
@@ -219,5 +264,30 @@ mod tests {
         assert_eq!(epoch.step(0, 0), [batch(&[4, 1], 0), batch(&[2, 3, 5], 3)]);
         assert_eq!(epoch.step(0, 1), [batch(&[0], 2), batch(&[], 6)]);
         assert!(epoch.step(1, 0).is_empty());
+    }
+
+    #[test]
+    fn ranks_have_about_as_much_to_do() {
+        let bins: Vec<Vec<usize>> = (0..8).map(|i| vec![i]).collect();
+        let costs = [90, 10, 10, 10, 80, 30, 40, 50];
+        let sequential = BatchPlan {
+            order: Order::Sequential,
+            ..plan(1, 4, 2)
+        };
+        let epoch = EpochPlan::packed(&bins, |row| costs[row], sequential, 0);
+        let load = |rank| -> u64 {
+            let batches = epoch.step(0, rank);
+            assert_eq!(batches.len(), 4);
+            let ids: Vec<u64> = batches.iter().map(|b| b.first_sequence_id).collect();
+            assert!(ids.is_sorted(), "{ids:?}");
+            batches
+                .iter()
+                .flat_map(|b| &b.rows)
+                .map(|&r| costs[r])
+                .sum()
+        };
+        assert_eq!(load(0) + load(1), 320);
+        // In turn it would be 220 and 100.
+        assert!(load(0).abs_diff(load(1)) <= 20, "{} {}", load(0), load(1));
     }
 }

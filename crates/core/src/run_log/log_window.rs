@@ -16,6 +16,8 @@ pub struct StepReport {
     pub correct: u64,
     /// Tokens read, prompts included.
     pub tokens: u64,
+    /// Documents read.
+    pub sequences: u64,
     /// L2 norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate the step used.

@@ -1,6 +1,7 @@
 //! One optimizer step, and the run around it.
 
 mod optimizer;
+mod ranks;
 mod run;
 mod step;
 

@@ -43,6 +43,8 @@ pub struct RunPlan {
     pub save_every: Option<u64>,
     /// Steps between evaluations.
     pub eval_every: Option<u64>,
+    /// Steps between comparisons of the parameters over ranks.
+    pub check_replicas_every: Option<u64>,
     /// FLOPs of one step's token, for `total_flos`.
     pub flops_per_token: f64,
 }
@@ -72,7 +74,7 @@ pub struct Run<'a> {
     pub schedule: &'a LrSchedule,
     /// Micro-batches of each step.
     pub data: &'a mut dyn StepData,
-    /// Batches to evaluate on.
+    /// Batches to evaluate on, of all ranks.
     pub eval_batches: &'a [PackedBatch],
     /// Who hears of it.
     pub observer: &'a mut dyn Observer,
@@ -88,7 +90,7 @@ pub struct Run<'a> {
     pub save: &'a mut Save<'a>,
 }
 
-/// Sums over this process's steps.
+/// Sums over the steps since this process began.
 #[derive(Default)]
 struct Totals {
     steps: u64,
@@ -113,14 +115,15 @@ impl Run<'_> {
             }
             let batches = self.data.step(step)?;
             let report = trainer.step(&batches, self.schedule.lr(step))?;
-            totals.add(&batches);
+            totals.add(&report);
             self.after_step(trainer, &report, &begin)?;
             let done = trainer.steps_done();
-            if self
-                .plan
-                .save_every
-                .is_some_and(|n| done.is_multiple_of(n) || done == self.plan.total_steps)
-            {
+            let last = done == self.plan.total_steps;
+            let due = |every: Option<u64>| every.is_some_and(|n| done.is_multiple_of(n) || last);
+            if due(self.plan.check_replicas_every) {
+                trainer.check_replicas()?;
+            }
+            if due(self.plan.save_every) {
                 saved = Some((done, self.checkpoint(trainer)?));
             }
         }
@@ -223,8 +226,8 @@ impl Run<'_> {
 }
 
 impl Totals {
-    fn add(&mut self, batches: &[PackedBatch]) {
+    fn add(&mut self, report: &StepReport) {
         self.steps += 1;
-        self.samples += batches.iter().map(PackedBatch::sequences).sum::<usize>() as u64;
+        self.samples += report.sequences;
     }
 }

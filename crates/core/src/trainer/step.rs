@@ -1,6 +1,7 @@
 //! One optimizer step: gradients of every micro-batch, one reduction, clip, AdamW.
 
 use super::optimizer::{self, Buffers};
+use super::ranks::{self, MicroGradient, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::model::{DecoderConfig, Mode, Model, ModelPlan, Pass, WeightSource};
@@ -31,6 +32,10 @@ pub struct TrainerOptions {
     pub max_grad_norm: Option<f64>,
     /// Tokens of the longest micro-batch; sizes the buffers.
     pub max_tokens: usize,
+    /// Sums one gradient per micro-batch in the global order of micro-batches, so that the same rows give
+    /// the same bits for any number of ranks. Moves and holds as many gradients as the step has
+    /// micro-batches, over all ranks.
+    pub deterministic_reduction: bool,
 }
 
 impl Default for TrainerOptions {
@@ -49,6 +54,7 @@ impl Default for TrainerOptions {
             weight_decay: 0.0,
             max_grad_norm: Some(1.0),
             max_tokens: 0,
+            deterministic_reduction: false,
         }
     }
 }
@@ -134,43 +140,83 @@ impl Trainer {
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
-        let sums = self.gradients(micro_batches)?;
-        let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
-        // A GPU is not waited for before the update, unless peers have to be asked.
-        let mut reduced = None;
-        if self.group.world_size() > 1 || !self.options.device.is_cuda() {
-            let mut totals = Totals::new(sums.read()?, tokens);
-            self.group
-                .all_reduce(&mut self.grads, totals.as_mut_slice())?;
-            reduced = Some(totals.sums());
-        }
-        let count = reduced.map_or(sums.label_rows(), |(sums, _)| sums.count);
+        let (sums, reduced) = if self.options.deterministic_reduction {
+            self.gradients_in_order(micro_batches)?
+        } else {
+            self.gradients(micro_batches)?
+        };
+        let count = reduced.map_or(sums.label_rows(), |totals| totals.sums.count);
         check_labels(count)?;
-        if let Some((sums, _)) = reduced {
-            self.check_finite("loss", sums.loss / count as f64)?;
+        if let Some(totals) = reduced {
+            self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
         let grad_norm = self.update(lr, count, &sums)?;
-        let (sums, tokens) = match reduced {
-            Some(reduced) => reduced,
-            None => (sums.read()?, tokens),
+        let totals = match reduced {
+            Some(totals) => totals,
+            None => totals_of(&sums, micro_batches)?,
         };
-        self.check_finite("loss", sums.loss / count as f64)?;
+        let Sums { loss, entropy, .. } = totals.sums;
+        self.check_finite("loss", loss / count as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
         self.step += 1;
         Ok(StepReport {
-            loss_sum: sums.loss,
-            entropy_sum: sums.entropy,
-            trained_tokens: sums.count,
-            correct: sums.correct,
-            tokens,
+            loss_sum: loss,
+            entropy_sum: entropy,
+            trained_tokens: count,
+            correct: totals.sums.correct,
+            tokens: totals.tokens,
+            sequences: totals.sequences,
             grad_norm,
             learning_rate: lr,
         })
     }
 
-    /// Sums of the losses of this rank's micro-batches, and their gradient in `grads`.
-    fn gradients(&mut self, micro_batches: &[PackedBatch]) -> Result<Accumulator> {
+    /// The gradient of every rank's micro-batches in `grads`; their sums on this rank, and over all ranks
+    /// unless they are on a GPU that would have to be waited for.
+    fn gradients(
+        &mut self,
+        micro_batches: &[PackedBatch],
+    ) -> Result<(Accumulator, Option<Totals>)> {
         self.grads.zero();
+        let mut sums = Accumulator::new(&self.options.device);
+        for batch in micro_batches {
+            self.add_gradient(batch, &mut sums)?;
+        }
+        if self.group.world_size() == 1 && self.options.device.is_cuda() {
+            return Ok((sums, None));
+        }
+        let totals = totals_of(&sums, micro_batches)?;
+        let totals = ranks::all_reduce(self.group.as_mut(), &mut self.grads, totals)?;
+        Ok((sums, Some(totals)))
+    }
+
+    /// [`Trainer::gradients`], summed in the global order of micro-batches.
+    fn gradients_in_order(
+        &mut self,
+        micro_batches: &[PackedBatch],
+    ) -> Result<(Accumulator, Option<Totals>)> {
+        let mut mine = Vec::new();
+        let mut last = Accumulator::new(&self.options.device);
+        for batch in micro_batches {
+            let Some(&first_sequence_id) = batch.sequence_ids.first() else {
+                continue;
+            };
+            self.grads.zero();
+            let mut sums = Accumulator::new(&self.options.device);
+            self.add_gradient(batch, &mut sums)?;
+            mine.push(MicroGradient {
+                first_sequence_id,
+                totals: totals_of(&sums, std::slice::from_ref(batch))?,
+                gradient: self.grads.as_slice().to_vec(),
+            });
+            last = sums;
+        }
+        let totals = ranks::sum_in_order(self.group.as_mut(), &mine, &mut self.grads)?;
+        Ok((last, Some(totals)))
+    }
+
+    /// Adds the gradient of one micro-batch to `grads`.
+    fn add_gradient(&mut self, batch: &PackedBatch, sums: &mut Accumulator) -> Result<()> {
         let mode = Mode::Train {
             seed: self.options.seed,
             step: self.step,
@@ -180,28 +226,24 @@ impl Trainer {
             dtype: self.options.activation_dtype,
             mode,
         };
-        let mut sums = Accumulator::new(&self.options.device);
-        for batch in micro_batches {
-            let (params, grads) = (&self.params, &mut self.grads);
-            self.model
-                .loss_and_gradients(pass, params, grads, batch, &mut sums)?;
-        }
-        Ok(sums)
+        let (params, grads) = (&self.params, &mut self.grads);
+        self.model
+            .loss_and_gradients(pass, params, grads, batch, sums)
     }
 
-    /// Loss and accuracy over `batches`, without dropout.
+    /// Loss and accuracy over `batches`, without dropout. Every rank is given all of them and takes its
+    /// share.
     ///
     /// # Errors
     /// If a token id lies outside the vocabulary, or a peer is lost.
     pub fn evaluate(&mut self, batches: &[PackedBatch]) -> Result<EvalReport> {
         let pass = self.eval_pass();
-        let mut sums = Sums::default();
-        for batch in batches {
-            sums += self.model.loss(pass, &self.params, batch)?;
+        let mut totals = Totals::default();
+        let (rank, ranks) = (self.group.rank(), self.group.world_size());
+        for batch in batches.iter().skip(rank).step_by(ranks) {
+            totals.sums += self.model.loss(pass, &self.params, batch)?;
         }
-        let mut totals = Totals::new(sums, 0);
-        self.group.sum_totals(totals.as_mut_slice())?;
-        let (sums, _) = totals.sums();
+        let sums = ranks::sum_totals(self.group.as_mut(), totals)?.sums;
         check_labels(sums.count)?;
         let count = sums.count as f64;
         Ok(EvalReport {
@@ -283,6 +325,31 @@ impl Trainer {
             .copy_from_slice(exp_avg_sq.as_slice());
     }
 
+    /// Makes every rank's parameters, moments and step those of rank 0, which may have restored them.
+    ///
+    /// # Errors
+    /// [`Error::Transient`] if a peer is lost.
+    pub fn follow_first_rank(&mut self) -> Result<()> {
+        let group = self.group.as_mut();
+        if group.world_size() == 1 {
+            return Ok(());
+        }
+        let steps = group.all_gather(&self.step.to_le_bytes())?;
+        self.step = bytemuck::pod_read_unaligned(&steps[0]);
+        for buffer in [&mut self.params, &mut self.exp_avg, &mut self.exp_avg_sq] {
+            group.broadcast(buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Compares the bits of the parameters with every peer's.
+    ///
+    /// # Errors
+    /// [`Error::Transient`] if a peer is lost, or naming the ranks whose parameters differ.
+    pub fn check_replicas(&mut self) -> Result<()> {
+        ranks::check_replicas(self.group.as_mut(), &self.params, self.step)
+    }
+
     /// The peers.
     pub fn group_mut(&mut self) -> &mut dyn ProcessGroup {
         self.group.as_mut()
@@ -348,30 +415,16 @@ impl Trainer {
     }
 }
 
-/// The sums of a step as ranks exchange them. Counts stay exact: they are far below 2^53.
-struct Totals([f64; 5]);
-
-impl Totals {
-    fn new(sums: Sums, tokens: u64) -> Self {
-        let counts = [sums.count, sums.correct, tokens].map(|count| count as f64);
-        Self([sums.loss, sums.entropy, counts[0], counts[1], counts[2]])
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [f64] {
-        &mut self.0
-    }
-
-    /// The sums, and the number of tokens.
-    fn sums(&self) -> (Sums, u64) {
-        let [loss, entropy, count, correct, tokens] = self.0;
-        let sums = Sums {
-            loss,
-            entropy,
-            count: count as u64,
-            correct: correct as u64,
-        };
-        (sums, tokens as u64)
-    }
+/// What `micro_batches` add up to, their losses in `sums`. Waits for a GPU.
+fn totals_of(sums: &Accumulator, micro_batches: &[PackedBatch]) -> Result<Totals> {
+    Ok(Totals {
+        sums: sums.read()?,
+        tokens: micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64,
+        sequences: micro_batches
+            .iter()
+            .map(PackedBatch::sequences)
+            .sum::<usize>() as u64,
+    })
 }
 
 fn check_labels(count: u64) -> Result<()> {

@@ -25,6 +25,11 @@ section! {
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.
         data_seed: Option<u64> = None, TRANSFORMERS;
+        /// Sum one gradient per micro-batch, in their global order: the same bits for any number of
+        /// ranks. Moves and holds as many gradients as a step has micro-batches, over all ranks.
+        deterministic_reduction: bool = false, OURS;
+        /// Steps between comparisons of the trained weights over ranks; 0 for none.
+        replica_check_steps: u64 = 100, OURS;
     }
 }
 
