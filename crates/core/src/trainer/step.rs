@@ -80,6 +80,8 @@ pub struct Trainer {
     /// The optimizer's scalars on a GPU; `None` on a CPU.
     on_gpu: Option<adamw::cuda::Update>,
     options: TrainerOptions,
+    /// Per layer, how much of the front of `grads` is final once backward has passed it.
+    layer_ends: Vec<usize>,
     step: u64,
 }
 
@@ -111,6 +113,11 @@ impl Trainer {
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
         let workspace = Workspace::on(options.device.clone(), options.max_tokens);
         let on_gpu = optimizer::scalars(&options.device, params.layout());
+        let layer_ends = ModelPlan::new(config)
+            .layers
+            .iter()
+            .map(|layer| params.layout().final_after(layer.input_norm.0))
+            .collect();
         Ok(Self {
             model,
             adapter,
@@ -122,6 +129,7 @@ impl Trainer {
             workspace,
             on_gpu,
             options,
+            layer_ends,
             step: 0,
         })
     }
@@ -134,11 +142,12 @@ impl Trainer {
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
-        let sums = self.gradients(micro_batches)?;
-        let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
         // A GPU is not waited for before the update, unless peers have to be asked.
+        let exchanged = self.group.world_size() > 1 || !self.options.device.is_cuda();
+        let sums = self.gradients(micro_batches, exchanged)?;
+        let tokens = micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64;
         let mut reduced = None;
-        if self.group.world_size() > 1 || !self.options.device.is_cuda() {
+        if exchanged {
             let mut totals = Totals::new(sums.read()?, tokens);
             self.group
                 .all_reduce(&mut self.grads, totals.as_mut_slice())?;
@@ -168,8 +177,9 @@ impl Trainer {
         })
     }
 
-    /// Sums of the losses of this rank's micro-batches, and their gradient in `grads`.
-    fn gradients(&mut self, micro_batches: &[PackedBatch]) -> Result<Accumulator> {
+    /// Sums of the losses of this rank's micro-batches, and their gradient in `grads`. With `exchanged`,
+    /// peers begin to sum it during the last backward.
+    fn gradients(&mut self, micro_batches: &[PackedBatch], exchanged: bool) -> Result<Accumulator> {
         self.grads.zero();
         let mode = Mode::Train {
             seed: self.options.seed,
@@ -181,10 +191,24 @@ impl Trainer {
             mode,
         };
         let mut sums = Accumulator::new(&self.options.device);
-        for batch in micro_batches {
-            let (params, grads) = (&self.params, &mut self.grads);
-            self.model
-                .loss_and_gradients(pass, params, grads, batch, &mut sums)?;
+        let (group, ends, mut begun) = (&mut self.group, &self.layer_ends, 0);
+        for (i, batch) in micro_batches.iter().enumerate() {
+            let last = exchanged && i + 1 == micro_batches.len();
+            let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
+                let end = ends[layer];
+                if !last || end <= begun {
+                    return Ok(());
+                }
+                group.reduce_ready(grads, std::mem::replace(&mut begun, end)..end)
+            };
+            self.model.loss_and_gradients_by_layer(
+                pass,
+                &self.params,
+                &mut self.grads,
+                batch,
+                &mut sums,
+                &mut layer_done,
+            )?;
         }
         Ok(sums)
     }
