@@ -54,4 +54,5 @@ library libcuda.so.1 cuda.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp mem
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp
 library libnccl.so.2 nccl.cpp "$out/libcuda.so.1"
+library libnccl-incomplete.so.2 -DFERROTUNE_HOST_NCCL_WITHOUT_FINALIZE nccl.cpp "$out/libcuda.so.1"
 echo "$stamp" >"$out/stamp"
