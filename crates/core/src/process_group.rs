@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::params::FlatBuffer;
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// A process among its peers, known before they meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,18 @@ pub trait ProcessGroup: Debug + Send {
     /// # Errors
     /// [`crate::Error::Transient`] if a peer is lost, or if ranks ask for different things.
     fn all_reduce(&mut self, buffer: &mut FlatBuffer, totals: &mut [f64]) -> Result<()>;
+
+    /// Says that `range` of `gradients` has its final value in this step, before the next
+    /// [`ProcessGroup::all_reduce`] of the same buffer: a group may begin to sum it while backward goes
+    /// on. Ranges come from the front of the buffer on. Ranks need not say it at the same points, and the
+    /// sums have the same bits whether and when it is said. Until then nobody writes that range.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transient`] if a peer is lost.
+    fn reduce_ready(&mut self, gradients: &mut FlatBuffer, range: Range<usize>) -> Result<()> {
+        let _ = (gradients, range);
+        Ok(())
+    }
 
     /// Every rank's bytes, by rank. Lengths may differ.
     ///

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh OUT_DIR [asan]: builds the stand-ins of libcuda, libnvrtc and libcublasLt into OUT_DIR.
+# build.sh OUT_DIR [asan]: builds the stand-ins of libcuda, libnvrtc, libcublasLt and libnccl into OUT_DIR.
 # Does nothing when they are there, made of the same sources by the same compiler. asan: with the
 # address and undefined-behaviour sanitizers; a program that opens these must be built or started
 # with them too (LD_PRELOAD=$(c++ -print-file-name=libasan.so)).
@@ -53,4 +53,6 @@ library libcuda.so.1 cuda.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp mem
     runtime.cpp worker.cpp
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp
+library libnccl.so.2 nccl.cpp "$out/libcuda.so.1"
+library libnccl-incomplete.so.2 -DFERROTUNE_HOST_NCCL_WITHOUT_FINALIZE nccl.cpp "$out/libcuda.so.1"
 echo "$stamp" >"$out/stamp"

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 using namespace ferrotune_host;
 
@@ -15,7 +16,18 @@ namespace {
 struct Event {
     std::chrono::steady_clock::time_point at{};
     bool recorded = false;
+    // What was issued on its stream before it.
+    std::shared_ptr<Progress> progress{};
+    uint64_t after = 0;
+
+    bool reached() const { return progress == nullptr || progress->done.load() >= after; }
 };
+
+void wait_until(const Progress& progress, uint64_t done) {
+    while (progress.done.load() < done) {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
 
 size_t number(const char* variable, size_t otherwise) {
     const char* text = getenv(variable);
@@ -100,6 +112,12 @@ int issue(void* stream, const char* operation, std::function<int()> work) {
 
 bool holds(void* stream, const void* address, size_t bytes) {
     return on_device(static_cast<Stream*>(stream), address, bytes);
+}
+
+std::function<void()> defer(void* stream) {
+    auto progress = static_cast<Stream*>(stream)->progress;
+    progress->issued++;
+    return [progress] { progress->done++; };
 }
 
 } // namespace ferrotune_host
@@ -227,7 +245,17 @@ API int cuStreamSynchronize(Stream* stream) {
     if (const int code = injected("sync")) {
         return stream->fault.stick(code);
     }
+    wait_until(*stream->progress, stream->progress->issued);
     return check_memory(stream->context);
+}
+
+API int cuStreamWaitEvent(Stream* stream, const Event* event, unsigned) {
+    return issue_on(stream, "event", [=] {
+        if (event->progress != nullptr) {
+            wait_until(*event->progress, event->after);
+        }
+        return SUCCESS;
+    });
 }
 
 API int cuDeviceGetDefaultMemPool(void** pool, int ordinal) {
@@ -255,11 +283,25 @@ API int cuEventRecord(Event* event, Stream* stream) {
     return issue_on(stream, "event", [=] {
         event->at = std::chrono::steady_clock::now();
         event->recorded = true;
+        event->progress = stream->progress;
+        event->after = stream->progress->issued;
         return SUCCESS;
     });
 }
 
-API int cuEventSynchronize(Event*) { return ready(); }
+API int cuEventQuery(const Event* event) {
+    if (const int code = ready()) {
+        return code;
+    }
+    return event->reached() ? SUCCESS : NOT_READY;
+}
+
+API int cuEventSynchronize(const Event* event) {
+    if (event->progress != nullptr) {
+        wait_until(*event->progress, event->after);
+    }
+    return ready();
+}
 
 API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
     if (const int code = ready()) {

@@ -1,4 +1,4 @@
-// What the stand-ins of the driver and of cublasLt share.
+// What the stand-ins of the driver, of cublasLt and of NCCL share.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,10 @@ int issue(void* stream, const char* operation, std::function<int()> work);
 
 // Whether one allocation of the stream's device holds the range.
 bool holds(void* stream, const void* address, size_t bytes);
+
+// Says that work issued on a stream goes on after the call; calling the answer says that it ended.
+// Ends count in the order of the stream.
+std::function<void()> defer(void* stream);
 
 #pragma GCC visibility pop
 

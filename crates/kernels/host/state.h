@@ -66,6 +66,11 @@ struct Graph {
     std::vector<Work> nodes;
 };
 
+// Work of a stream that goes on after the call that issued it, counted.
+struct Progress {
+    std::atomic<uint64_t> issued{0}, done{0};
+};
+
 // A fault of its work sticks to a stream alone. On a GPU it takes the whole process; here a test may
 // break its own device while others use theirs.
 struct Stream {
@@ -73,6 +78,7 @@ struct Stream {
     Fault fault{};
     std::unique_ptr<Graph> capture{};
     bool capture_broken = false;
+    std::shared_ptr<Progress> progress = std::make_shared<Progress>();
 };
 
 extern std::vector<std::unique_ptr<Device>> devices;

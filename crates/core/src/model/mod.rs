@@ -68,6 +68,10 @@ struct Saved {
     rstd: Tensor,
 }
 
+/// Told during backward, from the last layer to the first that is trained: the gradients of this layer
+/// and of everything after it have all that this pass adds to them.
+pub type LayerDone<'a> = dyn FnMut(&mut FlatBuffer, usize) -> Result<()> + Send + 'a;
+
 /// Where and in which precision a pass runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
@@ -139,7 +143,23 @@ impl Model {
         batch: &PackedBatch,
         sums: &mut Accumulator,
     ) -> Result<()> {
-        on_worker(|| self.forward_backward(pass, params, grads, batch, sums))
+        self.loss_and_gradients_by_layer(pass, params, grads, batch, sums, &mut |_, _| Ok(()))
+    }
+
+    /// [`Model::loss_and_gradients`] that says when each layer's part of `grads` is complete.
+    ///
+    /// # Errors
+    /// As there, and what `layer_done` returns.
+    pub fn loss_and_gradients_by_layer(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        batch: &PackedBatch,
+        sums: &mut Accumulator,
+        layer_done: &mut LayerDone<'_>,
+    ) -> Result<()> {
+        on_worker(|| self.forward_backward(pass, params, grads, batch, sums, layer_done))
     }
 
     fn forward_backward(
@@ -149,6 +169,7 @@ impl Model {
         grads: &mut FlatBuffer,
         batch: &PackedBatch,
         sums: &mut Accumulator,
+        layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
         let run = self.run(pass, params, batch);
         let mut layers = Vec::with_capacity(self.layers.len());
@@ -174,7 +195,7 @@ impl Model {
             pass.workspace,
         )?;
         pass.workspace.give(hidden);
-        self.backward(&run, grads, saved, d_hidden)
+        self.backward(&run, grads, saved, d_hidden, layer_done)
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -310,6 +331,7 @@ impl Model {
         grads: &mut FlatBuffer,
         saved: Saved,
         d_hidden: Tensor,
+        layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
         let Saved {
             mut layers,
@@ -346,6 +368,7 @@ impl Model {
             }
             let needs_input = embedding.is_some() || index > stop_at;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
+            layer_done(grads, index)?;
         }
         if let Some(id) = embedding {
             embedding::backward(d_stream.view(), &run.ids, grads.view_mut(id))?;

@@ -178,6 +178,16 @@ impl ParamLayout {
         &self.segments[id.0]
     }
 
+    /// Elements at the front of the buffer that belong to tensors first used at `execution_order` or
+    /// later: their gradients are final once backward has passed that point.
+    #[must_use]
+    pub fn final_after(&self, execution_order: usize) -> usize {
+        self.physical()
+            .map(|(_, segment)| segment)
+            .find(|segment| segment.spec.execution_order < execution_order)
+            .map_or(self.len, |segment| segment.offset)
+    }
+
     /// The tensor called `name`.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<ParamId> {
@@ -216,6 +226,20 @@ mod tests {
             layout.physical().map(|(id, _)| id).collect::<Vec<_>>(),
             [b, a]
         );
+    }
+
+    #[test]
+    fn backward_finishes_the_buffer_from_the_front() {
+        let mut builder = ParamLayoutBuilder::new();
+        for (name, len, order) in [("early", 3, 2), ("late", 10, 9), ("late too", 1, 9)] {
+            builder.add(ParamSpec::new(name, [len], order));
+        }
+        let layout = builder.build().expect("unique names");
+        assert_eq!(
+            [10, 9, 8, 3, 2, 0].map(|order| layout.final_after(order)),
+            [0, 16, 16, 16, 20, 20]
+        );
+        assert_eq!(ParamLayout::default().final_after(0), 0);
     }
 
     #[test]

@@ -86,6 +86,8 @@ pub struct Trainer {
     /// The optimizer's scalars on a GPU; `None` on a CPU.
     on_gpu: Option<adamw::cuda::Update>,
     options: TrainerOptions,
+    /// Per layer, how much of the front of `grads` is final once backward has passed it.
+    layer_ends: Vec<usize>,
     step: u64,
 }
 
@@ -117,6 +119,11 @@ impl Trainer {
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
         let workspace = Workspace::on(options.device.clone(), options.max_tokens);
         let on_gpu = optimizer::scalars(&options.device, params.layout());
+        let layer_ends = ModelPlan::new(config)
+            .layers
+            .iter()
+            .map(|layer| params.layout().final_after(layer.input_norm.0))
+            .collect();
         Ok(Self {
             model,
             adapter,
@@ -128,6 +135,7 @@ impl Trainer {
             workspace,
             on_gpu,
             options,
+            layer_ends,
             step: 0,
         })
     }
@@ -179,10 +187,13 @@ impl Trainer {
     ) -> Result<(Accumulator, Option<Totals>)> {
         self.grads.zero();
         let mut sums = Accumulator::new(&self.options.device);
-        for batch in micro_batches {
-            self.add_gradient(batch, &mut sums)?;
+        let peers = self.group.world_size() > 1;
+        for (i, batch) in micro_batches.iter().enumerate() {
+            // Peers begin to sum what is final while the rest is still computed.
+            let is_last = peers && i + 1 == micro_batches.len();
+            self.add_gradient(batch, &mut sums, is_last)?;
         }
-        if self.group.world_size() == 1 && self.options.device.is_cuda() {
+        if !peers && self.options.device.is_cuda() {
             return Ok((sums, None));
         }
         let totals = totals_of(&sums, micro_batches)?;
@@ -203,7 +214,7 @@ impl Trainer {
             };
             self.grads.zero();
             let mut sums = Accumulator::new(&self.options.device);
-            self.add_gradient(batch, &mut sums)?;
+            self.add_gradient(batch, &mut sums, false)?;
             mine.push(MicroGradient {
                 first_sequence_id,
                 totals: totals_of(&sums, std::slice::from_ref(batch))?,
@@ -215,8 +226,14 @@ impl Trainer {
         Ok((last, Some(totals)))
     }
 
-    /// Adds the gradient of one micro-batch to `grads`.
-    fn add_gradient(&mut self, batch: &PackedBatch, sums: &mut Accumulator) -> Result<()> {
+    /// Adds the gradient of one micro-batch to `grads`. After the last one of a step, what a layer leaves
+    /// there is final, and the group hears of it.
+    fn add_gradient(
+        &mut self,
+        batch: &PackedBatch,
+        sums: &mut Accumulator,
+        is_last: bool,
+    ) -> Result<()> {
         let mode = Mode::Train {
             seed: self.options.seed,
             step: self.step,
@@ -226,9 +243,24 @@ impl Trainer {
             dtype: self.options.activation_dtype,
             mode,
         };
-        let (params, grads) = (&self.params, &mut self.grads);
-        self.model
-            .loss_and_gradients(pass, params, grads, batch, sums)
+        let (params, group) = (&self.params, &mut self.group);
+        let (ends, mut begun) = (&self.layer_ends, 0);
+        // What layers after the first trained one leave is final once the last micro-batch has passed.
+        let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
+            let end = ends[layer];
+            if !is_last || end <= begun {
+                return Ok(());
+            }
+            group.reduce_ready(grads, std::mem::replace(&mut begun, end)..end)
+        };
+        self.model.loss_and_gradients_by_layer(
+            pass,
+            params,
+            &mut self.grads,
+            batch,
+            sums,
+            &mut layer_done,
+        )
     }
 
     /// Loss and accuracy over `batches`, without dropout. Every rank is given all of them and takes its

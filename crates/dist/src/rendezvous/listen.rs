@@ -155,7 +155,11 @@ fn listening_inode(table: &str, port: u16) -> Option<u64> {
     table.lines().skip(1).find_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let listens = words.get(1)?.ends_with(&wanted) && *words.get(3)? == LISTEN;
-        if listens { words.get(9)?.parse().ok() } else { None }
+        if listens {
+            words.get(9)?.parse().ok()
+        } else {
+            None
+        }
     })
 }
 
@@ -174,7 +178,10 @@ mod tests {
         assert!(begin.elapsed() < PORT_PATIENCE + Duration::from_secs(2));
         let message = error.to_string();
         let me = format!("process {}", std::process::id());
-        assert!(message.contains(&me) && message.contains(&port.to_string()), "{message}");
+        assert!(
+            message.contains(&me) && message.contains(&port.to_string()),
+            "{message}"
+        );
         assert!(matches!(error, Error::Transient { .. }));
     }
 

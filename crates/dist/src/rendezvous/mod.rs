@@ -63,9 +63,9 @@ pub(crate) fn meet(
     }
     loop {
         let stream = search.connect(&deadline)?;
-        let local = stream.local_addr().map_err(|e| {
-            transient(format!("cannot tell this rank's own address: {e}"))
-        })?;
+        let local = stream
+            .local_addr()
+            .map_err(|e| transient(format!("cannot tell this rank's own address: {e}")))?;
         let ip = data_ip(membership, local.ip());
         let data = TcpListener::bind((ip, 0))
             .map_err(|e| transient(format!("cannot listen on {ip} for data: {e}")))?;
@@ -101,11 +101,7 @@ fn refused(refusal: Refusal) -> Result<Error> {
     }
 }
 
-fn announcement(
-    membership: &Membership,
-    work: &Work,
-    data: std::net::SocketAddr,
-) -> Announcement {
+fn announcement(membership: &Membership, work: &Work, data: std::net::SocketAddr) -> Announcement {
     Announcement {
         launcher: membership.launcher.clone(),
         job_id: membership.job_id.clone(),

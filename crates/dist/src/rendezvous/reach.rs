@@ -214,9 +214,15 @@ impl Search {
             Err(_) => return Err(format!("looking up {} takes too long (DNS)", self.host)),
         };
         let with_port = |port: u16| {
-            found.iter().map(move |address| SocketAddr::new(address.ip(), port))
+            found
+                .iter()
+                .map(move |address| SocketAddr::new(address.ip(), port))
         };
-        Ok(self.ports.iter().flat_map(|&port| with_port(port)).collect())
+        Ok(self
+            .ports
+            .iter()
+            .flat_map(|&port| with_port(port))
+            .collect())
     }
 }
 
@@ -234,7 +240,11 @@ fn cannot_connect(address: SocketAddr, error: &std::io::Error) -> String {
 
 fn cannot_resolve(host: &str, error: &str) -> String {
     // What resolvers say for NXDOMAIN; glibc, musl and macOS.
-    let unknown = ["Name or service not known", "Name does not resolve", "not known"];
+    let unknown = [
+        "Name or service not known",
+        "Name does not resolve",
+        "not known",
+    ];
     if unknown.iter().any(|text| error.contains(text)) {
         format!("the name {host} does not exist (NXDOMAIN): its pod or service is not there yet")
     } else {
@@ -257,8 +267,13 @@ mod tests {
     fn why_not(host: &str, port: u16) -> String {
         let deadline = Deadline::after(Duration::from_millis(300));
         let begin = Instant::now();
-        let error = search(host, port).connect(&deadline).expect_err("nobody there");
-        assert!(begin.elapsed() < Duration::from_secs(5), "held to its deadline");
+        let error = search(host, port)
+            .connect(&deadline)
+            .expect_err("nobody there");
+        assert!(
+            begin.elapsed() < Duration::from_secs(5),
+            "held to its deadline"
+        );
         assert!(matches!(error, Error::Transient { .. }));
         error.to_string()
     }
@@ -272,7 +287,10 @@ mod tests {
         drop(listener);
         let refused = why_not("127.0.0.1", port);
         assert!(refused.contains("refused"), "{refused}");
-        assert!(refused.contains("rank 1") && refused.contains("within 0."), "{refused}");
+        assert!(
+            refused.contains("rank 1") && refused.contains("within 0."),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -40,7 +40,11 @@ impl Outbox {
             .spawn(move || {
                 let written = write_all(&for_writer, &posted, interval, &pulse);
                 // The reader of this end sees the connection end; the peer reads what was sent before.
-                let end = if written.is_ok() { Shutdown::Write } else { Shutdown::Both };
+                let end = if written.is_ok() {
+                    Shutdown::Write
+                } else {
+                    Shutdown::Both
+                };
                 let _ = for_writer.shutdown(end);
             })?;
         Ok(Self {
@@ -95,7 +99,10 @@ fn write_all<M: Serialize>(
 }
 
 /// The next message, or what it means that there is none, in words that fit after a name.
-pub(super) fn next<M: DeserializeOwned>(stream: &TcpStream, silence: Duration) -> Result<M, String> {
+pub(super) fn next<M: DeserializeOwned>(
+    stream: &TcpStream,
+    silence: Duration,
+) -> Result<M, String> {
     read_frame(stream, MAX_MEMBER_FRAME, &Deadline::after(silence)).map_err(|e| match e.kind() {
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
             "its connection was closed".to_owned()

@@ -47,7 +47,11 @@ pub(crate) struct Member {
 
 impl fmt::Display for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rank {} (host {}, pid {})", self.rank, self.host, self.pid)
+        write!(
+            f,
+            "rank {} (host {}, pid {})",
+            self.rank, self.host, self.pid
+        )
     }
 }
 

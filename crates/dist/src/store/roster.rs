@@ -87,7 +87,11 @@ impl Roster {
         self.complete = true;
         Ok(Seated::Complete(Table {
             meeting: self.meeting.clone(),
-            members: self.seats.values().map(|s| s.announcement.member()).collect(),
+            members: self
+                .seats
+                .values()
+                .map(|s| s.announcement.member())
+                .collect(),
         }))
     }
 
@@ -112,7 +116,8 @@ impl Roster {
         }
         if let Some((key, theirs, ours)) = difference(new, &self.host) {
             let host = self.host.member();
-            let message = format!("{who} says {theirs:?}, {host} says {ours:?}: both must be the same");
+            let message =
+                format!("{who} says {theirs:?}, {host} says {ours:?}: both must be the same");
             return refuse(RefusalKind::Mismatch(key.into()), message);
         }
         if new.rank >= self.host.world_size {
@@ -194,7 +199,12 @@ fn difference(
     ours: &Announcement,
 ) -> Option<(&'static str, String, String)> {
     let of = |a: &Announcement| {
-        let Announcement { world_size, nnodes, local_world_size, .. } = a;
+        let Announcement {
+            world_size,
+            nnodes,
+            local_world_size,
+            ..
+        } = a;
         [
             ("launcher", a.launcher.clone()),
             ("job_id", a.job_id.clone()),
@@ -205,7 +215,10 @@ fn difference(
                 format!("{world_size} ranks ({local_world_size} on this node, {nnodes} nodes)"),
             ),
             ("device", format!("device {}", a.device)),
-            ("config_digest", format!("configuration {}", a.config_digest)),
+            (
+                "config_digest",
+                format!("configuration {}", a.config_digest),
+            ),
         ]
     };
     // Nodes may hold different numbers of ranks, as long as all agree on the sum.
@@ -228,7 +241,13 @@ fn ranges(ranks: &[usize]) -> String {
     }
     let words: Vec<String> = runs
         .iter()
-        .map(|(a, b)| if a == b { a.to_string() } else { format!("{a}-{b}") })
+        .map(|(a, b)| {
+            if a == b {
+                a.to_string()
+            } else {
+                format!("{a}-{b}")
+            }
+        })
         .collect();
     words.join(", ")
 }
@@ -275,7 +294,11 @@ mod tests {
             ("nnodes", |a| a.nnodes = 4, "4 nodes"),
             ("world_size", |a| a.world_size = 6, "6 ranks"),
             ("device", |a| a.device = "gpu".into(), "gpu"),
-            ("config_digest", |a| a.config_digest = "d".into(), "configuration d"),
+            (
+                "config_digest",
+                |a| a.config_digest = "d".into(),
+                "configuration d",
+            ),
         ];
         for (key, change, word) in mismatches {
             let refusal = refusal(change);
@@ -307,7 +330,10 @@ mod tests {
         other.device = "gpu".into();
         roster.seat(1, other).expect_err("another device");
         let text = roster.missing();
-        assert!(text.contains("1 of 3") && text.contains("missing: 1-2"), "{text}");
+        assert!(
+            text.contains("1 of 3") && text.contains("missing: 1-2"),
+            "{text}"
+        );
         assert!(text.contains("refused: rank 2"), "{text}");
         assert!(roster.lasting_refusal().is_some());
     }
@@ -317,7 +343,11 @@ mod tests {
         let mut roster = Roster::new(announcement(0), "m".into());
         assert_eq!(roster.begin_step(0, false), (None, false));
         assert_eq!(roster.begin_step(1, false), (None, false));
-        assert_eq!(roster.begin_step(1, true), (Some(2), true), "one has begun step 1");
+        assert_eq!(
+            roster.begin_step(1, true),
+            (Some(2), true),
+            "one has begun step 1"
+        );
         assert_eq!(roster.begin_step(2, true), (Some(2), false));
     }
 }

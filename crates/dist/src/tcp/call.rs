@@ -87,7 +87,10 @@ impl Call {
         // Values travel as they lie in memory; a rank of the other byte order is told apart here.
         to[6..8].copy_from_slice(&1u16.to_ne_bytes());
         let step = self.step.unwrap_or(Self::NO_STEP);
-        for (i, word) in [self.sequence, step, self.totals, self.bytes].iter().enumerate() {
+        for (i, word) in [self.sequence, step, self.totals, self.bytes]
+            .iter()
+            .enumerate()
+        {
             to[8 + 8 * i..16 + 8 * i].copy_from_slice(&word.to_le_bytes());
         }
         to

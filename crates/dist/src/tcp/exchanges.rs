@@ -95,7 +95,11 @@ impl Exchange for Opening<'_> {
         let length = self.mine.len();
         let got = self.received[peer];
         // Totals only once the call is known to be the same: another has another number of them.
-        let end = if got < Call::LENGTH { Call::LENGTH } else { length };
+        let end = if got < Call::LENGTH {
+            Call::LENGTH
+        } else {
+            length
+        };
         &mut self.all[peer * length..][got..end]
     }
 
@@ -146,7 +150,9 @@ impl<'a> Gather<'a> {
             let mut bytes = Vec::new();
             let length = usize::try_from(call.bytes).unwrap_or(usize::MAX);
             bytes.try_reserve_exact(length).map_err(|_| {
-                Fault::Local(format!("no memory for the {length} bytes that rank {peer} sends"))
+                Fault::Local(format!(
+                    "no memory for the {length} bytes that rank {peer} sends"
+                ))
             })?;
             if peer == rank {
                 bytes.extend_from_slice(mine);
@@ -190,7 +196,11 @@ impl Exchange for Gather<'_> {
 
     fn is_done(&self) -> bool {
         self.sent.iter().all(|sent| *sent == self.mine.len())
-            && self.all.iter().zip(&self.received).all(|(all, got)| all.len() == *got)
+            && self
+                .all
+                .iter()
+                .zip(&self.received)
+                .all(|(all, got)| all.len() == *got)
     }
 }
 
@@ -207,7 +217,11 @@ pub(super) struct Broadcast<'a> {
 impl<'a> Broadcast<'a> {
     pub(super) fn new(rank: usize, world: usize, bytes: &'a mut [u8]) -> Self {
         // Rank 6 = 110b hears from 4 = 100b and tells 7 = 111b: the lowest bit set is the parent's to give.
-        let below = if rank == 0 { world } else { rank & rank.wrapping_neg() };
+        let below = if rank == 0 {
+            world
+        } else {
+            rank & rank.wrapping_neg()
+        };
         let children = std::iter::successors(Some(1usize), |bit| bit.checked_mul(2))
             .take_while(|bit| *bit < below)
             .map(|bit| rank + bit)

@@ -66,27 +66,48 @@ pub(super) fn connect(rank: usize, met: Met, timing: &Timing) -> Result<(Control
     };
     let arrived = Arrived::default();
     let for_gate = Arc::clone(&arrived);
-    let gate = Gate::open(vec![data], subject.clone(), token.clone(), move |stream, from| {
-        let deadline = Deadline::after(DIAL);
-        match read_frame::<usize>(&stream, IDENTITY, &deadline) {
-            Ok(peer) => {
-                let mut streams = lock(&for_gate.0);
-                streams.insert(peer, stream);
-                for_gate.1.notify_all();
+    let gate = Gate::open(
+        vec![data],
+        subject.clone(),
+        token.clone(),
+        move |stream, from| {
+            let deadline = Deadline::after(DIAL);
+            match read_frame::<usize>(&stream, IDENTITY, &deadline) {
+                Ok(peer) => {
+                    let mut streams = lock(&for_gate.0);
+                    streams.insert(peer, stream);
+                    for_gate.1.notify_all();
+                }
+                Err(e) => tracing::debug!("data: {from}: {e}"),
             }
-            Err(e) => tracing::debug!("data: {from}: {e}"),
-        }
-    })
-    .map_err(|e| control.fail(None, format!("rank {rank} cannot take data connections: {e}")))?;
+        },
+    )
+    .map_err(|e| {
+        control.fail(
+            None,
+            format!("rank {rank} cannot take data connections: {e}"),
+        )
+    })?;
     let mut streams = BTreeMap::new();
     for peer in &control.members()[..rank] {
-        streams.insert(peer.rank, call(&control, rank, peer, &subject, &token, &deadline)?);
+        streams.insert(
+            peer.rank,
+            call(&control, rank, peer, &subject, &token, &deadline)?,
+        );
     }
     streams.append(&mut wait(&control, rank, &arrived, &deadline)?);
     drop(gate);
     for stream in streams.values() {
-        tune_data(stream, timing.dead_after, timing.first_call.max(timing.call)).map_err(|e| {
-            control.fail(None, format!("rank {rank} cannot set up a data connection: {e}"))
+        tune_data(
+            stream,
+            timing.dead_after,
+            timing.first_call.max(timing.call),
+        )
+        .map_err(|e| {
+            control.fail(
+                None,
+                format!("rank {rank} cannot set up a data connection: {e}"),
+            )
         })?;
     }
     let world = control.members().len();

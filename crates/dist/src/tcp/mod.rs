@@ -191,7 +191,9 @@ impl Tcp {
         if let Some(message) = control.failure() {
             return Err(Error::Transient { message });
         }
-        let mut opening = active.opening.open(call, totals, self.rank, self.world_size);
+        let mut opening = active
+            .opening
+            .open(call, totals, self.rank, self.world_size);
         let opened = pump::run(mesh, &mut opening, &active.deadline, &|| {
             control.failure().is_some()
         });
@@ -215,7 +217,14 @@ struct Active<'a> {
 
 impl Active<'_> {
     fn run(&self, exchange: &mut impl Exchange) -> Result<()> {
-        run(self.control, self.mesh, &self.call, self.rank, &self.deadline, exchange)
+        run(
+            self.control,
+            self.mesh,
+            &self.call,
+            self.rank,
+            &self.deadline,
+            exchange,
+        )
     }
 
     fn explain(&self, fault: Fault) -> Error {
@@ -236,11 +245,18 @@ fn run(
 }
 
 /// Tells the group of a fault, and returns the group's first failure.
-fn explain(control: &Control, call: &Call, rank: usize, deadline: &Deadline, fault: Fault) -> Error {
+fn explain(
+    control: &Control,
+    call: &Call,
+    rank: usize,
+    deadline: &Deadline,
+    fault: Fault,
+) -> Error {
     match fault {
-        Fault::Lost { peer, why } => {
-            control.fail(Some(peer), format!("rank {peer} {why} to rank {rank} during {call}"))
-        }
+        Fault::Lost { peer, why } => control.fail(
+            Some(peer),
+            format!("rank {peer} {why} to rank {rank} during {call}"),
+        ),
         Fault::Late { peer } => control.fail(
             Some(peer),
             format!(
@@ -285,7 +301,16 @@ impl ProcessGroup for Tcp {
         let Some(active) = self.open(Operation::AllReduce, totals, size_of_val(values))? else {
             return Ok(());
         };
-        let Active { rank, world, control, mesh, call, deadline, scratch, .. } = active;
+        let Active {
+            rank,
+            world,
+            control,
+            mesh,
+            call,
+            deadline,
+            scratch,
+            ..
+        } = active;
         let mut ring = Ring::new(rank, world, values, scratch);
         run(control, mesh, &call, rank, &deadline, &mut ring)
     }
@@ -307,7 +332,11 @@ impl ProcessGroup for Tcp {
         let Some(active) = self.open(Operation::Broadcast, &mut [], size_of_val(values))? else {
             return Ok(());
         };
-        active.run(&mut Broadcast::new(rank, world, bytemuck::cast_slice_mut(values)))
+        active.run(&mut Broadcast::new(
+            rank,
+            world,
+            bytemuck::cast_slice_mut(values),
+        ))
     }
 }
 

@@ -58,14 +58,18 @@ fn reductions_agree_on_every_rank_over_many_rounds() {
                 let values: Vec<f32> = (0..length).map(|i| 0.1 * (i + rank) as f32).collect();
                 let mut floats = buffer(&values);
                 let mut totals = [rank as f64, 1e15 + rank as f64];
-                group.all_reduce(&mut floats, &mut totals).expect("peers live");
+                group
+                    .all_reduce(&mut floats, &mut totals)
+                    .expect("peers live");
                 let ranks = (0..world).map(|r| r as f64);
                 assert_eq!(totals[0], ranks.clone().sum::<f64>());
                 assert_eq!(totals[1], ranks.map(|r| 1e15 + r).sum::<f64>());
                 let mut same = buffer(&vec![rank as f32; length]);
                 group.broadcast(&mut same).expect("peers live");
                 assert!(same.as_slice()[..length].iter().all(|v| *v == 0.0));
-                let all = group.all_gather(&vec![rank as u8; 1000 * rank]).expect("peers live");
+                let all = group
+                    .all_gather(&vec![rank as u8; 1000 * rank])
+                    .expect("peers live");
                 for (peer, bytes) in all.iter().enumerate() {
                     assert_eq!(*bytes, vec![peer as u8; 1000 * peer]);
                 }
@@ -78,7 +82,10 @@ fn reductions_agree_on_every_rank_over_many_rounds() {
         assert!(results.iter().all(|r| bits(r) == bits(&results[0])));
         for (i, value) in results[0].iter().take(300_001).enumerate().step_by(1013) {
             let exact: f32 = (0..world).map(|rank| 0.1 * (i + rank) as f32).sum();
-            assert!((value - exact).abs() <= 1e-6 * exact, "{value} is not {exact}");
+            assert!(
+                (value - exact).abs() <= 1e-6 * exact,
+                "{value} is not {exact}"
+            );
         }
     }
 }
@@ -90,7 +97,9 @@ fn totals_are_summed_in_rank_order() {
     let in_order: f64 = values.iter().sum();
     let sums = on_each_rank(4, &timing(), |mut group| {
         let mut totals = [values[group.rank()]];
-        group.all_reduce(&mut buffer(&[0.0]), &mut totals).expect("peers live");
+        group
+            .all_reduce(&mut buffer(&[0.0]), &mut totals)
+            .expect("peers live");
         totals[0]
     });
     assert_eq!(sums, [in_order; 4]);
@@ -140,7 +149,11 @@ fn a_rank_that_leaves_is_an_error_on_the_others_not_a_hang() {
             }
         });
         assert!(begin.elapsed() < Duration::from_secs(5));
-        for (rank, result) in results.into_iter().enumerate().filter(|(r, _)| *r != leaver) {
+        for (rank, result) in results
+            .into_iter()
+            .enumerate()
+            .filter(|(r, _)| *r != leaver)
+        {
             let text = message(result);
             let name = format!("rank {leaver} ");
             assert!(text.contains(&name), "rank {rank} of {leaver}: {text}");
@@ -199,7 +212,10 @@ fn diverging_calls_are_an_error_on_every_rank_that_names_both() {
         for result in results {
             let text = message(result);
             let both = words.iter().all(|word| text.contains(word));
-            assert!(both && text.contains("diverged") && text.contains("rank 2"), "{text}");
+            assert!(
+                both && text.contains("diverged") && text.contains("rank 2"),
+                "{text}"
+            );
         }
     }
 }
@@ -228,7 +244,9 @@ fn an_abort_from_another_thread_wakes_a_call_on_every_rank() {
                 while handle.failure().is_none() {
                     thread::sleep(Duration::from_millis(1));
                 }
-                Err(Error::Transient { message: handle.failure().unwrap_or_default() })
+                Err(Error::Transient {
+                    message: handle.failure().unwrap_or_default(),
+                })
             }
             1 => thread::scope(|scope| {
                 scope.spawn(move || {
@@ -261,7 +279,10 @@ fn a_peer_that_is_late_is_named_at_the_deadline() {
     assert!(begin.elapsed() < Duration::from_secs(5));
     for result in results {
         let text = message(result);
-        assert!(text.contains("waited 0.3 s for rank 1 in all_gather"), "{text}");
+        assert!(
+            text.contains("waited 0.3 s for rank 1 in all_gather"),
+            "{text}"
+        );
     }
 }
 
@@ -270,5 +291,9 @@ fn the_measure_checks_its_sums() {
     let times = on_each_rank(2, &timing(), |mut group| {
         measure_all_reduce(&mut group, 4 << 20, 5).expect("peers live")
     });
-    assert!(times.iter().all(|t| t.len() == 5 && t.iter().all(|s| *s > 0.0)));
+    assert!(
+        times
+            .iter()
+            .all(|t| t.len() == 5 && t.iter().all(|s| *s > 0.0))
+    );
 }

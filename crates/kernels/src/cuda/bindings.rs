@@ -64,6 +64,7 @@ table! {
             context_set_current = "cuCtxSetCurrent" (Raw) -> u32;
             stream_create = "cuStreamCreate" (*mut Raw, c_uint) -> u32;
             stream_destroy = "cuStreamDestroy_v2" (Raw) -> u32;
+            stream_wait_event = "cuStreamWaitEvent" (Raw, Raw, c_uint) -> u32;
             stream_synchronize = "cuStreamSynchronize" (Raw) -> u32;
             default_pool = "cuDeviceGetDefaultMemPool" (*mut Raw, c_int) -> u32;
             pool_set_attribute = "cuMemPoolSetAttribute" (Raw, c_int, *mut c_void) -> u32;
@@ -85,6 +86,7 @@ table! {
             event_create = "cuEventCreate" (*mut Raw, c_uint) -> u32;
             event_destroy = "cuEventDestroy_v2" (Raw) -> u32;
             event_record = "cuEventRecord" (Raw, Raw) -> u32;
+            event_query = "cuEventQuery" (Raw) -> u32;
             event_synchronize = "cuEventSynchronize" (Raw) -> u32;
             event_elapsed = "cuEventElapsedTime" (*mut f32, Raw, Raw) -> u32;
             capture_begin = "cuStreamBeginCapture_v2" (Raw, c_uint) -> u32;

@@ -44,22 +44,36 @@ pub(super) fn set_once(place: &OnceLock<PathBuf>, path: &Path, op: &'static str)
 }
 
 /// A library that stays open for the life of the process.
-pub(super) struct Opened {
+#[derive(Debug)]
+pub struct Opened {
     library: ManuallyDrop<Library>,
     path: PathBuf,
+    oldest: &'static str,
 }
 
 impl Opened {
+    /// Where it was found: a path, or a name that the system loader knew.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The function `name`.
+    ///
+    /// # Errors
+    /// If the library has no such function.
     ///
     /// # Safety
     /// `T` must be the type of that function.
-    pub(super) unsafe fn symbol<T: Copy>(&self, name: &'static str) -> Result<T> {
+    pub unsafe fn symbol<T: Copy>(&self, name: &'static str) -> Result<T> {
         // SAFETY: the caller vouches for the type.
         unsafe { self.optional_symbol(name) }.ok_or_else(|| Error::Library {
             library: self.path.display().to_string(),
             problem: format!("has no function {name}"),
-            fix: "it is older than CUDA 12 or not this library at all; install a newer one".into(),
+            fix: format!(
+                "it is older than {} or not this library at all; install a newer one",
+                self.oldest
+            ),
         })
     }
 
@@ -74,17 +88,27 @@ impl Opened {
     }
 }
 
-/// What is looked for.
-struct Wanted {
-    name: &'static str,
+/// A library that is looked for.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// What errors call it.
+    pub name: &'static str,
+    /// The file, or a folder that holds it; if set, it is looked for nowhere else.
+    pub given: Option<PathBuf>,
     /// Sonames, best first.
-    sonames: Vec<String>,
+    pub sonames: Vec<String>,
     /// Folders of a pip root (`.../site-packages`) that can hold it.
-    wheels: &'static [&'static str],
-    /// Files of its own folder that it opens by bare name.
-    companions: &'static str,
-    fix: &'static str,
+    pub wheels: &'static [&'static str],
+    /// Files of its own folder that it opens by bare name start like this; empty for none.
+    pub companions: &'static str,
+    /// The oldest release that has every function.
+    pub oldest: &'static str,
+    /// What helps where there is none.
+    pub fix: &'static str,
 }
+
+/// The toolkit's oldest release.
+const OLDEST_TOOLKIT: &str = "CUDA 12";
 
 /// The driver, probed: present, new enough, and initialised.
 pub(super) fn driver() -> Result<&'static Driver> {
@@ -93,9 +117,11 @@ pub(super) fn driver() -> Result<&'static Driver> {
     once(&TABLE, &OPENING, || {
         let opened = open(&Wanted {
             name: "libcuda",
+            given: None,
             sonames: vec!["libcuda.so.1".into()],
             wheels: &[],
             companions: "",
+            oldest: OLDEST_TOOLKIT,
             fix: "it comes with the NVIDIA driver: install one (525 or newer), or start the \
                   container with GPU access (docker: --gpus all; Kubernetes: a limit of \
                   nvidia.com/gpu)",
@@ -128,9 +154,11 @@ pub(super) fn nvrtc() -> Result<&'static Nvrtc> {
     once(&TABLE, &OPENING, || {
         Nvrtc::load(&open(&Wanted {
             name: "libnvrtc",
+            given: None,
             sonames: versioned("libnvrtc.so"),
             wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
             companions: "libnvrtc-builtins.so",
+            oldest: OLDEST_TOOLKIT,
             fix: "`pip install nvidia-cuda-nvrtc` (nvidia-cuda-nvrtc-cu12 for a CUDA 12 driver), \
                   or point FERROTUNE_CUDA_LIBRARIES at the folder that has it, or point \
                   FERROTUNE_KERNELS at kernels compiled elsewhere",
@@ -145,9 +173,11 @@ pub(super) fn cublaslt() -> Result<&'static CublasLt> {
     once(&TABLE, &OPENING, || {
         CublasLt::load(&open(&Wanted {
             name: "libcublasLt",
+            given: None,
             sonames: versioned("libcublasLt.so"),
             wheels: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
             companions: "",
+            oldest: OLDEST_TOOLKIT,
             fix: "`pip install nvidia-cublas` (nvidia-cublas-cu12 for a CUDA 12 driver), or point \
                   FERROTUNE_CUDA_LIBRARIES at the folder that has it",
         })?)
@@ -196,7 +226,13 @@ fn version_text(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-fn open(wanted: &Wanted) -> Result<Opened> {
+/// Opens a library of NVIDIA's, for the life of the process: where `wanted` says, else in the folder of
+/// [`set_library_directory`] or `FERROTUNE_CUDA_LIBRARIES`, by the names the system loader knows, and
+/// where pip, conda and the toolkit put libraries.
+///
+/// # Errors
+/// If it is in none of these places; the message has every path tried, and why it did not do.
+pub fn open(wanted: &Wanted) -> Result<Opened> {
     let mut tried = Vec::new();
     for path in candidates(wanted) {
         if path.components().count() > 1 {
@@ -212,6 +248,7 @@ fn open(wanted: &Wanted) -> Result<Opened> {
                 return Ok(Opened {
                     library: ManuallyDrop::new(library),
                     path,
+                    oldest: wanted.oldest,
                 });
             }
             Err(error) => tried.push(format!("{}: {}", path.display(), reason(&error))),
@@ -258,18 +295,18 @@ fn reason(error: &libloading::Error) -> String {
 
 /// Absolute paths and bare sonames, in the order they are tried.
 fn candidates(wanted: &Wanted) -> Vec<PathBuf> {
+    if let Some(given) = &wanted.given {
+        return if given.is_dir() {
+            in_folder(given, wanted)
+        } else {
+            vec![given.clone()]
+        };
+    }
     let mut paths = Vec::new();
     let given = DIRECTORY.get().cloned();
     let given = given.or_else(|| env::var_os(DIRECTORY_VARIABLE).map(PathBuf::from));
     for folder in given.iter().filter_map(|path| path.canonicalize().ok()) {
-        for place in std::iter::once("").chain(wanted.wheels.iter().copied()) {
-            paths.extend(
-                wanted
-                    .sonames
-                    .iter()
-                    .map(|name| folder.join(place).join(name)),
-            );
-        }
+        paths.extend(in_folder(&folder, wanted));
     }
     paths.extend(wanted.sonames.iter().map(PathBuf::from));
     for folder in known_folders(wanted) {
@@ -282,6 +319,16 @@ fn candidates(wanted: &Wanted) -> Vec<PathBuf> {
         );
     }
     paths
+}
+
+/// The library in `folder` itself, and in its wheels if it is a pip root.
+fn in_folder(folder: &Path, wanted: &Wanted) -> Vec<PathBuf> {
+    let places = std::iter::once("").chain(wanted.wheels.iter().copied());
+    let names = |place| {
+        let folder = folder.join(place);
+        wanted.sonames.iter().map(move |name| folder.join(name))
+    };
+    places.flat_map(names).collect()
 }
 
 /// Folders outside the loader's path that may hold a toolkit library.
@@ -359,9 +406,11 @@ mod tests {
     fn a_missing_library_names_what_was_tried_and_what_helps() {
         let wanted = Wanted {
             name: "libmissing",
+            given: None,
             sonames: vec!["libferrotune-missing.so.13".into()],
             wheels: &["nvidia/missing/lib"],
             companions: "",
+            oldest: "CUDA 12",
             fix: "install it",
         };
         let error = open(&wanted).err().expect("there is no such library");

@@ -18,6 +18,7 @@ mod library;
 mod memory;
 mod registry;
 pub(crate) mod rows;
+mod side_stream;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -31,10 +32,13 @@ pub(crate) use gemm::{Gemm, Operand};
 pub use gemm::{GemmRecord, GemmTuning};
 pub use graph::{Captured, Graph};
 pub(crate) use launch::Grid;
-pub use library::set_library_directory;
+pub use library::{
+    Opened as OpenedLibrary, Wanted as WantedLibrary, open as open_library, set_library_directory,
+};
 pub use memory::Memory;
 pub(crate) use memory::Pitch;
 pub use registry::modules;
+pub use side_stream::{Event, SideStream};
 
 use crate::{Error, Result};
 use bindings::{Driver, Raw};

@@ -73,6 +73,13 @@ impl<'a> ViewMut<'a> {
         self.pitch
     }
 
+    /// Address of the first element in the memory of its GPU, for libraries that take one; `None` on
+    /// the host.
+    #[must_use]
+    pub fn device_address(&mut self) -> Option<u64> {
+        self.data.cuda().map(|slice| slice.ptr())
+    }
+
     /// A shorter borrow of the same rectangle.
     #[must_use]
     pub fn reborrow(&mut self) -> ViewMut<'_> {

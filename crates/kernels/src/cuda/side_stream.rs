@@ -1,0 +1,157 @@
+//! A second stream beside the one of operations, for libraries that bring their own kernels, and the
+//! events that order the two.
+
+use super::{CudaDevice, Handle};
+use crate::Result;
+use cudarc::driver::sys as cu;
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+/// A stream beside the one on which the operations of this crate run. What is issued here runs at the
+/// same time as those, in its own order.
+pub struct SideStream {
+    device: Arc<CudaDevice>,
+    stream: Handle,
+}
+
+impl fmt::Debug for SideStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SideStream on {:?}", self.device)
+    }
+}
+
+/// A point of a stream: once it is passed, everything issued before it is done.
+pub struct Event {
+    device: Arc<CudaDevice>,
+    event: Handle,
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Event on {:?}", self.device)
+    }
+}
+
+impl CudaDevice {
+    /// Makes this GPU the current one of the calling thread, as libraries that find it so need it.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn make_current(&self) -> Result<()> {
+        self.enter()
+    }
+
+    /// A new stream.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn side_stream(self: &Arc<Self>) -> Result<SideStream> {
+        self.enter()?;
+        let mut stream = std::ptr::null_mut();
+        let flags = cu::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the pointer is valid for one handle.
+        let status = unsafe { (self.driver.stream_create)(&mut stream, flags) };
+        self.done("opening a stream", status)?;
+        Ok(SideStream {
+            device: Arc::clone(self),
+            stream: Handle(stream),
+        })
+    }
+
+    /// The point after everything that operations have issued so far.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn event(self: &Arc<Self>) -> Result<Event> {
+        self.event_on(self.stream)
+    }
+
+    fn event_on(self: &Arc<Self>, stream: Handle) -> Result<Event> {
+        self.enter()?;
+        let mut event = std::ptr::null_mut();
+        let flags = cu::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the pointer is valid for one handle.
+        let status = unsafe { (self.driver.event_create)(&mut event, flags) };
+        self.done("creating an event", status)?;
+        let event = Event {
+            device: Arc::clone(self),
+            event: Handle(event),
+        };
+        // SAFETY: event and stream are open.
+        let status = unsafe { (self.driver.event_record)(event.event.0, stream.0) };
+        self.done("marking a point of the stream", status)?;
+        Ok(event)
+    }
+}
+
+impl SideStream {
+    /// The GPU.
+    #[must_use]
+    pub fn device(&self) -> &Arc<CudaDevice> {
+        &self.device
+    }
+
+    /// The driver's handle (`CUstream`, `cudaStream_t`), open as long as `self` lives.
+    #[must_use]
+    pub fn as_raw(&self) -> *mut c_void {
+        self.stream.0
+    }
+
+    /// What is issued here from now on runs after `event`.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.device.enter()?;
+        // SAFETY: event and stream are open; an event may be destroyed while a stream waits for it.
+        let status =
+            unsafe { (self.device.driver.stream_wait_event)(self.stream.0, event.event.0, 0) };
+        self.device.done("ordering two streams", status)
+    }
+
+    /// The point after everything issued here so far.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn event(&self) -> Result<Event> {
+        self.device.event_on(self.stream)
+    }
+}
+
+impl Drop for SideStream {
+    fn drop(&mut self) {
+        // SAFETY: open, and closed nowhere else; the driver lets work in progress end.
+        unsafe {
+            (self.device.driver.context_set_current)(self.device.context.0);
+            (self.device.driver.stream_destroy)(self.stream.0);
+        }
+    }
+}
+
+impl Event {
+    /// Whether its stream has passed it. Does not wait.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn is_done(&self) -> Result<bool> {
+        self.device.enter()?;
+        // SAFETY: the event is open.
+        let status = unsafe { (self.device.driver.event_query)(self.event.0) };
+        if status == cu::cudaError_enum::CUDA_ERROR_NOT_READY as u32 {
+            return Ok(false);
+        }
+        self.device.done("asking for an event", status)?;
+        Ok(true)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: open, and closed nowhere else; the driver keeps it until no stream waits for it.
+        unsafe {
+            (self.device.driver.context_set_current)(self.device.context.0);
+            (self.device.driver.event_destroy)(self.event.0);
+        }
+    }
+}
