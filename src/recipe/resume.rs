@@ -17,7 +17,7 @@ use std::path::Path;
 /// point at is compared by digest, so that it may lie elsewhere. Of the others only `max_steps` and
 /// `num_train_epochs` can change what is trained, through a schedule that depends on the run's
 /// length: to make a run longer is a choice.
-const FREE_KEYS: [&str; 26] = [
+const FREE_KEYS: [&str; 27] = [
     "chat_template_path",
     "dataset_name",
     "dataset_test_split",
@@ -27,6 +27,7 @@ const FREE_KEYS: [&str; 26] = [
     "eval_packing",
     "eval_steps",
     "eval_strategy",
+    "gradient_checkpointing",
     "logging_first_step",
     "logging_steps",
     "logging_strategy",

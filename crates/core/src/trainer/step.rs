@@ -3,7 +3,7 @@
 use super::optimizer::{self, Buffers};
 use crate::adapter::{Adapter, Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::model::{DecoderConfig, Mode, Model, ModelPlan, Pass, WeightSource};
+use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
@@ -31,6 +31,9 @@ pub struct TrainerOptions {
     pub max_grad_norm: Option<f64>,
     /// Tokens of the longest micro-batch; sizes the buffers.
     pub max_tokens: usize,
+    /// What each layer keeps for its backward; layers without a policy keep everything. Memory and
+    /// speed depend on it, results do not.
+    pub keep: Vec<Keep>,
 }
 
 impl Default for TrainerOptions {
@@ -49,6 +52,7 @@ impl Default for TrainerOptions {
             weight_decay: 0.0,
             max_grad_norm: Some(1.0),
             max_tokens: 0,
+            keep: Vec::new(),
         }
     }
 }
@@ -98,13 +102,14 @@ impl Trainer {
     ) -> Result<Self> {
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
-        let model = Model::load(
+        let mut model = Model::load(
             config,
             attachments,
             source,
             &mut params,
             options.weight_dtype,
         )?;
+        model.set_keep(&options.keep);
         adapter.init(&mut params, options.seed)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
