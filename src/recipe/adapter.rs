@@ -41,13 +41,17 @@ pub(super) fn attach(
     Ok(Attached {
         trainable: builder.build()?.trainable(),
         notes: rank_notes(&sites, &attachments),
+        attachments,
     })
 }
 
 /// A method on the shape of a base, before there is room for it.
+#[derive(Debug)]
 pub(super) struct Attached {
     /// Trainable scalars.
     pub(super) trainable: usize,
+    /// What stands at which site.
+    pub(super) attachments: Vec<(SiteId, Attachment)>,
     /// What the user may want to know.
     pub(super) notes: Vec<String>,
 }

@@ -1,5 +1,9 @@
 //! Data of a run: files to examples, examples to the micro-batches of each step.
 
+mod workload;
+
+pub(super) use workload::workload;
+
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
     BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, Row,
@@ -217,16 +221,6 @@ impl<'a> EpochData<'a> {
     pub fn steps_per_epoch(&self) -> u64 {
         self.steps_per_epoch
     }
-
-    /// Tokens of the largest micro-batch that any order can make.
-    #[must_use]
-    pub fn max_tokens(&self) -> usize {
-        largest_sum(
-            &self.bins,
-            self.examples,
-            self.plan.per_device_train_batch_size,
-        )
-    }
 }
 
 impl StepData for EpochData<'_> {
@@ -268,12 +262,6 @@ pub fn eval_batches(config: &TrainConfig, dataset: &Dataset) -> Vec<PackedBatch>
         .collect()
 }
 
-/// Tokens of the largest evaluation batch.
-pub(super) fn max_eval_tokens(config: &TrainConfig, dataset: Option<&Dataset>) -> usize {
-    let batches = dataset.map(|d| eval_batches(config, d)).unwrap_or_default();
-    batches.iter().map(PackedBatch::tokens).max().unwrap_or(0)
-}
-
 /// Rows that share a line of a batch: one each, or bins of `max_length` tokens.
 fn bins(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<Vec<usize>> {
     match data.max_length {
@@ -290,10 +278,4 @@ pub(super) fn lines(data: &DataArguments, dataset: &Dataset, packing: bool) -> V
 fn line_tokens(bins: &[Vec<usize>], examples: &[Example]) -> Vec<usize> {
     let tokens = |bin: &Vec<usize>| bin.iter().map(|&i| examples[i].len()).sum();
     bins.iter().map(tokens).collect()
-}
-
-fn largest_sum(bins: &[Vec<usize>], examples: &[Example], count: usize) -> usize {
-    let mut tokens = line_tokens(bins, examples);
-    tokens.sort_unstable_by(|a, b| b.cmp(a));
-    tokens.iter().take(count).sum()
 }

@@ -3,44 +3,33 @@
 #[cfg(test)]
 mod tests;
 
+use super::adapter::{self, Attached};
 use super::memory::{Base, least_trained};
-use super::{Recipe, adapter, data};
+use super::{Recipe, data};
 use ferrotune_core::config::TrainConfig;
+use ferrotune_core::model::Workload;
 
 /// A suggestion leaves one part in so many free: memory comes and goes from one start to the next.
 const SPARE: u64 = 16;
 /// Rows shorter than this are no training worth a suggestion.
 const SHORTEST: usize = 16;
 
-/// [`changes`] of a recipe, on a machine with `available` bytes.
-pub(super) fn changes_of(recipe: &Recipe, available: u64) -> Vec<String> {
-    let rows = Rows::of(recipe);
-    let base = Base::of(recipe);
-    changes(
-        &recipe.config,
-        base,
-        Some(recipe.trainable),
-        Some(&rows),
-        available,
-    )
-}
-
 /// Changes that make the run fit, at the largest value that does: of one key, else of several
 /// together. Each was put through the check that refused the run.
 ///
-/// Without `rows`, activations are not counted; without `trainable`, the scalars that `config`
-/// trains are too many to lay out.
+/// Without `rows`, activations are not counted; without `attached`, the scalars that `config` trains
+/// are too many to lay out.
 pub(super) fn changes(
     config: &TrainConfig,
     base: Base<'_>,
-    trainable: Option<usize>,
+    attached: Option<&Attached>,
     rows: Option<&Rows>,
     available: u64,
 ) -> Vec<String> {
     let search = Search {
         config,
         base,
-        trainable,
+        attached,
         rows,
         budget: available - available / SPARE,
     };
@@ -64,31 +53,28 @@ fn written(config: &TrainConfig, changed: &TrainConfig) -> String {
 struct Search<'a> {
     config: &'a TrainConfig,
     base: Base<'a>,
-    trainable: Option<usize>,
+    attached: Option<&'a Attached>,
     rows: Option<&'a Rows>,
     budget: u64,
 }
 
 impl Search<'_> {
     fn fits(&self, candidate: &TrainConfig) -> bool {
-        let Some(trainable) = self.trainable(candidate) else {
-            return false;
-        };
-        let tokens = self.rows.map_or(0, |rows| rows.tokens(candidate));
-        let needs = self.base.needs(candidate, trainable, tokens);
-        needs.total() <= self.budget
-    }
-
-    /// Scalars that `candidate` trains, unless they are too many to lay out.
-    fn trainable(&self, candidate: &TrainConfig) -> Option<usize> {
         if candidate.lora == self.config.lora {
-            return self.trainable;
+            return self.attached.is_some_and(|a| self.fits_with(candidate, a));
         }
         if least_trained(candidate) > self.budget {
-            return None;
+            // Too many to lay out.
+            return false;
         }
         let attached = adapter::attach(candidate, self.base.directory, self.base.decoder);
-        attached.ok().map(|a| a.trainable)
+        attached.is_ok_and(|attached| self.fits_with(candidate, &attached))
+    }
+
+    fn fits_with(&self, candidate: &TrainConfig, attached: &Attached) -> bool {
+        let workload = self.rows.map(|rows| rows.workload(candidate));
+        let needs = self.base.needs(candidate, attached, workload.as_ref());
+        needs.total() <= self.budget
     }
 
     fn one_key(&self) -> Vec<TrainConfig> {
@@ -194,6 +180,7 @@ fn batches_of(config: &TrainConfig, size: usize) -> TrainConfig {
 #[derive(Debug)]
 pub(super) struct Rows {
     max_length: Option<usize>,
+    mean_length: f64,
     train: Lengths,
     eval: Option<Lengths>,
 }
@@ -215,6 +202,7 @@ impl Rows {
         let lengths = |dataset, packing| Lengths::new(data::lines(data, dataset, packing), dataset);
         Self {
             max_length: data.max_length,
+            mean_length: recipe.workload.mean_length,
             train: lengths(&recipe.dataset, data.packing),
             eval: (recipe.eval_dataset.as_ref())
                 .map(|dataset| lengths(dataset, data.packs_evaluation())),
@@ -230,6 +218,17 @@ impl Rows {
         let eval = self.eval.as_ref().and_then(|eval| eval.rows.first());
         let longest = self.train.rows.first().max(eval);
         longest.copied().unwrap_or(0)
+    }
+
+    /// The micro-batches as `config` says, each number of label rows up to the largest possible.
+    fn workload(&self, config: &TrainConfig) -> Workload {
+        let tokens = self.tokens(config);
+        let powers = (0..usize::BITS).map(|bits| 1 << bits);
+        Workload {
+            tokens,
+            label_rows: powers.take_while(|rows| *rows <= tokens).collect(),
+            mean_length: self.mean_length,
+        }
     }
 
     /// Tokens of the largest micro-batch as `config` says; of other lengths than those at hand a

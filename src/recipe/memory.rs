@@ -1,18 +1,29 @@
 //! What a run needs of the machine's memory, checked before anything of that size is allocated.
 
+use super::adapter::{self, Attached};
 use super::fitting;
-use super::{Recipe, activation_dtype, adapter, weight_dtype};
+use super::{Recipe, activation_dtype, weight_dtype};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, StepShape, Workload};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::Device;
+use ferrotune_kernels::{DType, Device};
 use std::path::Path;
 
 /// What is assumed where the machine does not say: 16 TiB.
 const UNKNOWN: u64 = 1 << 44;
 /// Value, gradient and two moments of a trained scalar, f32 each.
 const TRAINED_BYTES: u64 = 16;
+/// The same in bf16.
+const ROUNDED_BYTES: u64 = 2;
+
+/// Bytes that can be allocated on `device` now.
+///
+/// # Errors
+/// The first failure of a GPU.
+pub fn available_memory(device: &Device) -> Result<u64> {
+    available(device)
+}
 
 /// Bytes a run needs at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,21 +32,18 @@ pub(super) struct Needs {
     pub(super) weights: u64,
     /// Trained values with gradients and moments.
     pub(super) trained: u64,
-    /// Saved activations of the largest micro-batch, and the buffers of one layer's backward.
+    /// A step on the largest micro-batch, with as little kept as can be.
     pub(super) activations: u64,
 }
 
 impl Needs {
     pub(super) fn total(self) -> u64 {
-        self.weights
-            .saturating_add(self.trained)
-            .saturating_add(self.activations)
+        self.fixed().saturating_add(self.activations)
     }
 
-    /// The needs of a recipe.
-    pub(super) fn of(recipe: &Recipe) -> Self {
-        let base = Base::of(recipe);
-        base.needs(&recipe.config, recipe.trainable, recipe.max_tokens)
+    /// What does not depend on micro-batches.
+    fn fixed(self) -> u64 {
+        self.weights.saturating_add(self.trained)
     }
 }
 
@@ -58,30 +66,59 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// The needs of a run as `config` says, with micro-batches of at most `max_tokens`.
-    pub(super) fn needs(&self, config: &TrainConfig, trainable: usize, max_tokens: usize) -> Needs {
-        let d = self.decoder;
-        let saved =
-            2 * d.hidden_size + 2 * d.q_width() + 2 * d.kv_width() + 2 * d.intermediate_size;
-        let working =
-            3 * d.hidden_size + 2 * d.intermediate_size + 2 * d.q_width() + 2 * d.kv_width();
-        let weight_dtype = weight_dtype(config, self.files, self.device);
-        let bytes = activation_dtype(config, weight_dtype, self.device).bytes();
-        let per_token = (bytes * (d.layers * saved + working)) as u64;
-        let weights = d.parameters() * weight_dtype.bytes();
+    /// Shapes of the steps of a run as `config` says.
+    fn step(&self, config: &TrainConfig, attached: &Attached, workload: &Workload) -> StepShape {
+        let weights = weight_dtype(config, self.files, self.device);
+        let activations = activation_dtype(config, weights, self.device);
+        let attachments = &attached.attachments;
+        let dtypes = [weights, activations];
+        StepShape::new(self.decoder, attachments, self.device, dtypes, workload)
+    }
+
+    /// What a run as `config` says needs at least; without activations while nothing is known of its
+    /// micro-batches.
+    pub(super) fn needs(
+        &self,
+        config: &TrainConfig,
+        attached: &Attached,
+        workload: Option<&Workload>,
+    ) -> Needs {
+        let [weights, trained] = self.fixed_bytes(config, attached.trainable);
+        let activations = workload.map_or(0, |workload| {
+            let step = self.step(config, attached, workload);
+            let plan = forced(config, &step).unwrap_or_else(|| step.smallest());
+            plan.bytes.total()
+        });
         Needs {
-            weights: weights as u64,
-            trained: (trainable as u64).saturating_mul(TRAINED_BYTES),
-            activations: per_token.saturating_mul(max_tokens as u64),
+            weights,
+            trained,
+            activations,
         }
+    }
+
+    /// Bytes of the weights, and of the trained values with gradients and moments.
+    pub(super) fn fixed_bytes(&self, config: &TrainConfig, trainable: usize) -> [u64; 2] {
+        let dtype = weight_dtype(config, self.files, self.device);
+        let weights = self.decoder.parameters() * dtype.bytes();
+        // Products of a GPU in bf16 read a rounded copy.
+        let activations = activation_dtype(config, dtype, self.device);
+        let rounded = self.device.is_cuda() && activations == DType::Bf16;
+        let bytes = TRAINED_BYTES + if rounded { ROUNDED_BYTES } else { 0 };
+        [weights as u64, (trainable as u64).saturating_mul(bytes)]
     }
 }
 
-/// Trainable scalars of a run, and notes about them for the user.
+/// The plan that the configuration insists on.
+fn forced(config: &TrainConfig, step: &StepShape) -> Option<ActivationPlan> {
+    let everywhere = config.runtime.gradient_checkpointing == Some(true);
+    everywhere.then(|| step.predict(&vec![Keep::Input; step.layers()]))
+}
+
+/// What the method of a run attaches to its base.
 ///
 /// # Errors
 /// [`Error::Memory`] if weights and trained values do not fit.
-pub(super) fn trainable(config: &TrainConfig, base: Base<'_>) -> Result<(usize, Vec<String>)> {
+pub(super) fn attach(config: &TrainConfig, base: Base<'_>) -> Result<Attached> {
     let available = available(base.device)?;
     // This also keeps the products of the layout small.
     if least_trained(config) > available {
@@ -94,13 +131,12 @@ pub(super) fn trainable(config: &TrainConfig, base: Base<'_>) -> Result<(usize, 
         return Err(does_not_fit(needs, available, BEFORE_ROWS, &changes));
     }
     let attached = adapter::attach(config, base.directory, base.decoder)?;
-    let needs = base.needs(config, attached.trainable, 0);
+    let needs = base.needs(config, &attached, None);
     if needs.total() > available {
-        let trainable = Some(attached.trainable);
-        let changes = fitting::changes(config, base, trainable, None, available);
+        let changes = fitting::changes(config, base, Some(&attached), None, available);
         return Err(does_not_fit(needs, available, BEFORE_ROWS, &changes));
     }
-    Ok((attached.trainable, attached.notes))
+    Ok(attached)
 }
 
 /// Bytes that the trained values of an adapter need whatever the model is: one adapted layer has at
@@ -114,22 +150,39 @@ pub(super) fn least_trained(config: &TrainConfig) -> u64 {
     (rank as u64).saturating_mul(2 * TRAINED_BYTES)
 }
 
-/// Refuses a run that needs more bytes than there are.
+/// What each layer of a run keeps on a machine with `available` bytes, and a note for the user.
 ///
 /// # Errors
-/// [`Error::Memory`], with what would fit.
-pub(super) fn check(recipe: &Recipe) -> Result<()> {
-    check_against(recipe, available(&recipe.device)?)
-}
-
-/// [`check`] on a machine with `available` bytes.
-pub(super) fn check_against(recipe: &Recipe, available: u64) -> Result<()> {
-    let needs = Needs::of(recipe);
-    if needs.total() <= available {
-        return Ok(());
+/// [`Error::Memory`], with what would fit, if the run needs more whatever is kept.
+pub(super) fn plan(
+    recipe: &Recipe,
+    attached: &Attached,
+    available: u64,
+) -> Result<(ActivationPlan, Option<String>)> {
+    let base = Base::of(recipe);
+    let needs = base.needs(&recipe.config, attached, Some(&recipe.workload));
+    if needs.total() > available {
+        let rows = fitting::Rows::of(recipe);
+        let changes =
+            fitting::changes(&recipe.config, base, Some(attached), Some(&rows), available);
+        return Err(does_not_fit(needs, available, "", &changes));
     }
-    let changes = fitting::changes_of(recipe, available);
-    Err(does_not_fit(needs, available, "", &changes))
+    let step = base.step(&recipe.config, attached, &recipe.workload);
+    let planned = step.plan_for(available, needs.fixed());
+    match forced(&recipe.config, &step) {
+        Some(forced) if forced.extra_compute > planned.extra_compute => {
+            let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
+            let note = format!(
+                "gradient_checkpointing: true computes {} of a step again, where the memory there is asks for {}; \
+                 leave it out to train faster",
+                percent(&forced),
+                percent(&planned)
+            );
+            Ok((forced, Some(note)))
+        }
+        Some(forced) => Ok((forced, None)),
+        None => Ok((planned, None)),
+    }
 }
 
 /// What is not known of a suggestion before the rows are.
@@ -139,8 +192,8 @@ const BEFORE_ROWS: &str = ", if the activations of the rows find room beside it"
 fn does_not_fit(needs: Needs, available: u64, reserve: &str, changes: &[String]) -> Error {
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let mut message = format!(
-        "the run needs at least {} of memory (weights {}, trained values {}, activations {}), {} are \
-         available",
+        "the run needs at least {} of memory (weights {}, trained values {}, activations {} with every layer \
+         computed again), {} are available",
         gib(needs.total()),
         gib(needs.weights),
         gib(needs.trained),

@@ -12,6 +12,7 @@ mod summary;
 
 pub use adapter::adapter_of;
 pub use data::{EpochData, eval_batches};
+pub use memory::available_memory;
 pub use outputs::{CheckpointFiles, read_trained};
 pub use summary::Summary;
 
@@ -23,7 +24,8 @@ use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
-    DecoderConfig, ModelPlan, RandomWeights, WeightSource, expected_tensors,
+    ActivationPlan, DecoderConfig, ModelPlan, RandomWeights, WeightSource, Workload,
+    expected_tensors,
 };
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::run_log::{
@@ -58,8 +60,14 @@ pub struct Recipe {
     pub plan: RunPlan,
     /// Trainable scalars.
     pub trainable: usize,
-    /// Tokens of the longest micro-batch there can be.
+    /// Tokens of the longest micro-batch of the run.
     pub max_tokens: usize,
+    /// Its micro-batches, as far as memory depends on them.
+    pub workload: Workload,
+    /// What each layer keeps for its backward.
+    pub activations: ActivationPlan,
+    /// Bytes there were when that was decided.
+    pub available_memory: u64,
     /// Where it trains.
     pub device: Device,
     /// This process among its peers.
@@ -134,8 +142,8 @@ impl Recipe {
             decoder: &decoder,
             files: files.as_ref(),
         };
-        let (trainable, notes) = memory::trainable(&config, shape)?;
-        config.notes.extend(notes);
+        let attached = memory::attach(&config, shape)?;
+        config.notes.extend_from_slice(&attached.notes);
         let tokenizer = data::tokenizer(&config, &base)?;
         let dataset = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer)?;
@@ -144,13 +152,16 @@ impl Recipe {
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
         }
         let epochs = EpochData::new(&config, &dataset, decoder.hidden_size, place);
-        let plan = run_plan(&config, epochs.steps_per_epoch(), trainable, &decoder)?;
-        let max_tokens = epochs
-            .max_tokens()
-            .max(data::max_eval_tokens(&config, eval_dataset.as_ref()));
+        let plan = run_plan(
+            &config,
+            epochs.steps_per_epoch(),
+            attached.trainable,
+            &decoder,
+        )?;
+        let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref());
         let weight_dtype = weight_dtype(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset);
-        let recipe = Self {
+        let mut recipe = Self {
             config,
             base,
             decoder,
@@ -159,14 +170,19 @@ impl Recipe {
             dataset,
             eval_dataset,
             plan,
-            trainable,
-            max_tokens,
+            trainable: attached.trainable,
+            max_tokens: workload.tokens,
+            workload,
+            activations: ActivationPlan::default(),
+            available_memory: available_memory(&device)?,
             device,
             place,
             weight_dtype,
             fingerprints,
         };
-        memory::check(&recipe)?;
+        let (activations, note) = memory::plan(&recipe, &attached, recipe.available_memory)?;
+        recipe.activations = activations;
+        recipe.config.notes.extend(note);
         Ok(recipe)
     }
 
@@ -377,6 +393,7 @@ impl Recipe {
             max_grad_norm: (optimizer.max_grad_norm > 0.0).then_some(optimizer.max_grad_norm),
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,
+            keep: self.activations.keep.clone(),
         }
     }
 

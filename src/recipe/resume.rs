@@ -19,7 +19,7 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 28] = [
+const FREE_KEYS: [&str; 29] = [
     "chat_template_path",
     "dataset_name",
     "dataset_test_split",
@@ -30,6 +30,7 @@ const FREE_KEYS: [&str; 28] = [
     "eval_steps",
     "eval_strategy",
     "gradient_accumulation_steps",
+    "gradient_checkpointing",
     "logging_first_step",
     "logging_steps",
     "logging_strategy",

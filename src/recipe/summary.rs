@@ -1,8 +1,9 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
 use super::Recipe;
-use super::memory::Needs;
+use super::memory::Base;
 use ferrotune_core::Result;
+use ferrotune_core::model::{ActivationPlan, Keep};
 use serde_json::{Value, json};
 use std::fmt;
 
@@ -22,12 +23,9 @@ impl Summary {
         let (config, plan, report) = (&recipe.config, &recipe.plan, &recipe.dataset.report);
         let parameters = recipe.total_parameters();
         let share = 100.0 * recipe.trainable as f64 / parameters as f64;
-        let needs = Needs::of(recipe);
-        let Needs {
-            weights,
-            trained,
-            activations,
-        } = needs;
+        let [weights, trained] = Base::of(recipe).fixed_bytes(&recipe.config, recipe.trainable);
+        let activations = &recipe.activations;
+        let step = activations.bytes;
         // Values and two moments, f32 each.
         let checkpoint = recipe.trainable as u64 * 12;
         let method = recipe.adapter()?.describe();
@@ -77,13 +75,19 @@ impl Summary {
             (
                 "memory",
                 format!(
-                    "about {} = weights {} + trained {} + activations {}",
-                    mib(needs.total()),
+                    "about {} of {} available = weights {} + trained {} + kept activations {} + working buffers \
+                     {} + loss {} + other {}",
+                    mib(weights + trained + step.total()),
+                    mib(recipe.available_memory),
                     mib(weights),
                     mib(trained),
-                    mib(activations)
+                    mib(step.kept),
+                    mib(step.working),
+                    mib(step.loss),
+                    mib(step.other)
                 ),
             ),
+            ("layers", layers(activations)),
             ("checkpoint", format!("{} each", mib(checkpoint))),
             ("output", config.output.output_dir.clone()),
         ];
@@ -101,7 +105,19 @@ impl Summary {
             "world_size": recipe.place.world_size,
             "total_steps": plan.total_steps,
             "steps_per_epoch": plan.steps_per_epoch,
-            "memory_bytes": {"weights": weights, "trained": trained, "activations": activations},
+            "memory_bytes": {
+                "weights": weights,
+                "trained": trained,
+                "activations": step.kept,
+                "working": step.working,
+                "loss": step.loss,
+                "other": step.other,
+            },
+            "available_memory_bytes": recipe.available_memory,
+            "activation_plan": {
+                "layers": activations.keep.iter().map(|keep| keep.as_str()).collect::<Vec<_>>(),
+                "extra_compute": activations.extra_compute,
+            },
             "checkpoint_bytes": checkpoint,
             "output_dir": config.output.output_dir,
             "notes": config.notes,
@@ -123,6 +139,23 @@ impl fmt::Display for Summary {
         }
         Ok(())
     }
+}
+
+/// What each layer keeps, and what that costs.
+fn layers(plan: &ActivationPlan) -> String {
+    let runs: Vec<String> = Keep::runs(&plan.keep)
+        .into_iter()
+        .map(|(layers, keep)| {
+            let what = match keep {
+                Keep::All => "keep everything",
+                Keep::DropGateUp => "compute gate and up again",
+                Keep::Input => "keep their input and compute the rest again",
+            };
+            format!("{} to {} {what}", layers.start, layers.end - 1)
+        })
+        .collect();
+    let again = 100.0 * plan.extra_compute;
+    format!("{}; {again:.1} % more to compute", runs.join(", "))
 }
 
 fn mib(bytes: u64) -> String {

@@ -81,7 +81,8 @@ pub struct LowRank {
 pub trait CustomLinear: Debug + Send + Sync {
     /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
     ///
-    /// Returns what backward needs; x `[T, in]` need not be in it.
+    /// Returns what backward needs; x `[T, in]` need not be in it. The same operands must give the
+    /// same bits: where memory is short, backward calls this once more instead of keeping its results.
     ///
     /// # Errors
     /// If a kernel refuses its arguments.

@@ -104,6 +104,17 @@ impl Workspace {
         self.pool().scratch.entry(key).or_default().push(buffer);
     }
 
+    /// Bytes of the buffers that lie in the pool. Between passes, when everything is given back, that is
+    /// all it holds: it frees nothing but what has become too short.
+    #[must_use]
+    pub fn pooled_bytes(&self) -> usize {
+        let pool = self.pool();
+        let kinds = pool.free.iter().chain(&pool.scratch);
+        kinds
+            .map(|((dtype, len), buffers)| buffers.len() * len * dtype.bytes())
+            .sum()
+    }
+
     fn pool(&self) -> MutexGuard<'_, Pool> {
         // A panic while the lock is held leaves the pool whole: only `pop` and `push` run inside.
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,9 +1,9 @@
 //! Every suggestion is applied, the run prepared again, and the check that refused it repeated.
 
-use super::super::memory::{Needs, check_against};
-use super::{Recipe, changes_of};
-use ferrotune_core::Error;
+use super::super::memory::{self, Base, Needs};
+use super::{Recipe, Rows, adapter, changes};
 use ferrotune_core::config::TrainConfig;
+use ferrotune_core::{Error, Result};
 use std::path::Path;
 
 /// The demo's model and rows, with `keys` as well; nothing is written to `output_dir`.
@@ -24,6 +24,31 @@ fn pairs(keys: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.map(|(k, v)| ((*k).into(), (*v).into())).collect()
 }
 
+fn attached(recipe: &Recipe) -> adapter::Attached {
+    adapter::attach(&recipe.config, &recipe.base, &recipe.decoder).expect("attaches")
+}
+
+fn needs(recipe: &Recipe) -> Needs {
+    let attached = attached(recipe);
+    Base::of(recipe).needs(&recipe.config, &attached, Some(&recipe.workload))
+}
+
+fn check_against(recipe: &Recipe, available: u64) -> Result<()> {
+    memory::plan(recipe, &attached(recipe), available).map(|_| ())
+}
+
+fn changes_of(recipe: &Recipe, available: u64) -> Vec<String> {
+    let (rows, attached) = (Rows::of(recipe), attached(recipe));
+    let base = Base::of(recipe);
+    changes(
+        &recipe.config,
+        base,
+        Some(&attached),
+        Some(&rows),
+        available,
+    )
+}
+
 /// `a: 1 with b: 2` as overrides.
 fn parsed(suggestion: &str) -> Vec<(String, String)> {
     let pair = |text: &str| {
@@ -38,7 +63,7 @@ fn suggestions_that_fit(keys: &[(&str, &str)], share: f64) -> Vec<Vec<(String, S
     let root = tempfile::tempdir().expect("temporary directory");
     let keys = pairs(keys);
     let recipe = prepared(root.path(), &keys);
-    let needs = Needs::of(&recipe);
+    let needs = needs(&recipe);
     let room = (needs.activations as f64 * share) as u64;
     let available = needs.weights + needs.trained + room;
     assert!(matches!(
@@ -115,7 +140,7 @@ fn several_keys_together_are_suggested_where_none_alone_is_enough() {
     let half = [keys.clone(), pairs(&[("bf16", "true")])].concat();
     let one = pairs(&[("per_device_train_batch_size", "1")]);
     let recipe = prepared(root.path(), &keys);
-    let smallest = Needs::of(&prepared(root.path(), &[half, one].concat()));
+    let smallest = needs(&prepared(root.path(), &[half, one].concat()));
     // Room for one row in bf16, and for its weights in bf16 only.
     let available = smallest.total() + smallest.total() / 8;
     let suggested = changes_of(&recipe, available);

@@ -175,7 +175,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         NoEffect("evaluation uses the precision of training"),
     ),
     key("tf32", OFF, NoEffect(NO_TORCH)),
-    key("gradient_checkpointing", OFF, NoEffect(RECOMPUTE)),
     key("gradient_checkpointing_kwargs", EMPTY, NoEffect(RECOMPUTE)),
     key("activation_checkpointing", OFF, NoEffect(RECOMPUTE)),
     key(

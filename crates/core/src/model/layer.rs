@@ -2,13 +2,14 @@
 //!
 //! Legend: T tokens, D hidden, F mlp width, H query heads, K kv heads, E head_dim.
 //!
-//! Saved for backward, per token: the two residual streams (2 D), q/k/v after RoPE ((H + 2 K) E),
-//! the attention output (H E), gate and up (2 F), log-sum-exp (H) and two reciprocal standard
-//! deviations. Normed inputs and `silu(gate) up` are recomputed: that costs bandwidth, no product.
+//! Normed inputs and `silu(gate) up` are never kept: to compute them again costs bandwidth and no
+//! product. What else is kept depends on the layer's [`Keep`].
 
+use super::keep::Keep;
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
 use super::run::Run;
+use super::saved::{AttentionSaved, GateUpSaved, LayerSaved};
 use crate::Result;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
@@ -25,65 +26,54 @@ pub(crate) struct Layer {
     pub(crate) rotary_dim: usize,
 }
 
-/// What a layer keeps for its backward.
-pub(crate) struct LayerSaved {
-    /// Residual stream before the attention block, `[T, D]`, and its norm's statistics.
-    input: Tensor,
-    input_rstd: Tensor,
-    /// q, k, v after RoPE, `[T, (H + 2 K) E]`.
-    qkv: Tensor,
-    qkv_parts: Vec<PartSaved>,
-    /// `[T, H E]`, and log-sum-exp `[T, H]`.
-    attention: Tensor,
-    lse: Tensor,
-    o_parts: Vec<PartSaved>,
-    /// Residual stream before the mlp, `[T, D]`, and its norm's statistics.
-    middle: Tensor,
-    middle_rstd: Tensor,
-    /// `[T, 2 F]`.
-    gate_up: Tensor,
-    gate_up_parts: Vec<PartSaved>,
-    down_parts: Vec<PartSaved>,
-}
-
-impl LayerSaved {
-    /// All activations, and what the attachments kept.
-    pub(crate) fn into_parts(self) -> ([Tensor; 8], impl Iterator<Item = PartSaved>) {
-        let tensors = [
-            self.input,
-            self.input_rstd,
-            self.qkv,
-            self.attention,
-            self.lse,
-            self.middle,
-            self.middle_rstd,
-            self.gate_up,
-        ];
-        let parts = [
-            self.qkv_parts,
-            self.o_parts,
-            self.gate_up_parts,
-            self.down_parts,
-        ];
-        (tensors, parts.into_iter().flatten())
-    }
-}
-
 impl Layer {
-    /// From the residual stream and its norm to the next layer's, with what backward needs.
+    /// From the residual stream and its norm to the next layer's, with what backward needs; with
+    /// nothing of it where there is no backward, `keep` being `None`.
     pub(crate) fn forward(
         &self,
         run: &Run<'_>,
         input: Tensor,
         normed: Normed,
         next_norm: &Norm,
-    ) -> Result<(Tensor, Normed, LayerSaved)> {
+        keep: Option<Keep>,
+    ) -> Result<(Tensor, Normed, Option<LayerSaved>)> {
         let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
         let Normed {
             y,
             rstd: input_rstd,
         } = normed;
+        let (attention, y) = self.attend(run, &input, y)?;
+        let gate_up = self.gate_up(run, y)?;
+        let mut activated = workspace.take(dtype, tokens, self.down.in_features);
+        swiglu::forward(gate_up.values.view(), activated.view_mut())?;
+        let mut output = workspace.take(dtype, tokens, self.down.out_features());
+        let down_parts = self
+            .down
+            .forward(run, activated.view(), output.view_mut())?;
+        workspace.give(activated);
+        let next = next_norm.add_forward(run, &mut output, &attention.middle)?;
 
+        let saved = LayerSaved {
+            input,
+            input_rstd,
+            attention: Some(attention),
+            gate_up: Some(gate_up),
+            down_parts,
+        };
+        let saved = match keep {
+            Some(keep) => Some(saved.reduced_to(keep, workspace)),
+            None => {
+                saved.release(workspace);
+                None
+            }
+        };
+        Ok((output, next, saved))
+    }
+
+    /// The attention block: from the input stream and its norm `y`, which is given back, to the
+    /// stream before the mlp and its norm.
+    fn attend(&self, run: &Run<'_>, input: &Tensor, y: Tensor) -> Result<(AttentionSaved, Tensor)> {
+        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
         let qkv_parts = self.qkv.forward(run, y.view(), qkv.view_mut())?;
         workspace.give(y);
@@ -106,35 +96,27 @@ impl Layer {
         let Normed {
             y,
             rstd: middle_rstd,
-        } = self.mlp_norm.add_forward(run, &mut middle, &input)?;
-
-        let mut gate_up = workspace.take(dtype, tokens, self.gate_up.out_features());
-        let gate_up_parts = self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
-        workspace.give(y);
-        let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
-        let mut output = workspace.take(dtype, tokens, self.down.out_features());
-        let down_parts = self
-            .down
-            .forward(run, activated.view(), output.view_mut())?;
-        workspace.give(activated);
-        let next = next_norm.add_forward(run, &mut output, &middle)?;
-
-        let saved = LayerSaved {
-            input,
-            input_rstd,
+        } = self.mlp_norm.add_forward(run, &mut middle, input)?;
+        let saved = AttentionSaved {
             qkv,
             qkv_parts,
-            attention: attended,
+            attended,
             lse,
             o_parts,
             middle,
             middle_rstd,
-            gate_up,
-            gate_up_parts,
-            down_parts,
         };
-        Ok((output, next, saved))
+        Ok((saved, y))
+    }
+
+    /// gate and up of the normed stream `y`, which is given back.
+    fn gate_up(&self, run: &Run<'_>, y: Tensor) -> Result<GateUpSaved> {
+        let mut values = run
+            .workspace
+            .take(run.dtype, run.tokens, self.gate_up.out_features());
+        let parts = self.gate_up.forward(run, y.view(), values.view_mut())?;
+        run.workspace.give(y);
+        Ok(GateUpSaved { values, parts })
     }
 
     /// Turns `d_stream`, the gradient of the layer's output stream `[T, D]`, into that of its input.
@@ -149,10 +131,93 @@ impl Layer {
         d_stream: &mut Tensor,
         needs_input: bool,
     ) -> Result<()> {
-        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
-        let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);
+        let LayerSaved {
+            input,
+            input_rstd,
+            attention,
+            gate_up,
+            down_parts,
+        } = saved;
+        let (attention, y) = match attention {
+            Some(attention) => (attention, None),
+            None => {
+                let y = self.input_norm.recompute(run, &input, &input_rstd)?;
+                let (attention, y) = self.attend(run, &input, y)?;
+                (attention, Some(y))
+            }
+        };
+        let gate_up = match (gate_up, y) {
+            (Some(gate_up), _) => gate_up,
+            (None, Some(y)) => self.gate_up(run, y)?,
+            (None, None) => {
+                let (middle, rstd) = (&attention.middle, &attention.middle_rstd);
+                let y = self.mlp_norm.recompute(run, middle, rstd)?;
+                self.gate_up(run, y)?
+            }
+        };
+        self.mlp_backward(run, grads, &attention, gate_up, down_parts, d_stream)?;
+        run.workspace.give(attention.middle);
+        run.workspace.give(attention.middle_rstd);
 
-        let mut gate_up = saved.gate_up;
+        let mut d_attended = run
+            .workspace
+            .take(run.dtype, run.tokens, self.o.in_features);
+        let dx = Some(d_attended.view_mut());
+        self.o.backward(
+            run,
+            grads,
+            attention.attended.view(),
+            attention.o_parts,
+            d_stream.view(),
+            dx,
+        )?;
+        let mut d_qkv = run
+            .workspace
+            .take(run.dtype, run.tokens, self.qkv.out_features());
+        let [q, k, v] = self.split(&attention.qkv);
+        let (out, cu_seqlens) = (attention.attended.view(), &run.cu_seqlens);
+        attention::backward(
+            &self.attention,
+            q,
+            k,
+            v,
+            out,
+            attention.lse.view(),
+            cu_seqlens,
+            d_attended.view(),
+            d_qkv.view_mut(),
+        )?;
+        for tensor in [d_attended, attention.attended, attention.lse, attention.qkv] {
+            run.workspace.give(tensor);
+        }
+        self.rotate(run, &mut d_qkv, rope::Direction::Backward)?;
+        let stream = Stream {
+            x: &input,
+            rstd: &input_rstd,
+        };
+        let parts = attention.qkv_parts;
+        self.qkv_backward(run, grads, stream, parts, &d_qkv, d_stream, needs_input)?;
+        for tensor in [d_qkv, input, input_rstd] {
+            run.workspace.give(tensor);
+        }
+        Ok(())
+    }
+
+    /// From the output stream's gradient to that of the stream before the mlp.
+    fn mlp_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        attention: &AttentionSaved,
+        gate_up: GateUpSaved,
+        down_parts: Vec<PartSaved>,
+        d_stream: &mut Tensor,
+    ) -> Result<()> {
+        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
+        let GateUpSaved {
+            values: mut gate_up,
+            parts,
+        } = gate_up;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
         swiglu::forward(gate_up.view(), activated.view_mut())?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
@@ -161,90 +226,58 @@ impl Layer {
             run,
             grads,
             activated.view(),
-            saved.down_parts,
+            down_parts,
             d_stream.view(),
             dx,
         )?;
         workspace.give(activated);
         swiglu::backward_in_place(gate_up.view_mut(), d_activated.view())?;
         workspace.give(d_activated);
-        let normed = self
-            .mlp_norm
-            .recompute(run, &saved.middle, &saved.middle_rstd)?;
+        let (middle, rstd) = (&attention.middle, &attention.middle_rstd);
+        let normed = self.mlp_norm.recompute(run, middle, rstd)?;
+        let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);
         let dx = Some(d_normed.view_mut());
-        self.gate_up.backward(
-            run,
-            grads,
-            normed.view(),
-            saved.gate_up_parts,
-            gate_up.view(),
-            dx,
-        )?;
+        self.gate_up
+            .backward(run, grads, normed.view(), parts, gate_up.view(), dx)?;
         workspace.give(normed);
         workspace.give(gate_up);
-        self.mlp_norm.backward(
-            run,
-            grads,
-            &d_normed,
-            &saved.middle,
-            &saved.middle_rstd,
-            d_stream.view_mut(),
-        )?;
-        workspace.give(saved.middle);
-        workspace.give(saved.middle_rstd);
+        let dx = d_stream.view_mut();
+        self.mlp_norm
+            .backward(run, grads, &d_normed, middle, rstd, dx)?;
+        workspace.give(d_normed);
+        Ok(())
+    }
 
-        let mut d_attended = workspace.take(dtype, tokens, self.o.in_features);
-        let dx = Some(d_attended.view_mut());
-        self.o.backward(
-            run,
-            grads,
-            saved.attention.view(),
-            saved.o_parts,
-            d_stream.view(),
-            dx,
-        )?;
-        let mut d_qkv = workspace.take(dtype, tokens, self.qkv.out_features());
-        let [q, k, v] = self.split(&saved.qkv);
-        let (out, cu_seqlens) = (saved.attention.view(), &run.cu_seqlens);
-        let d_out = d_attended.view();
-        attention::backward(
-            &self.attention,
-            q,
-            k,
-            v,
-            out,
-            saved.lse.view(),
-            cu_seqlens,
-            d_out,
-            d_qkv.view_mut(),
-        )?;
-        workspace.give(d_attended);
-        workspace.give(saved.attention);
-        workspace.give(saved.lse);
-        workspace.give(saved.qkv);
-        self.rotate(run, &mut d_qkv, rope::Direction::Backward)?;
-        let normed = self
-            .input_norm
-            .recompute(run, &saved.input, &saved.input_rstd)?;
+    /// From the gradient of q, k and v to that of the input stream, where anything asks for it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call of one group, spelled out"
+    )]
+    fn qkv_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        input: Stream<'_>,
+        parts: Vec<PartSaved>,
+        d_qkv: &Tensor,
+        d_stream: &mut Tensor,
+        needs_input: bool,
+    ) -> Result<()> {
+        let normed = self.input_norm.recompute(run, input.x, input.rstd)?;
+        let mut d_normed = run
+            .workspace
+            .take(run.dtype, run.tokens, self.qkv.in_features);
         let needs_normed = needs_input || self.input_norm.trained();
         let dx = needs_normed.then(|| d_normed.view_mut());
         self.qkv
-            .backward(run, grads, normed.view(), saved.qkv_parts, d_qkv.view(), dx)?;
-        workspace.give(normed);
-        workspace.give(d_qkv);
+            .backward(run, grads, normed.view(), parts, d_qkv.view(), dx)?;
+        run.workspace.give(normed);
         if needs_normed {
-            self.input_norm.backward(
-                run,
-                grads,
-                &d_normed,
-                &saved.input,
-                &saved.input_rstd,
-                d_stream.view_mut(),
-            )?;
+            let dx = d_stream.view_mut();
+            self.input_norm
+                .backward(run, grads, &d_normed, input.x, input.rstd, dx)?;
         }
-        workspace.give(saved.input);
-        workspace.give(saved.input_rstd);
-        workspace.give(d_normed);
+        run.workspace.give(d_normed);
         Ok(())
     }
 
@@ -293,4 +326,11 @@ impl Layer {
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         [0..q, q..q + kv, q + kv..q + 2 * kv].map(|columns| qkv.view().columns(columns))
     }
+}
+
+/// A residual stream `[T, D]` and its norm's statistics `[T, 1]`.
+#[derive(Clone, Copy)]
+struct Stream<'a> {
+    x: &'a Tensor,
+    rstd: &'a Tensor,
 }

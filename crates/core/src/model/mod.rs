@@ -6,18 +6,23 @@
 mod config;
 mod decode;
 mod hf_config;
+mod keep;
 mod layer;
 mod linear;
 mod norm;
 mod plan;
+mod planner;
 mod rope;
 mod run;
+mod saved;
 mod weights;
 
 pub use config::DecoderConfig;
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
+pub use keep::Keep;
 pub use plan::{LayerPlan, ModelPlan};
+pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::Mode;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
@@ -28,10 +33,10 @@ use crate::data::PackedBatch;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Indices, Tensor, View, Workspace, embedding, matmul};
-use layer::{Layer, LayerSaved};
-use linear::PartSaved;
+use layer::Layer;
 use norm::{Norm, Normed};
 use run::{Run, on_worker};
+use saved::LayerSaved;
 use std::collections::BTreeMap;
 
 /// A decoder with its frozen weights.
@@ -44,6 +49,8 @@ pub struct Model {
     norm: Norm,
     head: Head,
     weight_dtype: DType,
+    /// Of each layer.
+    keep: Vec<Keep>,
 }
 
 /// A matrix `[V, D]`, frozen or trained.
@@ -62,6 +69,7 @@ enum Head {
 
 /// What forward keeps for backward.
 struct Saved {
+    /// Of the layers that backward reaches, in order.
     layers: Vec<LayerSaved>,
     /// Residual stream after the last layer, `[T, D]`, and the final norm's statistics.
     stream: Tensor,
@@ -127,6 +135,19 @@ impl Model {
     #[must_use]
     pub fn weight_dtype(&self) -> DType {
         self.weight_dtype
+    }
+
+    /// What each layer keeps for its backward; at first [`Keep::All`].
+    #[must_use]
+    pub fn keep(&self) -> &[Keep] {
+        &self.keep
+    }
+
+    /// Sets what the first layers keep, one policy each; the others keep everything.
+    pub fn set_keep(&mut self, keep: &[Keep]) {
+        let all = std::iter::repeat(Keep::All);
+        let keep = keep.iter().copied().chain(all);
+        self.keep = keep.take(self.layers.len()).collect();
     }
 
     /// Adds the losses of the trained tokens of `batch` to `sums`, and their gradient to `grads`.
@@ -308,13 +329,15 @@ impl Model {
         )?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(run, &stream)?;
+        let reached = self.first_reached();
         for (i, layer) in self.layers.iter().enumerate() {
             let next_norm = self.layers.get(i + 1).map_or(&self.norm, |l| &l.input_norm);
-            let (next, next_normed, saved) = layer.forward(run, stream, normed, next_norm)?;
+            let policy = (keep.is_some() && i >= reached).then(|| self.keep[i]);
+            let (next, next_normed, saved) =
+                layer.forward(run, stream, normed, next_norm, policy)?;
             (stream, normed) = (next, next_normed);
-            match &mut keep {
-                Some(layers) => layers.push(saved),
-                None => saved.release(run.workspace),
+            if let (Some(layers), Some(saved)) = (&mut keep, saved) {
+                layers.push(saved);
             }
             if let Some(states) = &mut states {
                 states.push(stream.clone());
@@ -346,27 +369,11 @@ impl Model {
         for tensor in [d_hidden, stream, rstd] {
             run.workspace.give(tensor);
         }
-        let embedding = match self.embedding {
-            Table::Trained(id) => Some(id),
-            Table::Frozen(_) => None,
-        };
-        let first_trained = self
-            .layers
-            .iter()
-            .position(Layer::trained)
-            .unwrap_or(self.layers.len());
-        let stop_at = if embedding.is_some() {
-            0
-        } else {
-            first_trained
-        };
+        let embedding = self.embedding.trained();
+        let reached = self.first_reached();
         while let Some(saved) = layers.pop() {
-            let index = layers.len();
-            if index < stop_at {
-                saved.release(run.workspace);
-                continue;
-            }
-            let needs_input = embedding.is_some() || index > stop_at;
+            let index = reached + layers.len();
+            let needs_input = embedding.is_some() || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
@@ -375,6 +382,15 @@ impl Model {
         }
         run.workspace.give(d_stream);
         Ok(())
+    }
+
+    /// The first layer that backward reaches: before it nothing is trained.
+    fn first_reached(&self) -> usize {
+        if self.embedding.trained().is_some() {
+            return 0;
+        }
+        let trained = self.layers.iter().position(Layer::trained);
+        trained.unwrap_or(self.layers.len())
     }
 
     fn table<'a>(&self, table: &'a Table, run: &'a Run<'_>) -> View<'a> {
@@ -396,9 +412,15 @@ impl Model {
             Head::Tied => &self.embedding,
             Head::Own(table) => table,
         };
-        match table {
-            Table::Trained(id) => Some(*id),
-            Table::Frozen(_) => None,
+        table.trained()
+    }
+}
+
+impl Table {
+    fn trained(&self) -> Option<ParamId> {
+        match self {
+            Self::Trained(id) => Some(*id),
+            Self::Frozen(_) => None,
         }
     }
 }
@@ -407,18 +429,4 @@ impl Model {
 fn label_rows(run: &Run<'_>, batch: &PackedBatch) -> [Indices<'static>; 2] {
     let (rows, targets) = batch.targets();
     [rows, targets].map(|values| Indices::new(values, run.workspace.device()))
-}
-
-impl LayerSaved {
-    fn release(self, workspace: &Workspace) {
-        let (tensors, parts) = self.into_parts();
-        tensors.into_iter().for_each(|t| workspace.give(t));
-        for part in parts {
-            match part {
-                PartSaved::None => {}
-                PartSaved::LowRank(s) => workspace.give(s),
-                PartSaved::Custom(tensors) => tensors.into_iter().for_each(|t| workspace.give(t)),
-            }
-        }
-    }
 }

@@ -5,7 +5,7 @@ use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{Norm, NormWeight};
 use super::plan::{LayerPlan, ModelPlan};
-use super::{Head, Model, Table};
+use super::{Head, Keep, Model, Table};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
 use crate::params::FlatBuffer;
@@ -177,6 +177,7 @@ impl Builder<'_> {
             config: self.config.clone(),
             device: self.params.device().clone(),
             embedding,
+            keep: vec![Keep::All; layers.len()],
             layers,
             norm,
             head,

@@ -4,7 +4,7 @@ use super::optimizer::{self, Buffers};
 use super::ranks::{self, MicroGradient, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::model::{DecoderConfig, Mode, Model, ModelPlan, Pass, WeightSource};
+use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
@@ -36,6 +36,9 @@ pub struct TrainerOptions {
     /// the same bits for any number of ranks. Moves and holds as many gradients as the step has
     /// micro-batches, over all ranks.
     pub deterministic_reduction: bool,
+    /// What each layer keeps for its backward; layers without a policy keep everything. Memory and
+    /// speed depend on it, results do not.
+    pub keep: Vec<Keep>,
 }
 
 impl Default for TrainerOptions {
@@ -55,6 +58,7 @@ impl Default for TrainerOptions {
             max_grad_norm: Some(1.0),
             max_tokens: 0,
             deterministic_reduction: false,
+            keep: Vec::new(),
         }
     }
 }
@@ -106,13 +110,14 @@ impl Trainer {
     ) -> Result<Self> {
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
-        let model = Model::load(
+        let mut model = Model::load(
             config,
             attachments,
             source,
             &mut params,
             options.weight_dtype,
         )?;
+        model.set_keep(&options.keep);
         adapter.init(&mut params, options.seed)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);

@@ -29,7 +29,7 @@ pub use compiler::{
     ARCHITECTURES, Compiled, KernelResources, Module, compile, version as compiler_version,
 };
 pub(crate) use gemm::{Gemm, Operand};
-pub use gemm::{GemmRecord, GemmTuning};
+pub use gemm::{GemmRecord, GemmTuning, WORKSPACE as GEMM_WORKSPACE};
 pub use graph::{Captured, Graph};
 pub(crate) use launch::Grid;
 pub use library::{

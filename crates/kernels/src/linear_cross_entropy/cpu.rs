@@ -32,6 +32,8 @@ pub(super) fn run(
         let transposed = transpose(&selected, workspace);
         let mut logits = Tensor::from_buffer(buffer, vocabulary, rows.len());
         matmul::nn(logits.view_mut(), 0.0, 1.0, head, transposed.view())?;
+        // In the shape it was taken in: the pool goes by columns.
+        let transposed = Tensor::from_buffer(transposed.into_buffer(), rows.len(), width);
         workspace.give(transposed);
         let lanes = statistics(logits.view());
         add_sums(&mut sums, &lanes, &logits, targets);
@@ -49,6 +51,11 @@ pub(super) fn run(
     }
     workspace.give_scratch(buffer);
     Ok(sums)
+}
+
+/// Bytes of the chunk's logits.
+pub(super) fn scratch_bytes(vocabulary: usize) -> usize {
+    vocabulary * chunk_rows(vocabulary) * DType::F32.bytes()
 }
 
 /// Label rows per chunk: as many as fit, 16 at least, a multiple of 16.

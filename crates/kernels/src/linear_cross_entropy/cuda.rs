@@ -14,6 +14,7 @@ use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
 use crate::matmul::Layout;
 use crate::{DType, Error, Indices, Result, Tensor, View, Workspace};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -92,12 +93,11 @@ pub(super) fn run(
         rows: rows.ptr(),
         targets: targets.ptr(),
         total,
-        pitch: head.rows().next_multiple_of(8),
+        pitch: pitch(head.rows()),
     };
     sums.count(rows.len());
     let limit = chunk_rows(run.pitch).min(rows.len());
-    // Few sizes, so that scratch is used again whatever the number of label rows.
-    let held = limit.next_power_of_two().min(chunk_rows(run.pitch));
+    let held = held_rows(run.pitch, rows.len());
     let scratch = |dtype, cols| {
         let buffer = workspace.take_scratch(dtype, held * cols);
         Tensor::from_buffer(buffer, held, cols)
@@ -119,6 +119,29 @@ pub(super) fn run(
         workspace.give_scratch(tensor.into_buffer());
     }
     Ok(())
+}
+
+/// Bytes of the buffers for these numbers of label rows, none of them zero.
+pub(super) fn scratch_bytes(
+    dtype: DType,
+    [vocabulary, width]: [usize; 2],
+    label_rows: impl Iterator<Item = usize>,
+) -> usize {
+    let pitch = pitch(vocabulary);
+    let row = (pitch + STATISTICS) * DType::F32.bytes() + width * dtype.bytes();
+    let held: BTreeSet<usize> = label_rows.map(|rows| held_rows(pitch, rows)).collect();
+    held.into_iter().map(|rows| rows * row).sum()
+}
+
+/// Logits between the rows of a chunk.
+fn pitch(vocabulary: usize) -> usize {
+    vocabulary.next_multiple_of(8)
+}
+
+/// Rows of the buffers for so many label rows: few sizes, so that scratch is used again.
+fn held_rows(pitch: usize, label_rows: usize) -> usize {
+    let limit = chunk_rows(pitch);
+    label_rows.min(limit).next_power_of_two().min(limit)
 }
 
 /// Label rows per chunk: as many as fit, 16 at least, a multiple of 16.

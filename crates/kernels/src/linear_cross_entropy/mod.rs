@@ -33,7 +33,7 @@ pub use accumulator::{Accumulator, Sums};
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};
-use crate::{Error, Indices, Result, View, ViewMut, Workspace};
+use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 
 /// Adds loss, accuracy and entropy of the label rows to `sums`.
 ///
@@ -114,6 +114,26 @@ pub fn forward_backward(
         workspace,
     )?);
     Ok(())
+}
+
+/// Bytes of scratch memory that a workspace holds after passes over these numbers of label rows, with a
+/// `head` `[V, D]` of `dtype` on the CPU or a GPU.
+#[must_use]
+pub fn scratch_bytes(
+    on_gpu: bool,
+    dtype: DType,
+    head: [usize; 2],
+    label_rows: impl IntoIterator<Item = usize>,
+) -> usize {
+    let label_rows = label_rows.into_iter().filter(|&rows| rows > 0);
+    if on_gpu {
+        cuda::scratch_bytes(dtype, head, label_rows)
+    } else {
+        label_rows
+            .take(1)
+            .map(|_| cpu::scratch_bytes(head[0]))
+            .sum()
+    }
 }
 
 /// Where the gradients go.

@@ -21,6 +21,9 @@ section! {
         device: Device = Device::Auto, OURS;
         /// CPU threads; null for one per core. Results do not depend on it.
         num_threads: Option<usize> = None, OURS;
+        /// true computes every layer again in the backward pass, whatever memory there is; else a plan
+        /// decides per layer, from the memory that is there. Results do not depend on it.
+        gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
         /// Seed of every random draw.
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.

@@ -21,7 +21,7 @@ use std::sync::Mutex;
 use timer::Timer;
 
 /// Scratch memory of all products of a device.
-const WORKSPACE: usize = 32 << 20;
+pub const WORKSPACE: usize = 32 << 20;
 /// Timed runs of one algorithm; the fastest counts.
 const RUNS: usize = 3;
 

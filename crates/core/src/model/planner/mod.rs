@@ -1,0 +1,261 @@
+//! What each layer keeps, decided from the memory that is there.
+//!
+//! A pure function of shapes: [`StepShape::predict`] counts the bytes that the largest micro-batch
+//! takes under given policies, and [`StepShape::plan`] finds the policies that fit with the least to
+//! compute again. Nothing is allocated and no weight is read for it.
+
+mod cost;
+mod pool;
+mod shape;
+#[cfg(test)]
+mod tests;
+mod trace;
+
+use super::{DecoderConfig, Keep};
+use crate::adapter::{Attachment, SiteId};
+use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
+use shape::LayerShape;
+use std::collections::BTreeSet;
+
+/// Most numbers of recomputed layers that are tried; a deeper model is searched in larger strides.
+const MOST_TRIED: usize = 128;
+/// One part in so many of the memory stays free: for what else the machine does, and for pieces too
+/// small to use.
+const RESERVE: u64 = 32;
+/// Bytes of ids, counters of random draws, label rows and targets per token.
+const INDEX_BYTES: usize = 20;
+
+/// The micro-batches of a run, as far as memory depends on them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Workload {
+    /// Tokens of the longest.
+    pub tokens: usize,
+    /// Numbers of label rows that occur. Those of one power of two count as one.
+    pub label_rows: BTreeSet<usize>,
+    /// Mean number of tokens of a document.
+    pub mean_length: f64,
+}
+
+/// Shapes of a training step: all that its memory and its work depend on.
+#[derive(Clone, Debug)]
+pub struct StepShape {
+    hidden: usize,
+    heads: usize,
+    rotary_dim: usize,
+    vocabulary: usize,
+    layers: Vec<LayerShape>,
+    embedding_trained: bool,
+    on_gpu: bool,
+    activations: DType,
+    head: DType,
+    /// Of low-rank factors in products, and of what they make.
+    factors: DType,
+    tokens: usize,
+    label_rows: BTreeSet<usize>,
+    label_share: f64,
+    mean_length: f64,
+}
+
+/// Bytes of a training step beside weights and trained values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepBytes {
+    /// Kept by the layers from forward to backward.
+    pub kept: u64,
+    /// Other buffers of the pool: those of the layer at work, and of gradients.
+    pub working: u64,
+    /// Logits of a chunk and what belongs to them.
+    pub loss: u64,
+    /// Angles, indices, and the workspace of a GPU's products.
+    pub other: u64,
+}
+
+impl StepBytes {
+    /// All of them.
+    #[must_use]
+    pub fn total(self) -> u64 {
+        [self.working, self.loss, self.other]
+            .into_iter()
+            .fold(self.kept, u64::saturating_add)
+    }
+}
+
+/// What each layer keeps, and what that takes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ActivationPlan {
+    /// One policy per layer. Layers that backward does not reach keep nothing, whatever stands here.
+    pub keep: Vec<Keep>,
+    /// Bytes of the step.
+    pub bytes: StepBytes,
+    /// Floating point operations done again, as a share of those of the step without.
+    pub extra_compute: f64,
+}
+
+impl StepShape {
+    /// The step of `config` with `attachments` on micro-batches as `workload` says.
+    ///
+    /// `weights` and `activations` are the dtypes of frozen weights and of activations on `device`.
+    #[must_use]
+    pub fn new(
+        config: &DecoderConfig,
+        attachments: &[(SiteId, Attachment)],
+        device: &Device,
+        [weights, activations]: [DType; 2],
+        workload: &Workload,
+    ) -> Self {
+        let (layers, embedding_trained) = shape::layers(config, attachments);
+        let on_gpu = device.is_cuda();
+        let tokens = workload.tokens;
+        let most_labels = workload.label_rows.last().copied().unwrap_or(0);
+        Self {
+            hidden: config.hidden_size,
+            heads: config.heads,
+            rotary_dim: config.rope.rotary_dim,
+            vocabulary: config.vocab_size,
+            layers,
+            embedding_trained,
+            on_gpu,
+            activations,
+            head: weights,
+            factors: if on_gpu { activations } else { DType::F32 },
+            tokens,
+            label_rows: workload.label_rows.clone(),
+            label_share: most_labels as f64 / tokens.max(1) as f64,
+            mean_length: workload.mean_length,
+        }
+    }
+
+    /// Number of layers.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// What policies take; layers without one keep everything.
+    #[must_use]
+    pub fn predict(&self, keep: &[Keep]) -> ActivationPlan {
+        let held = trace::run(self, keep);
+        let rows = self.tokens as u64;
+        let all = held.all.saturating_mul(rows);
+        let kept = held.kept.saturating_mul(rows);
+        let policy = |i: usize| keep.get(i).copied().unwrap_or_default();
+        let reached = self.first_reached();
+        let again = (self.layers.iter().enumerate().skip(reached))
+            .map(|(i, layer)| cost::again(self, layer, policy(i)));
+        let step = cost::step(self);
+        ActivationPlan {
+            keep: (0..self.layers.len()).map(policy).collect(),
+            bytes: StepBytes {
+                kept,
+                working: all - kept,
+                loss: self.loss_bytes(),
+                other: self.other_bytes(),
+            },
+            extra_compute: again.sum::<f64>() / step.max(1.0),
+        }
+    }
+
+    /// The plan for a machine with `available` bytes, of which `taken` are weights and trained values.
+    #[must_use]
+    pub fn plan_for(&self, available: u64, taken: u64) -> ActivationPlan {
+        let usable = available - available / RESERVE;
+        self.plan(usable.saturating_sub(taken))
+    }
+
+    /// The plan with the least to compute again of those whose step takes at most `bytes`, else the one
+    /// that takes the least.
+    ///
+    /// Earlier layers keep less than later ones: backward ends with them, when what the others kept is
+    /// free again for what they need to be computed anew.
+    #[must_use]
+    pub fn plan(&self, bytes: u64) -> ActivationPlan {
+        let everything = self.predict(&[]);
+        if everything.bytes.total() <= bytes {
+            return everything;
+        }
+        let reached = self.layers.len() - self.first_reached();
+        let stride = reached.div_ceil(MOST_TRIED).max(1);
+        let mut best: Option<ActivationPlan> = None;
+        for recomputed in (0..=reached).step_by(stride) {
+            let Some(plan) = self.fewest_dropped(recomputed, reached, bytes) else {
+                continue;
+            };
+            let better = |best: &ActivationPlan| plan.extra_compute < best.extra_compute;
+            if best.as_ref().is_none_or(better) {
+                best = Some(plan);
+            }
+        }
+        best.unwrap_or_else(|| self.smallest())
+    }
+
+    /// The plan that takes the least memory.
+    #[must_use]
+    pub fn smallest(&self) -> ActivationPlan {
+        let all = self.predict(&vec![Keep::Input; self.layers.len()]);
+        // The last layer's backward comes first, when everything else is still kept: to compute it
+        // again seldom saves anything.
+        let last = self.layers.len().saturating_sub(1);
+        let but_last = self.predict(&vec![Keep::Input; last]);
+        if but_last.bytes.total() <= all.bytes.total() {
+            but_last
+        } else {
+            all
+        }
+    }
+
+    /// The first `recomputed` layers of those reached keep their input, and as few of the next as will
+    /// do drop gate and up.
+    fn fewest_dropped(
+        &self,
+        recomputed: usize,
+        reached: usize,
+        bytes: u64,
+    ) -> Option<ActivationPlan> {
+        let first = self.first_reached();
+        let plan = |dropped: usize| {
+            let mut keep = vec![Keep::All; first];
+            keep.resize(first + recomputed, Keep::Input);
+            keep.resize(first + recomputed + dropped, Keep::DropGateUp);
+            self.predict(&keep)
+        };
+        let fits = |plan: &ActivationPlan| plan.bytes.total() <= bytes;
+        let (mut too_few, mut enough) = (None, reached - recomputed);
+        let mut found = Some(plan(enough)).filter(fits)?;
+        while enough > too_few.map_or(0, |few: usize| few + 1) {
+            let low = too_few.map_or(0, |few| few + 1);
+            let middle = low + (enough - low) / 2;
+            let candidate = plan(middle);
+            if fits(&candidate) {
+                (enough, found) = (middle, candidate);
+            } else {
+                too_few = Some(middle);
+            }
+        }
+        Some(found)
+    }
+
+    /// The first layer that backward reaches.
+    fn first_reached(&self) -> usize {
+        if self.embedding_trained {
+            return 0;
+        }
+        let trained = self.layers.iter().position(|layer| layer.trained);
+        trained.unwrap_or(self.layers.len())
+    }
+
+    fn loss_bytes(&self) -> u64 {
+        let head = [self.vocabulary, self.hidden];
+        let label_rows = self.label_rows.iter().copied();
+        linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64
+    }
+
+    fn other_bytes(&self) -> u64 {
+        let angles = self.rotary_dim * DType::F32.bytes();
+        // The row sums of the attention's backward, and the products' workspace.
+        let (sums, products) = if self.on_gpu {
+            (self.heads * DType::F32.bytes(), cuda::GEMM_WORKSPACE)
+        } else {
+            (0, 0)
+        };
+        (self.tokens as u64).saturating_mul((angles + INDEX_BYTES + sums) as u64) + products as u64
+    }
+}

@@ -1,0 +1,339 @@
+//! What layers keep changes the memory of a step and no bit of its result; and the planner knows the
+//! memory before anything is allocated.
+
+mod common;
+
+use common::{Shape, Stored, examples, write_model};
+use ferrotune::core::Result;
+use ferrotune::core::adapter::{Adapter, Attachment, CustomLinear, Site, SiteId};
+use ferrotune::core::data::{Example, PackedBatch};
+use ferrotune::core::full::FullFineTuning;
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::{DecoderConfig, Keep, Mode, Model, Pass, StepShape, Workload};
+use ferrotune::core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
+use ferrotune::core::trainer::attach;
+use ferrotune::kernels::linear_cross_entropy::Accumulator;
+use ferrotune::kernels::rng::{Stream, key_for};
+use ferrotune::kernels::{DType, Device, Tensor, View, ViewMut, Workspace, host_cuda};
+use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use std::path::Path;
+
+const SEED: u64 = 3;
+const LAYERS: usize = 4;
+
+/// Every layer alike, and layers mixed.
+fn policies() -> Vec<Vec<Keep>> {
+    use Keep::{All, DropGateUp, Input};
+    vec![
+        vec![DropGateUp; LAYERS],
+        vec![Input; LAYERS],
+        vec![Input, DropGateUp, All, Input],
+        vec![All, Input, All, DropGateUp],
+    ]
+}
+
+fn lora_with_dropout() -> Box<dyn Adapter> {
+    let config = LoraConfig {
+        rank: 5,
+        alpha: 12.0,
+        dropout: 0.3,
+        target_modules: Some(TargetModules::AllLinear),
+        ..LoraConfig::default()
+    };
+    Box::new(LoraAdapter::new(config, "llama").expect("valid"))
+}
+
+fn lora_on_later_layers() -> Box<dyn Adapter> {
+    let config = LoraConfig {
+        rank: 3,
+        target_modules: Some(TargetModules::List(vec![
+            "q_proj".into(),
+            "down_proj".into(),
+        ])),
+        layers_to_transform: Some(vec![2, 3]),
+        ..LoraConfig::default()
+    };
+    Box::new(LoraAdapter::new(config, "llama").expect("valid"))
+}
+
+/// Scales outputs, as the own method of the examples does.
+#[derive(Debug)]
+struct OutputScaling;
+
+#[derive(Debug)]
+struct Scale(ParamId);
+
+fn scaled(values: &[f32], scale: &[f32]) -> Vec<f32> {
+    let rows = values.chunks_exact(scale.len());
+    rows.flat_map(|row| row.iter().zip(scale).map(|(v, s)| v * s))
+        .collect()
+}
+
+impl CustomLinear for Scale {
+    fn forward(&self, params: &FlatBuffer, _x: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
+        let [tokens, out] = y.shape();
+        let base = y.as_view().to_f32_vec();
+        let values = scaled(&base, params.get(self.0));
+        y.copy_from(View::from_f32(&values, tokens, out));
+        Ok(vec![Tensor::from_f32(base, tokens, out)])
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        _x: View<'_>,
+        saved: &[Tensor],
+        dy: ViewMut<'_>,
+        _dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let [tokens, out] = dy.shape();
+        let (d, base) = (dy.as_view().to_f32_vec(), saved[0].to_f32_vec());
+        for (d, base) in d.chunks_exact(out).zip(base.chunks_exact(out)) {
+            let sums = grads.get_mut(self.0).iter_mut();
+            sums.zip(d.iter().zip(base))
+                .for_each(|(s, (d, b))| *s += d * b);
+        }
+        let values = scaled(&d, params.get(self.0));
+        dy.copy_from(View::from_f32(&values, tokens, out));
+        Ok(())
+    }
+
+    fn merge(&self, _: &FlatBuffer, _: &mut [f32]) -> Result<()> {
+        unreachable!("nothing is merged here")
+    }
+}
+
+impl Adapter for OutputScaling {
+    fn attach(
+        &self,
+        sites: &[Site],
+        params: &mut ParamLayoutBuilder,
+    ) -> Result<Vec<(SiteId, Attachment)>> {
+        let chosen = |site: &&Site| {
+            let targets = ["k_proj", "up_proj", "down_proj"];
+            targets.iter().any(|t| site.name.ends_with(t))
+        };
+        let attach = |site: &Site| {
+            let name = format!("{}.scale", site.name);
+            let spec = ParamSpec::new(name, [site.out_features], site.execution_order);
+            (
+                site.id,
+                Attachment::Custom(Box::new(Scale(params.add(spec)))),
+            )
+        };
+        Ok(sites.iter().filter(chosen).map(attach).collect())
+    }
+
+    fn init(&self, _: &mut FlatBuffer, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn save(&self, _: &FlatBuffer, _: &Path) -> Result<()> {
+        unreachable!("nothing is saved here")
+    }
+
+    fn load(&self, _: &mut FlatBuffer, _: &Path) -> Result<()> {
+        unreachable!("nothing is loaded here")
+    }
+
+    fn describe(&self) -> String {
+        "output scaling".into()
+    }
+}
+
+/// A model with an adapter on one device.
+struct Subject {
+    config: DecoderConfig,
+    model: Model,
+    adapter: Box<dyn Adapter>,
+    params: FlatBuffer,
+    device: Device,
+    dtype: DType,
+}
+
+/// What a pass over one micro-batch leaves.
+struct Outcome {
+    loss: u64,
+    gradients: Vec<u32>,
+    pooled: usize,
+}
+
+impl Subject {
+    fn new(directory: &Path, adapter: Box<dyn Adapter>, device: &Device, dtype: DType) -> Self {
+        let config = DecoderConfig::open(directory).expect("config");
+        let files = ModelFiles::open(directory).expect("weights");
+        let (attachments, mut params) = attach(&config, adapter.as_ref()).expect("attaches");
+        params.move_to(device);
+        let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+        // A fresh B is zero, and so would the gradient of A be.
+        let layout = std::sync::Arc::clone(params.layout());
+        for (id, segment) in layout.by_name() {
+            let mut stream = Stream::new(key_for(SEED, &segment.spec.name));
+            for value in params.get_mut(id) {
+                *value += (stream.normal() * 0.15) as f32;
+            }
+        }
+        Self {
+            config,
+            model,
+            adapter,
+            params,
+            device: device.clone(),
+            dtype,
+        }
+    }
+
+    fn run(&mut self, keep: &[Keep], batch: &PackedBatch) -> Outcome {
+        self.model.set_keep(keep);
+        let workspace = Workspace::on(self.device.clone(), batch.tokens());
+        let pass = Pass {
+            workspace: &workspace,
+            dtype: self.dtype,
+            mode: Mode::Train {
+                seed: SEED,
+                step: 5,
+            },
+        };
+        let mut grads = FlatBuffer::zeros_on(self.params.layout(), &self.device);
+        let mut sums = Accumulator::new(&self.device);
+        // Twice: the second pass must not need more than the first.
+        let mut pooled = 0;
+        for _ in 0..2 {
+            grads.zero();
+            sums = Accumulator::new(&self.device);
+            self.model
+                .loss_and_gradients(pass, &self.params, &mut grads, batch, &mut sums)
+                .expect("runs");
+            assert!(pooled == 0 || pooled == workspace.pooled_bytes());
+            pooled = workspace.pooled_bytes();
+        }
+        Outcome {
+            loss: sums.read().expect("sums").loss.to_bits(),
+            gradients: grads.as_slice().iter().map(|g| g.to_bits()).collect(),
+            pooled,
+        }
+    }
+
+    /// Bytes that the planner says the pool holds.
+    fn predicted(&self, keep: &[Keep], batch: &PackedBatch) -> u64 {
+        let (attachments, _) = attach(&self.config, self.adapter.as_ref()).expect("attaches");
+        let workload = Workload {
+            tokens: batch.tokens(),
+            label_rows: [batch.trained_tokens()].into(),
+            mean_length: 8.0,
+        };
+        let dtypes = [self.dtype; 2];
+        let shape = StepShape::new(&self.config, &attachments, &self.device, dtypes, &workload);
+        let bytes = shape.predict(keep).bytes;
+        bytes.kept + bytes.working + bytes.loss
+    }
+}
+
+fn batch(documents: &[Example]) -> PackedBatch {
+    PackedBatch::pack(documents.iter().enumerate().map(|(i, d)| (i as u64, d)))
+}
+
+fn shapes() -> [Shape; 2] {
+    let plain = Shape {
+        layers: LAYERS,
+        ..Shape::default()
+    };
+    [
+        Shape {
+            bias: true,
+            ..plain.clone()
+        },
+        Shape {
+            tied: true,
+            heads: 3,
+            kv_heads: 1,
+            head_dim: 12,
+            intermediate: 72,
+            vocab: 131,
+            ..plain
+        },
+    ]
+}
+
+/// One method on both shapes, in f32 and bf16, on many documents and on none: the same bits for every
+/// policy, from exactly the memory that was predicted.
+fn assert_same_bits(device: &Device, method: fn() -> Box<dyn Adapter>) {
+    for shape in shapes() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        write_model(directory.path(), &shape, Stored::F32, SEED);
+        let documents = examples(4, shape.vocab, SEED);
+        for dtype in [DType::F32, DType::Bf16] {
+            let mut subject = Subject::new(directory.path(), method(), device, dtype);
+            for batch in [batch(&documents), batch(&[])] {
+                let label = format!(
+                    "{} {dtype} T={}",
+                    subject.adapter.describe(),
+                    batch.tokens()
+                );
+                let all = subject.run(&[], &batch);
+                assert_eq!(all.pooled as u64, subject.predicted(&[], &batch), "{label}");
+                if batch.tokens() > 0 {
+                    assert!(all.gradients.iter().any(|g| f32::from_bits(*g) != 0.0));
+                }
+                for keep in policies() {
+                    let other = subject.run(&keep, &batch);
+                    let label = format!("{label}, {keep:?}");
+                    assert_eq!(other.loss, all.loss, "loss of {label}");
+                    assert!(other.gradients == all.gradients, "gradients of {label}");
+                    let predicted = subject.predicted(&keep, &batch);
+                    assert_eq!(other.pooled as u64, predicted, "{label}");
+                }
+            }
+        }
+    }
+}
+
+fn gpu() -> Device {
+    Device::Cuda(host_cuda::device())
+}
+
+#[test]
+fn lora_with_dropout_has_the_same_bits_whatever_is_kept() {
+    assert_same_bits(&Device::Cpu, lora_with_dropout);
+}
+
+#[test]
+fn lora_with_dropout_has_the_same_bits_whatever_is_kept_on_a_gpu() {
+    assert_same_bits(&gpu(), lora_with_dropout);
+}
+
+#[test]
+fn layers_before_the_first_trained_one_keep_nothing() {
+    for device in [Device::Cpu, gpu()] {
+        assert_same_bits(&device, lora_on_later_layers);
+    }
+}
+
+#[test]
+fn full_fine_tuning_has_the_same_bits_whatever_is_kept() {
+    for device in [Device::Cpu, gpu()] {
+        assert_same_bits(&device, || Box::new(FullFineTuning));
+    }
+}
+
+#[test]
+fn a_method_of_ones_own_has_the_same_bits_whatever_is_kept() {
+    assert_same_bits(&Device::Cpu, || Box::new(OutputScaling));
+}
+
+#[test]
+fn less_kept_is_less_memory() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let shape = shapes()[0].clone();
+    write_model(directory.path(), &shape, Stored::F32, SEED);
+    let batch = batch(&examples(3, shape.vocab, SEED));
+    let mut subject = Subject::new(
+        directory.path(),
+        lora_with_dropout(),
+        &Device::Cpu,
+        DType::F32,
+    );
+    let pooled = Keep::EVERY.map(|keep| subject.run(&[keep; LAYERS], &batch).pooled);
+    assert!(pooled.is_sorted_by(|a, b| a > b), "{pooled:?}");
+}
