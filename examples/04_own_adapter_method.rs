@@ -9,11 +9,13 @@ use ferrotune::core::adapter::{Adapter, Attachment, CustomLinear, Site, SiteId};
 use ferrotune::core::data::PrepareOptions;
 use ferrotune::core::io::{SafetensorsFile, TensorData, write_safetensors};
 use ferrotune::core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
-use ferrotune::core::trainer::attach;
 use ferrotune::kernels::{Tensor, View, ViewMut};
 use ferrotune::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// What the name of a linear's vector has behind the linear's.
+const SUFFIX: &str = ".ia3_l";
 
 /// Scales the outputs of every linear whose name ends with one of these.
 #[derive(Debug)]
@@ -58,17 +60,6 @@ impl CustomLinear for Scale {
         dy.copy_from(View::from_f32(&scaled(&d, params.get(self.0)), tokens, out));
         Ok(())
     }
-
-    fn merge(&self, params: &FlatBuffer, weight: &mut [f32]) -> Result<()> {
-        let scale = params.get(self.0);
-        for (row, scale) in weight
-            .chunks_exact_mut(weight.len() / scale.len())
-            .zip(scale)
-        {
-            row.iter_mut().for_each(|w| *w *= scale);
-        }
-        Ok(())
-    }
 }
 
 /// Each row of `values` times `scale`.
@@ -86,7 +77,7 @@ impl Adapter for OutputScaling {
     ) -> Result<Vec<(SiteId, Attachment)>> {
         let chosen = |site: &&Site| self.targets.iter().any(|t| site.name.ends_with(t));
         let attach = |site: &Site| {
-            let name = format!("{}.ia3_l", site.name);
+            let name = format!("{}{SUFFIX}", site.name);
             let spec = ParamSpec::new(name, [site.out_features], site.execution_order);
             let scale = Scale(params.add(spec));
             (site.id, Attachment::Custom(Box::new(scale)))
@@ -158,7 +149,7 @@ fn main() -> Result<()> {
     let output = Path::new("out/own_adapter_method");
     std::fs::create_dir_all(output).map_err(Error::write(output))?;
     trainer.adapter().save(trainer.params(), output)?;
-    merge(&config, &weights, &trainer, output)?;
+    merge(&weights, trainer.params(), output)?;
     let merged = loss_of(output, &batch)?;
     println!("loss {merged:.4} merged into the base");
     assert!(
@@ -168,17 +159,21 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Writes the base with the method folded into its weights.
-fn merge(config: &DecoderConfig, weights: &ModelFiles, trainer: &Trainer, to: &Path) -> Result<()> {
+/// Writes the base with the method folded into its weights: each row times its scale.
+fn merge(weights: &ModelFiles, params: &FlatBuffer, to: &Path) -> Result<()> {
     let mut tensors = BTreeMap::new();
     for name in weights.names() {
         tensors.insert(name.to_owned(), weights.read_f32(name)?);
     }
-    let plan = ferrotune::core::model::ModelPlan::new(config);
-    for (site, attachment) in attach(config, trainer.adapter())?.0 {
-        let weight = tensors.get_mut(&format!("{}.weight", plan.site(site).name));
-        if let (Attachment::Custom(custom), Some(weight)) = (attachment, weight) {
-            custom.merge(trainer.params(), weight)?;
+    for (id, segment) in params.layout().by_name() {
+        let scale = params.get(id);
+        let linear = segment.spec.name.strip_suffix(SUFFIX);
+        let weight = linear.and_then(|name| tensors.get_mut(&format!("{name}.weight")));
+        if let Some(weight) = weight {
+            let columns = weight.len() / scale.len();
+            for (row, scale) in weight.chunks_exact_mut(columns).zip(scale) {
+                row.iter_mut().for_each(|w| *w *= scale);
+            }
         }
     }
     let shape = |name: &str| {

@@ -147,6 +147,44 @@ fn limit_reads_the_first_rows_alone() {
 }
 
 #[test]
+fn rows_that_are_cut_or_left_out_are_counted_and_noted() {
+    let bench = Workbench::new(0);
+    let row = |length| json!({"prompt": "a".repeat(length), "completion": "bcd"});
+    let rows = bench.path("rows.jsonl");
+    write_rows(&rows, &[row(4), row(40), row(4), row(8)]);
+    let base = bench.path("base");
+    let ask = |more: &[&str]| {
+        let place = ["eval", "--data", text(&rows)];
+        let model = ["--model_name_or_path", text(&base)];
+        ferrotune(&[&place[..], &model, more].concat()).expect(0)
+    };
+    // With its completion and EOS a row is 4 longer than its prompt.
+    let finished = ask(&["--max_length", "10"]);
+    let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+    for (key, value) in [
+        ("eval_samples", 3),
+        ("eval_dropped_rows", 1),
+        ("eval_truncated_rows", 2),
+        ("eval_tokens_lost", 34 + 2),
+    ] {
+        assert_eq!(result[key], value, "{key}");
+    }
+    for part in [
+        "note: 2 of the 4 rows of",
+        "cut to 10 tokens",
+        "lost 36 tokens",
+        "note: 1 of the 4 rows of",
+        "rows.jsonl:2",
+    ] {
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
+    let whole = ask(&["--max_length", "100"]);
+    assert_eq!(whole.stderr, "");
+    let result: Value = serde_json::from_str(&whole.stdout).expect("JSON");
+    assert_eq!(result["eval_dropped_rows"], 0);
+}
+
+#[test]
 fn rows_are_cut_to_the_context_of_the_model_by_default() {
     let bench = Workbench::new(0);
     let long = json!({"text": "a".repeat(400)});

@@ -160,6 +160,46 @@ fn copy_of(group: &str, case: &str) -> tempfile::TempDir {
     root
 }
 
+/// A file without one of its tensors.
+fn lose(file: &Path, name: &str) {
+    let read = SafetensorsFile::open(file).expect("recorded file");
+    let tensors: BTreeMap<_, _> = read
+        .names()
+        .filter(|tensor| *tensor != name)
+        .map(|tensor| {
+            let meta = read.meta(tensor).expect("listed");
+            let data = TensorData {
+                dtype: meta.dtype,
+                shape: meta.shape.clone(),
+                bytes: Cow::Owned(read.read_bytes(tensor).expect("readable")),
+            };
+            (tensor.to_owned(), data)
+        })
+        .collect();
+    assert!(read.meta(name).is_some(), "{name} was never there");
+    write_safetensors(file, &tensors, &BTreeMap::new()).expect("writable");
+}
+
+#[test]
+fn a_case_that_lost_a_merged_weight_does_not_pass() {
+    let file = golden().join("adapters/lora_qv/expected.safetensors");
+    let names: Vec<String> = SafetensorsFile::open(&file)
+        .expect("recorded file")
+        .names()
+        .filter(|name| name.starts_with("merged."))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(names.len(), 3);
+    for name in names {
+        let root = copy_of("adapters", "lora_qv");
+        let case = root.path().join("adapters/lora_qv");
+        lose(&case.join("expected.safetensors"), &name);
+        let report = run(&case, &Device::Cpu);
+        let error = report.error.unwrap_or_default();
+        assert!(!report.passed && error.contains(&name), "{name}: {error}");
+    }
+}
+
 /// Adds `relative` times its largest value to the largest element of a recorded tensor.
 fn perturb(file: &Path, name: &str, relative: f32) {
     let read = SafetensorsFile::open(file).expect("recorded file");

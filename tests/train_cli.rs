@@ -453,7 +453,6 @@ fn the_ends_of_the_ranges_of_sampling_are_handled() {
             &[&["--prompt", "1+2=?"], more].concat(),
         ))
     };
-    assert_eq!(run(&["--max-new-tokens", "0"]), [""]);
     let short = ["--max-new-tokens", "8"];
     let tiny = [&short[..], &["--temperature", "1e-300"]].concat();
     assert_eq!(run(&tiny), run(&short));

@@ -6,6 +6,7 @@ use ferrotune::TextModel;
 use ferrotune::core::Result;
 use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Arguments that choose the model.
@@ -32,12 +33,18 @@ impl ModelArgs {
     }
 }
 
+/// A count on a command line: there is no use in 0.
+pub(super) fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
+    let parsed = text.parse();
+    parsed.map_err(|_| "expected a whole number of 1 or more".to_owned())
+}
+
 /// Arguments that choose tokens.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct SamplingArgs {
     /// Longest answer, in tokens
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
+    #[arg(long, default_value = "128", value_parser = at_least_one)]
+    max_new_tokens: NonZeroUsize,
     /// 0 always takes the most likely token
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
@@ -51,8 +58,8 @@ pub(super) struct SamplingArgs {
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// Prompts that run together
-    #[arg(long, default_value_t = 32)]
-    batch_size: usize,
+    #[arg(long, default_value = "32", value_parser = at_least_one)]
+    batch_size: NonZeroUsize,
 }
 
 impl SamplingArgs {
@@ -72,12 +79,12 @@ impl SamplingArgs {
             return Err(Failure::Usage("--top-k: expected 1 or more".into()));
         }
         Ok(GenerateOptions {
-            max_new_tokens: self.max_new_tokens,
+            max_new_tokens: self.max_new_tokens.get(),
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             seed: self.seed,
-            batch_size: self.batch_size,
+            batch_size: self.batch_size.get(),
             ..GenerateOptions::default()
         })
     }

@@ -1,4 +1,4 @@
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print_line};
 use ferrotune::core::ExitCode;
 use ferrotune::core::config::{json_schema, markdown_reference};
 
@@ -12,10 +12,10 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     if args.markdown {
-        println!("{}", markdown_reference());
+        print_line(markdown_reference())?;
     } else {
         let text = serde_json::to_string_pretty(&json_schema());
-        println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+        print_line(text.map_err(|e| Failure::Usage(e.to_string()))?)?;
     }
     Ok(ExitCode::Done)
 }

@@ -3,12 +3,12 @@
 
 use super::exact_match::{Answered, exact_match, questions, read_rows};
 use super::train::{self, Voice};
-use super::{Failure, Outcome, overrides, print_help, stop};
+use super::{Failure, Outcome, overrides, print_help_of, print_line, stop};
 use ferrotune::TextModel;
-use ferrotune::core::ExitCode;
 use ferrotune::core::config::{Resume, TrainConfig};
 use ferrotune::core::io::write_file;
 use ferrotune::core::trainer::RunOutcome;
+use ferrotune::core::{ExitCode, Result};
 use serde_json::json;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
-        return print_help("demo");
+        return print_help_of("demo");
     }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     let started = Instant::now();
@@ -85,9 +85,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
     let test = files.join("test.jsonl");
     let base = files.join("base");
-    say(voice, &introduction(&config));
+    say(voice, &introduction(&config))?;
     let before = answers(&base, None, &test)?;
-    say(voice, &share("before", &before));
+    say(voice, &share("before", &before))?;
 
     let result = Outputs::of(&config, base);
     let outcome = train::run(config, voice, &stop)?;
@@ -96,7 +96,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
 
     let after = answers(result.model(), result.adapter(), &test)?;
-    report(voice, &before, &after, &result, started.elapsed());
+    report(voice, &before, &after, &result, started.elapsed())?;
     // A run that made the model worse is a failure of this program, whatever its loss said.
     let worse = after.score() < before.score();
     Ok(if worse {
@@ -106,30 +106,31 @@ pub(super) fn run(args: &Args) -> Outcome {
     })
 }
 
-fn report(voice: Voice, before: &Answered, after: &Answered, result: &Outputs, took: Duration) {
+fn report(
+    voice: Voice,
+    before: &Answered,
+    after: &Answered,
+    result: &Outputs,
+    took: Duration,
+) -> Result<()> {
     let seconds = took.as_secs_f64();
     match voice {
-        Voice::Person => {
-            println!("{}\n", share("after", after));
-            println!("{}", side_by_side(before, after));
-            println!(
-                "{seconds:.0} s in all; the result is in {}\n",
-                result.output.display()
-            );
-            println!("{}", result.next_commands());
-        }
-        Voice::Machine => println!(
-            "{}",
-            json!({
-                "event": "demo_finished",
-                "exact_match_before": before.score(),
-                "exact_match_after": after.score(),
-                "prompts": after.questions.len(),
-                "seconds": seconds,
-                "output_dir": result.output,
-                "base": result.base,
-            })
-        ),
+        Voice::Person => print_line(format_args!(
+            "{}\n\n{}\n{seconds:.0} s in all; the result is in {}\n\n{}",
+            share("after", after),
+            side_by_side(before, after),
+            result.output.display(),
+            result.next_commands()
+        )),
+        Voice::Machine => print_line(json!({
+            "event": "demo_finished",
+            "exact_match_before": before.score(),
+            "exact_match_after": after.score(),
+            "prompts": after.questions.len(),
+            "seconds": seconds,
+            "output_dir": result.output,
+            "base": result.base,
+        })),
     }
 }
 
@@ -153,12 +154,13 @@ fn unpack(config: &mut TrainConfig) -> Result<PathBuf, Failure> {
 fn answers(model: &Path, adapter: Option<&Path>, test: &Path) -> Result<Answered, Failure> {
     let model = TextModel::load(model, adapter)?;
     let questions = questions(read_rows(test, "text", None)?)?;
-    Ok(exact_match(&model, test, questions, MAX_NEW_TOKENS)?)
+    Ok(exact_match(&model, questions, MAX_NEW_TOKENS)?)
 }
 
-fn say(voice: Voice, text: &str) {
-    if voice == Voice::Person {
-        println!("{text}");
+fn say(voice: Voice, text: &str) -> Result<()> {
+    match voice {
+        Voice::Person => print_line(text),
+        Voice::Machine => Ok(()),
     }
 }
 
@@ -186,7 +188,7 @@ fn side_by_side(before: &Answered, after: &Answered) -> String {
     );
     let answers = before.answers.iter().zip(&after.answers);
     for (question, (before, after)) in after.questions.iter().zip(answers).take(SAMPLES) {
-        let prompt = question.prompt.last_text();
+        let prompt = question.asked.prompt.last_text();
         table += &format!(
             "{prompt:<18} {before:<18} {after:<10} {}\n",
             question.expected

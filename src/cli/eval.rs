@@ -1,8 +1,8 @@
-use super::chat::ModelArgs;
+use super::chat::{ModelArgs, at_least_one};
 use super::exact_match::{exact_match, questions, read_rows};
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print_line, print_note};
 use ferrotune::TextModel;
-use ferrotune::core::data::{Dataset, PackedBatch, PrepareOptions, Row};
+use ferrotune::core::data::{Dataset, PackedBatch, PrepareOptions, PrepareReport, Row};
 use ferrotune::core::io::{FileDType, TensorData, write_safetensors};
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::kernels::linear_cross_entropy::Sums;
@@ -26,16 +26,16 @@ pub(super) struct Args {
     #[command(flatten)]
     rows: RowArgs,
     /// Rows per batch
-    #[arg(long, default_value_t = 8)]
-    batch_size: usize,
+    #[arg(long, default_value = "8", value_parser = at_least_one)]
+    batch_size: NonZeroUsize,
     /// Also answer every prompt and count the answers that are exactly the completion
     #[arg(long)]
     exact_match: bool,
     /// Longest answer, in tokens
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
+    #[arg(long, default_value = "128", value_parser = at_least_one)]
+    max_new_tokens: NonZeroUsize,
     /// Only the first N rows
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     limit: Option<NonZeroUsize>,
     /// Write token ids and logits of the first row to this safetensors file
     #[arg(long)]
@@ -47,8 +47,8 @@ pub(super) struct Args {
 struct RowArgs {
     /// Longest row in tokens, longer ones lose their end [default: 1024, or the model's context where
     /// that is shorter]
-    #[arg(long)]
-    max_length: Option<usize>,
+    #[arg(long, value_parser = at_least_one)]
+    max_length: Option<NonZeroUsize>,
     /// Column of plain text
     #[arg(long, value_name = "NAME", default_value = "text")]
     dataset_text_field: String,
@@ -61,10 +61,16 @@ struct RowArgs {
 }
 
 impl RowArgs {
+    /// Tokens at which rows are cut.
+    fn max_length(&self, context: usize) -> usize {
+        self.max_length
+            .map_or(MAX_LENGTH.min(context), NonZeroUsize::get)
+    }
+
     fn options(&self, context: usize) -> PrepareOptions {
         PrepareOptions {
             dataset_text_field: self.dataset_text_field.clone(),
-            max_length: Some(self.max_length.unwrap_or(MAX_LENGTH.min(context))),
+            max_length: Some(self.max_length(context)),
             completion_only_loss: self.completion_only_loss,
             assistant_only_loss: self.assistant_only_loss.unwrap_or(false),
             ..PrepareOptions::default()
@@ -81,18 +87,16 @@ pub(super) fn run(args: &Args) -> Outcome {
     let dataset = prepare(args, &model, rows)?;
     let mut result = BTreeMap::new();
     if let Some(questions) = asked {
-        let answered = exact_match(&model, &args.data, questions, args.max_new_tokens)?;
+        let answered = exact_match(&model, questions, args.max_new_tokens.get())?;
         result.insert("eval_exact_match", json!(answered.score()));
         result.insert("eval_prompts", json!(answered.questions.len()));
     }
-    loss(&model, &dataset, args.batch_size, &mut result)?;
+    loss(&model, &dataset, args.batch_size.get(), &mut result)?;
+    report_rows(args, &model, &dataset.report, &mut result);
     if let Some(path) = &args.logits_file {
         write_logits(path, &model, &dataset)?;
     }
-    println!(
-        "{}",
-        serde_json::to_string(&result).map_err(|e| Failure::Usage(e.to_string()))?
-    );
+    print_line(serde_json::to_string(&result).map_err(|e| Failure::Usage(e.to_string()))?)?;
     Ok(ExitCode::Done)
 }
 
@@ -124,6 +128,36 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
     Ok(dataset)
 }
 
+/// Adds what was not evaluated as it stands in the file, and says so on standard error.
+fn report_rows(
+    args: &Args,
+    model: &TextModel,
+    report: &PrepareReport,
+    result: &mut BTreeMap<&str, Value>,
+) {
+    result.insert("eval_dropped_rows", json!(report.dropped_rows));
+    result.insert("eval_truncated_rows", json!(report.truncated_rows));
+    result.insert("eval_tokens_lost", json!(report.tokens_lost));
+    let of_all = format!("of the {} rows of {}", report.rows, args.data.display());
+    if report.truncated_rows > 0 {
+        let context = model.model.config().max_position_embeddings;
+        print_note(&format!(
+            "{} {of_all} were cut to {} tokens (--max-length) and lost {} tokens",
+            report.truncated_rows,
+            args.rows.max_length(context),
+            report.tokens_lost
+        ));
+    }
+    if let Some((path, line)) = report.dropped_lines.first() {
+        print_note(&format!(
+            "{} {of_all} were left out of the loss, because no token of them is predicted (the first \
+             is {}:{line})",
+            report.dropped_rows,
+            path.display()
+        ));
+    }
+}
+
 /// Adds the loss and its relatives, means over the tokens that are predicted.
 fn loss(
     model: &TextModel,
@@ -132,7 +166,7 @@ fn loss(
     result: &mut BTreeMap<&str, Value>,
 ) -> Result<()> {
     let mut sums = Sums::default();
-    for rows in dataset.examples.chunks(batch_size.max(1)) {
+    for rows in dataset.examples.chunks(batch_size) {
         let batch = PackedBatch::pack(rows.iter().enumerate().map(|(i, e)| (i as u64, e)));
         sums += model.model.loss(model.pass(), &model.params, &batch)?;
     }

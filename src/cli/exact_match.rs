@@ -1,5 +1,6 @@
 //! Questions of a data set, and how many of the answers are exactly those of the data set.
 
+use super::asked::{self, Asked, Place};
 use ferrotune::TextModel;
 use ferrotune::core::data::jsonl::{JsonLines, Line};
 use ferrotune::core::data::{Prompt, Row};
@@ -10,7 +11,7 @@ use std::sync::Arc;
 
 /// A prompt and the answer it should get.
 pub(super) struct Question {
-    pub(super) prompt: Prompt,
+    pub(super) asked: Asked,
     pub(super) expected: String,
 }
 
@@ -46,25 +47,23 @@ pub(super) fn read_rows(path: &Path, text_field: &str, limit: Option<usize>) -> 
 pub(super) fn questions(rows: Vec<Row>) -> Result<Vec<Question>> {
     let question = |row: Row| {
         let (prompt, expected) = Prompt::with_answer(row.record).ok_or_else(|| {
-            Error::data(row.path, row.line, "has no prompt and completion; exact match needs `prompt` and `completion`, or `messages` that end with the assistant")
+            Error::data(&row.path, row.line, "has no prompt and completion; exact match needs `prompt` and `completion`, or `messages` that end with the assistant")
         })?;
-        Ok(Question { prompt, expected })
+        let place = Place::Line(row.path, row.line);
+        let asked = Asked { prompt, place };
+        Ok(Question { asked, expected })
     };
     rows.into_iter().map(question).collect()
 }
 
-/// Answers every question of the file `path`, greedily.
+/// Answers every question, greedily.
 pub(super) fn exact_match(
     model: &TextModel,
-    path: &Path,
     mut questions: Vec<Question>,
     max_new_tokens: usize,
 ) -> Result<Answered> {
-    let prompts = questions
-        .iter()
-        .map(|q| model.encode(&q.prompt))
-        .collect::<Result<Vec<_>>>()?;
-    check_fits_context(model, path, &prompts, max_new_tokens)?;
+    let asked: Vec<&Asked> = questions.iter().map(|q| &q.asked).collect();
+    let prompts = asked::encode(model, &asked, max_new_tokens)?;
     let greedy = GenerateOptions {
         max_new_tokens,
         batch_size: 64,
@@ -79,30 +78,4 @@ pub(super) fn exact_match(
         }
     }
     Ok(Answered { questions, answers })
-}
-
-fn check_fits_context(
-    model: &TextModel,
-    path: &Path,
-    prompts: &[Vec<u32>],
-    max_new_tokens: usize,
-) -> Result<()> {
-    let context = model.model.config().max_position_embeddings;
-    let too_long = |p: &&Vec<u32>| p.len().saturating_add(max_new_tokens) > context;
-    let count = prompts.iter().filter(too_long).count();
-    if count == 0 {
-        return Ok(());
-    }
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    Err(Error::config(
-        "max_new_tokens",
-        format!(
-            "is {max_new_tokens}, and with it {count} of the {} prompts of {} exceed the context of \
-             {}, {context} tokens (the longest prompt has {longest}); lower --max-new-tokens or \
-             shorten the prompts",
-            prompts.len(),
-            path.display(),
-            model.base.display()
-        ),
-    ))
 }

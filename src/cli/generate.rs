@@ -1,10 +1,12 @@
+use super::asked::{self, Asked, Place};
 use super::chat::{ModelArgs, SamplingArgs};
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print_line};
 use ferrotune::core::data::jsonl::{JsonLines, Line, parse_object};
 use ferrotune::core::data::{Message, Prompt};
 use ferrotune::core::{Error, ExitCode, Result};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Arguments of `generate`.
 #[derive(Debug, clap::Args)]
@@ -28,35 +30,34 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let rows = match &args.prompts_file {
-        Some(path) => read_prompts(path)?,
-        None => Vec::new(),
-    };
-    if args.prompt.is_empty() && rows.is_empty() {
+    if args.prompt.is_empty() && args.prompts_file.is_none() {
         return Err(Failure::Usage(
             "nothing to answer; give --prompt or --prompts-file".into(),
         ));
     }
     let options = args.sampling.options()?;
+    let rows = match &args.prompts_file {
+        Some(path) => read_prompts(path)?,
+        None => Vec::new(),
+    };
     let model = args.model.load()?;
-    let typed = args.prompt.iter().map(|text| {
-        if args.raw {
+    let typed = args.prompt.iter().zip(1..).map(|(text, n)| Asked {
+        prompt: if args.raw {
             Prompt::Text(text.clone())
         } else {
             model.prompt(text)
-        }
+        },
+        place: Place::CommandLine(n),
     });
-    let prompts: Vec<Prompt> = typed.chain(rows).collect();
-    let ids = prompts
-        .iter()
-        .map(|p| model.encode(p))
-        .collect::<Result<Vec<_>>>()?;
+    let asked: Vec<Asked> = typed.chain(rows).collect();
+    let all: Vec<&Asked> = asked.iter().collect();
+    let ids = asked::encode(&model, &all, options.max_new_tokens)?;
     let answers = model.answer(&ids, &options)?;
-    for (prompt, answer) in prompts.iter().zip(&answers) {
+    for (Asked { prompt, .. }, answer) in asked.iter().zip(&answers) {
         if args.json {
-            println!("{}", json_line(prompt, answer));
+            print_line(json_line(prompt, answer))?;
         } else {
-            println!("> {}\n{answer}\n", prompt.last_text());
+            print_line(format_args!("> {}\n{answer}\n", prompt.last_text()))?;
         }
     }
     Ok(ExitCode::Done)
@@ -73,11 +74,23 @@ fn json_line(prompt: &Prompt, answer: &str) -> Value {
     }
 }
 
-fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+fn read_prompts(path: &Path) -> Result<Vec<Asked>> {
+    let shared: Arc<Path> = Arc::from(path);
     let read = |line: Result<Line>| {
         let line = line?;
         let row = parse_object(path, &line)?;
-        Prompt::from_row(&row).map_err(|message| Error::data(path, line.number, message))
+        let prompt = Prompt::from_row(&row);
+        let prompt = prompt.map_err(|message| Error::data(path, line.number, message))?;
+        let place = Place::Line(Arc::clone(&shared), line.number);
+        Ok(Asked { prompt, place })
     };
-    JsonLines::open(path)?.map(read).collect()
+    let prompts = JsonLines::open(path)?
+        .map(read)
+        .collect::<Result<Vec<_>>>()?;
+    if prompts.is_empty() {
+        let message =
+            "no prompts; expected one JSON object per line, such as {\"prompt\": \"...\"}";
+        return Err(Error::data(path, None, message));
+    }
+    Ok(prompts)
 }

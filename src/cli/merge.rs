@@ -1,5 +1,5 @@
-use super::Outcome;
 use super::base_note::note_other_base;
+use super::{Outcome, print_line};
 use ferrotune::core::ExitCode;
 use ferrotune::lora::{MergeDType, MergeOptions, OutputDirectory, merge};
 use std::path::PathBuf;
@@ -68,14 +68,13 @@ pub(super) fn run(args: &Args) -> Outcome {
             "worst_tensor": worst,
             "worst_relative_error": error,
         });
-        println!("{document}");
+        print_line(document)?;
     } else {
-        println!(
-            "merged {} tensors into {}",
-            report.tensors.len(),
-            args.output_dir.display()
-        );
-        println!("rounding lost at most {error:.2e} of an update ({worst})");
+        let (count, output) = (report.tensors.len(), args.output_dir.display());
+        print_line(format_args!("merged {count} tensors into {output}"))?;
+        print_line(format_args!(
+            "rounding lost at most {error:.2e} of an update ({worst})"
+        ))?;
     }
     Ok(ExitCode::Done)
 }

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+mod asked;
 mod base_note;
 mod bench;
 mod chat;
@@ -10,16 +11,19 @@ mod exact_match;
 mod generate;
 mod kernels;
 mod merge;
+mod output;
 mod overrides;
 mod parity;
 mod progress;
 mod stop;
 mod train;
 
+use clap::builder::StyledStr;
 use clap::{CommandFactory, Parser, Subcommand};
 use ferrotune::core::{Error, ExitCode};
+use output::{print, print_error_line, print_line, print_note};
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, stderr, stdout};
 use tracing_subscriber::EnvFilter;
 
 /// GPU fine-tuning engine: LoRA and PEFT over frozen base weights.
@@ -79,9 +83,22 @@ impl Failure {
 pub(crate) fn main() -> std::process::ExitCode {
     exit_on_panic();
     start_logging();
-    // Clap itself exits with 2 on arguments it cannot parse.
     let words = std::env::args_os().map(either_spelling);
-    let outcome = match Cli::parse_from(words).command {
+    let outcome = match Cli::try_parse_from(words) {
+        Ok(cli) => run(cli.command),
+        // What was asked for, help or version, is an answer; the rest clap says itself, and exits with 2.
+        Err(error) if error.use_stderr() => error.exit(),
+        Err(answer) => print_help(&answer.render()),
+    };
+    let code = outcome.unwrap_or_else(|failure| {
+        print_error_line(&format!("error: {failure}"));
+        failure.exit_code()
+    });
+    std::process::ExitCode::from(code as u8)
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
         Command::Train(args) => train::train(&args),
         Command::Plan(args) => train::plan(&args),
         Command::Demo(args) => demo::run(&args),
@@ -92,32 +109,27 @@ pub(crate) fn main() -> std::process::ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::ConfigSchema(args) => config_schema::run(&args),
-    };
-    let code = outcome.unwrap_or_else(|failure| {
-        print_error_line(&format!("error: {failure}"));
-        failure.exit_code()
-    });
-    std::process::ExitCode::from(code as u8)
+    }
 }
 
-/// A line on standard error, which nobody may be reading any more: that is no reason to fail.
-fn print_error_line(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
-
-/// Something to know that is no error.
-fn print_note(note: &str) {
-    print_error_line(&format!("note: {note}"));
+/// Help, in colours where a person reads it.
+fn print_help(help: &StyledStr) -> Outcome {
+    if stdout().is_terminal() {
+        print(help.ansi())?;
+    } else {
+        print(help)?;
+    }
+    Ok(ExitCode::Done)
 }
 
 /// The help of a subcommand, for one that gets the request among its own words.
-fn print_help(subcommand: &str) -> Outcome {
+fn print_help_of(subcommand: &str) -> Outcome {
     let mut cli = Cli::command();
     cli.build();
-    if let Some(command) = cli.find_subcommand_mut(subcommand) {
-        print!("{}", command.render_help());
+    match cli.find_subcommand_mut(subcommand) {
+        Some(command) => print_help(&command.render_help()),
+        None => Ok(ExitCode::Done),
     }
-    Ok(ExitCode::Done)
 }
 
 /// TRL's habit and clap's both work: `--model_name_or_path` is `--model-name-or-path`.
@@ -136,16 +148,10 @@ fn either_spelling(word: OsString) -> OsString {
     }
 }
 
-/// A panic is an internal error like any other: message, place, code 70. A reader that has read
-/// enough (`ferrotune ... | head`) is none: the process ends as others do on a closed pipe.
+/// A panic is an internal error like any other: message, place, code 70.
 fn exit_on_panic() {
-    const CLOSED_PIPE: i32 = 141;
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        let message = info.payload_as_str().unwrap_or_default();
-        if message.starts_with("failed printing to stdout") && message.contains("Broken pipe") {
-            std::process::exit(CLOSED_PIPE);
-        }
         default(info);
         std::process::exit(ExitCode::Internal as i32);
     }));
@@ -156,8 +162,10 @@ fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal())
+        // A log that cannot be written is no reason to fail.
+        .log_internal_errors(false)
         .with_target(false)
         .without_time()
         .init();

@@ -18,6 +18,17 @@ pub(super) struct Switches {
     pub(super) json: bool,
 }
 
+impl Switches {
+    /// The switch called `key`.
+    fn named(&mut self, key: &str) -> Option<&mut bool> {
+        match key {
+            "dry_run" => Some(&mut self.dry_run),
+            "json" => Some(&mut self.json),
+            _ => None,
+        }
+    }
+}
+
 /// Whether help is asked for, which is the answer to any command line it is in.
 pub(super) fn ask_for_help(words: &[String]) -> bool {
     words.iter().any(|w| ["-h", "--help"].contains(&w.as_str()))
@@ -27,44 +38,56 @@ pub(super) fn ask_for_help(words: &[String]) -> bool {
 ///
 /// `--key value` and `--key=value` are understood for every key, a bare `--key` (true) for those
 /// that are true or false, and `--key v1 v2` for lists. A key that does not exist is left to
-/// whoever reads the pairs.
+/// whoever reads the pairs. A lone `--` divides nothing here and is passed over.
 pub(super) fn parse(words: &[String]) -> Result<(Vec<(String, String)>, Switches), Failure> {
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut switches = Switches::default();
-    let mut words = words.iter().peekable();
+    let mut words = words.iter().filter(|word| *word != "--").peekable();
     while let Some(word) = words.next() {
         let Some(name) = word.strip_prefix("--") else {
             return Err(loose(word, pairs.last()));
         };
-        match name {
-            "dry-run" | "dry_run" => switches.dry_run = true,
-            "json" => switches.json = true,
-            _ => {
-                let (name, inline) = match name.split_once('=') {
-                    Some((name, value)) => (name, Some(value.to_owned())),
-                    None => (name, None),
-                };
-                // Clap's habit and TRL's both work: --max-steps is --max_steps.
-                let key = name.replace('-', "_");
-                let arity = TrainConfig::arity(&key);
-                let most = match arity {
-                    Some(Arity::Switch | Arity::Single) => 1,
-                    Some(Arity::List) | None => usize::MAX,
-                };
-                let mut values: Vec<String> = inline.into_iter().collect();
-                if values.is_empty() {
-                    while values.len() < most
-                        && let Some(value) = words.next_if(|w| is_value(w))
-                    {
-                        values.push(value.clone());
-                    }
-                }
-                let value = value(&key, arity, &values)?;
-                pairs.push((key, value));
+        let (name, inline) = match name.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (name, None),
+        };
+        // Clap's habit and TRL's both work: --max-steps is --max_steps.
+        let key = name.replace('-', "_");
+        let switch = switches.named(&key);
+        let arity = match switch {
+            Some(_) => Some(Arity::Switch),
+            None => TrainConfig::arity(&key),
+        };
+        let most = match arity {
+            Some(Arity::Switch | Arity::Single) => 1,
+            Some(Arity::List) | None => usize::MAX,
+        };
+        let mut values: Vec<String> = inline.into_iter().collect();
+        if values.is_empty() {
+            while values.len() < most
+                && let Some(value) = words.next_if(|w| is_value(w))
+            {
+                values.push(value.clone());
             }
         }
+        let value = value(&key, arity, &values)?;
+        if let Some(switch) = switch {
+            *switch = truth(&key, &value)?;
+            continue;
+        }
+        if arity == Some(Arity::List) && pairs.iter().any(|(earlier, _)| *earlier == key) {
+            let message = format!("`--{key}` is given twice; give all its entries after one");
+            return Err(Failure::Usage(message));
+        }
+        pairs.push((key, value));
     }
     Ok((pairs, switches))
+}
+
+/// The value of a switch.
+fn truth(key: &str, value: &str) -> Result<bool, Failure> {
+    let parsed = value.parse();
+    parsed.map_err(|_| Failure::Usage(format!("`--{key}` is {value}, expected true or false")))
 }
 
 /// The text that the configuration reads for the words after a key.
@@ -170,6 +193,34 @@ mod tests {
                 json: false
             }
         );
+    }
+
+    #[test]
+    fn switches_take_a_value_as_keys_do() {
+        let switches = |line: &str| parse(&words(line)).expect("switches").1;
+        for line in [
+            "--dry-run",
+            "--dry_run=true",
+            "--dry-run true",
+            "-- --dry-run",
+        ] {
+            assert!(switches(line).dry_run, "{line}");
+        }
+        assert!(!switches("--dry-run=false --json").dry_run);
+        assert!(!switches("--json false").json);
+        assert!(complaint("--dry-run=perhaps").contains("expected true or false"));
+    }
+
+    #[test]
+    fn a_list_given_twice_is_a_usage_error_and_a_later_value_wins() {
+        for line in [
+            "--train_file a --train-file b",
+            "--report_to=x --report_to y",
+        ] {
+            assert!(complaint(line).contains("given twice"), "{line}");
+        }
+        let (pairs, _) = parse(&words("--seed 1 -- --seed 2")).expect("pairs");
+        assert_eq!(pairs.last(), Some(&("seed".to_owned(), "2".to_owned())));
     }
 
     #[test]

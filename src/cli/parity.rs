@@ -1,6 +1,6 @@
-use super::{Failure, Outcome};
-use ferrotune::core::ExitCode;
+use super::{Failure, Outcome, print_error_line, print_line};
 use ferrotune::core::config::Device;
+use ferrotune::core::{ExitCode, Result};
 use ferrotune::parity::{CaseReport, Quantity, run as run_case};
 use std::path::PathBuf;
 
@@ -24,7 +24,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     for case in &args.cases {
         let report = run_case(case, &device);
         if !args.json {
-            print_case(&report);
+            print_case(&report)?;
         }
         reports.push(report);
     }
@@ -33,14 +33,14 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.json {
         let document = serde_json::json!({ "cases": reports, "passed": passed, "failed": failed });
         let text = serde_json::to_string_pretty(&document);
-        println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+        print_line(text.map_err(|e| Failure::Usage(e.to_string()))?)?;
     }
     let tally = format!("{passed} passed, {failed} failed");
     if args.json {
         // Standard output is the document alone.
-        super::print_error_line(&tally);
+        print_error_line(&tally);
     } else {
-        println!("{tally}");
+        print_line(tally)?;
     }
     Ok(if failed == 0 {
         ExitCode::Done
@@ -49,21 +49,20 @@ pub(super) fn run(args: &Args) -> Outcome {
     })
 }
 
-fn print_case(report: &CaseReport) {
+fn print_case(report: &CaseReport) -> Result<()> {
     let verdict = if report.passed { "ok" } else { "FAILED" };
-    println!("{}  [{}]  {verdict}", report.case.display(), report.kind);
+    let case = report.case.display();
+    print_line(format_args!("{case}  [{}]  {verdict}", report.kind))?;
     if let Some(error) = &report.error {
-        println!("    {error}");
+        print_line(format_args!("    {error}"))?;
     }
-    for quantity in &report.quantities {
-        print_quantity(quantity);
-    }
+    report.quantities.iter().try_for_each(print_quantity)
 }
 
-fn print_quantity(q: &Quantity) {
+fn print_quantity(q: &Quantity) -> Result<()> {
     let verdict = if q.passed() { ' ' } else { '!' };
-    println!(
+    print_line(format_args!(
         "  {verdict} {:<32} {:>4} tensors  error {:>9.2e}  tolerance {:>9.2e}  worst {}",
         q.name, q.tensors, q.error, q.tolerance, q.worst
-    );
+    ))
 }

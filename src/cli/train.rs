@@ -1,10 +1,11 @@
+use super::output::STANDARD_OUTPUT;
 use super::overrides::{self, Switches};
 use super::progress::Progress;
-use super::{Failure, Outcome, print_help, print_note, stop};
-use ferrotune::core::ExitCode;
+use super::{Failure, Outcome, print, print_help_of, print_line, print_note, stop};
 use ferrotune::core::config::{self, TrainConfig};
 use ferrotune::core::run_log::{JsonLines, Observer};
 use ferrotune::core::trainer::RunOutcome;
+use ferrotune::core::{ExitCode, Result};
 use ferrotune::recipe::{Recipe, Summary};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -45,7 +46,7 @@ impl Voice {
 
 pub(super) fn train(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
-        return print_help("train");
+        return print_help_of("train");
     }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     let stop = stop::on_signal()?;
@@ -60,7 +61,7 @@ pub(super) fn train(args: &Args) -> Outcome {
 
 pub(super) fn plan(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
-        return print_help("plan");
+        return print_help_of("plan");
     }
     let (pairs, switches) = overrides::parse(&args.overrides)?;
     show_plan(config::load(&args.config, &pairs)?, Voice::new(switches))
@@ -78,17 +79,16 @@ pub(super) fn run(
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     match voice {
         Voice::Person => {
-            println!("{}", Summary::of(&recipe)?);
+            print_line(Summary::of(&recipe)?)?;
             observers.push(Box::new(Progress::new()));
         }
-        Voice::Machine => observers.push(Box::new(JsonLines::new(
-            std::io::stdout(),
-            "standard output",
-        ))),
+        Voice::Machine => {
+            observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)))
+        }
     }
     let outcome = recipe.train(&mut observers, stop)?;
     drop(observers);
-    report(&outcome, &output, voice);
+    report(&outcome, &output, voice)?;
     Ok(outcome)
 }
 
@@ -111,9 +111,9 @@ pub(super) fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
     match voice {
         Voice::Person => {
             print_notes(&recipe.config);
-            print!("{summary}");
+            print(summary)?;
         }
-        Voice::Machine => println!("{}", summary.json()),
+        Voice::Machine => print_line(summary.json())?,
     }
     Ok(ExitCode::Done)
 }
@@ -124,7 +124,7 @@ fn print_notes(config: &TrainConfig) {
     }
 }
 
-fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {
+fn report(outcome: &RunOutcome, output: &Path, voice: Voice) -> Result<()> {
     if let RunOutcome::Finished(run) = outcome
         && run.steps == 0
     {
@@ -133,28 +133,26 @@ fn report(outcome: &RunOutcome, output: &Path, voice: Voice) {
             "already finished after step {}: {output}",
             run.step
         ));
-        return;
+        return Ok(());
     }
     if voice == Voice::Machine {
-        return;
+        return Ok(());
     }
     match outcome {
-        RunOutcome::Finished(run) => {
-            println!(
-                "done: {} steps, mean loss {:.4}, {:.1} s",
-                run.step, run.train_loss, run.train_runtime
-            );
-            println!("      {}", output.display());
-        }
+        RunOutcome::Finished(run) => print_line(format_args!(
+            "done: {} steps, mean loss {:.4}, {:.1} s\n      {}",
+            run.step,
+            run.train_loss,
+            run.train_runtime,
+            output.display()
+        )),
         RunOutcome::Stopped {
             step,
             checkpoint: Some(path),
-        } => {
-            println!(
-                "stopped after step {step}; go on with --resume_from_checkpoint auto ({})",
-                path.display()
-            );
-        }
-        RunOutcome::Stopped { .. } => println!("stopped before the first step; nothing to save"),
+        } => print_line(format_args!(
+            "stopped after step {step}; go on with --resume_from_checkpoint auto ({})",
+            path.display()
+        )),
+        RunOutcome::Stopped { .. } => print_line("stopped before the first step; nothing to save"),
     }
 }

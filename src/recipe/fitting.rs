@@ -4,7 +4,7 @@
 mod tests;
 
 use super::adapter::{self, Attached};
-use super::memory::{Base, least_trained};
+use super::memory::{Base, highest_rank, least_trained};
 use super::{Recipe, data};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::model::Workload;
@@ -124,13 +124,17 @@ impl Search<'_> {
         shorter.filter(|c| c.data.max_length >= Some(SHORTEST))
     }
 
+    /// No rank above the largest that fits, be it of lora_r or of lora_rank_pattern.
     fn lower_rank(&self) -> Option<TrainConfig> {
         if !self.config.lora.use_peft {
             return None;
         }
-        self.largest(self.config.lora.lora_r, |rank| {
+        self.largest(highest_rank(self.config), |most| {
             let mut lower = self.config.clone();
-            lower.lora.lora_r = rank;
+            let lora = &mut lower.lora;
+            lora.lora_r = lora.lora_r.min(most);
+            let patterns = lora.lora_rank_pattern.values_mut();
+            patterns.for_each(|rank| *rank = (*rank).min(most));
             lower
         })
     }

@@ -1,8 +1,7 @@
 //! What a run needs of the machine's memory, checked before anything of that size is allocated.
 
 use super::adapter::{self, Attached};
-use super::fitting;
-use super::{Recipe, activation_dtype, weight_dtype};
+use super::{Recipe, activation_dtype, fitting, host_memory, weight_dtype};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, StepShape, Workload};
@@ -10,8 +9,6 @@ use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
 
-/// What is assumed where the machine does not say: 16 TiB.
-const UNKNOWN: u64 = 1 << 44;
 /// Value, gradient and two moments of a trained scalar, f32 each.
 const TRAINED_BYTES: u64 = 16;
 /// The same in bf16.
@@ -145,9 +142,14 @@ pub(super) fn least_trained(config: &TrainConfig) -> u64 {
     if !config.lora.use_peft {
         return 0;
     }
-    let patterns = config.lora.lora_rank_pattern.values().copied();
-    let rank = patterns.chain([config.lora.lora_r]).max().unwrap_or(0);
-    (rank as u64).saturating_mul(2 * TRAINED_BYTES)
+    (highest_rank(config) as u64).saturating_mul(2 * TRAINED_BYTES)
+}
+
+/// The highest rank that a configuration names.
+pub(super) fn highest_rank(config: &TrainConfig) -> usize {
+    let lora = &config.lora;
+    let patterns = lora.lora_rank_pattern.values().copied();
+    patterns.fold(lora.lora_r, usize::max)
 }
 
 /// What each layer of a run keeps on a machine with `available` bytes, and a note for the user.
@@ -211,20 +213,7 @@ fn does_not_fit(needs: Needs, available: u64, reserve: &str, changes: &[String])
 /// Bytes that can be allocated where the run computes.
 fn available(device: &Device) -> Result<u64> {
     match device {
-        Device::Cpu => Ok(available_on_host()),
+        Device::Cpu => Ok(host_memory::available()),
         Device::Cuda(device) => Ok(device.memory_info()?.free as u64),
     }
-}
-
-/// Bytes that can be allocated without swapping, as the system or its control group says.
-fn available_on_host() -> u64 {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let meminfo = read("/proc/meminfo");
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    let machine = kib.map_or(UNKNOWN, |kib| kib.saturating_mul(1024));
-    let group = read("/sys/fs/cgroup/memory.max").trim().parse::<u64>();
-    machine.min(group.unwrap_or(UNKNOWN)).min(UNKNOWN)
 }

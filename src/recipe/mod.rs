@@ -4,6 +4,7 @@
 mod adapter;
 mod data;
 mod fitting;
+mod host_memory;
 mod memory;
 mod output_dir;
 mod outputs;

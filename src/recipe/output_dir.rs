@@ -12,9 +12,18 @@ use std::path::Path;
 /// [`Error::Config`] if it is the base's own directory or holds an earlier run, [`Error::Write`].
 pub(super) fn check(config: &TrainConfig, base: &Path) -> Result<()> {
     let output = Path::new(&config.output.output_dir);
+    refuse_a_file(output)?;
     refuse_the_base(output, base)?;
     probe(output)?;
     refuse_to_overwrite(config, output)
+}
+
+fn refuse_a_file(output: &Path) -> Result<()> {
+    if output.is_dir() || !output.exists() {
+        return Ok(());
+    }
+    let message = "it is a file, and output_dir must be a directory; choose another output_dir";
+    Err(Error::write(output)(std::io::Error::other(message)))
 }
 
 /// The base must outlive the run: neither its weights nor the checkpoint it lies in may go.

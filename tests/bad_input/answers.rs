@@ -1,7 +1,7 @@
 //! What `eval` and `generate` refuse.
 
 use super::common::{Finished, Shape, Stored, Workbench, ferrotune, text, write_model};
-use super::common::{write_rows, write_weights};
+use super::common::{write_json, write_rows, write_weights};
 use super::{BAD_CONFIG, BAD_INPUT, INTERNAL};
 use serde_json::json;
 
@@ -37,7 +37,11 @@ fn refused(finished: Finished, code: i32, says: &[&str]) {
 #[test]
 fn an_evaluation_of_nothing_is_refused() {
     let bench = Workbench::new(4);
-    refused(eval(&bench, &["--limit", "0"]), USAGE, &["--limit", "zero"]);
+    refused(
+        eval(&bench, &["--limit", "0"]),
+        USAGE,
+        &["--limit", "1 or more"],
+    );
     write_rows(&bench.path("rows.jsonl"), &[]);
     refused(eval(&bench, &[]), BAD_INPUT, &["rows.jsonl", "no rows"]);
     let rows = [
@@ -62,11 +66,87 @@ fn rows_and_prompts_beyond_the_context_are_counted() {
         BAD_CONFIG,
         &["max_length", "2 of the 4 rows", "rows.jsonl", "256", "402"],
     );
+    // No option makes room for an answer to these.
     refused(
-        eval(&bench, &["--exact_match", "--max_new_tokens", "100"]),
-        BAD_CONFIG,
-        &["max_new_tokens", "3 of the 4 prompts", "rows.jsonl", "256"],
+        eval(&bench, &["--exact_match", "--max_new_tokens", "1"]),
+        BAD_INPUT,
+        &[
+            "rows.jsonl:1",
+            "300 tokens",
+            "256",
+            "2 of the 4 prompts",
+            "leave it out",
+        ],
     );
+    write_rows(&bench.path("rows.jsonl"), &[row(10), row(200), row(170)]);
+    let ask = |tokens| eval(&bench, &["--exact_match", "--max_new_tokens", tokens]);
+    let says = [
+        "max_new_tokens",
+        "2 of the 3 prompts",
+        "rows.jsonl:2",
+        "--max-new-tokens 56 or less",
+    ];
+    refused(ask("100"), BAD_CONFIG, &says);
+    refused(ask("57"), BAD_CONFIG, &["1 of the 3 prompts"]);
+    ask("56").expect(0);
+}
+
+#[test]
+fn prompts_of_a_file_are_named_by_their_line() {
+    let bench = Workbench::new(0);
+    let file = bench.path("rows.jsonl");
+    let ask = |more: &[&str]| {
+        let place = ["--prompts_file", text(&file)];
+        generate(&bench, &[&place[..], more].concat())
+    };
+    let row = |length| json!({"prompt": "a".repeat(length)});
+    write_rows(&file, &[row(10), row(300)]);
+    let says = ["rows.jsonl:2", "300 tokens", "256"];
+    refused(ask(&[]), BAD_INPUT, &says);
+    write_rows(&file, &[row(10), row(200)]);
+    let says = ["rows.jsonl:2", "--max-new-tokens 56 or less"];
+    refused(ask(&[]), BAD_CONFIG, &says);
+    write_rows(&file, &[row(10), row(0)]);
+    refused(ask(&[]), BAD_INPUT, &["rows.jsonl:2", "no tokens"]);
+    let long = "a".repeat(300);
+    refused(
+        generate(&bench, &["--prompt", "a", "--prompt", &long]),
+        BAD_CONFIG,
+        &["--prompt 2", "256"],
+    );
+
+    let template = json!({"chat_template": "{{ raise_exception('no such role') }}"});
+    write_json(&bench.path("base/tokenizer_config.json"), &template);
+    let chat = json!({"messages": [{"role": "user", "content": "a"}]});
+    write_rows(&file, &[row(10), chat]);
+    refused(ask(&[]), BAD_INPUT, &["rows.jsonl:2", "no such role"]);
+}
+
+#[test]
+fn a_prompts_file_without_prompts_is_named() {
+    let bench = Workbench::new(0);
+    let file = bench.path("rows.jsonl");
+    let place = ["--prompts_file", text(&file)];
+    let says = ["rows.jsonl", "no prompts", "one JSON object per line"];
+    refused(generate(&bench, &place), BAD_INPUT, &says);
+    let typed = [&place[..], &["--prompt", "a"]].concat();
+    refused(generate(&bench, &typed), BAD_INPUT, &says);
+}
+
+#[test]
+fn counts_of_nothing_are_usage_errors() {
+    let bench = Workbench::new(2);
+    for flag in ["--batch_size", "--max_new_tokens"] {
+        let named = flag.replace('_', "-");
+        let says = [named.as_str(), "1 or more"];
+        refused(eval(&bench, &[flag, "0"]), USAGE, &says);
+        refused(
+            generate(&bench, &["--prompt", "a", flag, "0"]),
+            USAGE,
+            &says,
+        );
+    }
+    refused(eval(&bench, &["--max_length", "0"]), USAGE, &["1 or more"]);
 }
 
 #[test]

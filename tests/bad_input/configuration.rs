@@ -43,6 +43,38 @@ fn faults_of_the_configuration() {
             &["num_threads", "-2", "expected"],
         ),
         fault(
+            "more micro-batches than any step has",
+            json!({"gradient_accumulation_steps": 9_000_000_000_000_000_000_u64}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "gradient_accumulation_steps",
+                "9000000000000000000",
+                "expected 1 to",
+            ],
+        ),
+        fault(
+            "more rows than any batch has",
+            json!({"per_device_train_batch_size": u64::MAX}),
+            untouched,
+            BAD_CONFIG,
+            &["per_device_train_batch_size", "expected 1 to"],
+        ),
+        fault(
+            "more steps than any run does",
+            json!({"max_steps": i64::MAX}),
+            untouched,
+            BAD_CONFIG,
+            &["max_steps", "expected 1 to"],
+        ),
+        fault(
+            "more epochs than any run does",
+            json!({"max_steps": -1, "num_train_epochs": 1e300}),
+            untouched,
+            BAD_CONFIG,
+            &["num_train_epochs", "at most"],
+        ),
+        fault(
             "unknown schedule",
             json!({"lr_scheduler_type": "cosin"}),
             untouched,

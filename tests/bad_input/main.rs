@@ -6,7 +6,9 @@ mod answers;
 mod common;
 mod configuration;
 mod data;
+mod memory;
 mod model;
+mod output;
 mod weights;
 
 use common::{Workbench, entries, ferrotune, text};
@@ -95,6 +97,36 @@ fn an_output_directory_whose_parent_is_a_file_is_not_writable() {
 }
 
 #[test]
+fn an_output_directory_that_is_a_file_cannot_be_written() {
+    let bench = Workbench::new(4);
+    bench.train("out", &json!({})).expect(0);
+    let file = bench.path("file");
+    std::fs::write(&file, "a file").expect("writable");
+    let (base, adapter) = (bench.path("base"), bench.path("out"));
+    let train = bench.config("run", &json!({"output_dir": file}));
+    for command in [
+        vec!["train", text(&train)],
+        vec!["train", text(&train), "--resume_from_checkpoint", "auto"],
+        vec!["demo", "--output_dir", text(&file)],
+        vec![
+            "merge",
+            "--model_name_or_path",
+            text(&base),
+            "--adapter",
+            text(&adapter),
+            "--output_dir",
+            text(&file),
+        ],
+    ] {
+        let finished = ferrotune(&command).expect(CANNOT_WRITE);
+        for part in ["cannot write", text(&file)] {
+            assert!(finished.stderr.contains(part), "{}", finished.stderr);
+        }
+    }
+    assert_eq!(common::read(&file), b"a file");
+}
+
+#[test]
 fn bad_command_lines_are_usage_errors() {
     for arguments in [
         vec!["trian"],
@@ -103,9 +135,14 @@ fn bad_command_lines_are_usage_errors() {
     ] {
         ferrotune(&arguments).expect(2);
     }
-    let finished = ferrotune(&["train", "/no/such/config.yaml"]);
-    assert!(
-        matches!(finished.code, Some(65 | 78)) && finished.stderr.contains("/no/such/config.yaml"),
-        "{finished:?}"
-    );
+}
+
+#[test]
+fn a_configuration_that_is_not_there_is_a_bad_one() {
+    for command in ["train", "plan"] {
+        let finished = ferrotune(&[command, "/no/such/config.yaml"]).expect(BAD_CONFIG);
+        for part in ["/no/such/config.yaml", "cannot be read", "YAML"] {
+            assert!(finished.stderr.contains(part), "{}", finished.stderr);
+        }
+    }
 }

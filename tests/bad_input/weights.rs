@@ -233,6 +233,44 @@ fn an_exploding_run_keeps_the_checkpoints_from_before() {
 }
 
 #[test]
+fn a_config_of_another_model_than_the_weights_is_not_merged() {
+    let bench = Workbench::new(4);
+    bench.train("out", &json!({})).expect(0);
+    let (base, adapter, merged) = (bench.path("base"), bench.path("out"), bench.path("merged"));
+    let ask = [
+        "merge",
+        "--model_name_or_path",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+        "--output_dir",
+        text(&merged),
+    ];
+    let whole = Shape::default();
+    let wider = Shape {
+        intermediate: 64,
+        ..whole.clone()
+    };
+    let deeper = Shape {
+        layers: 3,
+        ..whole.clone()
+    };
+    for (shape, says) in [
+        (wider, ["model.safetensors", "mlp.", "[64, 32]"]),
+        (deeper, ["model.safetensors", "model.layers.2.", "missing"]),
+    ] {
+        write_json(&base.join("config.json"), &shape.config());
+        let finished = ferrotune(&ask).expect(BAD_INPUT);
+        for part in says {
+            assert!(finished.stderr.contains(part), "{}", finished.stderr);
+        }
+        assert!(!merged.exists());
+    }
+    write_json(&base.join("config.json"), &whole.config());
+    ferrotune(&ask).expect(0);
+}
+
+#[test]
 fn an_adapter_that_does_not_fit_its_base_is_refused() {
     let bench = Workbench::new(4);
     bench.train("out", &json!({})).expect(0);

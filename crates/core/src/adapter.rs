@@ -105,12 +105,6 @@ pub trait CustomLinear: Debug + Send + Sync {
         dy: ViewMut<'_>,
         dx: Option<ViewMut<'_>>,
     ) -> Result<()>;
-
-    /// Folds the method into the base weight `[out, in]`, in f32.
-    ///
-    /// # Errors
-    /// If the method cannot be merged.
-    fn merge(&self, params: &FlatBuffer, weight: &mut [f32]) -> Result<()>;
 }
 
 /// A PEFT method over a whole model.

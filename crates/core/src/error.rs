@@ -145,6 +145,21 @@ impl Error {
         }
     }
 
+    /// The same fault where a row brought it to light, which is then what is named first.
+    #[must_use]
+    pub fn in_row(self, row_path: &Path, line: u64) -> Self {
+        match self {
+            Self::Template { message } => Self::Template {
+                message: format!("{}:{line}: {message}", row_path.display()),
+            },
+            Self::Config { message, .. } => Self::data(row_path, line, message),
+            Self::Model { path, message } => {
+                Self::data(row_path, line, format!("{}: {message}", path.display()))
+            }
+            other => other,
+        }
+    }
+
     /// Turns an I/O error of reading `path` into an [`Error::Read`].
     pub fn read(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();

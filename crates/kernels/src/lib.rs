@@ -10,6 +10,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod adamw;
+mod allocator;
 pub mod attention;
 pub mod bias;
 mod candle;
@@ -42,6 +43,7 @@ mod test_support;
 mod twins;
 mod workspace;
 
+pub use allocator::ExitWhenExhausted;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use tensor::{

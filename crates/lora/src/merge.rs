@@ -93,8 +93,9 @@ impl MergeReport {
 /// [`ferrotune_core::Error::Config`] if the output directory is not usable as `options` say;
 /// [`ferrotune_core::Error::Adapter`] if the adapter is damaged or does not fit the base: names,
 /// shapes, missing or unexpected modules; [`ferrotune_core::Error::Model`] if the base is damaged
-/// or quantised; [`ferrotune_core::Error::Numeric`] if a merged value overflows its dtype;
-/// [`ferrotune_core::Error::Write`].
+/// or quantised, or its config is of another model than its weights;
+/// [`ferrotune_core::Error::Numeric`] if a merged value overflows its dtype;
+/// [`ferrotune_core::Error::Write`], also if the output is a file.
 pub fn merge(
     base_directory: &Path,
     adapter_directory: &Path,
@@ -108,6 +109,8 @@ pub fn merge(
     )?;
     let base_config = output::BaseConfig::read(base_directory)?;
     let base = ModelFiles::open(base_directory)?;
+    base_config.require_dense()?;
+    base_config.require_matching(&base)?;
     let updates = plan::updates(&base, &base_config, adapter_directory)?;
 
     let staged = StagedDir::create(output_directory)?;

@@ -7,7 +7,7 @@ mod report;
 mod rows;
 mod shapes;
 
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print, print_line};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
 use ferrotune::core::io::ModelFiles;
@@ -99,7 +99,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let shape = args.shape.as_deref().map(Shape::find).transpose()?;
     if args.config {
         let shape = shape.ok_or_else(|| Failure::Usage("--config needs --shape".into()))?;
-        println!("{:#}", shape.hf_config());
+        print_line(format_args!("{:#}", shape.hf_config()))?;
         return Ok(ExitCode::Done);
     }
     start_threads(args.threads)?;
@@ -133,9 +133,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let report = report(args, &start, &trainer, &steps, measured);
     if args.json {
         let text = serde_json::to_string_pretty(&report);
-        println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+        print_line(text.map_err(|e| Failure::Usage(e.to_string()))?)?;
     } else {
-        print!("{report}");
+        print(report)?;
     }
     Ok(ExitCode::Done)
 }

@@ -1,5 +1,6 @@
 //! Every module, compiled for every architecture asked for.
 
+use super::super::print_error_line;
 use ferrotune::core::{Error, Result};
 use ferrotune::kernels::cuda::{self, Compiled, Module, compile_cached, compiler_version, modules};
 use rayon::prelude::*;
@@ -94,7 +95,8 @@ impl Built {
         let compiled = compile_cached(module, arch)?;
         let seconds = begin.elapsed();
         if seconds > NOTICEABLE {
-            eprintln!("{} for {arch}: {:.1} s", module.name, seconds.as_secs_f64());
+            let seconds = seconds.as_secs_f64();
+            print_error_line(&format!("{} for {arch}: {seconds:.1} s", module.name));
         }
         Ok(Self {
             module,

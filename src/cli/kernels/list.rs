@@ -1,6 +1,6 @@
 //! What there is, and where a run would find it.
 
-use super::super::Outcome;
+use super::super::{Outcome, print_line, print_note};
 use super::print_document;
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::kernels::Error as KernelError;
@@ -22,14 +22,14 @@ pub(super) fn run(architectures: &[String], as_json: bool) -> Outcome {
         print_document(&json!({ "modules": modules }))?;
     } else {
         for (module, origins) in &listed {
-            print_module(module, architectures, origins);
+            print_module(module, architectures, origins)?;
         }
-        print_places(listed.iter().flat_map(|(_, origins)| origins));
+        print_places(listed.iter().flat_map(|(_, origins)| origins))?;
     }
     if blind {
-        eprintln!(
-            "note: the cache was not looked at: its entries carry the version of libnvrtc, which \
-             was not found"
+        print_note(
+            "the cache was not looked at: its entries carry the version of libnvrtc, which was not \
+             found",
         );
     }
     Ok(ExitCode::Done)
@@ -51,19 +51,23 @@ fn origins(
     architectures.iter().map(origin).collect()
 }
 
-fn print_module(module: &Module, architectures: &[String], origins: &[Option<Origin>]) {
-    print!("{}", module.name);
+fn print_module(
+    module: &Module,
+    architectures: &[String],
+    origins: &[Option<Origin>],
+) -> Result<()> {
+    let mut line = module.name.to_owned();
     for (arch, origin) in architectures.iter().zip(origins) {
-        print!("  {arch}: {}", kind(origin.as_ref()));
+        line += &format!("  {arch}: {}", kind(origin.as_ref()));
     }
-    println!();
-    for kernel in module.kernels() {
-        println!("  {kernel}");
-    }
+    print_line(line)?;
+    module
+        .kernels()
+        .try_for_each(|kernel| print_line(format_args!("  {kernel}")))
 }
 
 /// The folders that the words of the list stand for.
-fn print_places<'a>(origins: impl Iterator<Item = &'a Option<Origin>>) {
+fn print_places<'a>(origins: impl Iterator<Item = &'a Option<Origin>>) -> Result<()> {
     let mut places = BTreeSet::new();
     for origin in origins.flatten() {
         let (Origin::Folder(path) | Origin::Cache(path)) = origin;
@@ -71,9 +75,7 @@ fn print_places<'a>(origins: impl Iterator<Item = &'a Option<Origin>>) {
             places.insert(format!("{}: {}", kind(Some(origin)), folder.display()));
         }
     }
-    for place in places {
-        println!("{place}");
-    }
+    places.into_iter().try_for_each(print_line)
 }
 
 fn kind(origin: Option<&Origin>) -> &'static str {

@@ -4,10 +4,10 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print, print_error_line, print_line};
 use build::Build;
-use ferrotune::core::ExitCode;
 use ferrotune::core::suggest::did_you_mean;
+use ferrotune::core::{ExitCode, Result};
 use ferrotune::kernels::cuda::ARCHITECTURES;
 use std::path::PathBuf;
 
@@ -66,7 +66,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.json {
         print_json(&build, &files, violations.as_deref())?;
     } else {
-        print_text(args, &build, &files, violations.as_deref());
+        print_text(args, &build, &files, violations.as_deref())?;
     }
     Ok(match violations {
         Some(violations) if !violations.is_empty() => ExitCode::Internal,
@@ -74,24 +74,33 @@ pub(super) fn run(args: &Args) -> Outcome {
     })
 }
 
-fn print_text(args: &Args, build: &Build, files: &[PathBuf], violations: Option<&[String]>) {
+fn print_text(
+    args: &Args,
+    build: &Build,
+    files: &[PathBuf],
+    violations: Option<&[String]>,
+) -> Result<()> {
     if let Some(folder) = &args.out {
-        println!("{} files in {}", files.len(), folder.display());
+        let count = files.len();
+        print_line(format_args!("{count} files in {}", folder.display()))?;
     }
     if let Some(path) = &args.write {
-        println!("wrote {}", path.display());
+        print_line(format_args!("wrote {}", path.display()))?;
     }
     if let (Some(path), Some(violations)) = (&args.check, violations) {
         for violation in violations {
-            eprintln!("{violation}");
+            print_error_line(violation);
         }
         let (modules, verdict) = (build.modules.len(), violations.len());
         let table = path.display();
-        println!("{modules} cubins against {table}: {verdict} violations");
+        print_line(format_args!(
+            "{modules} cubins against {table}: {verdict} violations"
+        ))?;
     }
     if args.out.is_none() && args.write.is_none() && args.check.is_none() {
-        print!("{}", build.table());
+        print(build.table())?;
     }
+    Ok(())
 }
 
 fn print_json(
@@ -109,7 +118,7 @@ fn print_json(
 
 fn print_document(document: &serde_json::Value) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(document);
-    println!("{}", text.map_err(|e| Failure::Usage(e.to_string()))?);
+    print_line(text.map_err(|e| Failure::Usage(e.to_string()))?)?;
     Ok(())
 }
 

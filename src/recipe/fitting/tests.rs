@@ -92,6 +92,30 @@ fn alone<'a>(suggested: &'a [Vec<(String, String)>], key: &str) -> Option<&'a st
 }
 
 #[test]
+fn a_rank_pattern_that_costs_too_much_is_named() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let keys = pairs(&[
+        ("use_peft", "true"),
+        ("lora_r", "2"),
+        ("lora_rank_pattern", "{q_proj: 4000, v_proj: 1}"),
+    ]);
+    let recipe = prepared(root.path(), &keys);
+    let needs = needs(&recipe);
+    let available = needs.total() - needs.trained / 2;
+    let suggested = changes_of(&recipe, available);
+    let lower: Vec<_> = suggested
+        .iter()
+        .filter(|text| text.starts_with("lora_rank_pattern: "))
+        .collect();
+    let [lower] = lower[..] else {
+        panic!("{suggested:?}");
+    };
+    assert!(lower.contains("\"v_proj\":1"), "{lower}");
+    let smaller = prepared(root.path(), &[keys, parsed(lower)].concat());
+    check_against(&smaller, available).expect("fits");
+}
+
+#[test]
 fn single_changes_fit_and_are_as_large_as_can_be() {
     let lora = [
         ("use_peft", "true"),

@@ -166,8 +166,8 @@ impl Manifest {
                 return Err(Error::checkpoint(
                     dir,
                     format!(
-                        "{MANIFEST} is missing: expected a checkpoint of this program; start anew, \
-                         or from an adapter_model.safetensors if there is one"
+                        "{MANIFEST} is missing: expected a checkpoint-N that this program wrote; give \
+                         the path of one, or start anew with resume_from_checkpoint: null"
                     ),
                 ));
             }

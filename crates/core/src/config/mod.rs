@@ -120,21 +120,25 @@ pub struct TrainConfig {
 /// Reads `path` and the `overrides` (key and value of command line arguments) and validates.
 ///
 /// # Errors
-/// [`Error::Read`] if the file cannot be read; [`Error::Config`] as [`TrainConfig::from_yaml`], and
-/// for a file above 1 MiB or not in UTF-8.
+/// [`Error::Config`] as [`TrainConfig::from_yaml`], and for a file that cannot be read, is above 1 MiB
+/// or not in UTF-8: what is wrong with it is wrong with the configuration.
 pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<TrainConfig> {
     let name = path.display().to_string();
-    let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
+    let unreadable = |error: std::io::Error| {
+        let message = format!("cannot be read: {error}; expected a YAML file with TRL's keys");
+        Error::config(&name, message)
+    };
+    let size = std::fs::metadata(path).map_err(unreadable)?.len();
     if size > parse::MAX_BYTES {
         return Err(Error::config(
-            name,
+            &name,
             format!(
                 "{size} bytes; a configuration has at most {}",
                 parse::MAX_BYTES
             ),
         ));
     }
-    let bytes = std::fs::read(path).map_err(Error::read(path))?;
+    let bytes = std::fs::read(path).map_err(unreadable)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let line = 1 + error.as_bytes()[..valid]

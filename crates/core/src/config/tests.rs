@@ -397,7 +397,8 @@ fn files_too_large_or_not_text_are_refused() {
         3
     );
     let missing = load(&directory.path().join("none.yaml"), &[]).unwrap_err();
-    assert!(matches!(missing, Error::Read { .. }));
+    assert!(matches!(missing, Error::Config { .. }), "{missing}");
+    assert!(missing.to_string().contains("none.yaml"), "{missing}");
 }
 
 #[test]

@@ -7,6 +7,11 @@ use std::fmt::Display;
 
 /// More threads than any machine has cores; starting many more can bring the machine down.
 const MAX_THREADS: usize = 4096;
+/// More rows or micro-batches than any optimizer step has. Products of two such numbers and of any
+/// number of ranks stay within 64 bits.
+const MAX_COUNT: usize = 1 << 24;
+/// More optimizer steps, or epochs, than any run does; exact in f64.
+const MAX_STEPS: i64 = 1_000_000_000_000;
 
 impl TrainConfig {
     /// Checks every value, and the values together.
@@ -50,6 +55,13 @@ impl TrainConfig {
         })
     }
 
+    /// `key`, which counts rows or micro-batches.
+    fn count(&self, key: &str, value: usize) -> Result<()> {
+        self.require((1..=MAX_COUNT).contains(&value), key, |value| {
+            format!("got {value}, expected 1 to {MAX_COUNT}")
+        })
+    }
+
     /// `key` at or above 0 (no value is infinite or NaN: reading refuses them).
     fn not_negative(&self, key: &str, value: f64) -> Result<()> {
         self.require(value >= 0.0, key, |value| {
@@ -81,11 +93,11 @@ impl TrainConfig {
         self.require(!packs || data.max_length.is_some(), "packing", |_| {
             "needs max_length, the size of a block; set it, or set packing to false".to_owned()
         })?;
-        self.at_least_one(
+        self.count(
             "per_device_train_batch_size",
             data.per_device_train_batch_size,
         )?;
-        self.at_least_one(
+        self.count(
             "per_device_eval_batch_size",
             data.per_device_eval_batch_size,
         )
@@ -143,7 +155,7 @@ impl TrainConfig {
         self.require(optimizer.adam_epsilon > 0.0, "adam_epsilon", |value| {
             format!("got {value}, expected a number above 0; 1e-8 is common")
         })?;
-        self.at_least_one(
+        self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,
         )
@@ -152,15 +164,21 @@ impl TrainConfig {
     fn check_schedule(&self) -> Result<()> {
         let schedule = &self.schedule;
         self.require(
-            schedule.max_steps == -1 || schedule.max_steps > 0,
+            schedule.max_steps == -1 || (1..=MAX_STEPS).contains(&schedule.max_steps),
             "max_steps",
-            |value| format!("got {value}, expected 1 or more, or -1 to follow num_train_epochs"),
+            |value| {
+                format!("got {value}, expected 1 to {MAX_STEPS}, or -1 to follow num_train_epochs")
+            },
         )?;
         let epochs = schedule.num_train_epochs;
         self.require(
-            schedule.max_steps > 0 || epochs > 0.0,
+            schedule.max_steps > 0 || (epochs > 0.0 && epochs <= MAX_STEPS as f64),
             "num_train_epochs",
-            |value| format!("got {value}, expected a number above 0, or set max_steps"),
+            |value| {
+                format!(
+                    "got {value}, expected a number above 0, at most {MAX_STEPS}, or set max_steps"
+                )
+            },
         )?;
         let warmup = schedule.warmup_steps;
         let whole = warmup < 1.0 || warmup.fract() == 0.0;

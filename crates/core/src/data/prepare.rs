@@ -163,15 +163,6 @@ impl<'a> Preparer<'a> {
     /// # Errors
     /// [`Error::Data`] or [`Error::Template`], with the file and line of the row.
     pub fn prepare(&self, row: &Row) -> Result<Example> {
-        let located = |e: Error| match e {
-            Error::Template { message } => Error::Template {
-                message: format!("{}:{}: {message}", row.path.display(), row.line),
-            },
-            Error::Config { message, .. } | Error::Model { message, .. } => {
-                Error::data(&row.path, row.line, message)
-            }
-            other => other,
-        };
         if row.record.kind() != self.kind {
             return Err(Error::data(
                 &row.path,
@@ -184,7 +175,8 @@ impl<'a> Preparer<'a> {
                 ),
             ));
         }
-        let example = self.example(&row.record).map_err(located)?;
+        let example = self.example(&row.record);
+        let example = example.map_err(|error| error.in_row(&row.path, row.line))?;
         self.check_bos(row, &example)?;
         Ok(example)
     }

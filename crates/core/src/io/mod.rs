@@ -19,6 +19,7 @@ mod safetensors_writer;
 mod staged_dir;
 #[cfg(test)]
 mod tests;
+mod until_closed;
 
 pub(crate) use atomic::remove_dir;
 pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file};
@@ -31,6 +32,7 @@ pub use safetensors_file::SafetensorsFile;
 pub use safetensors_header::TensorMeta;
 pub use safetensors_writer::{TensorData, write_safetensors};
 pub use staged_dir::StagedDir;
+pub use until_closed::UntilClosed;
 
 #[cfg(target_endian = "big")]
 compile_error!(

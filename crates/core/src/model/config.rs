@@ -3,6 +3,7 @@
 use super::hf_config::HfConfig;
 use super::rope::RopeConfig;
 use crate::{Error, Result, models};
+use serde_json::Value;
 use std::path::Path;
 
 /// More layers than any model has. Each takes memory before a weight is looked at.
@@ -54,6 +55,14 @@ impl DecoderConfig {
     /// [`Error::Model`] naming file, key, value and what was expected.
     pub fn open(directory: &Path) -> Result<Self> {
         Self::from_hf(&HfConfig::open(directory)?)
+    }
+
+    /// Whether a config is of a causal language model whose `model_type` is among the architectures.
+    #[must_use]
+    pub fn covers(config: &HfConfig) -> bool {
+        let classes = config.get("architectures").and_then(Value::as_array);
+        let class = classes.and_then(|c| c.first()?.as_str());
+        models::is_known(config) && class.is_none_or(|c| c.ends_with("ForCausalLM"))
     }
 
     /// The same from a config already read.

@@ -12,6 +12,12 @@ type Build = fn(&HfConfig) -> Result<DecoderConfig>;
 /// `model_type` and how to read it.
 const ARCHITECTURES: [(&str, Build); 1] = [("llama", llama::decoder)];
 
+/// Whether the `model_type` of a config is one of [`ARCHITECTURES`].
+pub(crate) fn is_known(config: &HfConfig) -> bool {
+    let name = config.text_or("model_type", "").unwrap_or_default();
+    ARCHITECTURES.iter().any(|(known, _)| *known == name)
+}
+
 /// The decoder of a config, by its `model_type`.
 pub(crate) fn architecture(config: &HfConfig) -> Result<DecoderConfig> {
     let name = config.text_or("model_type", "")?;

@@ -1,8 +1,9 @@
 use super::json::{json_number, line};
 use super::{Event, Observer};
+use crate::io::UntilClosed;
 use crate::{Error, Result};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// One JSON line per event, for standard output without a terminal.
@@ -10,37 +11,26 @@ use std::path::PathBuf;
 /// A reader that goes away (`| head -1`) is no failure of the run: from then on nothing is written.
 #[derive(Debug)]
 pub struct JsonLines<W> {
-    writer: W,
+    writer: UntilClosed<W>,
     name: PathBuf,
-    /// Whether the reader is gone.
-    closed: bool,
 }
 
 impl<W: Write> JsonLines<W> {
     /// Writes to `writer`, which errors call `name`, such as `standard output`.
     pub fn new(writer: W, name: impl Into<PathBuf>) -> Self {
         Self {
-            writer,
+            writer: UntilClosed::new(writer),
             name: name.into(),
-            closed: false,
         }
     }
 }
 
 impl<W: Write> Observer for JsonLines<W> {
     fn on(&mut self, event: &Event) -> Result<()> {
-        if self.closed {
-            return Ok(());
-        }
         let text = line(entries(event));
         let written = self.writer.write_all(text.as_bytes());
-        match written.and_then(|()| self.writer.flush()) {
-            Err(e) if e.kind() == ErrorKind::BrokenPipe => {
-                self.closed = true;
-                Ok(())
-            }
-            result => result.map_err(Error::write(&self.name)),
-        }
+        let written = written.and_then(|()| self.writer.flush());
+        written.map_err(Error::write(&self.name))
     }
 }
 
@@ -107,6 +97,7 @@ fn entries(event: &Event) -> Vec<(&'static str, Value)> {
 mod tests {
     use super::super::{CheckpointSaved, LogRow};
     use super::*;
+    use std::io::ErrorKind;
 
     #[test]
     fn every_event_is_one_line_of_json() {

@@ -1,7 +1,8 @@
 //! Everything in the output directory but the tensors.
 
 use super::{MergeDType, OutputDirectory};
-use ferrotune_core::io;
+use ferrotune_core::io::{self, ModelFiles};
+use ferrotune_core::model::{DecoderConfig, HfConfig, ModelPlan, WeightSource, expected_tensors};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -39,10 +40,8 @@ pub(super) fn require_usable(
         return Ok(());
     }
     if !output.is_dir() {
-        return Err(Error::config(
-            key,
-            format!("{} is a file, expected a directory", output.display()),
-        ));
+        let message = "it is a file, and output_dir must be a directory; choose another output_dir";
+        return Err(Error::write(output)(std::io::Error::other(message)));
     }
     let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
     let real_output = real(output)?;
@@ -89,6 +88,20 @@ impl BaseConfig {
             bytes,
             object,
         })
+    }
+
+    /// Refuses weights that are of another model than this config, where its architecture is known:
+    /// the result would have the same fault.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the tensor or the key.
+    pub(super) fn require_matching(&self, weights: &ModelFiles) -> Result<()> {
+        let config = HfConfig::from_value(&self.path, Value::Object(self.object.clone()))?;
+        if !DecoderConfig::covers(&config) {
+            return Ok(());
+        }
+        let plan = ModelPlan::new(&DecoderConfig::from_hf(&config)?);
+        weights.check(&expected_tensors(&plan))
     }
 
     pub(super) fn model_type(&self) -> &str {

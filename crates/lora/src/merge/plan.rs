@@ -23,7 +23,6 @@ pub(super) fn updates(
     base_config: &BaseConfig,
     adapter_directory: &Path,
 ) -> Result<BTreeMap<String, Update>> {
-    base_config.require_dense()?;
     let PeftConfig::Lora(config) = PeftConfig::load(adapter_directory)?;
     let config = config.with_default_targets(base_config.model_type())?;
     let factors = read_factors(adapter_directory)?;
