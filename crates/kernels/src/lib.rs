@@ -22,6 +22,7 @@ mod device;
 pub mod dropout;
 pub mod embedding;
 mod error;
+pub mod gated_activation;
 #[doc(hidden)]
 pub mod host_cuda;
 mod lanes;
@@ -34,7 +35,6 @@ pub mod rng;
 pub mod rope;
 mod row_blocks;
 mod simd;
-pub mod swiglu;
 mod tensor;
 #[cfg(test)]
 mod test_support;

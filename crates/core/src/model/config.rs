@@ -2,11 +2,19 @@
 
 use super::hf_config::HfConfig;
 use super::rope::RopeConfig;
-use crate::{Error, Result, models};
+use crate::{Error, Result, models, suggest};
+use ferrotune_kernels::gated_activation::Activation;
 use std::path::Path;
 
 /// More layers than any model has. Each takes memory before a weight is looked at.
 const MAX_LAYERS: usize = 4096;
+
+/// Names of activations, as Transformers has them.
+const ACTIVATIONS: [(&str, Activation); 3] = [
+    ("silu", Activation::Silu),
+    ("gelu", Activation::Gelu),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+];
 
 /// A decoder-only transformer. Architectures differ in these numbers alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +37,8 @@ pub struct DecoderConfig {
     pub vocab_size: usize,
     /// Longest context the checkpoint was made for, in tokens.
     pub max_position_embeddings: usize,
+    /// What the mlp applies to its gate.
+    pub activation: Activation,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
     /// Rotary embedding.
@@ -87,13 +97,6 @@ impl DecoderConfig {
             ));
         }
         let head_dim = config.size_or("head_dim", Some(hidden_size / heads))?;
-        let activation = config.text_or("hidden_act", "silu")?;
-        if activation != "silu" {
-            return Err(config.error(
-                "hidden_act",
-                format!("`{activation}` is not supported; supported: silu"),
-            ));
-        }
         Ok(Self {
             model_type: config.text_or("model_type", "")?.to_owned(),
             hidden_size,
@@ -104,6 +107,7 @@ impl DecoderConfig {
             head_dim,
             vocab_size: config.size("vocab_size")?,
             max_position_embeddings: config.size_or("max_position_embeddings", Some(2048))?,
+            activation: activation(config)?,
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
             rope: RopeConfig::from_hf(config, head_dim)?,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
@@ -149,5 +153,22 @@ impl DecoderConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// The activation that `hidden_act` names.
+fn activation(config: &HfConfig) -> Result<Activation> {
+    let name = config.text_or("hidden_act", "silu")?;
+    let known = || ACTIVATIONS.iter().map(|(name, _)| *name);
+    match ACTIVATIONS.iter().find(|(n, _)| *n == name) {
+        Some((_, activation)) => Ok(*activation),
+        None => Err(config.error(
+            "hidden_act",
+            format!(
+                "`{name}` is not supported{}; supported: {}",
+                suggest::did_you_mean(name, known()),
+                known().collect::<Vec<_>>().join(", ")
+            ),
+        )),
     }
 }

@@ -5,7 +5,7 @@ use super::{Model, Normed, Pass, Run};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{DType, Indices, Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Indices, Tensor, attention, gated_activation, rope};
 
 /// Keys and values of one document, for every layer.
 #[derive(Debug)]
@@ -156,7 +156,7 @@ impl Layer {
         self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
         workspace.give(y);
         let mut activated = workspace.take(run.dtype, run.tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         workspace.give(gate_up);
         let mut output = workspace.take(run.dtype, run.tokens, self.down.out_features());
         self.down

@@ -4,14 +4,14 @@
 //!
 //! Saved for backward, per token: the two residual streams (2 D), q/k/v after RoPE ((H + 2 K) E),
 //! the attention output (H E), gate and up (2 F), log-sum-exp (H) and two reciprocal standard
-//! deviations. Normed inputs and `silu(gate) up` are recomputed: that costs bandwidth, no product.
+//! deviations. Normed inputs and `act(gate) up` are recomputed: that costs bandwidth, no product.
 
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Tensor, attention, gated_activation, rope};
 
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -20,6 +20,7 @@ pub(crate) struct Layer {
     pub(crate) o: LinearGroup,
     pub(crate) mlp_norm: Norm,
     pub(crate) gate_up: LinearGroup,
+    pub(crate) activation: gated_activation::Activation,
     pub(crate) down: LinearGroup,
     pub(crate) attention: attention::Config,
     pub(crate) rotary_dim: usize,
@@ -112,7 +113,7 @@ impl Layer {
         let gate_up_parts = self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
         workspace.give(y);
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         let mut output = workspace.take(dtype, tokens, self.down.out_features());
         let down_parts = self
             .down
@@ -154,7 +155,7 @@ impl Layer {
 
         let mut gate_up = saved.gate_up;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
         let dx = Some(d_activated.view_mut());
         self.down.backward(
@@ -166,7 +167,11 @@ impl Layer {
             dx,
         )?;
         workspace.give(activated);
-        swiglu::backward_in_place(gate_up.view_mut(), d_activated.view())?;
+        gated_activation::backward_in_place(
+            self.activation,
+            gate_up.view_mut(),
+            d_activated.view(),
+        )?;
         workspace.give(d_activated);
         let normed = self
             .mlp_norm

@@ -192,6 +192,7 @@ impl Builder<'_> {
             o: self.linears(&[layer.o])?,
             mlp_norm: self.norm(layer.mlp_norm)?,
             gate_up: self.linears(&[layer.gate, layer.up])?,
+            activation: config.activation,
             down: self.linears(&[layer.down])?,
             attention: attention::Config {
                 heads: config.heads,
