@@ -18,6 +18,7 @@ static MODULES: &[&Module] = &[
     &crate::gated_activation::cuda::MODULE,
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
+    &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
 ];
