@@ -16,6 +16,15 @@ const ACTIVATIONS: [(&str, Activation); 3] = [
     ("gelu_pytorch_tanh", Activation::GeluTanh),
 ];
 
+/// RMSNorm over each head of q and of k, with a weight `[head_dim]` each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Times the weight, as in Qwen 3.
+    Weight,
+    /// Times one plus the weight, as in Gemma 3.
+    OnePlusWeight,
+}
+
 /// A decoder-only transformer. Architectures differ in these numbers alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
@@ -43,6 +52,8 @@ pub struct DecoderConfig {
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// Norm of each head of q and k before RoPE.
+    pub qk_norm: Option<QkNorm>,
     /// Factor of q k^T.
     pub attention_scale: f32,
     /// Window of each layer, in tokens; `None` attends to everything before.
@@ -110,6 +121,7 @@ impl DecoderConfig {
             activation: activation(config)?,
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
             rope: RopeConfig::from_hf(config, head_dim)?,
+            qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             sliding_windows: vec![None; layers],
             qkv_bias: false,

@@ -8,15 +8,17 @@
 
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
+use super::qk_norm::QkNorms;
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Tensor, attention, gated_activation, rope};
+use ferrotune_kernels::{DType, Tensor, attention, gated_activation};
 
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) input_norm: Norm,
     pub(crate) qkv: LinearGroup,
+    pub(crate) qk_norms: Option<QkNorms>,
     pub(crate) o: LinearGroup,
     pub(crate) mlp_norm: Norm,
     pub(crate) gate_up: LinearGroup,
@@ -31,7 +33,7 @@ pub(crate) struct LayerSaved {
     /// Residual stream before the attention block, `[T, D]`, and its norm's statistics.
     input: Tensor,
     input_rstd: Tensor,
-    /// q, k, v after RoPE, `[T, (H + 2 K) E]`.
+    /// q, k, v after RoPE, `[T, (H + 2 K) E]`; with norms of q and k, before those.
     qkv: Tensor,
     qkv_parts: Vec<PartSaved>,
     /// `[T, H E]`, and log-sum-exp `[T, H]`.
@@ -88,10 +90,10 @@ impl Layer {
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
         let qkv_parts = self.qkv.forward(run, y.view(), qkv.view_mut())?;
         workspace.give(y);
-        self.rotate(run, &mut qkv, rope::Direction::Forward)?;
+        let positioned = self.position(run, &mut qkv)?;
         let mut attended = workspace.take(dtype, tokens, self.o.in_features);
         let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
-        let [q, k, v] = self.split(&qkv);
+        let [q, k, v] = self.split(&qkv, positioned.as_ref());
         attention::forward(
             &self.attention,
             q,
@@ -102,6 +104,7 @@ impl Layer {
             attended.view_mut(),
             lse.view_mut(),
         )?;
+        positioned.into_iter().for_each(|t| workspace.give(t));
         let mut middle = workspace.take(dtype, tokens, self.o.out_features());
         let o_parts = self.o.forward(run, attended.view(), middle.view_mut())?;
         let Normed {
@@ -209,7 +212,8 @@ impl Layer {
             dx,
         )?;
         let mut d_qkv = workspace.take(dtype, tokens, self.qkv.out_features());
-        let [q, k, v] = self.split(&saved.qkv);
+        let positioned = self.positioned(run, &saved.qkv)?;
+        let [q, k, v] = self.split(&saved.qkv, positioned.as_ref());
         let (out, cu_seqlens) = (saved.attention.view(), &run.cu_seqlens);
         let d_out = d_attended.view();
         attention::backward(
@@ -226,8 +230,9 @@ impl Layer {
         workspace.give(d_attended);
         workspace.give(saved.attention);
         workspace.give(saved.lse);
+        positioned.into_iter().for_each(|t| workspace.give(t));
+        self.position_backward(run, grads, &saved.qkv, &mut d_qkv)?;
         workspace.give(saved.qkv);
-        self.rotate(run, &mut d_qkv, rope::Direction::Backward)?;
         let normed = self
             .input_norm
             .recompute(run, &saved.input, &saved.input_rstd)?;
@@ -257,45 +262,9 @@ impl Layer {
     pub(crate) fn trained(&self) -> bool {
         self.input_norm.trained()
             || self.mlp_norm.trained()
+            || self.qk_norms.as_ref().is_some_and(QkNorms::trained)
             || [&self.qkv, &self.o, &self.gate_up, &self.down]
                 .iter()
                 .any(|g| g.trained())
-    }
-
-    /// Rotates q and k, which stand side by side, in place.
-    pub(crate) fn rotate(
-        &self,
-        run: &Run<'_>,
-        qkv: &mut Tensor,
-        direction: rope::Direction,
-    ) -> Result<()> {
-        let attention::Config {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.attention;
-        let q_and_k = qkv.view_mut().columns(0..(heads + kv_heads) * head_dim);
-        rope::apply(
-            q_and_k,
-            head_dim,
-            run.cos.view(),
-            run.sin.view(),
-            self.rotary_dim,
-            direction,
-        )?;
-        Ok(())
-    }
-
-    /// q `[T, H E]`, k and v `[T, K E]` of the packed projection.
-    pub(crate) fn split<'a>(&self, qkv: &'a Tensor) -> [ferrotune_kernels::View<'a>; 3] {
-        let attention::Config {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.attention;
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        [0..q, q..q + kv, q + kv..q + 2 * kv].map(|columns| qkv.view().columns(columns))
     }
 }

@@ -10,11 +10,12 @@ mod layer;
 mod linear;
 mod norm;
 mod plan;
+mod qk_norm;
 mod rope;
 mod run;
 mod weights;
 
-pub use config::DecoderConfig;
+pub use config::{DecoderConfig, QkNorm};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use plan::{LayerPlan, ModelPlan};
