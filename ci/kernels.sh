@@ -38,13 +38,13 @@ expect() {
 }
 
 # A table that asks for less, lacks a kernel, or has one too many fails by that kernel's name.
-name=$(grep -o 'swiglu_forward_bf16' "$table" | head -1)
-: "${name:?$table has no swiglu_forward_bf16}"
+name=$(grep -o 'gated_silu_forward_bf16' "$table" | head -1)
+: "${name:?$table has no gated_silu_forward_bf16}"
 sed -E "/\"$name\"/s/\"registers\":\[[0-9]+/\"registers\":[1/" "$table" >"$work/less.json"
-expect 70 "swiglu/$name on sm_80: " "$ferrotune" kernels --check "$work/less.json"
+expect 70 "gated_activation/$name on sm_80: " "$ferrotune" kernels --check "$work/less.json"
 sed "s/\"$name\"/\"renamed\"/" "$table" >"$work/renamed.json"
-expect 70 "swiglu/$name on sm_80: not in the table" "$ferrotune" kernels --check "$work/renamed.json"
-expect 70 "swiglu/renamed on sm_90a: in the table, but no such kernel" \
+expect 70 "gated_activation/$name on sm_80: not in the table" "$ferrotune" kernels --check "$work/renamed.json"
+expect 70 "gated_activation/renamed on sm_90a: in the table, but no such kernel" \
     "$ferrotune" kernels --check "$work/renamed.json"
 
 # A table that is written again holds.

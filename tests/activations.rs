@@ -98,10 +98,6 @@ impl CustomLinear for Scale {
         dy.copy_from(View::from_f32(&values, tokens, out));
         Ok(())
     }
-
-    fn merge(&self, _: &FlatBuffer, _: &mut [f32]) -> Result<()> {
-        unreachable!("nothing is merged here")
-    }
 }
 
 impl Adapter for OutputScaling {

@@ -8,7 +8,7 @@ use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::full::FullFineTuning;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, QkNorm};
 use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune::core::process_group::Solo;
 use ferrotune::core::trainer::{Trainer, TrainerOptions, attach};
@@ -20,9 +20,9 @@ use std::path::Path;
 
 const SEED: u64 = 11;
 
-/// Grouped heads with and without biases and a tied head, a head wider than hidden / heads, and one
-/// key head for all.
-fn shapes() -> [Shape; 4] {
+/// Grouped heads with and without biases and a tied head, a head wider than hidden / heads, one key
+/// head for all, other activations, and norms of q and k.
+fn shapes() -> [Shape; 6] {
     let plain = Shape::default();
     [
         Shape {
@@ -44,6 +44,18 @@ fn shapes() -> [Shape; 4] {
         Shape {
             kv_heads: 4,
             layers: 1,
+            ..plain.clone()
+        },
+        Shape {
+            hidden_act: "gelu",
+            qk_norm: Some(QkNorm::Weight),
+            ..plain.clone()
+        },
+        Shape {
+            hidden_act: "gelu_pytorch_tanh",
+            qk_norm: Some(QkNorm::OnePlusWeight),
+            head_dim: 12,
+            bias: true,
             ..plain
         },
     ]
@@ -68,7 +80,17 @@ struct Subject {
 
 impl Subject {
     fn new(directory: &Path, adapter: &dyn Adapter, dtype: DType) -> Self {
-        let config = DecoderConfig::open(directory).expect("config");
+        Self::with_qk_norm(directory, adapter, dtype, None)
+    }
+
+    fn with_qk_norm(
+        directory: &Path,
+        adapter: &dyn Adapter,
+        dtype: DType,
+        qk_norm: Option<QkNorm>,
+    ) -> Self {
+        let mut config = DecoderConfig::open(directory).expect("config");
+        config.qk_norm = qk_norm;
         let files = ModelFiles::open(directory).expect("weights");
         let (attachments, mut params) = attach(&config, adapter).expect("attaches");
         let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
@@ -186,7 +208,8 @@ fn gradients_of_random_adapters_equal_candles_autograd() {
                 use_rslora,
                 ..LoraConfig::default()
             });
-            let mut subject = Subject::new(directory.path(), adapter.as_ref(), DType::F32);
+            let (adapter, norm) = (adapter.as_ref(), shape.qk_norm);
+            let mut subject = Subject::with_qk_norm(directory.path(), adapter, DType::F32, norm);
             randomise(&mut subject.params);
             let factors = subject.params.layout().by_name().count();
             assert_eq!(factors, 7 * 2 * shape.layers, "all linears of all layers");
@@ -209,7 +232,8 @@ fn gradients_of_full_fine_tuning_equal_candles_autograd() {
     for (i, shape) in shapes().iter().enumerate() {
         let directory = tempfile::tempdir().expect("temporary directory");
         write_model(directory.path(), shape, Stored::F32, SEED);
-        let subject = Subject::new(directory.path(), &FullFineTuning, DType::F32);
+        let (dtype, norm) = (DType::F32, shape.qk_norm);
+        let subject = Subject::with_qk_norm(directory.path(), &FullFineTuning, dtype, norm);
         let names: Vec<_> = subject.params.layout().by_name().collect();
         assert_eq!(
             names.len(),

@@ -50,14 +50,16 @@ fn the_list_needs_neither_gpu_nor_compiler() {
     assert_eq!(listed.status.code(), Some(0));
     let listed: Value = serde_json::from_slice(&listed.stdout).expect("JSON");
     let modules = listed["modules"].as_array().expect("a list");
-    let swiglu = modules.iter().find(|module| module["module"] == "swiglu");
-    let swiglu = swiglu.expect("swiglu has kernels");
-    let kernels = swiglu["kernels"].as_array().expect("a list");
+    let gated = modules
+        .iter()
+        .find(|module| module["module"] == "gated_activation");
+    let gated = gated.expect("gated activations have kernels");
+    let kernels = gated["kernels"].as_array().expect("a list");
     assert!(
-        kernels.contains(&"swiglu_forward_bf16".into()),
+        kernels.contains(&"gated_silu_forward_bf16".into()),
         "{kernels:?}"
     );
-    assert_eq!(swiglu["cubins"]["sm_80"]["from"], "none");
+    assert_eq!(gated["cubins"]["sm_80"]["from"], "none");
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub(crate) mod oracle;
 
 use ferrotune::core::data::{Example, IGNORE_INDEX};
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::core::model::QkNorm;
 use ferrotune::kernels::rng::{Stream, key_for};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -38,6 +39,9 @@ pub(crate) struct Shape {
     pub(crate) max_position: usize,
     pub(crate) tied: bool,
     pub(crate) bias: bool,
+    pub(crate) hidden_act: &'static str,
+    /// No key of a Llama's config: for a decoder made in code.
+    pub(crate) qk_norm: Option<QkNorm>,
     /// Standard deviation of a weight times the root of its columns.
     pub(crate) gain: f64,
 }
@@ -55,6 +59,8 @@ impl Default for Shape {
             max_position: 256,
             tied: false,
             bias: false,
+            hidden_act: "silu",
+            qk_norm: None,
             gain: 1.4,
         }
     }
@@ -65,7 +71,7 @@ impl Shape {
         json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_act": "silu",
+            "hidden_act": self.hidden_act,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -102,6 +108,11 @@ impl Shape {
             let at = |name: &str| format!("model.layers.{layer}.{name}");
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 tensors.push((at(&format!("{norm}.weight")), vec![hidden]));
+            }
+            if self.qk_norm.is_some() {
+                for norm in ["q_norm", "k_norm"] {
+                    tensors.push((at(&format!("self_attn.{norm}.weight")), vec![self.head_dim]));
+                }
             }
             for (name, out, input) in [
                 ("self_attn.q_proj", q, hidden),

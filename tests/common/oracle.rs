@@ -5,6 +5,7 @@
 use super::Shape;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use ferrotune::core::data::{Example, IGNORE_INDEX};
+use ferrotune::core::model::QkNorm;
 use std::collections::BTreeMap;
 
 /// A low-rank update of one linear: `scale * x A^T B^T`.
@@ -92,8 +93,7 @@ impl Oracle {
             let normed = self.norm(&at("post_attention_layernorm"), &stream)?;
             let gate = self.linear(&at("mlp.gate_proj"), &normed)?;
             let up = self.linear(&at("mlp.up_proj"), &normed)?;
-            let sigmoid = (gate.neg()?.exp()? + 1.0)?.recip()?;
-            let hidden = ((gate * sigmoid)? * up)?;
+            let hidden = (activate(shape.hidden_act, &gate)? * up)?;
             stream = (&stream + self.linear(&at("mlp.down_proj"), &hidden)?)?;
         }
         let hidden = self.norm("model.norm", &stream)?;
@@ -125,12 +125,26 @@ impl Oracle {
         let shape = &self.shape;
         let (tokens, width) = (x.dim(0)?, shape.head_dim);
         let heads = |part: &str, count: usize| -> Result<Tensor> {
-            self.linear(&format!("{name}.{part}"), x)?
+            let heads = self
+                .linear(&format!("{name}.{part}_proj"), x)?
                 .reshape((tokens, count, width))?
                 .transpose(0, 1)?
-                .contiguous()
+                .contiguous()?;
+            match (shape.qk_norm, part) {
+                (None, _) | (_, "v") => Ok(heads),
+                (Some(kind), _) => {
+                    let weight = self.weight(&format!("{name}.{part}_norm.weight"));
+                    let normed = root_mean_square(&heads)?;
+                    let offset = if kind == QkNorm::OnePlusWeight {
+                        1.0
+                    } else {
+                        0.0
+                    };
+                    normed.broadcast_mul(&(weight + offset)?)
+                }
+            }
         };
-        let q = rotate(&heads("q_proj", shape.heads)?)?;
+        let q = rotate(&heads("q", shape.heads)?)?;
         let group = shape.heads / shape.kv_heads;
         let spread = |t: Tensor| -> Result<Tensor> {
             t.unsqueeze(1)?
@@ -138,8 +152,8 @@ impl Oracle {
                 .contiguous()?
                 .reshape((shape.heads, tokens, width))
         };
-        let k = spread(rotate(&heads("k_proj", shape.kv_heads)?)?)?;
-        let v = spread(heads("v_proj", shape.kv_heads)?)?;
+        let k = spread(rotate(&heads("k", shape.kv_heads)?)?)?;
+        let v = spread(heads("v", shape.kv_heads)?)?;
         let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
         let mask: Vec<f64> = (0..tokens * tokens)
             .map(|i| if i % tokens <= i / tokens { 0.0 } else { -1e30 })
@@ -173,9 +187,7 @@ impl Oracle {
     }
 
     fn norm(&self, name: &str, x: &Tensor) -> Result<Tensor> {
-        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let scaled = x.broadcast_div(&(mean_square + 1e-5)?.sqrt()?)?;
-        scaled.broadcast_mul(self.weight(&format!("{name}.weight")))
+        root_mean_square(x)?.broadcast_mul(self.weight(&format!("{name}.weight")))
     }
 
     fn weight(&self, name: &str) -> &Tensor {
@@ -183,6 +195,26 @@ impl Oracle {
             .get(name)
             .unwrap_or_else(|| panic!("{name} is no weight"))
             .as_tensor()
+    }
+}
+
+/// x over the root of its mean square.
+fn root_mean_square(x: &Tensor) -> Result<Tensor> {
+    let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(mean_square + 1e-5)?.sqrt()?)
+}
+
+/// An activation by Transformers' name.
+fn activate(name: &str, x: &Tensor) -> Result<Tensor> {
+    match name {
+        "silu" => x * (x.neg()?.exp()? + 1.0)?.recip()?,
+        "gelu" => (x * ((x / 2.0_f64.sqrt())?.erf()? + 1.0)?)? * 0.5,
+        "gelu_pytorch_tanh" => {
+            let cubed = (x.sqr()? * x)?;
+            let u = ((x + (cubed * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+            (x * (u.tanh()? + 1.0)?)? * 0.5
+        }
+        _ => panic!("no activation is called {name}"),
     }
 }
 

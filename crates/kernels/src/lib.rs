@@ -23,6 +23,7 @@ mod device;
 pub mod dropout;
 pub mod embedding;
 mod error;
+pub mod gated_activation;
 #[doc(hidden)]
 pub mod host_cuda;
 mod lanes;
@@ -30,12 +31,12 @@ pub mod layer_norm;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod matmul;
+pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;
 pub mod rope;
 mod row_blocks;
 mod simd;
-pub mod swiglu;
 mod tensor;
 #[cfg(test)]
 mod test_support;

@@ -2,12 +2,29 @@
 
 use super::hf_config::HfConfig;
 use super::rope::RopeConfig;
-use crate::{Error, Result, models};
+use crate::{Error, Result, models, suggest};
+use ferrotune_kernels::gated_activation::Activation;
 use serde_json::Value;
 use std::path::Path;
 
 /// More layers than any model has. Each takes memory before a weight is looked at.
 const MAX_LAYERS: usize = 4096;
+
+/// Names of activations, as Transformers has them.
+const ACTIVATIONS: [(&str, Activation); 3] = [
+    ("silu", Activation::Silu),
+    ("gelu", Activation::Gelu),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+];
+
+/// RMSNorm over each head of q and of k, with a weight `[head_dim]` each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Times the weight, as in Qwen 3.
+    Weight,
+    /// Times one plus the weight, as in Gemma 3.
+    OnePlusWeight,
+}
 
 /// A decoder-only transformer. Architectures differ in these numbers alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,10 +47,14 @@ pub struct DecoderConfig {
     pub vocab_size: usize,
     /// Longest context the checkpoint was made for, in tokens.
     pub max_position_embeddings: usize,
+    /// What the mlp applies to its gate.
+    pub activation: Activation,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// Norm of each head of q and k before RoPE.
+    pub qk_norm: Option<QkNorm>,
     /// Factor of q k^T.
     pub attention_scale: f32,
     /// Window of each layer, in tokens; `None` attends to everything before.
@@ -96,13 +117,6 @@ impl DecoderConfig {
             ));
         }
         let head_dim = config.size_or("head_dim", Some(hidden_size / heads))?;
-        let activation = config.text_or("hidden_act", "silu")?;
-        if activation != "silu" {
-            return Err(config.error(
-                "hidden_act",
-                format!("`{activation}` is not supported; supported: silu"),
-            ));
-        }
         Ok(Self {
             model_type: config.text_or("model_type", "")?.to_owned(),
             hidden_size,
@@ -113,8 +127,10 @@ impl DecoderConfig {
             head_dim,
             vocab_size: config.size("vocab_size")?,
             max_position_embeddings: config.size_or("max_position_embeddings", Some(2048))?,
+            activation: activation(config)?,
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
             rope: RopeConfig::from_hf(config, head_dim)?,
+            qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             sliding_windows: vec![None; layers],
             qkv_bias: false,
@@ -158,5 +174,22 @@ impl DecoderConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// The activation that `hidden_act` names.
+fn activation(config: &HfConfig) -> Result<Activation> {
+    let name = config.text_or("hidden_act", "silu")?;
+    let known = || ACTIVATIONS.iter().map(|(name, _)| *name);
+    match ACTIVATIONS.iter().find(|(n, _)| *n == name) {
+        Some((_, activation)) => Ok(*activation),
+        None => Err(config.error(
+            "hidden_act",
+            format!(
+                "`{name}` is not supported{}; supported: {}",
+                suggest::did_you_mean(name, known()),
+                known().collect::<Vec<_>>().join(", ")
+            ),
+        )),
     }
 }

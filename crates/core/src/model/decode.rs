@@ -5,7 +5,7 @@ use super::{Model, Normed, Pass, Run};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{DType, Indices, Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Indices, Tensor, attention, gated_activation};
 
 /// Keys and values of one document, for every layer.
 #[derive(Debug)]
@@ -107,9 +107,9 @@ impl Layer {
         let mut qkv = workspace.take(run.dtype, run.tokens, self.qkv.out_features());
         self.qkv.forward(run, normed.y.view(), qkv.view_mut())?;
         workspace.give(normed.y);
-        self.rotate(run, &mut qkv, rope::Direction::Forward)?;
+        let positioned = self.position(run, &mut qkv)?;
         let mut attended = workspace.take(run.dtype, run.tokens, self.o.in_features);
-        let [q, k, v] = self.split(&qkv);
+        let [q, k, v] = self.split(&qkv, positioned.as_ref());
         for (s, bounds) in run.cu_seqlens.windows(2).enumerate() {
             let rows = bounds[0] as usize..bounds[1] as usize;
             let (start, end) = (caches[s].len, caches[s].len + rows.len());
@@ -135,6 +135,7 @@ impl Layer {
             )?;
             workspace.give(lse);
         }
+        positioned.into_iter().for_each(|t| workspace.give(t));
         let mut middle = workspace.take(run.dtype, run.tokens, self.o.out_features());
         self.o.forward(run, attended.view(), middle.view_mut())?;
         let normed = self.mlp_norm.add_forward(run, &mut middle, input)?;
@@ -156,7 +157,7 @@ impl Layer {
         self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
         workspace.give(y);
         let mut activated = workspace.take(run.dtype, run.tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         workspace.give(gate_up);
         let mut output = workspace.take(run.dtype, run.tokens, self.down.out_features());
         self.down

@@ -2,25 +2,28 @@
 //!
 //! Legend: T tokens, D hidden, F mlp width, H query heads, K kv heads, E head_dim.
 //!
-//! Normed inputs and `silu(gate) up` are never kept: to compute them again costs bandwidth and no
+//! Normed inputs and `act(gate) up` are never kept: to compute them again costs bandwidth and no
 //! product. What else is kept depends on the layer's [`Keep`].
 
 use super::keep::Keep;
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
+use super::qk_norm::QkNorms;
 use super::run::Run;
 use super::saved::{AttentionSaved, GateUpSaved, LayerSaved};
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Tensor, attention, rope, swiglu};
+use ferrotune_kernels::{DType, Tensor, attention, gated_activation};
 
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) input_norm: Norm,
     pub(crate) qkv: LinearGroup,
+    pub(crate) qk_norms: Option<QkNorms>,
     pub(crate) o: LinearGroup,
     pub(crate) mlp_norm: Norm,
     pub(crate) gate_up: LinearGroup,
+    pub(crate) activation: gated_activation::Activation,
     pub(crate) down: LinearGroup,
     pub(crate) attention: attention::Config,
     pub(crate) rotary_dim: usize,
@@ -45,7 +48,7 @@ impl Layer {
         let (attention, y) = self.attend(run, &input, y)?;
         let gate_up = self.gate_up(run, y)?;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        swiglu::forward(gate_up.values.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.values.view(), activated.view_mut())?;
         let mut output = workspace.take(dtype, tokens, self.down.out_features());
         let down_parts = self
             .down
@@ -77,10 +80,10 @@ impl Layer {
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
         let qkv_parts = self.qkv.forward(run, y.view(), qkv.view_mut())?;
         workspace.give(y);
-        self.rotate(run, &mut qkv, rope::Direction::Forward)?;
+        let positioned = self.position(run, &mut qkv)?;
         let mut attended = workspace.take(dtype, tokens, self.o.in_features);
         let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
-        let [q, k, v] = self.split(&qkv);
+        let [q, k, v] = self.split(&qkv, positioned.as_ref());
         attention::forward(
             &self.attention,
             q,
@@ -91,6 +94,7 @@ impl Layer {
             attended.view_mut(),
             lse.view_mut(),
         )?;
+        positioned.into_iter().for_each(|t| workspace.give(t));
         let mut middle = workspace.take(dtype, tokens, self.o.out_features());
         let o_parts = self.o.forward(run, attended.view(), middle.view_mut())?;
         let Normed {
@@ -174,7 +178,8 @@ impl Layer {
         let mut d_qkv = run
             .workspace
             .take(run.dtype, run.tokens, self.qkv.out_features());
-        let [q, k, v] = self.split(&attention.qkv);
+        let positioned = self.positioned(run, &attention.qkv)?;
+        let [q, k, v] = self.split(&attention.qkv, positioned.as_ref());
         let (out, cu_seqlens) = (attention.attended.view(), &run.cu_seqlens);
         attention::backward(
             &self.attention,
@@ -187,10 +192,12 @@ impl Layer {
             d_attended.view(),
             d_qkv.view_mut(),
         )?;
-        for tensor in [d_attended, attention.attended, attention.lse, attention.qkv] {
-            run.workspace.give(tensor);
-        }
-        self.rotate(run, &mut d_qkv, rope::Direction::Backward)?;
+        let used = [d_attended, attention.attended, attention.lse];
+        used.into_iter()
+            .chain(positioned)
+            .for_each(|t| run.workspace.give(t));
+        self.position_backward(run, grads, &attention.qkv, &mut d_qkv)?;
+        run.workspace.give(attention.qkv);
         let stream = Stream {
             x: &input,
             rstd: &input_rstd,
@@ -219,7 +226,7 @@ impl Layer {
             parts,
         } = gate_up;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        swiglu::forward(gate_up.view(), activated.view_mut())?;
+        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
         let dx = Some(d_activated.view_mut());
         self.down.backward(
@@ -231,7 +238,11 @@ impl Layer {
             dx,
         )?;
         workspace.give(activated);
-        swiglu::backward_in_place(gate_up.view_mut(), d_activated.view())?;
+        gated_activation::backward_in_place(
+            self.activation,
+            gate_up.view_mut(),
+            d_activated.view(),
+        )?;
         workspace.give(d_activated);
         let (middle, rstd) = (&attention.middle, &attention.middle_rstd);
         let normed = self.mlp_norm.recompute(run, middle, rstd)?;
@@ -285,46 +296,10 @@ impl Layer {
     pub(crate) fn trained(&self) -> bool {
         self.input_norm.trained()
             || self.mlp_norm.trained()
+            || self.qk_norms.as_ref().is_some_and(QkNorms::trained)
             || [&self.qkv, &self.o, &self.gate_up, &self.down]
                 .iter()
                 .any(|g| g.trained())
-    }
-
-    /// Rotates q and k, which stand side by side, in place.
-    pub(crate) fn rotate(
-        &self,
-        run: &Run<'_>,
-        qkv: &mut Tensor,
-        direction: rope::Direction,
-    ) -> Result<()> {
-        let attention::Config {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.attention;
-        let q_and_k = qkv.view_mut().columns(0..(heads + kv_heads) * head_dim);
-        rope::apply(
-            q_and_k,
-            head_dim,
-            run.cos.view(),
-            run.sin.view(),
-            self.rotary_dim,
-            direction,
-        )?;
-        Ok(())
-    }
-
-    /// q `[T, H E]`, k and v `[T, K E]` of the packed projection.
-    pub(crate) fn split<'a>(&self, qkv: &'a Tensor) -> [ferrotune_kernels::View<'a>; 3] {
-        let attention::Config {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.attention;
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        [0..q, q..q + kv, q + kv..q + 2 * kv].map(|columns| qkv.view().columns(columns))
     }
 }
 

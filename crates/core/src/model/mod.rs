@@ -12,12 +12,13 @@ mod linear;
 mod norm;
 mod plan;
 mod planner;
+mod qk_norm;
 mod rope;
 mod run;
 mod saved;
 mod weights;
 
-pub use config::DecoderConfig;
+pub use config::{DecoderConfig, QkNorm};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use keep::Keep;

@@ -27,7 +27,7 @@ pub(crate) struct Normed {
 }
 
 impl Norm {
-    fn weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
+    pub(crate) fn weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
         match &self.weight {
             NormWeight::Frozen(weight) => weight.view(),
             NormWeight::Trained(id) => params.view(*id),

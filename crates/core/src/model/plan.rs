@@ -14,6 +14,8 @@ pub struct LayerPlan {
     pub k: SiteId,
     /// `self_attn.v_proj`.
     pub v: SiteId,
+    /// `self_attn.q_norm` and `self_attn.k_norm`, where there are such.
+    pub qk_norm: Option<[SiteId; 2]>,
     /// `self_attn.o_proj`.
     pub o: SiteId,
     /// `post_attention_layernorm`.
@@ -58,11 +60,11 @@ impl ModelPlan {
         );
         let layers = (0..config.layers)
             .map(|layer| {
-                let norm = |sites: &mut Sites, name: &str| {
+                let norm = |sites: &mut Sites, name: &str, width: usize| {
                     sites.add(
                         &format!("model.layers.{layer}.{name}"),
                         SiteKind::Norm,
-                        d,
+                        width,
                         1,
                         false,
                         Some(layer),
@@ -79,12 +81,16 @@ impl ModelPlan {
                     )
                 };
                 LayerPlan {
-                    input_norm: norm(&mut sites, "input_layernorm"),
+                    input_norm: norm(&mut sites, "input_layernorm", d),
                     q: linear(&mut sites, "self_attn.q_proj", q, d, config.qkv_bias),
                     k: linear(&mut sites, "self_attn.k_proj", kv, d, config.qkv_bias),
                     v: linear(&mut sites, "self_attn.v_proj", kv, d, config.qkv_bias),
+                    qk_norm: config.qk_norm.map(|_| {
+                        ["self_attn.q_norm", "self_attn.k_norm"]
+                            .map(|name| norm(&mut sites, name, config.head_dim))
+                    }),
                     o: linear(&mut sites, "self_attn.o_proj", d, q, config.o_bias),
-                    mlp_norm: norm(&mut sites, "post_attention_layernorm"),
+                    mlp_norm: norm(&mut sites, "post_attention_layernorm", d),
                     gate: linear(&mut sites, "mlp.gate_proj", f, d, config.mlp_bias),
                     up: linear(&mut sites, "mlp.up_proj", f, d, config.mlp_bias),
                     down: linear(&mut sites, "mlp.down_proj", d, f, config.mlp_bias),

@@ -16,7 +16,7 @@ pub(crate) struct LayerSaved {
 
 /// Activations of the attention block.
 pub(crate) struct AttentionSaved {
-    /// q, k, v after RoPE, `[T, (H + 2 K) E]`.
+    /// q, k, v after RoPE, `[T, (H + 2 K) E]`; with norms of q and k, before those.
     pub(crate) qkv: Tensor,
     pub(crate) qkv_parts: Vec<PartSaved>,
     /// `[T, H E]`, and log-sum-exp `[T, H]`.

@@ -1,10 +1,11 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, QkNorm};
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{Norm, NormWeight};
 use super::plan::{LayerPlan, ModelPlan};
+use super::qk_norm::QkNorms;
 use super::{Head, Keep, Model, Table};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
@@ -190,9 +191,11 @@ impl Builder<'_> {
         Ok(Layer {
             input_norm: self.norm(layer.input_norm)?,
             qkv: self.linears(&[layer.q, layer.k, layer.v])?,
+            qk_norms: self.qk_norms(layer)?,
             o: self.linears(&[layer.o])?,
             mlp_norm: self.norm(layer.mlp_norm)?,
             gate_up: self.linears(&[layer.gate, layer.up])?,
+            activation: config.activation,
             down: self.linears(&[layer.down])?,
             attention: attention::Config {
                 heads: config.heads,
@@ -204,6 +207,20 @@ impl Builder<'_> {
             },
             rotary_dim: config.rope.rotary_dim,
         })
+    }
+
+    fn qk_norms(&mut self, layer: &LayerPlan) -> Result<Option<QkNorms>> {
+        let (Some([q, k]), Some(kind)) = (layer.qk_norm, self.config.qk_norm) else {
+            return Ok(None);
+        };
+        Ok(Some(QkNorms {
+            q: self.norm(q)?,
+            k: self.norm(k)?,
+            offset: match kind {
+                QkNorm::Weight => 0.0,
+                QkNorm::OnePlusWeight => 1.0,
+            },
+        }))
     }
 
     fn linears(&mut self, ids: &[SiteId]) -> Result<LinearGroup> {

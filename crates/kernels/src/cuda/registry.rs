@@ -15,11 +15,12 @@ static MODULES: &[&Module] = &[
     &crate::dequantise::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,
+    &crate::gated_activation::cuda::MODULE,
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
+    &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
-    &crate::swiglu::cuda::MODULE,
 ];
 
 /// Every module that an operation launches kernels of, by operation.

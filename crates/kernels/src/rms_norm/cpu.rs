@@ -158,12 +158,12 @@ fn scale_row<X: Element, Y: Element>(x: &[X], weight: &[f32], rstd: f32, y: &mut
 }
 
 #[inline(always)]
-fn reciprocal_root(sum_of_squares: f32, cols: usize, eps: f32) -> f32 {
+pub(crate) fn reciprocal_root(sum_of_squares: f32, cols: usize, eps: f32) -> f32 {
     (sum_of_squares / cols as f32 + eps).sqrt().recip()
 }
 
 #[inline(always)]
-fn sum_of_squares<X: Element>(x: &[X]) -> f32 {
+pub(crate) fn sum_of_squares<X: Element>(x: &[X]) -> f32 {
     #[inline(always)]
     fn step<X: Element>(lanes: &mut [f32; LANES], x: &[X]) {
         for (lane, x) in lanes.iter_mut().zip(x) {
@@ -203,7 +203,7 @@ fn add_and_sum_squares<R: Element, B: Element>(residual: &mut [R], branch: &[B])
 
 /// `sum_d dy[d] * weight[d] * x[d]`.
 #[inline(always)]
-fn sum_of_products<G: Element, X: Element>(dy: &[G], x: &[X], weight: &[f32]) -> f32 {
+pub(crate) fn sum_of_products<G: Element, X: Element>(dy: &[G], x: &[X], weight: &[f32]) -> f32 {
     #[inline(always)]
     fn step<G: Element, X: Element>(lanes: &mut [f32; LANES], dy: &[G], x: &[X], weight: &[f32]) {
         for (((lane, dy), x), weight) in lanes.iter_mut().zip(dy).zip(x).zip(weight) {

@@ -16,7 +16,7 @@
 //! root as in the Hugging Face Llama models. Those round `x * rstd` to bf16 before they multiply
 //! by the weight, which loses accuracy and is not imitated here.
 
-mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;

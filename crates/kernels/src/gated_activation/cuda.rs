@@ -3,16 +3,17 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
+use super::Activation;
 use crate::cuda::rows::{Access, Matrix, count};
 use crate::cuda::{CudaDevice, Module};
 use crate::{Result, View, ViewMut};
 
 pub(crate) static MODULE: Module = Module {
-    name: "swiglu",
+    name: "gated_activation",
     source: include_str!("kernel.cu"),
 };
 
-/// `struct Swiglu` of the kernels: `out` is `d_out` in the backward pass.
+/// `struct Gated` of the kernels: `out` is `d_out` in the backward pass.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
@@ -22,19 +23,32 @@ struct Params {
     cols: u32,
 }
 
-pub(super) fn forward(device: &CudaDevice, gate_up: View<'_>, out: ViewMut<'_>) -> Result<()> {
-    launch(device, "forward", gate_up, out.as_view())
+pub(super) fn forward(
+    device: &CudaDevice,
+    activation: Activation,
+    gate_up: View<'_>,
+    out: ViewMut<'_>,
+) -> Result<()> {
+    launch(device, "forward", activation, gate_up, out.as_view())
 }
 
 pub(super) fn backward_in_place(
     device: &CudaDevice,
+    activation: Activation,
     gate_up: ViewMut<'_>,
     d_out: View<'_>,
 ) -> Result<()> {
-    launch(device, "backward_in_place", gate_up.as_view(), d_out)
+    let gate_up = gate_up.as_view();
+    launch(device, "backward_in_place", activation, gate_up, d_out)
 }
 
-fn launch(device: &CudaDevice, kernel: &str, gate_up: View<'_>, out: View<'_>) -> Result<()> {
+fn launch(
+    device: &CudaDevice,
+    pass: &str,
+    activation: Activation,
+    gate_up: View<'_>,
+    out: View<'_>,
+) -> Result<()> {
     let [rows, cols] = out.shape();
     let params = Params {
         gate_up: Matrix::of(gate_up),
@@ -43,6 +57,11 @@ fn launch(device: &CudaDevice, kernel: &str, gate_up: View<'_>, out: View<'_>) -
         cols: count(cols),
     };
     let access = Access::of(&[params.gate_up, params.out], &[], &[cols]);
-    let kernel = format!("swiglu_{kernel}_{}", access.suffix());
+    let activation = match activation {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+    };
+    let kernel = format!("gated_{activation}_{pass}_{}", access.suffix());
     device.launch(&MODULE, &kernel, access.elements(rows, cols), &params)
 }
