@@ -15,7 +15,14 @@ namespace {
 struct Event {
     std::chrono::steady_clock::time_point at{};
     bool recorded = false;
+    Stream* stream = nullptr; // on which it was recorded last
+    uint64_t waits = 0;       // of the stream before that
 };
+
+// The slowest device there may be: it has passed what somebody has waited for, and nothing else.
+bool has_passed(const Event* event) {
+    return event->stream == nullptr || event->stream->waits > event->waits;
+}
 
 size_t number(const char* variable, size_t otherwise) {
     const char* text = getenv(variable);
@@ -227,6 +234,7 @@ API int cuStreamSynchronize(Stream* stream) {
     if (const int code = injected("sync")) {
         return stream->fault.stick(code);
     }
+    stream->waits++;
     return check_memory(stream->context);
 }
 
@@ -255,11 +263,28 @@ API int cuEventRecord(Event* event, Stream* stream) {
     return issue_on(stream, "event", [=] {
         event->at = std::chrono::steady_clock::now();
         event->recorded = true;
+        event->stream = stream;
+        event->waits = stream->waits;
         return SUCCESS;
     });
 }
 
-API int cuEventSynchronize(Event*) { return ready(); }
+API int cuEventQuery(const Event* event) {
+    if (const int code = ready()) {
+        return code;
+    }
+    return has_passed(event) ? SUCCESS : NOT_READY;
+}
+
+API int cuEventSynchronize(const Event* event) {
+    if (const int code = ready()) {
+        return code;
+    }
+    if (!has_passed(event)) {
+        event->stream->waits++;
+    }
+    return SUCCESS;
+}
 
 API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
     if (const int code = ready()) {
@@ -274,6 +299,9 @@ API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
 
 API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int code = outside_capture(stream)) {
+        return code;
+    }
+    if (const int code = injected("capture")) {
         return code;
     }
     stream->capture = std::make_unique<Graph>();

@@ -73,6 +73,7 @@ struct Stream {
     Fault fault{};
     std::unique_ptr<Graph> capture{};
     bool capture_broken = false;
+    uint64_t waits = 0; // times somebody has waited for what was issued
 };
 
 extern std::vector<std::unique_ptr<Device>> devices;

@@ -85,6 +85,7 @@ table! {
             event_create = "cuEventCreate" (*mut Raw, c_uint) -> u32;
             event_destroy = "cuEventDestroy_v2" (Raw) -> u32;
             event_record = "cuEventRecord" (Raw, Raw) -> u32;
+            event_query = "cuEventQuery" (Raw) -> u32;
             event_synchronize = "cuEventSynchronize" (Raw) -> u32;
             event_elapsed = "cuEventElapsedTime" (*mut f32, Raw, Raw) -> u32;
             capture_begin = "cuStreamBeginCapture_v2" (Raw, c_uint) -> u32;
