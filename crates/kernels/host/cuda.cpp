@@ -19,9 +19,19 @@ struct Event {
     // What was issued on its stream before it.
     std::shared_ptr<Progress> progress{};
     uint64_t after = 0;
+    Stream* stream = nullptr; // on which it was recorded last
+    uint64_t waits = 0;       // of the stream before that
+    int queries = 0;          // since then
 
     bool reached() const { return progress == nullptr || progress->done.load() >= after; }
 };
+
+// A slow device: it has passed what somebody has waited for, or asked for often, and nothing else.
+constexpr int PATIENT_QUERIES = 20;
+
+bool has_passed(const Event* event) {
+    return event->stream == nullptr || event->stream->waits > event->waits;
+}
 
 void wait_until(const Progress& progress, uint64_t done) {
     while (progress.done.load() < done) {
@@ -246,6 +256,7 @@ API int cuStreamSynchronize(Stream* stream) {
         return stream->fault.stick(code);
     }
     wait_until(*stream->progress, stream->progress->issued);
+    stream->waits++;
     return check_memory(stream->context);
 }
 
@@ -285,22 +296,40 @@ API int cuEventRecord(Event* event, Stream* stream) {
         event->recorded = true;
         event->progress = stream->progress;
         event->after = stream->progress->issued;
+        event->stream = stream;
+        event->waits = stream->waits;
+        event->queries = 0;
         return SUCCESS;
     });
 }
 
-API int cuEventQuery(const Event* event) {
+API int cuEventQuery(Event* event) {
     if (const int code = ready()) {
         return code;
     }
-    return event->reached() ? SUCCESS : NOT_READY;
+    if (!event->reached()) {
+        return NOT_READY;
+    }
+    if (!has_passed(event)) {
+        if (++event->queries < PATIENT_QUERIES) {
+            return NOT_READY;
+        }
+        event->stream->waits++;
+    }
+    return SUCCESS;
 }
 
 API int cuEventSynchronize(const Event* event) {
     if (event->progress != nullptr) {
         wait_until(*event->progress, event->after);
     }
-    return ready();
+    if (const int code = ready()) {
+        return code;
+    }
+    if (!has_passed(event)) {
+        event->stream->waits++;
+    }
+    return SUCCESS;
 }
 
 API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
@@ -316,6 +345,9 @@ API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
 
 API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int code = outside_capture(stream)) {
+        return code;
+    }
+    if (const int code = injected("capture")) {
         return code;
     }
     stream->capture = std::make_unique<Graph>();

@@ -79,6 +79,7 @@ struct Stream {
     std::unique_ptr<Graph> capture{};
     bool capture_broken = false;
     std::shared_ptr<Progress> progress = std::make_shared<Progress>();
+    uint64_t waits = 0; // times somebody has waited for what was issued
 };
 
 extern std::vector<std::unique_ptr<Device>> devices;

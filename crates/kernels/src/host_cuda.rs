@@ -3,6 +3,7 @@
 
 use crate::cuda::{CudaDevice, set_kernel_cache, set_library_directory};
 use std::env;
+use std::ffi::{CString, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
@@ -63,6 +64,30 @@ pub fn device() -> Arc<CudaDevice> {
         CudaDevice::open(0).expect("the device of the tests opens")
     };
     Arc::clone(DEVICE.get_or_init(open))
+}
+
+/// Makes the stand-in fail on this thread: `OPERATION:AFTER:CODE`, as `host/README.md` says. False on a
+/// GPU, which has no such switch.
+///
+/// # Panics
+/// If `what` has another form.
+#[must_use]
+pub fn inject(what: &str) -> bool {
+    if env::var(DEVICE_VARIABLE).as_deref() == Ok("cuda") {
+        return false;
+    }
+    let text = CString::new(what).expect("no zero byte");
+    let library = libraries().join("libcuda.so.1");
+    // SAFETY: the library is open already, and the function has this type.
+    let status = unsafe {
+        let library = libloading::Library::new(library).expect("the stand-in opens");
+        let inject = library
+            .get::<unsafe extern "C" fn(*const c_char) -> c_int>(b"ferrotune_host_inject")
+            .expect("the stand-in can fail");
+        inject(text.as_ptr())
+    };
+    assert_eq!(status, 0, "{what:?}");
+    true
 }
 
 #[cfg(test)]

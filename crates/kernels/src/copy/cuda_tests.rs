@@ -1,6 +1,6 @@
 use crate::test_support::{DTYPES, assert_same_bits, cuda_device, normal};
 use crate::twins::assert_cuda_matches;
-use crate::{Device, Tensor};
+use crate::{DType, Device, Tensor};
 
 #[test]
 fn copies_and_fills_match_the_cpu() {
@@ -25,6 +25,18 @@ fn copies_and_fills_match_the_cpu() {
             });
         }
     }
+}
+
+#[test]
+fn a_row_copied_in_pieces_is_the_row() {
+    let gpu = cuda_device();
+    let device = Device::Cuda(gpu.clone());
+    let host = Tensor::from_f32(normal(1, 3 * 100), 3, 100);
+    let from = host.to_device(&device);
+    let mut to = Tensor::empty(&device, DType::Bf16, 3, 100);
+    super::cuda::convert(&gpu, to.view_mut(), from.view(), 16).expect("copies");
+    let want = host.to_dtype(DType::Bf16).to_f32_vec();
+    assert_same_bits(&to.to_f32_vec(), &want, "f32 to bf16");
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Device memory: allocation and freeing in stream order, copies, zero fill.
 
-use super::staging::HALF;
+use super::staging::CHUNK;
 use super::{CudaDevice, error, lock};
 use crate::{Error, Result};
 use cudarc::driver::sys as cu;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// An allocation on a device, aligned to 256 bytes; freed on drop, in stream order.
 pub struct Memory {
@@ -116,6 +117,7 @@ impl CudaDevice {
                 message: "memory cannot be allocated while a graph is captured".into(),
             }));
         }
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         let allocate = || {
             let mut ptr = 0;
             // SAFETY: the pointer is valid for one address; the stream is open.
@@ -175,11 +177,11 @@ impl CudaDevice {
         self.not_capturing("upload")?;
         check_extent("cuda::upload", bytes.len(), pitch.extent(pitch.src))?;
         let mut staging = lock(&self.staging);
-        if pitch.row_bytes > HALF {
+        if pitch.row_bytes > CHUNK {
             for row in 0..pitch.rows {
                 let start = row * pitch.src;
                 let mut to = dst + (row * pitch.dst) as u64;
-                for piece in bytes[start..start + pitch.row_bytes].chunks(HALF) {
+                for piece in bytes[start..start + pitch.row_bytes].chunks(CHUNK) {
                     let from = staging.stage(self, std::iter::once(piece), piece.len())?;
                     self.copy_staged(to, from, Pitch::row(piece.len()))?;
                     to += piece.len() as u64;
@@ -187,7 +189,7 @@ impl CudaDevice {
             }
             return Ok(());
         }
-        let together = HALF / pitch.row_bytes;
+        let together = CHUNK / pitch.row_bytes;
         for first in (0..pitch.rows).step_by(together) {
             let rows = together.min(pitch.rows - first);
             let row = |r: usize| &bytes[(first + r) * pitch.src..][..pitch.row_bytes];

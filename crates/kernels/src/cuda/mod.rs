@@ -83,6 +83,8 @@ pub struct CudaDevice {
     failed: AtomicBool,
     first_error: Mutex<Option<Error>>,
     launches: AtomicU64,
+    allocations: AtomicU64,
+    waits: AtomicU64,
     staging: Mutex<staging::Staging>,
     modules: launch::Modules,
     gemms: gemm::Gemms,
@@ -174,6 +176,8 @@ impl CudaDevice {
             failed: AtomicBool::new(false),
             first_error: Mutex::new(None),
             launches: AtomicU64::new(0),
+            allocations: AtomicU64::new(0),
+            waits: AtomicU64::new(0),
             staging: Mutex::default(),
             modules: launch::Modules::default(),
             gemms: gemm::Gemms::default(),
@@ -209,6 +213,18 @@ impl CudaDevice {
     #[must_use]
     pub fn launches(&self) -> u64 {
         self.launches.load(Ordering::Relaxed)
+    }
+
+    /// Allocations of device memory so far.
+    #[must_use]
+    pub fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed)
+    }
+
+    /// Times the host has waited for the device so far.
+    #[must_use]
+    pub fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
     }
 
     fn count_launch(&self) {
@@ -247,6 +263,7 @@ impl CudaDevice {
     /// The first failure of the device, also of what ran only now.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        self.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the stream is open.
         let status = unsafe { (self.driver.stream_synchronize)(self.stream.0) };
         self.done("waiting for the GPU", status)

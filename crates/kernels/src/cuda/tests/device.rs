@@ -146,6 +146,37 @@ fn rows_longer_than_the_pinned_buffer_arrive() {
 }
 
 #[test]
+fn small_uploads_do_not_wait_for_what_was_issued_before() {
+    let device = new_cuda_device();
+    let memory = device.alloc(1 << 20);
+    let table: Vec<u32> = (0..1 << 18).collect();
+    let before = device.waits();
+    for round in 0..40 {
+        // The stand-in has passed nothing until somebody waits for it.
+        device.fill_zero(memory.ptr(), 1 << 20).expect("fills");
+        let bytes = bytemuck::cast_slice(&table[..200_000 + round]);
+        device.upload(memory.ptr(), bytes).expect("uploads");
+    }
+    assert_eq!(device.waits(), before);
+    let got = downloaded::<u32>(&memory, 200_040);
+    assert!(got[..200_039] == table[..200_039] && got[200_039] == 0);
+}
+
+#[test]
+fn uploads_beyond_the_pinned_memory_wait() {
+    let device = new_cuda_device();
+    let memory = device.alloc(4 << 20);
+    let before = device.waits();
+    for round in 0..40_u32 {
+        let table = vec![round; 1 << 20];
+        let bytes = bytemuck::cast_slice(&table);
+        device.upload(memory.ptr(), bytes).expect("uploads");
+    }
+    assert!(device.waits() > before || !inject("sync:1000000:214"));
+    assert!(downloaded::<u32>(&memory, 1 << 20) == vec![39; 1 << 20]);
+}
+
+#[test]
 fn empty_copies_do_nothing() {
     let device = cuda_device();
     device.upload(0, &[]).expect("nothing to do");

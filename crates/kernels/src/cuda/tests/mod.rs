@@ -6,8 +6,8 @@ mod graph;
 mod kernels;
 
 use super::{CudaDevice, Memory, Module};
+use crate::host_cuda::inject;
 use crate::test_support::{cuda_device, new_cuda_device, normal};
-use std::ffi::{CString, c_char, c_int};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -52,23 +52,4 @@ fn in_own_process(name: &str, body: impl FnOnce()) {
         output.status.success() && out.contains("1 passed"),
         "{out}{err}"
     );
-}
-
-/// Makes the driver fail on this thread: `OPERATION:AFTER:CODE`. False on a GPU, which has no such
-/// switch.
-fn inject(what: &str) -> bool {
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
-        return false;
-    }
-    let what = CString::new(what).expect("no zero byte");
-    let library = crate::host_cuda::libraries().join("libcuda.so.1");
-    // SAFETY: the library is open already, and the function has this type.
-    unsafe {
-        let library = libloading::Library::new(library).expect("the stand-in opens");
-        let inject = library
-            .get::<unsafe extern "C" fn(*const c_char) -> c_int>(b"ferrotune_host_inject")
-            .expect("the stand-in can fail");
-        assert_eq!(inject(what.as_ptr()), 0, "{what:?}");
-    }
-    true
 }
