@@ -1,10 +1,11 @@
 //! Ranks of ferrotune: groups of processes or threads that train one model together.
 //!
-//! [`Local`] joins threads of one process through shared memory. Launcher environments,
-//! rendezvous, TCP and NCCL are not here yet; see the roadmap in ARCHITECTURE.md.
+//! [`env`](mod@env) tells a process which rank it is. [`Local`] joins threads of one process through
+//! shared memory. Rendezvous, TCP and NCCL are not here yet; see the roadmap in ARCHITECTURE.md.
 
 #![warn(clippy::print_stdout)]
 
+pub mod env;
 mod local;
 
 pub use local::Local;
