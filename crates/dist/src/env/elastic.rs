@@ -4,7 +4,9 @@
 //! # Source
 //! Training Operator v1.9, `pkg/controller.v1/pytorch/elastic.go`.
 
-use super::reader::{Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::MasterIn;
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, address, pet};
 
 /// Where torchrun's c10d rendezvous listens if nothing says so.

@@ -3,7 +3,9 @@
 //! # Source
 //! Kubeflow Trainer, the Flux plugin's entrypoint; flux-core's shell.
 
-use super::reader::{DEFAULT_PORT, MasterIn, Process, Reader};
+use super::finish::Process;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

@@ -6,7 +6,9 @@
 //! # Source
 //! Kubernetes, `pkg/controller/job/indexed_job_utils.go`; JobSet, `pkg/controllers`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 const INDEX: &str = "JOB_COMPLETION_INDEX";

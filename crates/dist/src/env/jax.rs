@@ -3,7 +3,9 @@
 //! # Source
 //! Kubeflow Trainer, the JAX plugin; Training Operator v1.9, `pkg/controller.v1/jax/envvar.go`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 /// Where a JAXJob's coordinator listens if nothing says so.

@@ -3,7 +3,9 @@
 //! # Source
 //! LeaderWorkerSet, `pkg/utils/pod/pod_utils.go`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

@@ -7,8 +7,10 @@
 mod address;
 pub mod check;
 mod error;
+mod finish;
 mod gpus;
 mod launch_env;
+mod master;
 mod reader;
 mod surroundings;
 #[cfg(test)]

@@ -7,7 +7,9 @@
 //! Open MPI 5 documentation, "Environment variables set for MPI applications"; Kubeflow MPI
 //! operator, `pkg/controller/mpi_job_controller.go`, for the file of hosts.
 
-use super::reader::{DEFAULT_PORT, Master, MasterIn, Process, Reader};
+use super::finish::Process;
+use super::master::{DEFAULT_PORT, Master, MasterIn};
+use super::reader::Reader;
 use super::surroundings::MPI_HOSTFILE;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 

@@ -1,8 +1,10 @@
 //! ferrotune's own variables: those that `ferrotune launch` gives to its ranks, and those that stand
 //! for its flags.
 
+use super::finish::Process;
 use super::launch_env::Secret;
-use super::reader::{DEFAULT_PORT, MasterIn, Process, Reader};
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, standalone};
 
 /// Rank of this process.

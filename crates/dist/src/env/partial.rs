@@ -1,7 +1,9 @@
 //! Variables of a launcher that are not all there. To train alone then would be a run per pod, each
 //! of which believes that it is the whole.
 
-use super::reader::{Flag, Pod, Reader};
+use super::finish::Pod;
+use super::master::DEFAULT_PORT;
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, pet};
 
 /// What gives such an environment away, first match first.
@@ -89,7 +91,7 @@ fn without_master(around: &Surroundings) -> Result<LaunchEnv, EnvError> {
     let master = reader.master_of(
         &[],
         &["PET_MASTER_PORT"],
-        super::reader::DEFAULT_PORT,
+        DEFAULT_PORT,
         (nnodes == 1, Scope::Pod),
         "PET_MASTER_ADDR",
     )?;

@@ -8,7 +8,9 @@
 //! `pkg/controller.v1/pytorch/envvar.go`.
 
 use super::elastic::RENDEZVOUS_PORT;
-use super::reader::{DEFAULT_PORT, Flag, Master, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, Master, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, address};
 
 const NODES: &str = "PET_NNODES";

@@ -3,7 +3,8 @@
 //! # Source
 //! MPICH, `src/pm/hydra`; Intel MPI's `MPI_LOCALRANKID` and `MPI_LOCALNRANKS`.
 
-use super::reader::{Process, Reader};
+use super::finish::Process;
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Surroundings, openmpi};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

@@ -5,7 +5,9 @@
 //! # Source
 //! Ray, `python/ray/train/torch/config.py`.
 
-use super::reader::{DEFAULT_PORT, MasterIn, Process, Reader};
+use super::finish::Process;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, openmpi};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

@@ -5,7 +5,9 @@
 //! Volcano, `pkg/controllers/job/plugins/distributed-framework/pytorch`; Training Operator v1.5,
 //! `pkg/controller.v1/pytorch/envvar.go`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, address};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

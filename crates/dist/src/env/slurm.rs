@@ -4,7 +4,9 @@
 //! # Source
 //! Slurm, srun(1), "OUTPUT ENVIRONMENT VARIABLES".
 
-use super::reader::{DEFAULT_PORT, MasterIn, Process, Reader};
+use super::finish::Process;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, address};
 
 const TASKS: &str = "SLURM_STEP_NUM_TASKS";

@@ -1,6 +1,8 @@
 //! No launcher: this machine with its GPUs, or the machines that the command line counts.
 
-use super::reader::{DEFAULT_PORT, Flag, Pod, Reader};
+use super::finish::Pod;
+use super::master::DEFAULT_PORT;
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

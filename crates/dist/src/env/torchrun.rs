@@ -6,7 +6,9 @@
 //! # Source
 //! PyTorch, `torch/distributed/elastic/agent/server/local_elastic_agent.py`.
 
-use super::reader::{DEFAULT_PORT, MasterIn, Process, Reader};
+use super::finish::Process;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::Reader;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 pub(super) static LAUNCHER: Launcher = Launcher {

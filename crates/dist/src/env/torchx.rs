@@ -5,7 +5,9 @@
 //! # Source
 //! TorchX, `torchx/schedulers/kubernetes_scheduler.py` and `kubernetes_mcad_scheduler.py`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings};
 
 const JOB: &str = "TORCHX_JOB_ID";

@@ -3,7 +3,9 @@
 //! # Source
 //! Volcano, `pkg/controllers/job/plugins/svc` and `env`.
 
-use super::reader::{DEFAULT_PORT, Flag, MasterIn, Pod, Reader};
+use super::finish::Pod;
+use super::master::{DEFAULT_PORT, MasterIn};
+use super::reader::{Flag, Reader};
 use super::surroundings::VOLCANO_FOLDER;
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, address};
 use std::collections::{BTreeMap, BTreeSet};
