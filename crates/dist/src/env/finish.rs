@@ -52,12 +52,11 @@ impl Reader<'_> {
     }
 
     /// What every launcher with one environment per rank ends with.
-    pub(super) fn process(mut self, process: Process) -> Result<LaunchEnv, EnvError> {
+    pub(super) fn process(mut self, mut process: Process) -> Result<LaunchEnv, EnvError> {
         let Process {
             world_size,
             rank,
             local_rank,
-            master,
             ..
         } = process;
         let world_by = self.source_name("world_size", "the number of ranks");
@@ -68,32 +67,16 @@ impl Reader<'_> {
             return Err(self.error(Code::Range, &world_by, "at least 1", fix));
         }
         self.below((&rank_by, rank), (&world_by, world_size))?;
-        let flag_nodes = self.flag_or(Flag::Nnodes, &[])?;
-        let nnodes = self.agree(process.nnodes, flag_nodes, Flag::Nnodes)?;
-        let flag_rank = self.flag_or(Flag::NodeRank, &[])?;
-        let node_rank = self.agree(process.node_rank, flag_rank, Flag::NodeRank)?;
-        let flag_local = self.flag_or(Flag::Nproc, &[])?;
-        let local_size = self.agree(process.local_world_size, flag_local, Flag::Nproc)?;
-        if let Some(local_size) = local_size {
-            let size_by = self.source_name("local_world_size", "the local number of ranks");
-            self.below((&local_by, local_rank), (&size_by, local_size))?;
-            if local_size > world_size {
-                let expected = format!("at most {world_by}, which is {world_size}");
-                let fix = "check that both come from the same job";
-                return Err(self.error(Code::Range, &size_by, expected, fix));
-            }
-        }
-        if let (Some(node), Some(nodes)) = (node_rank, nnodes) {
-            let by = (self.source_name("node_rank", "the node's rank"), node);
-            let of = self.source_name("nnodes", "the number of machines");
-            self.below((&by.0, by.1), (&of, nodes))?;
-        }
+        self.agree_with_flags(&mut process)?;
+        self.check_local(&process, (&local_by, &world_by))?;
+        let (nnodes, node_rank) = (process.nnodes, process.node_rank);
+        let local_size = process.local_world_size;
         let several = match (nnodes, local_size) {
             (Some(nodes), _) => nodes > 1,
             (None, Some(local)) => local < world_size,
             (None, None) => false,
         };
-        self.refuse_loopback(&master, several && node_rank != Some(0))?;
+        self.refuse_loopback(&process.master, several && node_rank != Some(0))?;
         let device = self.device_of(&local_by, local_rank)?;
         self.note_idle_gpus(local_size);
         Ok(LaunchEnv {
@@ -106,7 +89,7 @@ impl Reader<'_> {
             ranks: vec![rank],
             local_ranks: vec![local_rank],
             devices: vec![device],
-            ..self.rest(master)
+            ..self.rest(process.master)
         })
     }
 
@@ -120,6 +103,45 @@ impl Reader<'_> {
         } else {
             name.to_owned()
         }
+    }
+
+    fn agree_with_flags(&mut self, process: &mut Process) -> Result<(), EnvError> {
+        let nnodes = self.flag_or(Flag::Nnodes, &[])?;
+        process.nnodes = self.agree(process.nnodes, nnodes, Flag::Nnodes)?;
+        let node_rank = self.flag_or(Flag::NodeRank, &[])?;
+        process.node_rank = self.agree(process.node_rank, node_rank, Flag::NodeRank)?;
+        // `auto` leaves the number to the launcher.
+        if self
+            .flag(Flag::Nproc)
+            .is_some_and(|(_, text)| text != "auto")
+        {
+            let nproc = self.flag_or(Flag::Nproc, &[])?;
+            process.local_world_size = self.agree(process.local_world_size, nproc, Flag::Nproc)?;
+        }
+        Ok(())
+    }
+
+    /// Numbers on this machine are below their counts, and these below those of the whole.
+    fn check_local(
+        &self,
+        process: &Process,
+        (local_by, world_by): (&str, &str),
+    ) -> Result<(), EnvError> {
+        if let Some(local_size) = process.local_world_size {
+            let size_by = self.source_name("local_world_size", "the local number of ranks");
+            self.below((local_by, process.local_rank), (&size_by, local_size))?;
+            if local_size > process.world_size {
+                let expected = format!("at most {world_by}, which is {}", process.world_size);
+                let fix = "check that both come from the same job";
+                return Err(self.error(Code::Range, &size_by, expected, fix));
+            }
+        }
+        if let (Some(node), Some(nodes)) = (process.node_rank, process.nnodes) {
+            let by = self.source_name("node_rank", "the node's rank");
+            let of = self.source_name("nnodes", "the number of machines");
+            self.below((&by, node), (&of, nodes))?;
+        }
+        Ok(())
     }
 
     /// A launcher that starts every rank itself has its own numbers; a flag may only repeat them.

@@ -56,10 +56,10 @@ pub(crate) struct Launcher {
 /// Every launcher, in the order in which they are asked.
 ///
 /// A process inherits the variables of what started its pod, so what starts single ranks comes
-/// first. Flux and Slurm set PMI's variables beside their own, so they come before it.
+/// first; and a rank of ferrotune's own launcher never becomes a launcher itself. Flux and Slurm set PMI's variables beside their own, so they come before it.
 const LAUNCHERS: [&Launcher; 22] = [
-    &own::ALONE,
     &own::LAUNCHER,
+    &own::ALONE,
     &torchrun::LAUNCHER,
     &process_env::LAUNCHER,
     &openmpi::LAUNCHER,
