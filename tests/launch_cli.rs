@@ -362,14 +362,14 @@ fn an_environment_that_cannot_be_believed_stops_train_before_the_model() {
 /// As PID 1 of a namespace of its own, where the kernel allows that here.
 #[test]
 fn pid_1_reaps_orphans_and_passes_signals_on() {
-    let unshared = |words: &[&str]| {
+    let unshared = |words: &[String]| {
         let mut command = Command::new("unshare");
         command
             .args(["-r", "-p", "-f", "--mount-proc", "--kill-child"])
             .args(words);
         command
     };
-    let possible = unshared(&["true"])
+    let possible = unshared(&["true".to_owned()])
         .output()
         .is_ok_and(|output| output.status.success());
     if !possible {
@@ -382,13 +382,8 @@ fn pid_1_reaps_orphans_and_passes_signals_on() {
                   fi; \
                   sleep 1.5; echo zombies: $(cat /proc/[0-9]*/stat | grep -c ') Z ') >&2; \
                   echo parent: $PPID >&2";
-    let launch = launch(2, &[], script);
-    let words: Vec<&str> = std::iter::once(launch.get_program())
-        .chain(launch.get_args())
-        .map(|word| word.to_str().expect("UTF-8"))
-        .collect();
-    let output = unshared(&words).output().expect("unshare starts");
-    let output = Finished::from(output).expect(0);
+    let output = unshared(&words_of(&launch(2, &[], script))).output();
+    let output = Finished::from(output.expect("unshare starts")).expect(0);
     assert!(
         output.stderr.contains("[rank 1] zombies: 0"),
         "{}",
@@ -399,4 +394,24 @@ fn pid_1_reaps_orphans_and_passes_signals_on() {
         "{}",
         output.stderr
     );
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pid = write_pid(folder.path());
+    let script = format!("trap 'exit 143' TERM; {pid}; while :; do sleep 0.05; done");
+    let mut command = unshared(&words_of(&launch(2, &[], &script)));
+    let child = command
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("unshare starts");
+    // Numbers in the files are of the namespace; that of its PID 1 out here is unshare's child.
+    pids_in(folder.path(), 2);
+    signal(&children_of(child.id())[0], "TERM");
+    Finished::from(child.wait_with_output().expect("it ends")).expect(143);
+}
+
+fn words_of(command: &Command) -> Vec<String> {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect()
 }

@@ -61,15 +61,16 @@ impl Case {
     /// What differs from the expectation, in words.
     pub fn check(&self) -> Result<(), String> {
         let around = self.surroundings()?;
-        let found = detect(&around);
-        if let Some(expected) = self.expect.get("error") {
-            return match found {
-                Err(error) if expected == error.code.name() => Ok(()),
-                Err(error) => Err(format!("expected {expected}, found: {error}")),
-                Ok(found) => Err(format!("expected {expected}, found {}", found.json())),
-            };
+        let (found, problem) = match detect(&around) {
+            Ok(found) => (found.json(), None),
+            Err(error) => (error.json(), Some(error.to_string())),
+        };
+        let fails = found.get("error");
+        if self.expect.get("error") != fails {
+            let expected = self.expect.get("error").unwrap_or(&Value::Null);
+            let found = problem.unwrap_or_else(|| found.to_string());
+            return Err(format!("error: expected {expected}, found {found}"));
         }
-        let found = found.map_err(|error| format!("found {error}"))?.json();
         let different = self.expect.iter().filter(|(field, expected)| {
             let found = found.get(*field);
             !found.is_some_and(|found| agrees(field, expected, found))
