@@ -105,6 +105,36 @@ fn each_rank_knows_its_place() {
 }
 
 #[test]
+fn a_rank_of_another_launcher_becomes_the_command() {
+    let words = [
+        "launch",
+        "--master-addr",
+        "n0:77",
+        "--device",
+        "cpu",
+        "--",
+        "env",
+        "--json",
+    ];
+    let output = command(&words)
+        .args(["--device", "cpu"])
+        .envs([("OMPI_COMM_WORLD_RANK", "3"), ("OMPI_COMM_WORLD_SIZE", "4")])
+        .envs([("OMPI_COMM_WORLD_LOCAL_RANK", "1")])
+        .output();
+    let output = Finished::from(output.expect("the binary starts")).expect(0);
+    let rank: Value = serde_json::from_str(&output.stdout).expect("one document");
+    assert_eq!(
+        (&rank["launcher"], &rank["ranks"]),
+        (&json!("openmpi"), &json!([3]))
+    );
+    assert_eq!(
+        (&rank["master_addr"], &rank["master_port"]),
+        (&json!("n0"), &json!(77))
+    );
+    assert!(output.stderr.contains("as rank 3"), "{}", output.stderr);
+}
+
+#[test]
 fn rank_0_speaks_and_the_others_are_marked() {
     let output = run(
         2,

@@ -54,7 +54,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         grace: Duration::from_secs(args.grace),
     };
     if found.scope == Scope::Process {
-        return become_rank(&launch, &found);
+        return become_rank(&launch, &found, &args.flags);
     }
     outcome(supervise(&launch, &found)?)
 }
@@ -87,13 +87,14 @@ fn program(given: Option<&PathBuf>) -> Result<PathBuf, Failure> {
 }
 
 /// Another launcher has started this process as one rank: there is nothing to watch over.
-fn become_rank(launch: &Launch, found: &LaunchEnv) -> Outcome {
+fn become_rank(launch: &Launch, found: &LaunchEnv, flags: &LaunchFlags) -> Outcome {
     print_note(&format!(
         "{} started this process as rank {}; running the command as that rank",
         found.launcher, found.ranks[0]
     ));
     let problem = std::process::Command::new(&launch.program)
         .args(&launch.arguments)
+        .envs(flags.master_variables())
         .exec();
     Err(Failure::Core(Error::read(&launch.program)(problem)))
 }

@@ -3,6 +3,7 @@
 use super::Failure;
 use ferrotune::core::config::Device;
 use ferrotune::dist::env::Flags;
+use ferrotune::dist::env::own::{MASTER_ADDR, MASTER_PORT};
 
 /// What the command line says about ranks; goes before every variable of a launcher.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -39,6 +40,13 @@ impl LaunchFlags {
             standalone: self.standalone,
             cpu: device == Device::Cpu,
         }
+    }
+
+    /// Those that hold for a rank of another launcher too, as the variables that say the same.
+    pub(super) fn master_variables(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let addr = self.master_addr.as_deref().map(|addr| (MASTER_ADDR, addr));
+        let port = self.master_port.as_deref().map(|port| (MASTER_PORT, port));
+        addr.into_iter().chain(port)
     }
 
     /// Takes these flags out of words that also hold configuration keys.
