@@ -4,13 +4,14 @@ use ferrotune::core::EXIT_CODES;
 use ferrotune::core::config::markdown_reference;
 use std::path::Path;
 
-const TEXTS: [&str; 9] = [
+const TEXTS: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/config.md",
     "docs/gpu.md",
+    "docs/launchers.md",
     "docs/outputs.md",
     "docs/checkpoints.md",
     "docs/parity.md",

@@ -6,10 +6,13 @@ mod bench;
 mod chat;
 mod config_schema;
 mod demo;
+mod env;
 mod eval;
 mod exact_match;
 mod generate;
 mod kernels;
+mod launch;
+mod launch_flags;
 mod merge;
 mod output;
 mod overrides;
@@ -21,6 +24,8 @@ mod train;
 use clap::builder::StyledStr;
 use clap::{CommandFactory, Parser, Subcommand};
 use ferrotune::core::{Error, ExitCode};
+use ferrotune::dist::env::EnvError;
+use ferrotune::dist::launch::{LaunchError, end_with_launcher};
 use output::{print, print_error_line, print_line, print_note};
 use std::ffi::OsString;
 use std::io::{IsTerminal, stderr, stdout};
@@ -54,6 +59,10 @@ enum Command {
     Bench(bench::Args),
     /// Compile the CUDA kernels ahead of a run, list them, check what they take of a GPU
     Kernels(kernels::Args),
+    /// Start a command once per rank of this machine, and watch over the ranks
+    Launch(launch::Args),
+    /// Which rank this process is by its launcher's variables, and which variable said so
+    Env(env::Args),
     /// Every configuration key: JSON schema, or a table in Markdown
     ConfigSchema(config_schema::Args),
 }
@@ -66,6 +75,12 @@ type Outcome = Result<ExitCode, Failure>;
 enum Failure {
     #[error(transparent)]
     Core(#[from] Error),
+    /// The launcher's variables make no sense.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// Ranks could not be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
     /// The arguments make no sense together.
     #[error("{0}")]
     Usage(String),
@@ -75,6 +90,8 @@ impl Failure {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Core(error) => error.exit_code(),
+            Self::Env(error) => error.exit_code(),
+            Self::Launch(error) => error.exit_code(),
             Self::Usage(_) => ExitCode::Usage,
         }
     }
@@ -82,6 +99,10 @@ impl Failure {
 
 pub(crate) fn main() -> std::process::ExitCode {
     exit_on_panic();
+    if !end_with_launcher() {
+        print_error_line("error: the launcher of this rank is gone");
+        return std::process::ExitCode::from(ExitCode::Transient as u8);
+    }
     start_logging();
     let words = std::env::args_os().map(either_spelling);
     let outcome = match Cli::try_parse_from(words) {
@@ -108,6 +129,8 @@ fn run(command: Command) -> Outcome {
         Command::Parity(args) => parity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Kernels(args) => kernels::run(&args),
+        Command::Launch(args) => launch::run(&args),
+        Command::Env(args) => env::run(&args),
         Command::ConfigSchema(args) => config_schema::run(&args),
     }
 }

@@ -1,11 +1,13 @@
+use super::launch_flags::LaunchFlags;
 use super::output::STANDARD_OUTPUT;
 use super::overrides::{self, Switches};
 use super::progress::Progress;
-use super::{Failure, Outcome, print, print_help_of, print_line, print_note, stop};
+use super::{Failure, Outcome, launch, print, print_help_of, print_line, print_note, stop};
 use ferrotune::core::config::{self, TrainConfig};
 use ferrotune::core::run_log::{JsonLines, Observer};
 use ferrotune::core::trainer::RunOutcome;
-use ferrotune::core::{ExitCode, Result};
+use ferrotune::core::{Error, ExitCode, Result};
+use ferrotune::dist::env::{LaunchEnv, Scope, Surroundings, detect};
 use ferrotune::recipe::{Recipe, Summary};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -48,13 +50,22 @@ pub(super) fn train(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("train");
     }
-    let (pairs, switches) = overrides::parse(&args.overrides)?;
     let stop = stop::on_signal()?;
-    let config = config::load(&args.config, &pairs)?;
+    let (config, flags, switches) = args.load()?;
     let voice = Voice::new(switches);
     if switches.dry_run {
         return show_plan(config, voice);
     }
+    let found = detect(&Surroundings::of_this_process(
+        flags.on(config.runtime.device),
+    ))?;
+    for warning in &found.warnings {
+        print_note(&warning.text);
+    }
+    if found.scope == Scope::Pod && found.ranks.len() > 1 {
+        return launch::this_program(&found, stop);
+    }
+    refuse_several_ranks(&found)?;
     let outcome = run(config, voice, &stop)?;
     Ok(exit_code(&outcome))
 }
@@ -63,8 +74,29 @@ pub(super) fn plan(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("plan");
     }
-    let (pairs, switches) = overrides::parse(&args.overrides)?;
-    show_plan(config::load(&args.config, &pairs)?, Voice::new(switches))
+    let (config, _, switches) = args.load()?;
+    show_plan(config, Voice::new(switches))
+}
+
+impl Args {
+    /// The configuration, what the command line says about ranks, and how to speak.
+    pub(super) fn load(&self) -> Result<(TrainConfig, LaunchFlags, Switches), Failure> {
+        let (flags, words) = LaunchFlags::take(&self.overrides)?;
+        let (pairs, switches) = overrides::parse(&words)?;
+        Ok((config::load(&self.config, &pairs)?, flags, switches))
+    }
+}
+
+/// Ranks that do not train together would train the same thing twice, into the same files.
+fn refuse_several_ranks(found: &LaunchEnv) -> Result<(), Failure> {
+    if found.world_size == 1 {
+        return Ok(());
+    }
+    let (launcher, ranks) = (found.launcher, found.world_size);
+    Err(Failure::Core(Error::config(
+        "world_size",
+        format!("{launcher} starts {ranks} ranks, and `train` cannot join them yet; start one"),
+    )))
 }
 
 /// Prepares and trains with the observers that `voice` calls for.

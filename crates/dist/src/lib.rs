@@ -1,11 +1,14 @@
 //! Ranks of ferrotune: groups of processes or threads that train one model together.
 //!
+//! [`env`](mod@env) tells a process which rank it is, and [`launch`] starts the ranks of a machine.
 //! [`Local`] joins threads of one process through shared memory. [`Tcp`] joins processes: they meet at a
 //! store on rank 0, which also notices who is lost, and exchange values over TCP. [`Nccl`] sums what lies on
 //! GPUs, beside another group that carries everything else. Who is who comes in as a [`Membership`].
 
 #![warn(clippy::print_stdout)]
 
+pub mod env;
+pub mod launch;
 mod local;
 mod measure;
 mod membership;
