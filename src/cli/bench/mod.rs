@@ -1,5 +1,6 @@
 //! `bench`: full optimizer steps of LoRA over random or real weights, timed.
 
+mod collective;
 mod flops;
 mod machine;
 mod measure;
@@ -26,7 +27,7 @@ use std::path::PathBuf;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["shape", "model"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["shape", "model", "collective"])))]
 pub(super) struct Args {
     /// Random weights of this shape: tiny, 256x4 (S), 768x12 (M), 135M, 360M, 1B (L), 8B, 70Bx8
     #[arg(long)]
@@ -34,13 +35,22 @@ pub(super) struct Args {
     /// Directory of a Hugging Face model, with its weights
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Time all-reduces over ranks that are joined like this, instead of steps
+    #[arg(long, value_enum)]
+    collective: Option<collective::Group>,
+    /// Ranks of `--collective`
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    ranks: u16,
+    /// Bytes of the buffer of `--collective`
+    #[arg(long, default_value_t = 4_000_000)]
+    bytes: usize,
     /// Start from this adapter, which also says what is trained
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// JSON Lines of `{"input_ids": [...]}` instead of random tokens, every token trained
     #[arg(long)]
     rows: Option<PathBuf>,
-    /// Timed steps
+    /// Timed steps, or all-reduces
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Steps before the timed ones
@@ -96,6 +106,10 @@ impl Dtype {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
+    if let Some(group) = args.collective {
+        let (ranks, repeats) = (args.ranks.into(), args.steps as usize);
+        return collective::run(group, ranks, args.bytes, repeats, args.json);
+    }
     let shape = args.shape.as_deref().map(Shape::find).transpose()?;
     if args.config {
         let shape = shape.ok_or_else(|| Failure::Usage("--config needs --shape".into()))?;

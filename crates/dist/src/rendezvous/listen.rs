@@ -132,6 +132,10 @@ fn owner(port: u16) -> Option<String> {
         .find_map(|table| listening_inode(&table, port))?;
     let link = format!("socket:[{inode}]");
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
+        let pid = process.file_name();
+        if pid.to_str().is_none_or(|name| name.parse::<u32>().is_err()) {
+            continue;
+        }
         let Ok(open) = std::fs::read_dir(process.path().join("fd")) else {
             continue;
         };
@@ -141,7 +145,6 @@ fn owner(port: u16) -> Option<String> {
             .any(|target| target.as_os_str() == link.as_str());
         if holds {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            let pid = process.file_name();
             return Some(format!("process {} ({})", pid.display(), name.trim()));
         }
     }

@@ -6,7 +6,7 @@ use crate::store::store_subject;
 use crate::wire::{Deadline, GreetError, JobToken, Refused, Subject, dial, greet};
 use ferrotune_core::{Error, Result};
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const DIAL: Duration = Duration::from_secs(3);
 /// For whoever answers to prove that it is the store.
 const GREET: Duration = Duration::from_secs(3);
+/// The same where it is one of many ports.
+const GREET_ONE_OF_MANY: Duration = Duration::from_secs(1);
 /// For the resolver; its own patience can exceed any deadline.
 const RESOLVE: Duration = Duration::from_secs(15);
 const REPORT: Duration = Duration::from_secs(30);
@@ -97,17 +99,7 @@ impl Search {
                 Attempt::Not(problem) => self.note(problem),
                 Attempt::Refused(error) => self.refused(error)?,
             }
-            if deadline.has_passed() {
-                let message = format!(
-                    "rank {} did not reach the store of rank 0 at {} within {}: {}",
-                    self.rank,
-                    self.place,
-                    seconds(self.begin.elapsed()),
-                    self.problem
-                );
-                return Err(transient(message));
-            }
-            self.pause(deadline);
+            self.pause(deadline)?;
         }
     }
 
@@ -140,9 +132,23 @@ impl Search {
     }
 
     /// Waits before the next attempt, longer each time.
-    pub(super) fn pause(&mut self, deadline: &Deadline) {
+    ///
+    /// # Errors
+    /// [`Error::Transient`] with what went wrong last, at the deadline.
+    pub(super) fn pause(&mut self, deadline: &Deadline) -> Result<()> {
         thread::sleep(self.pause.min(deadline.left()));
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        if deadline.has_passed() {
+            let message = format!(
+                "rank {} did not get into the store of rank 0 at {} within {}: {}",
+                self.rank,
+                self.place,
+                seconds(self.begin.elapsed()),
+                self.problem
+            );
+            return Err(transient(message));
+        }
+        Ok(())
     }
 
     fn attempt(&self, deadline: &Deadline) -> Attempt {
@@ -170,7 +176,8 @@ impl Search {
             Ok(stream) => stream,
             Err(e) => return Attempt::Not(cannot_connect(address, &e)),
         };
-        let greeting = greet(&stream, &self.subject, &self.token, &deadline.within(GREET));
+        let limit = if self.ports.len() > 1 { GREET_ONE_OF_MANY } else { GREET };
+        let greeting = greet(&stream, &self.subject, &self.token, &deadline.within(limit));
         match greeting {
             Ok(()) => Attempt::Connected(stream),
             Err(GreetError::Refused(Refused::WrongToken)) => Attempt::Refused(Error::config(
@@ -198,6 +205,9 @@ impl Search {
 
     /// Looks the host up, within what is left of `deadline`.
     fn resolve(&self, deadline: &Deadline) -> Result<Vec<SocketAddr>, String> {
+        if let Ok(ip) = self.host.parse::<IpAddr>() {
+            return Ok(self.ports.iter().map(|&port| (ip, port).into()).collect());
+        }
         let (done, answer) = mpsc::channel();
         let (host, port) = (self.host.clone(), self.ports.first().copied().unwrap_or(0));
         // It ends by itself, if late: the resolver's wait cannot be cut short.
@@ -265,7 +275,7 @@ mod tests {
     }
 
     fn why_not(host: &str, port: u16) -> String {
-        let deadline = Deadline::after(Duration::from_millis(300));
+        let deadline = Deadline::after(Duration::from_millis(400));
         let begin = Instant::now();
         let error = search(host, port)
             .connect(&deadline)

@@ -25,7 +25,6 @@ pub(crate) struct Control {
     shared: Arc<Shared>,
     outbox: Outbox,
     table: Table,
-    /// Dropped last: rank 0's own goodbye comes first.
     server: Option<Server>,
 }
 
@@ -131,6 +130,10 @@ impl Control {
             }
             if let Some(table) = state.table.take() {
                 return Ok(table);
+            }
+            if state.store_left {
+                let why = "rank 0 gave up before all ranks were there".to_owned();
+                return Err(JoinError::Lost(why));
             }
             if let Some(message) = server.and_then(Server::superseded) {
                 let message = format!("a newer attempt of the job has begun: {message}");
@@ -240,11 +243,16 @@ impl Control {
             };
             self.outbox.post(&report);
             let verdict = Deadline::after(VERDICT);
-            while state.failure.is_none() && !verdict.has_passed() {
+            while state.failure.is_none() && !state.store_left && !verdict.has_passed() {
                 let waited = self.shared.changed.wait_timeout(state, verdict.left());
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
+        let message = match state.store_left {
+            // Others follow rank 0: their ends are no news.
+            true if suspect != Some(0) => format!("rank 0 left the group, then: {message}"),
+            _ => message,
+        };
         let message = state.failure.get_or_insert(message).clone();
         drop(state);
         self.shared.run_hook();
@@ -272,7 +280,13 @@ impl Drop for Control {
     fn drop(&mut self) {
         self.outbox.post(&ToStore::Leave);
         self.outbox.flush();
-        self.server = None;
+        if let Some(server) = self.server.take() {
+            // What this rank said last must have reached everyone before the store closes.
+            let deadline = Deadline::after(VERDICT);
+            while !server.has_left(self.rank) && !deadline.has_passed() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
         self.outbox.cut();
     }
 }

@@ -78,6 +78,12 @@ impl Server {
         state.roster.lasting_refusal().map(|r| r.kind.clone())
     }
 
+    /// Whether `rank` has said goodbye, or was never there.
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        let state = self.shared.lock();
+        state.roster.seats.get(&rank).is_none_or(|seat| seat.left)
+    }
+
     /// Why this store should make room for that of a newer attempt.
     pub(crate) fn superseded(&self) -> Option<String> {
         self.shared.lock().superseded.clone()
