@@ -74,6 +74,7 @@ pub mod device;
 pub mod generate;
 pub mod parity;
 pub mod prelude;
+pub mod ranks;
 pub mod recipe;
 mod text_model;
 

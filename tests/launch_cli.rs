@@ -351,33 +351,6 @@ fn ranks_end_with_a_launcher_that_is_killed() {
 }
 
 #[test]
-fn several_ranks_are_refused_before_they_train_the_same_thing_twice() {
-    let bench = Workbench::new(16);
-    let config = bench.config("twice", &json!({"device": "cpu"}));
-    // A pod's environment, without the word launch: the binary starts its two ranks itself.
-    let output = command(&["train", text(&config)])
-        .envs([
-            ("PET_NNODES", "1"),
-            ("PET_NODE_RANK", "0"),
-            ("PET_NPROC_PER_NODE", "2"),
-        ])
-        .output()
-        .expect("the binary starts");
-    let output = Finished::from(output).expect(78);
-    assert!(
-        output.stderr.contains("starts 2 ranks"),
-        "{}",
-        output.stderr
-    );
-    assert!(
-        output.stderr.contains("ended with exit code 78"),
-        "{}",
-        output.stderr
-    );
-    assert!(!bench.path("twice/adapter_model.safetensors").exists());
-}
-
-#[test]
 fn an_environment_that_cannot_be_believed_stops_train_before_the_model() {
     let bench = Workbench::new(16);
     let config = bench.config("never", &json!({}));

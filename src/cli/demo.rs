@@ -81,7 +81,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         Voice::Person
     };
     if switches.dry_run {
-        return train::show_plan(config, voice);
+        return train::show_plan(config, None, voice);
     }
     let test = files.join("test.jsonl");
     let base = files.join("base");
@@ -90,7 +90,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     say(voice, &share("before", &before))?;
 
     let result = Outputs::of(&config, base);
-    let outcome = train::run(config, voice, &stop)?;
+    let outcome = train::run(config, None, voice, &stop)?;
     if !matches!(outcome, RunOutcome::Finished(_)) {
         return Ok(train::exit_code(&outcome));
     }

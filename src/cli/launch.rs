@@ -1,8 +1,9 @@
+use super::before_nccl;
 use super::launch_flags::LaunchFlags;
 use super::stop::Stop;
 use super::{Cli, Command, Failure, Outcome, print_note};
 use clap::Parser;
-use ferrotune::core::config::Device;
+use ferrotune::core::config::{Device, TrainConfig};
 use ferrotune::core::{EXIT_CODES, Error, ExitCode};
 use ferrotune::dist::env::{LaunchEnv, Scope, Surroundings, detect};
 use ferrotune::dist::launch::{GRACE, Launch, supervise};
@@ -34,13 +35,18 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Outcome {
     let mut words = args.command.clone();
     let mut device = args.device.unwrap_or(Device::Auto);
+    let mut config = None;
     if args.program.is_none()
         && let Command::Train(train) = command_of(&words).command
     {
         match args.device {
             Some(device) => words.extend(["--device".into(), device.as_str().into()]),
             // A configuration that is wrong is reported here, once.
-            None => device = train.load()?.0.runtime.device,
+            None => {
+                let (loaded, ..) = train.load()?;
+                device = loaded.runtime.device;
+                config = Some(loaded);
+            }
         }
     }
     let around = Surroundings::of_this_process(args.flags.on(device));
@@ -51,6 +57,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let launch = Launch {
         program: program(args.program.as_ref())?,
         arguments: words,
+        variables: before_nccl::variables(&found, config.as_ref())?,
         grace: Duration::from_secs(args.grace),
     };
     if found.scope == Scope::Process {
@@ -60,10 +67,11 @@ pub(super) fn run(args: &Args) -> Outcome {
 }
 
 /// Starts this program again with the same arguments for each rank of this pod.
-pub(super) fn this_program(found: &LaunchEnv, stop: Stop) -> Outcome {
+pub(super) fn this_program(found: &LaunchEnv, config: &TrainConfig, stop: Stop) -> Outcome {
     let launch = Launch {
         program: program(None)?,
         arguments: std::env::args_os().skip(1).collect(),
+        variables: before_nccl::variables(found, Some(config))?,
         grace: GRACE,
     };
     if stop.hand_over() {
@@ -94,6 +102,7 @@ fn become_rank(launch: &Launch, found: &LaunchEnv, flags: &LaunchFlags) -> Outco
     ));
     let problem = std::process::Command::new(&launch.program)
         .args(&launch.arguments)
+        .envs(&launch.variables)
         .envs(flags.master_variables())
         .exec();
     Err(Failure::Core(Error::read(&launch.program)(problem)))

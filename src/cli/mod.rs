@@ -2,6 +2,7 @@
 
 mod asked;
 mod base_note;
+mod before_nccl;
 mod bench;
 mod chat;
 mod config_schema;

@@ -2,15 +2,20 @@ use super::launch_flags::LaunchFlags;
 use super::output::STANDARD_OUTPUT;
 use super::overrides::{self, Switches};
 use super::progress::Progress;
-use super::{Failure, Outcome, launch, print, print_help_of, print_line, print_note, stop};
+use super::{
+    Failure, Outcome, before_nccl, launch, print, print_help_of, print_line, print_note, stop,
+};
 use ferrotune::core::config::{self, TrainConfig};
+use ferrotune::core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune::core::run_log::{JsonLines, Observer};
 use ferrotune::core::trainer::RunOutcome;
-use ferrotune::core::{Error, ExitCode, Result};
+use ferrotune::core::{ExitCode, Result};
 use ferrotune::dist::env::{LaunchEnv, Scope, Surroundings, detect};
+use ferrotune::ranks;
 use ferrotune::recipe::{Recipe, Summary};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 /// Arguments of `train` and `plan`.
 #[derive(Debug, clap::Args)]
@@ -53,20 +58,15 @@ pub(super) fn train(args: &Args) -> Outcome {
     let stop = stop::on_signal()?;
     let (config, flags, switches) = args.load()?;
     let voice = Voice::new(switches);
+    let found = peers(&config, &flags)?;
     if switches.dry_run {
-        return show_plan(config, voice);
-    }
-    let found = detect(&Surroundings::of_this_process(
-        flags.on(config.runtime.device),
-    ))?;
-    for warning in &found.warnings {
-        print_note(&warning.text);
+        return show_plan(config, Some(&found), voice);
     }
     if found.scope == Scope::Pod && found.ranks.len() > 1 {
-        return launch::this_program(&found, stop);
+        return launch::this_program(&found, &config, stop);
     }
-    refuse_several_ranks(&found)?;
-    let outcome = run(config, voice, &stop)?;
+    before_nccl::advise(&found, &config)?;
+    let outcome = run(config, Some(&found), voice, &stop)?;
     Ok(exit_code(&outcome))
 }
 
@@ -74,8 +74,22 @@ pub(super) fn plan(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("plan");
     }
-    let (config, _, switches) = args.load()?;
-    show_plan(config, Voice::new(switches))
+    let (config, flags, switches) = args.load()?;
+    let found = peers(&config, &flags)?;
+    show_plan(config, Some(&found), Voice::new(switches))
+}
+
+/// Which ranks there are, by flags and launcher.
+fn peers(config: &TrainConfig, flags: &LaunchFlags) -> Result<LaunchEnv, Failure> {
+    let found = detect(&Surroundings::of_this_process(
+        flags.on(config.runtime.device),
+    ))?;
+    if found.ranks.contains(&0) {
+        for warning in &found.warnings {
+            print_note(&warning.text);
+        }
+    }
+    Ok(found)
 }
 
 impl Args {
@@ -87,25 +101,19 @@ impl Args {
     }
 }
 
-/// Ranks that do not train together would train the same thing twice, into the same files.
-fn refuse_several_ranks(found: &LaunchEnv) -> Result<(), Failure> {
-    if found.world_size == 1 {
-        return Ok(());
-    }
-    let (launcher, ranks) = (found.launcher, found.world_size);
-    Err(Failure::Core(Error::config(
-        "world_size",
-        format!("{launcher} starts {ranks} ranks, and `train` cannot join them yet; start one"),
-    )))
-}
-
-/// Prepares and trains with the observers that `voice` calls for.
+/// Prepares, joins the other ranks of `found`, and trains; alone without it. Rank 0 speaks, as `voice` says.
 pub(super) fn run(
     config: TrainConfig,
+    found: Option<&LaunchEnv>,
     voice: Voice,
-    stop: &std::sync::atomic::AtomicBool,
+    stop: &AtomicBool,
 ) -> Result<RunOutcome, Failure> {
-    let recipe = Recipe::prepare(config)?;
+    let place = found.map(ranks::place).transpose()?.unwrap_or_default();
+    let recipe = Recipe::prepare_at(place, config)?;
+    if !place.is_first() {
+        let group = group(found, &recipe)?;
+        return Ok(recipe.train_with(group, &mut [], stop)?);
+    }
     print_notes(&recipe.config);
     let output = PathBuf::from(&recipe.config.output.output_dir);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
@@ -118,10 +126,18 @@ pub(super) fn run(
             observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)))
         }
     }
-    let outcome = recipe.train(&mut observers, stop)?;
+    let group = group(found, &recipe)?;
+    let outcome = recipe.train_with(group, &mut observers, stop)?;
     drop(observers);
     report(&outcome, &output, voice)?;
     Ok(outcome)
+}
+
+fn group(found: Option<&LaunchEnv>, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>> {
+    match found {
+        Some(found) => ranks::join(found, recipe),
+        None => Ok(Box::new(Solo)),
+    }
 }
 
 pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
@@ -137,8 +153,13 @@ pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
     }
 }
 
-pub(super) fn show_plan(config: TrainConfig, voice: Voice) -> Outcome {
-    let recipe = Recipe::prepare(config)?;
+/// The plan of rank 0 among the ranks of `found`.
+pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: Voice) -> Outcome {
+    let place = Place {
+        world_size: found.map_or(1, |f| f.world_size),
+        ..Place::SOLO
+    };
+    let recipe = Recipe::prepare_at(place, config)?;
     let summary = Summary::of(&recipe)?;
     match voice {
         Voice::Person => {

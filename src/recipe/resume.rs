@@ -19,11 +19,13 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 29] = [
+const FREE_KEYS: [&str; 33] = [
     "chat_template_path",
     "dataset_name",
     "dataset_test_split",
     "dataset_train_split",
+    "ddp_backend",
+    "ddp_timeout",
     "device",
     "eval_file",
     "eval_packing",
@@ -40,7 +42,9 @@ const FREE_KEYS: [&str; 29] = [
     "num_train_epochs",
     "output_dir",
     "overwrite_output_dir",
+    "peer_timeout",
     "per_device_eval_batch_size",
+    "rendezvous_timeout",
     "replica_check_steps",
     "report_to",
     "resume_from_checkpoint",

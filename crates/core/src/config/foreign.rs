@@ -320,12 +320,10 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("deepspeed", EMPTY, NoEffect(NO_LAUNCH)),
     key("fsdp", EMPTY, NoEffect(NO_LAUNCH)),
     key("fsdp_config", EMPTY, NoEffect(NO_LAUNCH)),
-    key("ddp_backend", &["null"], NoEffect(NO_LAUNCH)),
     key("ddp_bucket_cap_mb", &["null"], NoEffect(NO_LAUNCH)),
     key("ddp_broadcast_buffers", OFF, NoEffect(NO_LAUNCH)),
     key("ddp_find_unused_parameters", OFF, NoEffect(NO_LAUNCH)),
     key("ddp_static_graph", OFF, NoEffect(NO_LAUNCH)),
-    key("ddp_timeout", &["null", "1800"], NoEffect(NO_LAUNCH)),
     key("local_rank", &["null", "-1"], NoEffect(NO_LAUNCH)),
     key(
         "env",

@@ -20,8 +20,8 @@ mod validate;
 mod value;
 
 pub use arguments::{
-    DataArguments, Device, Dtype, InitLoraWeights, IntervalStrategy, LoraArguments, LoraBias,
-    ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy, Resume,
+    DataArguments, DdpBackend, Device, Dtype, InitLoraWeights, IntervalStrategy, LoraArguments,
+    LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy, Resume,
     RuntimeArguments, SamplingStrategy, ScheduleArguments,
 };
 pub use reference::{json_schema, markdown_reference};

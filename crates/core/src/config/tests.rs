@@ -56,7 +56,6 @@ fn a_stock_trl_lora_file_loads_unchanged() {
         "attn_implementation",
         "dataloader_num_workers",
         "dataset_num_proc",
-        "ddp_timeout",
         "gradient_checkpointing_kwargs",
         "hub_model_id",
         "log_level",

@@ -5,6 +5,8 @@ use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::{Error, Result};
 use std::fmt::Display;
 
+/// A week in seconds: nobody waits longer for a peer.
+const MAX_WAIT: u64 = 7 * 24 * 3600;
 /// More threads than any machine has cores; starting many more can bring the machine down.
 const MAX_THREADS: usize = 4096;
 /// More rows or micro-batches than any optimizer step has. Products of two such numbers and of any
@@ -257,7 +259,17 @@ impl TrainConfig {
             (1..=MAX_THREADS).contains(&threads),
             "num_threads",
             |value| format!("got {value}, expected 1 to {MAX_THREADS}, or null for one per core"),
-        )
+        )?;
+        for (key, seconds) in [
+            ("ddp_timeout", runtime.ddp_timeout),
+            ("rendezvous_timeout", runtime.rendezvous_timeout),
+            ("peer_timeout", runtime.peer_timeout),
+        ] {
+            self.require((1..=MAX_WAIT).contains(&seconds), key, |value| {
+                format!("got {value}, expected 1 to {MAX_WAIT} seconds")
+            })?;
+        }
+        Ok(())
     }
 }
 

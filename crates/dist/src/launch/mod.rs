@@ -15,6 +15,7 @@ mod verdict;
 pub use child::end_with_launcher;
 
 use crate::env::LaunchEnv;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub struct Launch {
     pub program: PathBuf,
     /// Its arguments, the same for every rank.
     pub arguments: Vec<OsString>,
+    /// Variables for every rank, such as those of `nccl::preflight`.
+    pub variables: BTreeMap<String, String>,
     /// As [`GRACE`].
     pub grace: Duration,
 }

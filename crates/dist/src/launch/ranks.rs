@@ -55,6 +55,7 @@ fn start_one(
     let mut command = Command::new(&launch.program);
     command
         .args(&launch.arguments)
+        .envs(&launch.variables)
         .envs(shared)
         .env(own::RANK, rank.to_string())
         .env(own::LOCAL_RANK, local.to_string())

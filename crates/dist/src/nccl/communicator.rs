@@ -7,6 +7,7 @@
 use super::ffi::UniqueId;
 use super::library::Library;
 use super::worker::{self, Collective, Command, Operation, Start};
+use crate::tcp;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::cuda::CudaDevice;
 use std::fmt;
@@ -34,6 +35,7 @@ pub(super) struct Shared {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) timeout: Duration,
+    peers: Option<tcp::AbortHandle>,
     abort_requested: Mutex<Option<String>>,
     failure: Mutex<Option<Failure>>,
 }
@@ -58,11 +60,17 @@ impl Failure {
 }
 
 impl Shared {
-    pub(super) fn new(rank: usize, world_size: usize, timeout: Duration) -> Self {
+    pub(super) fn new(
+        rank: usize,
+        world_size: usize,
+        timeout: Duration,
+        peers: Option<tcp::AbortHandle>,
+    ) -> Self {
         Self {
             rank,
             world_size,
             timeout,
+            peers,
             abort_requested: Mutex::new(None),
             failure: Mutex::new(None),
         }
@@ -83,7 +91,8 @@ impl Shared {
 
     /// Why somebody wants the communicator aborted, if somebody does.
     pub(super) fn abort_reason(&self) -> Option<String> {
-        lock(&self.abort_requested).clone()
+        let requested = lock(&self.abort_requested).clone();
+        requested.or_else(|| self.peers.as_ref()?.failure())
     }
 
     fn request_abort(&self, reason: &str) {

@@ -5,6 +5,7 @@ use super::communicator::{AbortHandle, Communicator, Shared};
 use super::ffi::{UNIQUE_ID_BYTES, UniqueId};
 use super::library::{self, LIBRARY_VARIABLE, Library, Version};
 use super::worker::Operation;
+use crate::tcp;
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::ProcessGroup;
 use ferrotune_core::{Error, Result};
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How NCCL is used.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct NcclOptions {
     /// `libnccl.so.2`, or the folder it lies in. `None`: `FERROTUNE_NCCL_LIBRARY`, else where it is usually
     /// found.
@@ -27,6 +28,9 @@ pub struct NcclOptions {
     /// Bytes of a bucket, the unit in which gradients are summed. The same on every rank; sums of more than
     /// two ranks have other bits for another size.
     pub bucket_bytes: usize,
+    /// What learns first that a peer is lost; then collectives in progress are aborted. `None`: they end by the
+    /// timeout, or by what NCCL notices itself.
+    pub peers: Option<tcp::AbortHandle>,
 }
 
 impl Default for NcclOptions {
@@ -36,6 +40,7 @@ impl Default for NcclOptions {
             library: None,
             timeout: Duration::from_secs(600),
             bucket_bytes: 25 << 20,
+            peers: None,
         }
     }
 }
@@ -94,7 +99,7 @@ impl Nccl {
         let (library, device, _) = prepared?;
         let id = compare(rank, library.version, &all?)?;
         let version = library.version;
-        let shared = Shared::new(rank, host.world_size(), options.timeout);
+        let shared = Shared::new(rank, host.world_size(), options.timeout, options.peers);
         Ok(Self {
             communicator: Communicator::join(library, &device, id, shared)?,
             host,

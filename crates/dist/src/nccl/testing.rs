@@ -92,6 +92,7 @@ pub(super) fn join(
         library: Some(library.path()),
         timeout,
         bucket_bytes: bucket * 4,
+        peers: None,
     };
     Nccl::new(Box::new(host), device, options)
 }

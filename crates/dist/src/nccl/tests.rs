@@ -3,7 +3,7 @@
 use super::communicator::{Communicator, Shared};
 use super::testing::{FakeLibrary, buffer, gpu, join, on_each_rank, values};
 use super::{Nccl, NcclOptions};
-use crate::Local;
+use crate::{Local, Tcp, Timing};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::ProcessGroup;
 use ferrotune_core::{Error, ExitCode, Result};
@@ -372,6 +372,46 @@ fn another_thread_can_abort() {
             message.contains("number 0") && message.contains("rank 5 was lost"),
             "{message}"
         );
+    }
+}
+
+#[test]
+fn a_loss_that_the_host_group_learns_of_ends_a_stuck_collective() {
+    let library = FakeLibrary::new("stuck 0");
+    let hosts = Tcp::local_group(2, &Timing::default()).expect("loopback");
+    let ranks: Vec<_> = hosts
+        .into_iter()
+        .map(|host| {
+            let peers = host.abort_handle();
+            let options = NcclOptions {
+                library: Some(library.path()),
+                timeout: PATIENT,
+                peers: Some(peers.clone()),
+                ..NcclOptions::default()
+            };
+            thread::spawn(move || {
+                let device = gpu();
+                let rank = host.rank();
+                let mut group = Nccl::new(Box::new(host), &device, options).expect("it starts");
+                let mut gradients = buffer(&device, &values(rank, LEN));
+                let lost = thread::spawn(move || {
+                    thread::sleep(SHORT);
+                    if rank == 0 {
+                        peers.abort("rank 7 is lost");
+                    }
+                });
+                let begin = Instant::now();
+                let error = group.all_reduce(&mut gradients, &mut []);
+                let took = begin.elapsed();
+                lost.join().expect("it only asks");
+                (transient(&error.expect_err("it is stuck")), took)
+            })
+        })
+        .collect();
+    for rank in ranks {
+        let (message, took) = rank.join().expect("no panic");
+        assert!(message.contains("rank 7 is lost"), "{message}");
+        assert!(took < SHORT + SLACK, "{took:?}");
     }
 }
 

@@ -84,7 +84,10 @@ pub(crate) fn meet(
             Err(JoinError::Failed(error)) => return Err(error),
             Err(JoinError::Lost(why)) => search.note(format!("the store went away: {why}")),
             // An older store makes room, or runs on until the deadline of this rank.
-            Err(JoinError::Refused(Refusal { kind: RefusalKind::Ahead, message })) => {
+            Err(JoinError::Refused(Refusal {
+                kind: RefusalKind::Ahead,
+                message,
+            })) => {
                 search.note(message);
             }
             Err(JoinError::Refused(refusal)) => search.refused(refused(refusal)?)?,

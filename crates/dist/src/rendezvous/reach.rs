@@ -176,7 +176,11 @@ impl Search {
             Ok(stream) => stream,
             Err(e) => return Attempt::Not(cannot_connect(address, &e)),
         };
-        let limit = if self.ports.len() > 1 { GREET_ONE_OF_MANY } else { GREET };
+        let limit = if self.ports.len() > 1 {
+            GREET_ONE_OF_MANY
+        } else {
+            GREET
+        };
         let greeting = greet(&stream, &self.subject, &self.token, &deadline.within(limit));
         match greeting {
             Ok(()) => Attempt::Connected(stream),

@@ -109,7 +109,9 @@ impl Rank {
             if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
                 let mut error = String::new();
                 if let Some(stderr) = &mut self.child.stderr {
-                    stderr.read_to_string(&mut error).map_err(|e| e.to_string())?;
+                    stderr
+                        .read_to_string(&mut error)
+                        .map_err(|e| e.to_string())?;
                 }
                 return Ok(End {
                     rank: self.rank,

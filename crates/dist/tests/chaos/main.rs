@@ -31,12 +31,21 @@ const BAD_CONFIG: i32 = 78;
 
 const CASES: [(&str, Case); 10] = [
     ("killed in a step", killed_in_a_step),
-    ("killed before the first exchange", killed_before_the_first_exchange),
-    ("killed while others are missing", killed_while_others_are_missing),
+    (
+        "killed before the first exchange",
+        killed_before_the_first_exchange,
+    ),
+    (
+        "killed while others are missing",
+        killed_while_others_are_missing,
+    ),
     ("killed in the handshake", killed_in_the_handshake),
     ("frozen in a step", frozen_in_a_step),
     ("cut off from the store", cut_off_from_the_store),
-    ("left over from an earlier attempt", left_over_from_an_earlier_attempt),
+    (
+        "left over from an earlier attempt",
+        left_over_from_an_earlier_attempt,
+    ),
     ("two processes of one rank", two_processes_of_one_rank),
     ("refused for what differs", refused_for_what_differs),
     ("pestered by strangers", pestered_by_strangers),
@@ -78,7 +87,10 @@ fn repeat(name: &str, case: Case, times: u64) -> bool {
             Err(problem) => eprintln!("{name}, number {seed}: {problem}"),
         }
     }
-    println!("{name}: {held} of {times}, longest {:.3} s", longest.as_secs_f64());
+    println!(
+        "{name}: {held} of {times}, longest {:.3} s",
+        longest.as_secs_f64()
+    );
     held == times
 }
 
@@ -92,7 +104,8 @@ fn patience(goal: Duration) -> Duration {
 fn survivors_name(lost: usize, ranks: Vec<Rank>, begin: Instant, goal: Duration) -> Outcome {
     let name = format!("rank {lost}");
     for rank in ranks {
-        rank.end(begin + patience(goal))?.expect(TRANSIENT, &[&name])?;
+        rank.end(begin + patience(goal))?
+            .expect(TRANSIENT, &[&name])?;
     }
     Ok(begin.elapsed())
 }
@@ -118,7 +131,13 @@ fn killed_in_a_step(seed: u64) -> Outcome {
 fn killed_before_the_first_exchange(seed: u64) -> Outcome {
     let job = Job::new();
     let lost = seed as usize % job.world;
-    let pause = |rank| if rank == lost { vec!["pause=joined".to_owned()] } else { vec![] };
+    let pause = |rank| {
+        if rank == lost {
+            vec!["pause=joined".to_owned()]
+        } else {
+            vec![]
+        }
+    };
     let mut ranks: Vec<Rank> = (0..job.world).map(|r| job.start(r, &pause(r))).collect();
     ranks[lost].wait_until_ready()?;
     let begin = Instant::now();
@@ -184,7 +203,11 @@ fn cut_off_from_the_store(seed: u64) -> Outcome {
     let deadline = begin + patience(DEAD_AFTER + NOTICE);
     for rank in ranks {
         // From either end of the cable, the other is lost.
-        let other = if rank.rank == 2 { "rank " } else { "rank 2 is lost: no sign of life" };
+        let other = if rank.rank == 2 {
+            "rank "
+        } else {
+            "rank 2 is lost: no sign of life"
+        };
         rank.end(deadline)?.expect(TRANSIENT, &[other])?;
     }
     Ok(begin.elapsed())
@@ -197,7 +220,9 @@ fn refused(more: &[String], rank: usize, code: i32, words: &[&str]) -> Outcome {
     let mut ranks = job.start_all();
     let_run(&mut ranks, 0)?;
     let begin = Instant::now();
-    let end = job.start(rank, more).end(begin + patience(Duration::from_secs(3)))?;
+    let end = job
+        .start(rank, more)
+        .end(begin + patience(Duration::from_secs(3)))?;
     end.expect(code, words)?;
     let time = begin.elapsed();
     for rank in ranks {
@@ -208,7 +233,12 @@ fn refused(more: &[String], rank: usize, code: i32, words: &[&str]) -> Outcome {
 }
 
 fn left_over_from_an_earlier_attempt(_: u64) -> Outcome {
-    let words = ["rank 1", "restart attempt 0", "rank 0 of attempt 1", "left over"];
+    let words = [
+        "rank 1",
+        "restart attempt 0",
+        "rank 0 of attempt 1",
+        "left over",
+    ];
     refused(&["attempt=0".into()], 1, TRANSIENT, &words)
 }
 
@@ -246,7 +276,9 @@ fn pestered_by_strangers(seed: u64) -> Outcome {
     let_run(&mut ranks, seed)?;
     for i in 0..100_u64 {
         let Ok(mut stream) = connect() else { continue };
-        let noise: Vec<u8> = (0..256).map(|j| ((i * 31 + j) * 2_654_435_761 >> 7) as u8).collect();
+        let noise: Vec<u8> = (0..256)
+            .map(|j| ((i * 31 + j) * 2_654_435_761 >> 7) as u8)
+            .collect();
         let oversize = *b"FTRN\x01\0\0\0\xff\xff\xff\x7f";
         let bytes: &[u8] = if i % 2 == 0 { &noise } else { &oversize };
         // It may be dropped already.
@@ -254,7 +286,11 @@ fn pestered_by_strangers(seed: u64) -> Outcome {
     }
     for rank in ranks {
         let end = rank.end(begin + Duration::from_secs(60))?;
-        let says: &[&str] = if end.rank == 0 { &["garbage", "many unknown"] } else { &[] };
+        let says: &[&str] = if end.rank == 0 {
+            &["garbage", "many unknown"]
+        } else {
+            &[]
+        };
         end.expect(0, says)?;
         // However many there are, a line each kind.
         if end.error.lines().count() > 8 {

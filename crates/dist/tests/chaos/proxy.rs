@@ -45,7 +45,8 @@ impl Proxy {
 
 fn forward(mut from: TcpStream, mut to: TcpStream, cut: &AtomicBool) {
     let timeout = Some(Duration::from_millis(20));
-    from.set_read_timeout(timeout).expect("a timeout above zero");
+    from.set_read_timeout(timeout)
+        .expect("a timeout above zero");
     let mut bytes = [0; 4096];
     loop {
         if cut.load(Ordering::SeqCst) {

@@ -100,7 +100,11 @@ fn run(settings: &Settings) -> Result<()> {
         let mut totals = [1.0];
         group.all_reduce(&mut buffer, &mut totals)?;
         assert_eq!(totals, [world as f64]);
-        assert!(buffer.as_slice()[..10_000].iter().all(|v| *v == world as f32));
+        assert!(
+            buffer.as_slice()[..10_000]
+                .iter()
+                .all(|v| *v == world as f32)
+        );
         if step == 3 {
             say("ready");
         }

@@ -14,6 +14,16 @@ choices! {
     }
 }
 
+choices! {
+    /// How ranks exchange gradients.
+    DdpBackend {
+        /// NVIDIA's library, between GPUs.
+        Nccl = "nccl",
+        /// Over TCP, through the processors. PyTorch's name for what it uses there.
+        Gloo = "gloo",
+    }
+}
+
 section! {
     /// The machine, and chance.
     RuntimeArguments, "runtime" {
@@ -33,6 +43,14 @@ section! {
         deterministic_reduction: bool = false, OURS;
         /// Steps between comparisons of the trained weights over ranks; 0 for none.
         replica_check_steps: u64 = 100, OURS;
+        /// How ranks exchange gradients: nccl, or gloo for TCP; null for nccl on GPUs, else TCP.
+        ddp_backend: Option<DdpBackend> = None, TRANSFORMERS;
+        /// Seconds that ranks wait for each other in one exchange.
+        ddp_timeout: u64 = 1800, TRANSFORMERS;
+        /// Seconds that ranks wait for all of them to come at the start.
+        rendezvous_timeout: u64 = 600, OURS;
+        /// Seconds without a sign of life after which a rank counts as lost.
+        peer_timeout: u64 = 5, OURS;
     }
 }
 

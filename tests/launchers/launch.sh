@@ -1,0 +1,2 @@
+# ferrotune's own launcher.
+exec "$FERROTUNE" launch --nproc 2 -- "$@"
