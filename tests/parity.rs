@@ -88,6 +88,31 @@ fn assert_all_pass(cases: &[PathBuf], device: &Device) {
     );
 }
 
+/// Data preparation; nothing of it runs on a device.
+#[test]
+fn every_recorded_preparation_is_reproduced() {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/core/fixtures/sft");
+    let shared = std::env::var_os(MORE_CASES).map(|root| Path::new(&root).join("sft"));
+    for root in std::iter::once(repository).chain(shared) {
+        let entries = std::fs::read_dir(root.join("tokenizers")).expect("folder of tokenizers");
+        let mut cases: Vec<PathBuf> = entries.map(|e| e.expect("readable entry").path()).collect();
+        assert!(cases.len() >= 6, "a tokenizer was lost: {cases:#?}");
+        cases.extend(["chat_templates", "packing", "prepare"].map(|group| root.join(group)));
+        assert_all_pass(&cases, &Device::Cpu);
+        let renderings = run(&root.join("chat_templates"), &Device::Cpu).quantities;
+        let count = |name: &str| -> usize {
+            let found = renderings.iter().find(|q| q.name == name);
+            found.map_or(0, |q| q.tensors)
+        };
+        assert!(count("rendered text") >= 468 && count("errors") >= 50);
+        assert!(
+            count("assistant masks") >= 100,
+            "{}",
+            count("assistant masks")
+        );
+    }
+}
+
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());

@@ -57,19 +57,24 @@ impl Case {
                 "`base` is missing; expected a path",
             ));
         };
+        self.above(base, "config.json")
+    }
+
+    /// The folder `name`, which holds `file`, in a folder above this case.
+    pub(super) fn above(&self, name: &str, file: &str) -> Result<PathBuf> {
         let directory = self
             .directory
             .canonicalize()
             .map_err(Error::read(&self.directory))?;
         let found = directory
             .ancestors()
-            .map(|up| up.join(base))
-            .find(|p| p.join("config.json").is_file());
+            .map(|up| up.join(name))
+            .find(|p| p.join(file).is_file());
         found.ok_or_else(|| {
             Error::data(
                 self.path("case.json"),
                 None,
-                format!("base `{base}` is in no folder above this case"),
+                format!("`{name}` with {file} is in no folder above this case"),
             )
         })
     }

@@ -53,6 +53,12 @@ impl Comparison {
         self.error(quantity, name, error, tolerance);
     }
 
+    /// Compares what must be the same.
+    pub fn exact(&mut self, quantity: &str, name: &str, same: bool) {
+        let error = if same { 0.0 } else { f64::INFINITY };
+        self.error(quantity, name, error, 0.0);
+    }
+
     /// Takes an error that is already computed.
     pub fn error(&mut self, quantity: &str, name: &str, error: f64, tolerance: f64) {
         let fresh = || Quantity {

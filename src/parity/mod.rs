@@ -10,6 +10,7 @@ mod compare;
 mod complete;
 mod padded;
 mod schedule;
+mod sft;
 mod trajectory;
 
 pub use case::Case;
@@ -71,10 +72,15 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "adapter" => adapter::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
+        "tokenizer" => sft::tokenizer(case),
+        "chat templates" => sft::templates(case),
+        "packing" => sft::packing(case),
+        "SFT preprocessing" => sft::prepare(case),
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training trajectory, lr schedules",
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training \
+                 trajectory, lr schedules, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -6,8 +6,8 @@ pub(super) use workload::workload;
 
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
-    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, Row,
-    Tokenizer, pack_bfd, split_long,
+    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, RecordKind,
+    Row, Tokenizer, pack_bfd, split_long, wrap,
 };
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::process_group::Place;
@@ -46,8 +46,11 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Da
     })
 }
 
-/// Training rows that do not come from files, prepared.
-pub(super) fn training_rows(
+/// Training rows that do not come from files, prepared and cut as `config` says.
+///
+/// # Errors
+/// What [`Dataset::from_rows`] finds, and a packing that does not fit the rows.
+pub fn training_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
     rows: impl IntoIterator<Item = Record>,
@@ -93,26 +96,46 @@ fn load(
     read: impl FnOnce(&PrepareOptions) -> Result<Dataset>,
 ) -> Result<Dataset> {
     let data = &config.data;
-    let split = packing && data.packing_strategy == PackingStrategy::BfdSplit;
-    if packing && data.packing_strategy == PackingStrategy::Wrapped {
-        return Err(Error::config(
-            "packing_strategy",
-            "`wrapped` lets documents see each other; use bfd or bfd_split",
-        ));
-    }
+    let strategy = packing.then_some(data.packing_strategy);
+    let cuts = matches!(
+        strategy,
+        Some(PackingStrategy::BfdSplit | PackingStrategy::Wrapped)
+    );
     let options = PrepareOptions {
         dataset_text_field: data.dataset_text_field.clone(),
-        max_length: if split { None } else { data.max_length },
+        max_length: if cuts { None } else { data.max_length },
+        truncation_mode: data.truncation_mode,
         completion_only_loss: data.completion_only_loss,
         assistant_only_loss: data.assistant_only_loss,
         eos_token: data.eos_token.clone(),
         ..PrepareOptions::default()
     };
     let mut dataset = read(&options)?;
-    if let (true, Some(max_length)) = (split, data.max_length) {
-        dataset.examples = split_long(dataset.examples, max_length);
+    match (strategy, data.max_length) {
+        (Some(PackingStrategy::BfdSplit), Some(max_length)) => {
+            dataset.recut(|examples| split_long(examples, max_length));
+        }
+        (Some(PackingStrategy::Wrapped), Some(max_length)) => {
+            check_is_text(&dataset)?;
+            dataset.recut(|examples| wrap(&examples, max_length));
+        }
+        _ => {}
     }
     Ok(dataset)
+}
+
+/// In wrapped blocks, rows see those before them.
+fn check_is_text(dataset: &Dataset) -> Result<()> {
+    match dataset.kind {
+        None | Some(RecordKind::Text) => Ok(()),
+        Some(kind) => Err(Error::config(
+            "packing_strategy",
+            format!(
+                "`wrapped` lets rows see each other, which is for pre-training on text alone, and \
+                 these rows are {kind}; use bfd or bfd_split"
+            ),
+        )),
+    }
 }
 
 /// A name is a file, or a directory with `SPLIT.jsonl` in it.
@@ -265,7 +288,10 @@ pub fn eval_batches(config: &TrainConfig, dataset: &Dataset) -> Vec<PackedBatch>
 /// Rows that share a line of a batch: one each, or bins of `max_length` tokens.
 fn bins(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<Vec<usize>> {
     match data.max_length {
-        Some(max_length) if packing => pack_bfd(&dataset.lengths(), max_length),
+        // Wrapped blocks are full already.
+        Some(max_length) if packing && data.packing_strategy != PackingStrategy::Wrapped => {
+            pack_bfd(&dataset.lengths(), max_length)
+        }
         _ => (0..dataset.examples.len()).map(|i| vec![i]).collect(),
     }
 }

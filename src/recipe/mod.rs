@@ -12,7 +12,7 @@ mod resume;
 mod summary;
 
 pub use adapter::adapter_of;
-pub use data::{EpochData, eval_batches};
+pub use data::{EpochData, eval_batches, training_rows as prepare_rows};
 pub use memory::available_memory;
 pub use outputs::{CheckpointFiles, read_trained};
 pub use summary::Summary;

@@ -111,7 +111,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("dataset_kwargs", EMPTY, NotYet("")),
     key("dataset_num_proc", &["null"], NoEffect("use num_threads")),
     key("dataset_batch_size", &["null", "1000"], NoEffect(LOADER)),
-    key("truncation_mode", &["null", "\"keep_start\""], NotYet("")),
     key(
         "pad_to_multiple_of",
         &["null", "\"auto\""],

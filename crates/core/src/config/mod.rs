@@ -22,7 +22,7 @@ mod value;
 pub use arguments::{
     DataArguments, DdpBackend, Device, Dtype, InitLoraWeights, IntervalStrategy, LoraArguments,
     LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy, Resume,
-    RuntimeArguments, SamplingStrategy, ScheduleArguments,
+    RuntimeArguments, SamplingStrategy, ScheduleArguments, TruncationMode,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;

@@ -3,7 +3,7 @@
 use crate::data::batch::Example;
 use crate::data::jsonl::{JsonLines, Line, parse_object};
 use crate::data::prepare::{PrepareOptions, PrepareReport, Preparer, Row};
-use crate::data::record::Record;
+use crate::data::record::{Record, RecordKind};
 use crate::data::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -21,6 +21,8 @@ pub struct Dataset {
     pub examples: Vec<Example>,
     /// What preparation did.
     pub report: PrepareReport,
+    /// The kind of its rows.
+    pub kind: Option<RecordKind>,
 }
 
 impl Dataset {
@@ -61,6 +63,12 @@ impl Dataset {
         let mut builder = Builder::new(tokenizer, options);
         builder.add(rows.into_par_iter().map(Ok).collect())?;
         builder.finish(&origin)
+    }
+
+    /// Replaces the examples by pieces of them.
+    pub fn recut(&mut self, cut: impl FnOnce(Vec<Example>) -> Vec<Example>) {
+        self.examples = cut(std::mem::take(&mut self.examples));
+        self.report.longest = self.lengths().into_iter().max().unwrap_or(0);
     }
 
     /// The number of tokens of each example.
@@ -119,6 +127,7 @@ impl<'a> Builder<'a> {
             && let Some(kind) = first_kind()
         {
             self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
+            self.dataset.kind = Some(kind);
         }
         let preparer = self.preparer.as_ref();
         let prepared: Vec<Result<(Row, Example, usize)>> = rows

@@ -1,5 +1,6 @@
 //! From files to micro-batches.
 
+mod assistant;
 mod batch;
 mod chat_template;
 mod dataset;
@@ -13,10 +14,11 @@ mod record;
 mod sampler;
 mod tokenizer;
 
+pub use assistant::mask_of_spans;
 pub use batch::{Example, IGNORE_INDEX, PackedBatch};
 pub use chat_template::{ChatTemplate, Conversation, DEFAULT_DATE, Ending, Rendered};
 pub use dataset::Dataset;
-pub use pack::{pack_bfd, split_long};
+pub use pack::{pack_bfd, split_long, wrap};
 pub use prepare::{PrepareOptions, PrepareReport, Preparer, Row, TruncationMode};
 pub use prompt::Prompt;
 pub use record::{Message, Record, RecordKind, TemplateInputs};

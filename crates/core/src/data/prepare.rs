@@ -9,26 +9,19 @@ mod report;
 #[cfg(test)]
 mod tests;
 
+pub use crate::config::TruncationMode;
 pub use report::PrepareReport;
 
+use crate::data::assistant::{Untagged, excerpt, mask_of_spans};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
 use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Which end of a row that is too long is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TruncationMode {
-    /// The beginning (`keep_start`).
-    #[default]
-    KeepStart,
-    /// The end (`keep_end`).
-    KeepEnd,
-}
 
 /// How rows become examples. The names and defaults are TRL's.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,8 +82,7 @@ impl<'a> Preparer<'a> {
     ///
     /// # Errors
     /// [`Error::Config`] for an option that does not apply, [`Error::Model`] when the tokenizer
-    /// lacks an EOS token or a chat template, [`Error::Template`] when the template cannot tell
-    /// what the assistant says.
+    /// lacks an EOS token or a chat template.
     pub fn new(
         tokenizer: &'a Tokenizer,
         options: &'a PrepareOptions,
@@ -140,22 +132,13 @@ impl<'a> Preparer<'a> {
     }
 
     fn template(&self, tools: Option<&Value>) -> Result<&'a ChatTemplate> {
-        let template = self.tokenizer.chat_template(tools).ok_or_else(|| {
+        self.tokenizer.chat_template(tools).ok_or_else(|| {
             Error::model(
                 self.tokenizer.path(),
                 "the rows are conversations but the tokenizer has no chat template; add \
                  chat_template.jinja beside it or set `chat_template_path`",
             )
-        })?;
-        if self.options.assistant_only_loss && !template.has_generation_tags() {
-            return Err(Error::Template {
-                message: "`assistant_only_loss` needs a template that marks what the assistant \
-                          says by {% generation %} and {% endgeneration %}; add the tags, or use \
-                          `prompt` and `completion` columns"
-                    .into(),
-            });
-        }
-        Ok(template)
+        })
     }
 
     /// Token ids and labels of a row, not truncated.
@@ -204,7 +187,7 @@ impl<'a> Preparer<'a> {
             }
             Record::Messages { messages, inputs } => {
                 let rendered = self.render(messages, inputs, Ending::Closed)?;
-                self.conversation(&rendered, 0)
+                self.conversation(messages, inputs, &rendered, 0)
             }
             Record::PromptCompletionMessages {
                 prompt,
@@ -249,30 +232,34 @@ impl<'a> Preparer<'a> {
         let all = [prompt, completion].concat();
         let rendered = self.render(&all, inputs, Ending::Closed)?;
         if !self.mask_prompt {
-            return self.conversation(&rendered, 0);
+            return self.conversation(&all, inputs, &rendered, 0);
         }
         let given = self.render(prompt, inputs, Ending::GenerationPrompt)?.text;
         if !rendered.text.starts_with(&given) {
-            let common = given
-                .chars()
-                .zip(rendered.text.chars())
-                .take_while(|(a, b)| a == b)
-                .count();
+            let same = given.char_indices().zip(rendered.text.chars());
+            let common = same.take_while(|((_, a), b)| a == b).count();
+            let from = |text: &str| excerpt(text.chars().skip(common));
             return Err(Error::Template {
                 message: format!(
                     "the template renders the prompt differently when the completion follows \
                      (from character {common} on: `{}` against `{}`), so the completion cannot be \
                      told from the prompt; use `messages`, or set `completion_only_loss: false`",
-                    excerpt(&given, common),
-                    excerpt(&rendered.text, common)
+                    from(&given),
+                    from(&rendered.text)
                 ),
             });
         }
-        self.conversation(&rendered, given.len())
+        self.conversation(&all, inputs, &rendered, given.len())
     }
 
     /// A rendered conversation whose first `given` bytes are not trained.
-    fn conversation(&self, rendered: &Rendered, given: usize) -> Result<Example> {
+    fn conversation(
+        &self,
+        messages: &[Message],
+        inputs: &TemplateInputs,
+        rendered: &Rendered,
+        given: usize,
+    ) -> Result<Example> {
         if given == 0 && !self.options.assistant_only_loss {
             let ids = self.tokenizer.encode(&rendered.text, SpecialTokens::Omit)?;
             return Ok(fully_trained(ids));
@@ -281,13 +268,40 @@ impl<'a> Preparer<'a> {
             .tokenizer
             .encode_with_offsets(&rendered.text, SpecialTokens::Omit)?;
         let begin = completion_start(&encoded, given);
-        let assistant = self
-            .options
-            .assistant_only_loss
-            .then(|| assistant_mask(&encoded, rendered));
+        let assistant = if self.options.assistant_only_loss {
+            let spans = self.assistant_spans(messages, inputs, rendered, &encoded)?;
+            Some(mask_of_spans(&encoded, &spans))
+        } else {
+            None
+        };
         Ok(masked(encoded.ids, |i| {
             i >= begin && assistant.as_ref().is_none_or(|mask| mask[i])
         }))
+    }
+
+    /// The bytes that the assistant wrote, as the template's tags say or its renderings show.
+    fn assistant_spans(
+        &self,
+        messages: &[Message],
+        inputs: &TemplateInputs,
+        rendered: &Rendered,
+        encoded: &Encoded,
+    ) -> Result<Vec<Range<usize>>> {
+        if self.template(inputs.tools.as_ref())?.has_generation_tags() {
+            return Ok(rendered.assistant_spans.clone());
+        }
+        let render = |messages: &[Message], ending| {
+            self.render(messages, inputs, ending)
+                .map(|rendered| rendered.text)
+        };
+        Untagged {
+            messages,
+            text: &rendered.text,
+            encoded,
+            tokenizer: self.tokenizer,
+            render,
+        }
+        .spans()
     }
 
     fn check_bos(&self, row: &Row, example: &Example) -> Result<()> {
@@ -345,26 +359,6 @@ fn completion_start(encoded: &Encoded, boundary: usize) -> usize {
         .unwrap_or(encoded.ids.len())
 }
 
-/// Which tokens the assistant wrote: for each span, from the token of its first character to the
-/// token of its last.
-fn assistant_mask(encoded: &Encoded, rendered: &Rendered) -> Vec<bool> {
-    let mut mask = vec![false; encoded.ids.len()];
-    let mut from = 0;
-    for span in rendered.assistant_spans.iter().filter(|s| !s.is_empty()) {
-        let token_at = |byte: usize| {
-            let covers = |&(begin, end): &(usize, usize)| begin <= byte && byte < end;
-            Some(from + encoded.offsets[from..].iter().position(covers)?)
-        };
-        let Some(first) = token_at(span.start) else {
-            continue;
-        };
-        let last = token_at(span.end - 1).unwrap_or(mask.len() - 1);
-        mask[first..=last.max(first)].fill(true);
-        from = first;
-    }
-    mask
-}
-
 fn fully_trained(ids: Vec<u32>) -> Example {
     masked(ids, |_| true)
 }
@@ -375,13 +369,4 @@ fn masked(input_ids: Vec<u32>, trained: impl Fn(usize) -> bool) -> Example {
         labels: input_ids.iter().enumerate().map(label).collect(),
         input_ids,
     }
-}
-
-/// Up to 24 characters of a text from a character on, without line breaks.
-fn excerpt(text: &str, from: usize) -> String {
-    text.chars()
-        .skip(from)
-        .take(24)
-        .flat_map(char::escape_debug)
-        .collect()
 }

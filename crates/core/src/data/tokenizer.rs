@@ -8,7 +8,7 @@ use crate::data::chat_template::ChatTemplate;
 use crate::{Error, Result};
 use files::Settings;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Whether encoding adds the tokens that the model expects around a text.
@@ -54,6 +54,7 @@ pub struct Tokenizer {
     special_tokens: BTreeMap<String, String>,
     chat_templates: BTreeMap<String, ChatTemplate>,
     stop_ids: Vec<u32>,
+    added_ids: BTreeSet<u32>,
     files: Vec<PathBuf>,
     front: Edge,
     back: Edge,
@@ -79,6 +80,7 @@ impl Tokenizer {
         let chat_templates = settings.compile_templates()?;
         let mut tokenizer = Self {
             stop_ids: Vec::new(),
+            added_ids: inner.get_added_tokens_decoder().into_keys().collect(),
             files: files::existing(directory),
             front: Edge::Keep,
             back: Edge::Keep,
@@ -220,6 +222,18 @@ impl Tokenizer {
     #[must_use]
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Whether a token was added to the vocabulary of text, as those that end a turn are.
+    #[must_use]
+    pub fn is_added(&self, id: u32) -> bool {
+        self.added_ids.contains(&id)
+    }
+
+    /// A token, as it is written in the vocabulary.
+    #[must_use]
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// The number of tokens, added tokens included.

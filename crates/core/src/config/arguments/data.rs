@@ -9,8 +9,19 @@ choices! {
         Bfd = "bfd",
         /// Best fit decreasing; rows longer than a block are split.
         BfdSplit = "bfd_split",
-        /// Rows are concatenated and cut every `max_length` tokens.
+        /// Rows are concatenated and cut every `max_length` tokens, and see those before them: for
+        /// pre-training on text alone.
         Wrapped = "wrapped",
+    }
+}
+
+choices! {
+    /// Which end of a row that is too long is kept.
+    TruncationMode {
+        /// The beginning.
+        KeepStart = "keep_start",
+        /// The end.
+        KeepEnd = "keep_end",
     }
 }
 
@@ -44,10 +55,12 @@ section! {
         eos_token: Option<String> = None, TRL_SFT;
         /// Jinja file, or directory of a tokenizer, whose chat template replaces the model's.
         chat_template_path: Option<String> = None, TRL_SFT;
-        /// Longest sequence in tokens, longer rows lose their end; null for no limit. With packing,
-        /// the size of a block.
+        /// Longest sequence in tokens, longer rows are cut; null for no limit. With packing, the size
+        /// of a block.
         max_length: Option<usize> = Some(1024), TRL_SFT;
-        /// Pack several rows into one block; rows never see each other.
+        /// Which end of a row that is too long is kept: keep_start or keep_end.
+        truncation_mode: TruncationMode = TruncationMode::KeepStart, TRL_SFT;
+        /// Pack several rows into one block; rows never see each other, unless `wrapped`.
         packing: bool = false, TRL_SFT;
         /// How rows are packed: bfd, bfd_split or wrapped.
         packing_strategy: PackingStrategy = PackingStrategy::Bfd, TRL_SFT;

@@ -2,7 +2,7 @@ use super::{PrepareOptions, Preparer, Row, TruncationMode};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::fixtures::{read_json, report, repository, roots};
 use crate::data::record::{Message, Record, RecordKind};
-use crate::data::{Dataset, Tokenizer, pack_bfd};
+use crate::data::{Dataset, Tokenizer, pack_bfd, wrap};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -68,13 +68,9 @@ fn packed(dataset: &Dataset, max_length: usize) -> Vec<Example> {
 fn recorded_preparations_are_reproduced() {
     for root in roots("preparation") {
         let cases = read_json(&root.join("prepare/prepare.json"));
-        let (mut run, mut failures, mut wrapped) = (0, Vec::new(), 0);
+        let (mut run, mut failures) = (0, Vec::new());
         for case in cases.as_array().into_iter().flatten() {
             let config = &case["config"];
-            if config["packing_strategy"] == "wrapped" {
-                wrapped += 1; // Documents that share a context: not built.
-                continue;
-            }
             run += 1;
             let name = case["tokenizer"]
                 .as_str()
@@ -86,10 +82,14 @@ fn recorded_preparations_are_reproduced() {
                     .set_chat_template(template)
                     .expect("the template compiles");
             }
-            let options = options(config);
+            let mut options = options(config);
+            let wrapped = (config["packing_strategy"] == "wrapped")
+                .then(|| options.max_length.take())
+                .flatten();
             let found =
                 Dataset::from_rows(rows(&case["examples"]), &tokenizer, &options).map(|dataset| {
                     match (config["packing"] == true, options.max_length) {
+                        (true, None) => wrap(&dataset.examples, wrapped.unwrap_or(0)),
                         (true, Some(max_length)) => packed(&dataset, max_length),
                         _ => dataset.examples,
                     }
@@ -100,10 +100,10 @@ fn recorded_preparations_are_reproduced() {
             }
         }
         report(&format!(
-            "{} of {run} preparations match; {wrapped} with `wrapped` packing left out",
+            "{} of {run} preparations match",
             run - failures.len()
         ));
-        assert!(run >= 16 && failures.is_empty(), "{}", failures.join("\n"));
+        assert!(run >= 17 && failures.is_empty(), "{}", failures.join("\n"));
     }
 }
 
@@ -230,6 +230,8 @@ fn unusable_options_and_rows_are_refused_with_the_reason() {
     let text = json!({"text": "a"});
     let turn = json!([{"role": "user", "content": "a"}]);
     let messages = json!({"messages": turn});
+    let answer = json!({"role": "assistant", "content": "b"});
+    let two_turns = json!({"messages": [turn[0], answer, turn[0], answer]});
     let both = json!({"prompt": turn, "completion": turn});
     let table = [
         (&plain, &defaults, &messages, "no chat template"),
@@ -245,7 +247,12 @@ fn unusable_options_and_rows_are_refused_with_the_reason() {
             &text,
             "`completion_only_loss`: needs rows with",
         ),
-        (&chat, &assistant, &messages, "{% generation %}"),
+        (
+            &rewriting,
+            &assistant,
+            &two_turns,
+            "rows.jsonl:1: the template renders message 1 (counted from 0)",
+        ),
         (
             &rewriting,
             &defaults,

@@ -1,0 +1,233 @@
+use crate::data::fixtures::{folders, read_json, report, roots};
+use crate::data::prepare::{PrepareOptions, Preparer, Row};
+use crate::data::record::{Record, RecordKind};
+use crate::data::tokenizer::{SpecialTokens, Tokenizer};
+use crate::data::{Conversation, Ending, IGNORE_INDEX};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A recorded template with its conversations, and whether it has tags of its own.
+struct Recorded {
+    name: String,
+    source: String,
+    tagged: bool,
+    tokenizer: Tokenizer,
+    conversations: Vec<Value>,
+}
+
+fn recorded(root: &Path) -> Vec<Recorded> {
+    let read = |folder: &std::path::PathBuf| {
+        let cases = read_json(&folder.join("cases.json"));
+        let name = cases["tokenizer"].as_str().expect("a tokenizer is named");
+        let name = name.rsplit('/').next().expect("a path has a last part");
+        let path = root.join("tokenizers").join(name);
+        let source = std::fs::read_to_string(folder.join("template.jinja"));
+        let source = source.expect("the template is readable");
+        let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
+        tokenizer
+            .set_chat_template(&source)
+            .expect("the template compiles");
+        let tagged = tokenizer
+            .chat_template(None)
+            .is_some_and(crate::data::ChatTemplate::has_generation_tags);
+        let closed = cases["cases"].as_array().into_iter().flatten().filter(|c| {
+            c["add_generation_prompt"] == false
+                && c["kwargs"].get("continue_final_message").is_none()
+                && c.get("error").is_none()
+                // This template prints what a tool says as the assistant's words.
+                && !(folder.ends_with("alpaca_plain") && c["conversation"] == "tools")
+        });
+        Recorded {
+            name: folder.display().to_string(),
+            source,
+            tagged,
+            tokenizer,
+            conversations: closed.cloned().collect(),
+        }
+    };
+    folders(&root.join("chat_templates"))
+        .iter()
+        .map(read)
+        .collect()
+}
+
+fn row(case: &Value) -> Row {
+    let mut variables = case["kwargs"].as_object().cloned().unwrap_or_default();
+    let tools = variables.remove("tools").unwrap_or(Value::Null);
+    let row = json!({"messages": case["messages"], "tools": tools,
+                     "chat_template_kwargs": variables});
+    let row = row.as_object().expect("a row is an object");
+    Row {
+        record: Record::from_row(row, "text").expect("the row is well formed"),
+        path: Arc::from(Path::new("rows.jsonl")),
+        line: 1,
+    }
+}
+
+/// Text and whether it is trained, of every token.
+fn trained(tokenizer: &Tokenizer, case: &Value) -> Result<Vec<(String, bool)>, String> {
+    let options = PrepareOptions {
+        assistant_only_loss: true,
+        ..PrepareOptions::default()
+    };
+    let preparer =
+        Preparer::new(tokenizer, &options, RecordKind::Messages).expect("the options apply");
+    let row = row(case);
+    let example = preparer.prepare(&row).map_err(|e| e.to_string())?;
+    let Record::Messages { messages, inputs } = &row.record else {
+        panic!("the row holds messages");
+    };
+    let tools = inputs.tools.as_ref();
+    let rendered = tokenizer
+        .chat_template(tools)
+        .expect("there is a template")
+        .render(&Conversation {
+            messages,
+            tools,
+            variables: &inputs.chat_template_kwargs,
+            ending: Ending::Closed,
+        })
+        .expect("it rendered before");
+    let encoded = tokenizer
+        .encode_with_offsets(&rendered.text, SpecialTokens::Omit)
+        .expect("it was encoded before");
+    assert_eq!(encoded.ids, example.input_ids);
+    let tokens = encoded.offsets.iter().zip(&example.labels);
+    Ok(tokens
+        .map(|(o, label)| {
+            let text = rendered.text.get(o.0..o.1).unwrap_or("\u{fffd}");
+            (text.to_owned(), *label != IGNORE_INDEX)
+        })
+        .collect())
+}
+
+/// The text of the tokens that are trained, or of those that are not.
+fn text(tokens: &[(String, bool)], trained: bool) -> String {
+    let chosen = tokens.iter().filter(|(_, t)| *t == trained);
+    chosen.map(|(text, _)| text.as_str()).collect()
+}
+
+#[test]
+fn without_its_tags_a_template_trains_the_same_tokens() {
+    for root in roots("templates without their tags") {
+        let (mut same, mut rewriting, mut templates) = (0, 0, 0);
+        for template in recorded(&root).iter_mut().filter(|t| t.tagged) {
+            templates += 1;
+            let tagged: Vec<_> = template
+                .conversations
+                .iter()
+                .map(|case| trained(&template.tokenizer, case).expect("it has tags"))
+                .collect();
+            // The tag stays a block, so the white space around it is as before.
+            let untagged = template
+                .source
+                .replace(" endgeneration ", " endif ")
+                .replace(" generation ", " if true ");
+            template
+                .tokenizer
+                .set_chat_template(&untagged)
+                .expect("the template compiles");
+            for (case, tagged) in template.conversations.iter().zip(tagged) {
+                match trained(&template.tokenizer, case) {
+                    Ok(found) => {
+                        // Line breaks around a turn are inside some tags and outside others.
+                        let differs = found
+                            .iter()
+                            .zip(&tagged)
+                            .find(|(a, b)| a.1 != b.1 && !a.0.trim().is_empty());
+                        assert_eq!(differs, None, "{} {}", template.name, case["messages"]);
+                        same += 1;
+                    }
+                    Err(message) => {
+                        assert!(message.contains("differently once others"), "{message}");
+                        rewriting += 1;
+                    }
+                }
+            }
+        }
+        report(&format!(
+            "{templates} templates: {same} conversations, {rewriting} whose history is rewritten"
+        ));
+        assert!(templates >= 8 && same >= 80 && rewriting <= 8);
+    }
+}
+
+#[test]
+fn every_stock_template_trains_exactly_what_the_assistant_says() {
+    for root in roots("stock templates") {
+        let (mut run, mut rewriting) = (0, Vec::new());
+        for template in recorded(&root) {
+            for case in &template.conversations {
+                let tokens = match trained(&template.tokenizer, case) {
+                    Ok(tokens) => tokens,
+                    Err(message) => {
+                        assert!(message.contains("rows.jsonl:1: "), "{message}");
+                        assert!(message.contains("the template renders"), "{message}");
+                        rewriting.push(format!("{} {}", template.name, case["conversation"]));
+                        continue;
+                    }
+                };
+                let (ours, others) = (text(&tokens, true), text(&tokens, false));
+                for message in case["messages"].as_array().into_iter().flatten() {
+                    let Some(content) = message["content"].as_str().map(str::trim) else {
+                        continue;
+                    };
+                    let in_full = format!("{ours}{others}").contains(content);
+                    let place = if message["role"] == "assistant" {
+                        &ours
+                    } else {
+                        &others
+                    };
+                    assert!(
+                        !in_full || place.contains(content),
+                        "{} {}: `{content}` of {}",
+                        template.name,
+                        case["conversation"],
+                        message["role"]
+                    );
+                }
+                run += 1;
+            }
+        }
+        report(&format!(
+            "{run} conversations; history is rewritten in {rewriting:?}"
+        ));
+        assert!(run >= 150, "{run}");
+    }
+}
+
+#[test]
+fn turns_end_with_their_own_token_in_the_middle_and_at_the_end() {
+    // As Phi-3 does: a token of the whole conversation after the last turn.
+    let ends_conversation = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n\
+                             {% endfor %}{% if add_generation_prompt %}<|assistant|>\n\
+                             {% else %}<|endoftext|>{% endif %}";
+    // As GPT-OSS does: another token after the last turn.
+    let other_last = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\
+                      {% if loop.last and m.role == 'assistant' %}<|im_end|>{% else %}<|end|>\
+                      {% endif %}{% endfor %}\
+                      {% if add_generation_prompt %}<|assistant|>{% endif %}";
+    let root = crate::data::fixtures::repository();
+    let path = root.join("tokenizers/bpe_llama3");
+    let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
+    let turns = |n: usize| -> Vec<Value> {
+        let turn = |i: usize| {
+            let role = if i % 2 == 0 { "user" } else { "assistant" };
+            json!({"role": role, "content": format!("w{i}")})
+        };
+        (0..n).map(turn).collect()
+    };
+    let table = [
+        (ends_conversation, "w1<|end|>\nw3<|end|>\n<|endoftext|>"),
+        (other_last, "w1<|end|>w3<|im_end|>"),
+    ];
+    for (source, expected) in table {
+        tokenizer
+            .set_chat_template(source)
+            .expect("the template compiles");
+        let case = json!({"messages": turns(4), "kwargs": Map::new()});
+        let tokens = trained(&tokenizer, &case).expect("history is kept");
+        assert_eq!(text(&tokens, true), expected);
+    }
+}
