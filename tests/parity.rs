@@ -47,6 +47,8 @@ fn is_known(case: &Path) -> bool {
         Some("train") => {
             name.starts_with("lora_ga")
                 || [
+                    "loraplus_ga1",
+                    "lora_label_smoothing_ga1",
                     "lora_noclip_linear",
                     "lora_big_lr_clipped",
                     "full_ft_ga1",
@@ -116,7 +118,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 23, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 25, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

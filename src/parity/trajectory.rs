@@ -14,6 +14,7 @@ use ferrotune_core::trainer::{Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_lora::LoraPlus;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -69,13 +70,41 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
             f64::from(u8::from(!rates.is_empty())),
             0.0,
         );
-        for lr in &rates {
-            let lr = lr.as_f64().unwrap_or(f64::NAN);
-            comparison.number("lr", &name, report.learning_rate, lr, 1e-6);
-        }
+        compare_rates(
+            case,
+            &trainer,
+            &name,
+            report.learning_rate,
+            &rates,
+            &mut comparison,
+        );
     }
     compare_final(case, &trainer, &mut comparison)?;
     Ok(comparison)
+}
+
+/// Compares the learning rate of every tensor of every recorded group.
+fn compare_rates(
+    case: &Case,
+    trainer: &Trainer,
+    name: &str,
+    learning_rate: f64,
+    rates: &[Value],
+    comparison: &mut Comparison,
+) {
+    let groups = case.json.get("param_groups").and_then(Value::as_array);
+    let layout = trainer.params().layout();
+    for (group, rate) in groups.into_iter().flatten().zip(rates) {
+        let theirs = rate.as_f64().unwrap_or(f64::NAN);
+        let members = group.get("params").and_then(Value::as_array);
+        for member in members.into_iter().flatten().filter_map(Value::as_str) {
+            let member = member.replace(".default", "");
+            let id = layout.find(&member);
+            let scale = id.map_or(f64::NAN, |id| layout.segment(id).spec.lr_scale);
+            let label = format!("{name} {member}");
+            comparison.number("lr", &label, learning_rate * scale, theirs, 1e-6);
+        }
+    }
 }
 
 /// Keys of case.json that change nothing, or that are read here.
@@ -124,8 +153,7 @@ fn reject_unknown(case: &Case) -> Result<()> {
         value.is_null() || value == &Value::Bool(false) || value.as_f64() == Some(0.0)
     };
     for (key, value) in case.json.as_object().into_iter().flatten() {
-        let needs_off = ["label_smoothing", "loraplus_ratio"].contains(&key.as_str());
-        if (needs_off || !KNOWN.contains(&key.as_str())) && !off(value) {
+        if !KNOWN.contains(&key.as_str()) && !off(value) {
             return refuse(key, value);
         }
     }
@@ -192,13 +220,21 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
             eps: number("eps", 1e-8),
         },
         weight_decay: number("weight_decay", 0.0),
+        label_smoothing: case.number(&["label_smoothing"]).unwrap_or(0.0) as f32,
         max_grad_norm: (clip > 0.0).then_some(clip),
         max_tokens: longest(steps.iter().flatten()),
         ..TrainerOptions::default()
     };
     let initial = case.path("initial_adapter");
     let config = DecoderConfig::open(&base)?;
-    let read = || ferrotune_lora::load(&initial, &config.model_type);
+    let lr_ratio = case.number(&["loraplus_ratio"]);
+    let read = || -> Result<Box<dyn Adapter>> {
+        let adapter = ferrotune_lora::load(&initial, &config.model_type)?;
+        Ok(match lr_ratio {
+            Some(ratio) => Box::new(LoraPlus::new(adapter, ratio)),
+            None => adapter,
+        })
+    };
     let adapter: Box<dyn Adapter> = if full(case) {
         Box::new(FullFineTuning)
     } else {

@@ -4,7 +4,9 @@ use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
-use ferrotune_lora::{ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, TargetModules};
+use ferrotune_lora::{
+    ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, LoraPlus, TargetModules,
+};
 use std::path::Path;
 
 /// The method a configuration asks for: LoRA, or full fine-tuning with `use_peft: false`.
@@ -21,7 +23,11 @@ pub fn adapter_of(
     }
     let lora = lora_config(config, base)?;
     let adapter = LoraAdapter::new(lora, &decoder.model_type);
-    Ok(Box::new(adapter.map_err(|e| in_trl_names(config, e))?))
+    let adapter = Box::new(adapter.map_err(|e| in_trl_names(config, e))?);
+    Ok(match config.optimizer.loraplus_lr_ratio {
+        Some(ratio) => Box::new(LoraPlus::new(adapter, ratio)),
+        None => adapter,
+    })
 }
 
 /// What the method attaches to the shape of the base, and the layout of what it trains.

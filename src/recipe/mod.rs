@@ -391,6 +391,7 @@ impl Recipe {
                 eps: optimizer.adam_epsilon,
             },
             weight_decay: optimizer.weight_decay,
+            label_smoothing: optimizer.label_smoothing_factor as f32,
             max_grad_norm: (optimizer.max_grad_norm > 0.0).then_some(optimizer.max_grad_norm),
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,

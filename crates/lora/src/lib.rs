@@ -46,6 +46,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod lora;
+mod lora_plus;
 pub mod merge;
 mod registry;
 pub mod target;
@@ -53,6 +54,7 @@ pub mod target;
 mod testing;
 
 pub use lora::{InitLoraWeights, LoraAdapter, LoraConfig};
+pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use registry::{PeftConfig, load};
 pub use target::{ExcludeModules, TargetModules};

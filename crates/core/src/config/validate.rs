@@ -157,6 +157,16 @@ impl TrainConfig {
         self.require(optimizer.adam_epsilon > 0.0, "adam_epsilon", |value| {
             format!("got {value}, expected a number above 0; 1e-8 is common")
         })?;
+        self.require(
+            (0.0..1.0).contains(&optimizer.label_smoothing_factor),
+            "label_smoothing_factor",
+            |value| format!("got {value}, expected a share from 0 to below 1"),
+        )?;
+        self.require(
+            optimizer.loraplus_lr_ratio.is_none_or(|r| r > 0.0),
+            "loraplus_lr_ratio",
+            |value| format!("got {value}, expected a number above 0; 16 is common"),
+        )?;
         self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,

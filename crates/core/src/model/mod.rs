@@ -32,7 +32,7 @@ use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Sums};
+use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
 use ferrotune_kernels::{DType, Device, Indices, Tensor, View, Workspace, embedding, matmul};
 use layer::Layer;
 use norm::{Norm, Normed};
@@ -52,6 +52,7 @@ pub struct Model {
     weight_dtype: DType,
     /// Of each layer.
     keep: Vec<Keep>,
+    label_smoothing: f32,
 }
 
 /// A matrix `[V, D]`, frozen or trained.
@@ -144,6 +145,11 @@ impl Model {
         &self.keep
     }
 
+    /// Sets the share of each target's probability that the loss spreads evenly over the vocabulary.
+    pub fn set_label_smoothing(&mut self, smoothing: f32) {
+        self.label_smoothing = smoothing;
+    }
+
     /// Sets what the first layers keep, one policy each; the others keep everything.
     pub fn set_keep(&mut self, keep: &[Keep]) {
         let all = std::iter::repeat(Keep::All);
@@ -205,12 +211,12 @@ impl Model {
             .workspace
             .take(pass.dtype, batch.tokens(), self.config.hidden_size);
         let [rows, targets] = label_rows(&run, batch);
+        let labels = self.labels(&rows, &targets);
         let d_head = self.head_param().map(|id| grads.view_mut(id));
         linear_cross_entropy::forward_backward(
             hidden.view(),
             self.head_weight(&run),
-            &rows,
-            &targets,
+            labels,
             d_hidden.view_mut(),
             d_head,
             sums,
@@ -218,6 +224,14 @@ impl Model {
         )?;
         pass.workspace.give(hidden);
         self.backward(&run, grads, saved, d_hidden, layer_done)
+    }
+
+    fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
+        Labels {
+            rows,
+            targets,
+            smoothing: self.label_smoothing,
+        }
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -230,8 +244,8 @@ impl Model {
         let [rows, targets] = label_rows(&run, batch);
         let mut sums = Accumulator::new(pass.workspace.device());
         let (head, workspace) = (self.head_weight(&run), pass.workspace);
-        let hidden_view = hidden.view();
-        linear_cross_entropy::forward(hidden_view, head, &rows, &targets, &mut sums, workspace)?;
+        let labels = self.labels(&rows, &targets);
+        linear_cross_entropy::forward(hidden.view(), head, labels, &mut sums, workspace)?;
         for tensor in [hidden, stream, rstd] {
             workspace.give(tensor);
         }

@@ -179,6 +179,7 @@ impl Builder<'_> {
             device: self.params.device().clone(),
             embedding,
             keep: vec![Keep::All; layers.len()],
+            label_smoothing: 0.0,
             layers,
             norm,
             head,

@@ -109,6 +109,11 @@ impl ParamLayoutBuilder {
         ParamId(self.specs.len() - 1)
     }
 
+    /// What was added so far, to be changed before the order is fixed.
+    pub fn specs_mut(&mut self) -> &mut [ParamSpec] {
+        &mut self.specs
+    }
+
     /// Fixes the physical order.
     ///
     /// # Errors

@@ -28,6 +28,9 @@ pub struct TrainerOptions {
     pub adamw: AdamW,
     /// Decoupled weight decay of tensors that are decayed.
     pub weight_decay: f64,
+    /// Label smoothing: the share of each target's probability that is spread evenly over the
+    /// vocabulary, in training and evaluation.
+    pub label_smoothing: f32,
     /// Global gradient norm above which gradients are scaled down; `None` never clips.
     pub max_grad_norm: Option<f64>,
     /// Tokens of the longest micro-batch; sizes the buffers.
@@ -55,6 +58,7 @@ impl Default for TrainerOptions {
                 eps: 1e-8,
             },
             weight_decay: 0.0,
+            label_smoothing: 0.0,
             max_grad_norm: Some(1.0),
             max_tokens: 0,
             deterministic_reduction: false,
@@ -118,6 +122,7 @@ impl Trainer {
             options.weight_dtype,
         )?;
         model.set_keep(&options.keep);
+        model.set_label_smoothing(options.label_smoothing);
         adapter.init(&mut params, options.seed)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);

@@ -1,5 +1,5 @@
-use super::softmax::{Lane, statistics, to_gradients};
-use super::{Gradients, Sums};
+use super::softmax::{Lane, means, statistics, to_gradients};
+use super::{Gradients, Labels, Sums};
 use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
 use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
@@ -12,11 +12,12 @@ const CHUNK_ROWS: usize = 256;
 pub(super) fn run(
     hidden: View<'_>,
     head: View<'_>,
-    rows: &[u32],
-    targets: &[u32],
+    labels: Labels<'_>,
     mut gradients: Option<Gradients<'_>>,
     workspace: &Workspace,
 ) -> Result<Sums> {
+    let (rows, targets): (&[u32], &[u32]) = (labels.rows, labels.targets);
+    let smoothing = labels.smoothing;
     if let Some(gradients) = &mut gradients {
         gradients.d_hidden.reborrow().fill(0.0);
     }
@@ -37,8 +38,11 @@ pub(super) fn run(
         workspace.give(transposed);
         let lanes = statistics(logits.view());
         add_sums(&mut sums, &lanes, &logits, targets);
+        if smoothing > 0.0 {
+            smooth(&mut sums, &logits, targets, smoothing);
+        }
         if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
-            to_gradients(logits.view_mut(), &lanes, targets);
+            to_gradients(logits.view_mut(), &lanes, targets, smoothing);
             if let Some(d_head) = d_head {
                 matmul::nn(d_head.reborrow(), 1.0, 1.0, logits.view(), selected.view())?;
             }
@@ -108,5 +112,17 @@ fn add_sums(sums: &mut Sums, lanes: &[Lane], logits: &Tensor, targets: &[u32]) {
     for (i, (lane, &target)) in lanes.iter().zip(targets).enumerate() {
         let logit = logits.row(target as usize)[i];
         *sums += lane.sums(logit, target);
+    }
+}
+
+/// Adds what label smoothing changes in the chunk's losses.
+fn smooth(sums: &mut Sums, logits: &Tensor, targets: &[u32], smoothing: f32) {
+    let means = means(logits.view());
+    let Some(logits) = logits.view().typed::<f32>() else {
+        unreachable!("the chunk of logits is f32");
+    };
+    for (i, (&target, mean)) in targets.iter().zip(means).enumerate() {
+        let logit = f64::from(logits.row(target as usize)[i]);
+        sums.loss += f64::from(smoothing) * (logit - mean);
     }
 }

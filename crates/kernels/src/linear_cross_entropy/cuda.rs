@@ -8,12 +8,12 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use super::{Accumulator, Gradients};
+use super::{Accumulator, Gradients, Labels};
 use crate::cuda::rows::count;
 use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
 use crate::matmul::Layout;
-use crate::{DType, Error, Indices, Result, Tensor, View, Workspace};
+use crate::{DType, Error, Result, Tensor, View, Workspace};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,6 +44,7 @@ struct Run<'a> {
     total: u64,
     /// Logits between the rows of a chunk.
     pitch: usize,
+    smoothing: f32,
 }
 
 /// Buffers of a chunk.
@@ -57,12 +58,13 @@ struct Buffers {
 pub(super) fn run(
     device: &Arc<CudaDevice>,
     [hidden, head]: [View<'_>; 2],
-    [rows, targets]: [&Indices<'_>; 2],
+    labels: Labels<'_>,
     mut gradients: Option<Gradients<'_>>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy";
+    let (rows, targets) = (labels.rows, labels.targets);
     check_dtype(
         OP,
         "hidden, to be multiplied by the head,",
@@ -94,6 +96,7 @@ pub(super) fn run(
         targets: targets.ptr(),
         total,
         pitch: pitch(head.rows()),
+        smoothing: labels.smoothing,
     };
     sums.count(rows.len());
     let limit = chunk_rows(run.pitch).min(rows.len());
@@ -202,7 +205,7 @@ impl Run<'_> {
             correct: sums + (len * size_of::<[f64; 2]>()) as u64,
             pitch: self.pitch as u64,
             vocabulary: count(self.head.rows()),
-            unused: 0,
+            smoothing: self.smoothing,
         };
         let kernel = match gradient {
             true => format!("linear_cross_entropy_gradient_{}", self.head.dtype()),
@@ -337,7 +340,7 @@ struct Softmax {
     correct: u64,
     pitch: u64,
     vocabulary: u32,
-    unused: u32,
+    smoothing: f32,
 }
 
 /// As in kernel.cu.

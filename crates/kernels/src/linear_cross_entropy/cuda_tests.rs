@@ -1,6 +1,6 @@
 //! The GPU against the CPU.
 
-use super::{Accumulator, Sums, forward, forward_backward};
+use super::{Accumulator, Labels, Sums, forward, forward_backward};
 use crate::rng::Stream;
 use crate::test_support::{DTYPES, assert_close, cuda_device};
 use crate::twins::{Place, assert_cuda_matches};
@@ -8,6 +8,16 @@ use crate::{DType, Device, Error, Indices, Tensor, Workspace};
 
 /// What a run on either device gives: gradients of hidden states and head, sums.
 fn run_at(place: &Place, sizes: [usize; 4], rows: &[u32], dtype: DType) -> Results {
+    run_smoothed(place, sizes, rows, dtype, 0.0)
+}
+
+fn run_smoothed(
+    place: &Place,
+    sizes: [usize; 4],
+    rows: &[u32],
+    dtype: DType,
+    smoothing: f32,
+) -> Results {
     let [tokens, width, vocabulary, labels] = sizes;
     let hidden = place.matrix(1, [tokens, width], dtype);
     let head = place.matrix(2, [vocabulary, width], dtype);
@@ -20,9 +30,14 @@ fn run_at(place: &Place, sizes: [usize; 4], rows: &[u32], dtype: DType) -> Resul
     let workspace = Workspace::on(place.device().clone(), tokens);
     let mut sums = Accumulator::new(place.device());
     let (x, w) = (hidden.view(), head.view());
-    forward(x, w, &rows, &targets, &mut sums, &workspace).expect("valid arguments");
+    let labels = Labels {
+        rows: &rows,
+        targets: &targets,
+        smoothing,
+    };
+    forward(x, w, labels, &mut sums, &workspace).expect("valid arguments");
     let (dx, dw) = (d_hidden.view_mut(), Some(d_head.view_mut()));
-    forward_backward(x, w, &rows, &targets, dx, dw, &mut sums, &workspace).expect("valid");
+    forward_backward(x, w, labels, dx, dw, &mut sums, &workspace).expect("valid");
     Results {
         d_hidden: d_hidden.values(),
         d_head: d_head.to_f32_vec(),
@@ -34,6 +49,14 @@ struct Results {
     d_hidden: Vec<f32>,
     d_head: Vec<f32>,
     sums: Sums,
+}
+
+fn labels<'a>(rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
+    Labels {
+        rows,
+        targets,
+        smoothing: 0.0,
+    }
 }
 
 /// [T, D, V, N]: less than one warp of logits, and more than a block of threads; even and odd rows.
@@ -75,6 +98,18 @@ fn cuda_matches_the_cpu() {
                 all.push((dtype, results.d_head));
             }
             all
+        });
+    }
+}
+
+#[test]
+fn cuda_smooths_labels_as_the_cpu_does() {
+    for (sizes, dtype) in CUDA_SIZES.iter().flat_map(|s| DTYPES.map(|d| (*s, d))) {
+        let rows = shuffled_rows(sizes);
+        assert_cuda_matches(&format!("{sizes:?} {dtype}"), |place| {
+            let results = run_smoothed(place, sizes, &rows, dtype, 0.1);
+            let loss = vec![results.sums.loss as f32];
+            vec![(dtype, results.d_hidden), (DType::F32, loss)]
         });
     }
 }
@@ -126,7 +161,9 @@ fn cuda_logits_that_are_not_finite_give_a_loss_that_is_not_finite() {
         let mut sums = Accumulator::new(&device);
         let workspace = Workspace::on(device.clone(), 1);
         let (x, w) = (hidden.view(), head.view());
-        forward(x, w, &index(0), &index(1), &mut sums, &workspace).expect("valid arguments");
+        let (rows, targets) = (index(0), index(1));
+        let labels = labels(&rows, &targets);
+        forward(x, w, labels, &mut sums, &workspace).expect("valid arguments");
         let sums = sums.read().expect("the GPU has not failed");
         assert!(!sums.loss.is_finite(), "{bad}: {sums:?}");
     }
@@ -140,7 +177,7 @@ fn cuda_refuses_what_it_cannot_multiply_or_reach() {
     let workspace = Workspace::on(device.clone(), 2);
     let run = |head: &Tensor, rows: &Indices<'_>, mut sums: Accumulator| {
         let (x, w) = (hidden.view(), head.view());
-        forward(x, w, rows, rows, &mut sums, &workspace).expect_err("refused")
+        forward(x, w, labels(rows, rows), &mut sums, &workspace).expect_err("refused")
     };
     let (here, there) = (Indices::new(vec![1], &device), Indices::host(vec![1]));
     let error = run(&head, &here, Accumulator::new(&device));

@@ -58,7 +58,8 @@ struct Softmax {
     RowSums* sums;
     u32* correct;
     u64 pitch; // a multiple of 8
-    u32 vocabulary, unused;
+    u32 vocabulary;
+    f32 smoothing;
 };
 
 // Some of the logits of a row: the largest, the first place that has it, sum of e = exp(z - max),
@@ -155,12 +156,23 @@ DEVICE Part part_of_row(const f32* z, u32 vocabulary) {
     return part;
 }
 
+DEVICE f32 mean_of_row(const f32* z, u32 vocabulary) {
+    f32 sum = 0.0f;
+    for (u32 v = threadIdx.x; v < vocabulary; v += blockDim.x) {
+        sum += z[v];
+    }
+    return block_sum(sum) / static_cast<f32>(vocabulary);
+}
+
 // Writes the row's loss, entropy and hit; returns its statistics to all threads.
 DEVICE Part statistics(const Softmax& p, const f32* z, u32 target) {
     const Part row = block_merge(part_of_row(z, p.vocabulary));
+    // The logits are in cache by now.
+    const f32 mean = p.smoothing > 0.0f ? mean_of_row(z, p.vocabulary) : 0.0f;
     if (threadIdx.x == 0) {
         const f64 log_sum = logf(row.sum);
-        p.sums[blockIdx.x] = {static_cast<f64>(row.max) - z[target] + log_sum,
+        const f64 smoothed = static_cast<f64>(p.smoothing) * (static_cast<f64>(z[target]) - mean);
+        p.sums[blockIdx.x] = {static_cast<f64>(row.max) - z[target] + log_sum + smoothed,
                               log_sum - static_cast<f64>(row.weighted) / row.sum};
         p.correct[blockIdx.x] = row.argmax == target;
     }
@@ -171,7 +183,7 @@ DEVICE f32* row_of(const Softmax& p) { return p.logits + blockIdx.x * p.pitch; }
 
 DEVICE void loss(const Softmax& p) { statistics(p, row_of(p), p.targets[blockIdx.x]); }
 
-// The row's logits become softmax - onehot, as f32, or as bf16 from the start of the row on. A bf16
+// The row's logits become softmax - q, where q is one hot but for label smoothing, as f32, or as bf16 from the start of the row on. A bf16
 // lies where a logit of half its index was: all threads read their logits of a round before any
 // writes, and a round writes only where this or an earlier one has read.
 template <typename G>
@@ -182,6 +194,8 @@ DEVICE void loss_and_gradient(const Softmax& p) {
     const u32 target = p.targets[blockIdx.x];
     const Part row = statistics(p, z, target);
     const f32 factor = 1.0f / row.sum;
+    const f32 cold = p.smoothing / static_cast<f32>(p.vocabulary);
+    const f32 hot = 1.0f - p.smoothing + cold;
     for (u32 first = 0; first < p.vocabulary; first += EACH * blockDim.x) {
         const u32 v = first + EACH * threadIdx.x;
         Vec16<G> out;
@@ -192,8 +206,8 @@ DEVICE void loss_and_gradient(const Softmax& p) {
                 const Vec16<f32> four = load_16(z + v + i);
 #pragma unroll
                 for (u32 l = 0; l < 4; l++) {
-                    const f32 hot = v + i + l == target ? 1.0f : 0.0f;
-                    out[i + l] = from_f32<G>(fmaf(expf(four[l] - row.max), factor, -hot));
+                    const f32 q = v + i + l == target ? hot : cold;
+                    out[i + l] = from_f32<G>(fmaf(expf(four[l] - row.max), factor, -q));
                 }
             }
         }

@@ -3,8 +3,10 @@
 //! ```text
 //! z = hidden[row] head^T                       logits of one label row, [V]
 //! loss    = logZ - z[target]                   logZ = ln sum_v exp z_v
+//!           + smoothing (z[target] - mean_v z_v)
 //! entropy = logZ - sum_v p_v z_v               p = softmax(z)
-//! d_hidden[row] = (p - onehot(target)) head    d_head += sum over rows (p - onehot)^T hidden[row]
+//! d_hidden[row] = (p - q) head                 d_head += sum over rows (p - q)^T hidden[row]
+//! q = (1 - smoothing) onehot(target) + smoothing / V
 //! ```
 //!
 //! Only the label rows are projected. They are taken in chunks whose length depends on V alone. On
@@ -35,6 +37,17 @@ use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 
+/// What the logits should say.
+#[derive(Clone, Copy, Debug)]
+pub struct Labels<'a> {
+    /// Label rows, `[N]` in `0..T`.
+    pub rows: &'a Indices<'a>,
+    /// The token that each should give, `[N]` in `0..V`.
+    pub targets: &'a Indices<'a>,
+    /// Label smoothing: the share of the target's probability that is spread evenly over all tokens.
+    pub smoothing: f32,
+}
+
 /// Adds loss, accuracy and entropy of the label rows to `sums`.
 ///
 /// # Errors
@@ -43,24 +56,22 @@ use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 pub fn forward(
     hidden: View<'_>,
     head: View<'_>,
-    rows: &Indices<'_>,
-    targets: &Indices<'_>,
+    labels: Labels<'_>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
-    check(OP, hidden, head, rows, targets)?;
+    check(OP, hidden, head, labels)?;
     let devices = [
         hidden.device(),
         head.device(),
-        rows.device(),
-        targets.device(),
+        labels.rows.device(),
+        labels.targets.device(),
     ];
     if let Some(device) = common(OP, &devices)? {
-        let (data, labels) = ([hidden, head], [rows, targets]);
-        return cuda::run(device, data, labels, None, sums, workspace);
+        return cuda::run(device, [hidden, head], labels, None, sums, workspace);
     }
-    sums.add(cpu::run(hidden, head, rows, targets, None, workspace)?);
+    sums.add(cpu::run(hidden, head, labels, None, workspace)?);
     Ok(())
 }
 
@@ -71,22 +82,17 @@ pub fn forward(
 ///
 /// # Errors
 /// As [`forward`].
-#[expect(
-    clippy::too_many_arguments,
-    reason = "two inputs, two gradients, three sums"
-)]
 pub fn forward_backward(
     hidden: View<'_>,
     head: View<'_>,
-    rows: &Indices<'_>,
-    targets: &Indices<'_>,
+    labels: Labels<'_>,
     d_hidden: ViewMut<'_>,
     d_head: Option<ViewMut<'_>>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
-    check(OP, hidden, head, rows, targets)?;
+    check(OP, hidden, head, labels)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
     if let Some(d_head) = &d_head {
         check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
@@ -95,24 +101,23 @@ pub fn forward_backward(
     let devices = [
         hidden.device(),
         head.device(),
-        rows.device(),
-        targets.device(),
+        labels.rows.device(),
+        labels.targets.device(),
         d_hidden.device(),
         d_head_device,
     ];
     let gradients = Gradients { d_hidden, d_head };
     if let Some(device) = common(OP, &devices)? {
-        let (data, labels) = ([hidden, head], [rows, targets]);
-        return cuda::run(device, data, labels, Some(gradients), sums, workspace);
+        return cuda::run(
+            device,
+            [hidden, head],
+            labels,
+            Some(gradients),
+            sums,
+            workspace,
+        );
     }
-    sums.add(cpu::run(
-        hidden,
-        head,
-        rows,
-        targets,
-        Some(gradients),
-        workspace,
-    )?);
+    sums.add(cpu::run(hidden, head, labels, Some(gradients), workspace)?);
     Ok(())
 }
 
@@ -142,13 +147,16 @@ struct Gradients<'a> {
     d_head: Option<ViewMut<'a>>,
 }
 
-fn check(
-    op: &'static str,
-    hidden: View<'_>,
-    head: View<'_>,
-    rows: &[u32],
-    targets: &[u32],
-) -> Result<()> {
+fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>) -> Result<()> {
+    let Labels {
+        rows,
+        targets,
+        smoothing,
+    } = labels;
+    if !(0.0..1.0).contains(&smoothing) {
+        let message = format!("label smoothing is {smoothing}, expected 0 to below 1");
+        return Err(Error::Invalid { op, message });
+    }
     let expected = [head.rows(), hidden.cols()];
     check_shape(op, "head [V,D]", expected, head.shape())?;
     check_len(op, "targets", rows.len(), targets.len())?;

@@ -89,9 +89,33 @@ pub(super) fn statistics(logits: View<'_>) -> Vec<Lane> {
     (0..lanes).map(merged).collect()
 }
 
-/// Overwrites `logits [V, N]` by the gradient of the sum of losses: `softmax - onehot`.
-pub(super) fn to_gradients(logits: ViewMut<'_>, lanes: &[Lane], targets: &[u32]) {
+/// The mean of every column of `logits [V, N]`, f32 and without gaps.
+pub(super) fn means(logits: View<'_>) -> Vec<f64> {
+    let lanes = logits.cols();
+    let blocks: Vec<Vec<f32>> = values(logits)
+        .par_chunks(rows_per_task(lanes) * lanes)
+        .map(|rows| {
+            let mut sums = vec![0.0; lanes];
+            for row in rows.chunks_exact(lanes) {
+                for (sum, z) in sums.iter_mut().zip(row) {
+                    *sum += z;
+                }
+            }
+            sums
+        })
+        .collect();
+    let mean = |lane: usize| {
+        let sum: f64 = blocks.iter().map(|block| f64::from(block[lane])).sum();
+        sum / logits.rows() as f64
+    };
+    (0..lanes).map(mean).collect()
+}
+
+/// Overwrites `logits [V, N]` by the gradient of the sum of losses: `softmax - q`, where q is one hot
+/// but for label smoothing.
+pub(super) fn to_gradients(logits: ViewMut<'_>, lanes: &[Lane], targets: &[u32], smoothing: f32) {
     let width = lanes.len();
+    let everywhere = smoothing / logits.rows() as f32;
     let max: Vec<f32> = lanes.iter().map(|lane| lane.max).collect();
     let factor: Vec<f32> = lanes.iter().map(|lane| lane.sum.recip() as f32).collect();
     let Some(mut logits) = logits.typed::<f32>() else {
@@ -106,14 +130,14 @@ pub(super) fn to_gradients(logits: ViewMut<'_>, lanes: &[Lane], targets: &[u32])
             || {
                 for row in rows.chunks_exact_mut(width) {
                     for ((z, max), factor) in row.iter_mut().zip(&max).zip(&factor) {
-                        *z = simd::exp(*z - max) * factor;
+                        *z = simd::exp(*z - max).mul_add(*factor, -everywhere);
                     }
                 }
             },
         );
     });
     for (lane, &target) in targets.iter().enumerate() {
-        logits.row_mut(target as usize)[lane] -= 1.0;
+        logits.row_mut(target as usize)[lane] -= 1.0 - smoothing;
     }
 }
 

@@ -1,4 +1,4 @@
-use super::source::{TRANSFORMERS, TRL_SFT};
+use super::source::{OURS, TRANSFORMERS, TRL_SFT};
 use crate::config::section::section;
 use crate::config::value::choices;
 
@@ -27,6 +27,10 @@ section! {
         adam_beta2: f64 = 0.999, TRANSFORMERS;
         /// Added to the root of the second moment.
         adam_epsilon: f64 = 1e-8, TRANSFORMERS;
+        /// Share of each target's probability that is spread evenly over the vocabulary.
+        label_smoothing_factor: f64 = 0.0, TRANSFORMERS;
+        /// LoRA+: learning rate of B over that of A; null for the same. The paper suggests 16.
+        loraplus_lr_ratio: Option<f64> = None, OURS;
         /// Largest L2 norm of the gradient, larger ones are scaled down; 0 for no clipping.
         max_grad_norm: f64 = 1.0, TRANSFORMERS;
         /// Micro-batches per optimizer step and rank.

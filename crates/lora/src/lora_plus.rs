@@ -1,0 +1,57 @@
+//! LoRA+: B learns faster than A.
+//!
+//! # Source
+//! Hayou et al.: "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024); which tensors belong to
+//! which group: `create_loraplus_optimizer` of PEFT 0.21.
+
+use ferrotune_core::Result;
+use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use std::path::Path;
+
+/// Another method, with its own learning rate for B.
+#[derive(Debug)]
+pub struct LoraPlus {
+    method: Box<dyn Adapter>,
+    lr_ratio: f64,
+}
+
+impl LoraPlus {
+    /// `method` with `lr_ratio` times the learning rate on every B and every vector.
+    #[must_use]
+    pub fn new(method: Box<dyn Adapter>, lr_ratio: f64) -> Self {
+        Self { method, lr_ratio }
+    }
+}
+
+impl Adapter for LoraPlus {
+    fn attach(
+        &self,
+        sites: &[Site],
+        params: &mut ParamLayoutBuilder,
+    ) -> Result<Vec<(SiteId, Attachment)>> {
+        let attachments = self.method.attach(sites, params)?;
+        for spec in params.specs_mut() {
+            if spec.name.contains("lora_B") || spec.shape.len() == 1 {
+                spec.lr_scale *= self.lr_ratio;
+            }
+        }
+        Ok(attachments)
+    }
+
+    fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
+        self.method.init(params, seed)
+    }
+
+    fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        self.method.save(params, directory)
+    }
+
+    fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+        self.method.load(params, directory)
+    }
+
+    fn describe(&self) -> String {
+        format!("{} lr_ratio={}", self.method.describe(), self.lr_ratio)
+    }
+}
