@@ -4,12 +4,13 @@ use ferrotune::core::EXIT_CODES;
 use ferrotune::core::config::markdown_reference;
 use std::path::Path;
 
-const TEXTS: [&str; 10] = [
+const TEXTS: [&str; 11] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/config.md",
+    "docs/data.md",
     "docs/gpu.md",
     "docs/launchers.md",
     "docs/outputs.md",

@@ -11,6 +11,7 @@ mod env;
 mod eval;
 mod exact_match;
 mod generate;
+mod inspect;
 mod kernels;
 mod launch;
 mod launch_flags;
@@ -54,6 +55,8 @@ enum Command {
     Generate(generate::Args),
     /// Loss and exact match on a data set
     Eval(eval::Args),
+    /// Show rows as training would see them
+    Inspect(inspect::Args),
     /// Compare with numbers that other software recorded
     Parity(parity::Args),
     /// Tokens per second, share of the machine's peak and memory at a named model shape
@@ -127,6 +130,7 @@ fn run(command: Command) -> Outcome {
         Command::Merge(args) => merge::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Parity(args) => parity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Kernels(args) => kernels::run(&args),

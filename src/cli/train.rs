@@ -3,7 +3,8 @@ use super::output::STANDARD_OUTPUT;
 use super::overrides::{self, Switches};
 use super::progress::Progress;
 use super::{
-    Failure, Outcome, before_nccl, launch, print, print_help_of, print_line, print_note, stop,
+    Failure, Outcome, before_nccl, inspect, launch, print, print_help_of, print_line, print_note,
+    stop,
 };
 use ferrotune::core::config::{self, TrainConfig};
 use ferrotune::core::process_group::{Place, ProcessGroup, Solo};
@@ -12,10 +13,13 @@ use ferrotune::core::trainer::RunOutcome;
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::dist::env::{LaunchEnv, Scope, Surroundings, detect};
 use ferrotune::ranks;
-use ferrotune::recipe::{Recipe, Summary};
+use ferrotune::recipe::{Preflight, Recipe, Summary};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+
+/// Rows that a plan shows.
+const SHOWN_ROWS: usize = 2;
 
 /// Arguments of `train` and `plan`.
 #[derive(Debug, clap::Args)]
@@ -165,8 +169,16 @@ pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: V
         Voice::Person => {
             print_notes(&recipe.config);
             print(summary)?;
+            print_line("")?;
+            let seen = Preflight::of(&recipe.tokenizer, &recipe.dataset, 0..SHOWN_ROWS)?;
+            inspect::print_preflight(&seen)?;
         }
-        Voice::Machine => print_line(summary.json())?,
+        Voice::Machine => {
+            let seen = Preflight::of(&recipe.tokenizer, &recipe.dataset, 0..SHOWN_ROWS)?;
+            let mut document = summary.json().clone();
+            document["preflight"] = seen.json().clone();
+            print_line(document)?;
+        }
     }
     Ok(ExitCode::Done)
 }

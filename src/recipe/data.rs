@@ -1,13 +1,15 @@
 //! Data of a run: files to examples, examples to the micro-batches of each step.
 
+mod arrange;
+mod files;
 mod workload;
 
 pub(super) use workload::workload;
 
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
-    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, RecordKind,
-    Row, Tokenizer, pack_bfd, split_long, wrap,
+    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, Row,
+    Tokenizer, pack_bfd,
 };
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::process_group::Place;
@@ -15,6 +17,9 @@ use ferrotune_core::trainer::StepData;
 use ferrotune_core::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Training rows, and rows held out of them.
+pub(super) type Prepared = (Dataset, Option<Dataset>);
 
 /// The tokenizer of the base, with the configured chat template.
 pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> {
@@ -26,35 +31,38 @@ pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> 
     Ok(tokenizer)
 }
 
-/// The training rows, prepared.
-pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Dataset> {
+/// The training rows, prepared, and those of them that are held out for evaluation.
+pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     let data = &config.data;
-    let mut files = named_files(
+    let mut files = Vec::new();
+    let mut weights = Vec::new();
+    let names = files::named(
         &data.dataset_name,
         &data.dataset_train_split,
         "dataset_name",
     )?;
-    files.extend(data.train_file.iter().map(PathBuf::from));
+    let plain = data.train_file.iter().map(|f| vec![PathBuf::from(f)]);
+    for (i, named) in names.into_iter().chain(plain).enumerate() {
+        let weight = data.dataset_weights.get(i).copied().unwrap_or(1.0);
+        weights.extend(named.iter().map(|_| weight));
+        files.extend(named);
+    }
     if files.is_empty() {
         return Err(Error::config(
             "dataset_name",
-            "is missing; expected a .jsonl file, a directory of them, or train_file",
+            "is missing; expected a file of rows, a directory of them, or train_file",
         ));
     }
-    load(config, data.packing, |options| {
-        Dataset::load(&files, tokenizer, options)
-    })
+    let dataset = Dataset::load(&files, tokenizer, &options(config, data.packing))?;
+    arrange::training(config, dataset, &weights)
 }
 
-/// Training rows that do not come from files, prepared and cut as `config` says.
-///
-/// # Errors
-/// What [`Dataset::from_rows`] finds, and a packing that does not fit the rows.
-pub fn training_rows(
+/// Training rows that do not come from files, prepared.
+pub(super) fn training_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
     rows: impl IntoIterator<Item = Record>,
-) -> Result<Dataset> {
+) -> Result<Prepared> {
     let name = config.data.dataset_name.first();
     let path: Arc<Path> = Arc::from(Path::new(name.map_or("rows", String::as_str)));
     let rows = rows.into_iter().zip(1..).map(|(record, line)| Row {
@@ -62,99 +70,65 @@ pub fn training_rows(
         path: Arc::clone(&path),
         line,
     });
-    load(config, config.data.packing, |options| {
-        Dataset::from_rows(rows.collect(), tokenizer, options)
-    })
+    let options = options(config, config.data.packing);
+    let dataset = Dataset::from_rows(rows.collect(), tokenizer, &options)?;
+    arrange::training(config, dataset, &[])
 }
 
-/// The evaluation rows, if there are any.
-pub(super) fn evaluation(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Option<Dataset>> {
+/// Rows prepared and cut as a run would for training.
+///
+/// # Errors
+/// What [`Dataset::from_rows`] finds, and a packing that does not fit the rows.
+pub fn prepare_rows(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    rows: impl IntoIterator<Item = Record>,
+) -> Result<Dataset> {
+    training_rows(config, tokenizer, rows).map(|(dataset, _)| dataset)
+}
+
+/// The evaluation rows, if there are any: of their own files, else those held out.
+pub(super) fn evaluation(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    held_out: Option<Dataset>,
+) -> Result<Option<Dataset>> {
     let data = &config.data;
     let mut files: Vec<PathBuf> = data.eval_file.iter().map(PathBuf::from).collect();
-    if files.is_empty() {
+    if files.is_empty() && held_out.is_none() {
         let directories: Vec<String> = data
             .dataset_name
             .iter()
             .filter(|n| Path::new(n).is_dir())
             .cloned()
             .collect();
-        files = named_files(&directories, &data.dataset_test_split, "dataset_test_split")
-            .unwrap_or_default();
+        files = files::named(&directories, &data.dataset_test_split, "dataset_test_split")
+            .unwrap_or_default()
+            .concat();
     }
     if files.is_empty() {
-        return Ok(None);
+        return Ok(held_out);
     }
-    load(config, data.packs_evaluation(), |options| {
-        Dataset::load(&files, tokenizer, options)
-    })
-    .map(Some)
+    let packing = data.packs_evaluation();
+    let mut dataset = Dataset::load(&files, tokenizer, &options(config, packing))?;
+    arrange::cut(config, packing, &mut dataset)?;
+    Ok(Some(dataset))
 }
 
-fn load(
-    config: &TrainConfig,
-    packing: bool,
-    read: impl FnOnce(&PrepareOptions) -> Result<Dataset>,
-) -> Result<Dataset> {
+fn options(config: &TrainConfig, packing: bool) -> PrepareOptions {
     let data = &config.data;
-    let strategy = packing.then_some(data.packing_strategy);
-    let cuts = matches!(
-        strategy,
-        Some(PackingStrategy::BfdSplit | PackingStrategy::Wrapped)
-    );
-    let options = PrepareOptions {
+    let cut_later = packing && data.packing_strategy != PackingStrategy::Bfd;
+    PrepareOptions {
         dataset_text_field: data.dataset_text_field.clone(),
-        max_length: if cuts { None } else { data.max_length },
+        max_length: if cut_later { None } else { data.max_length },
         truncation_mode: data.truncation_mode,
         completion_only_loss: data.completion_only_loss,
         assistant_only_loss: data.assistant_only_loss,
         eos_token: data.eos_token.clone(),
+        dataset_columns: data.dataset_columns.clone(),
+        bad_rows: data.bad_rows,
         ..PrepareOptions::default()
-    };
-    let mut dataset = read(&options)?;
-    match (strategy, data.max_length) {
-        (Some(PackingStrategy::BfdSplit), Some(max_length)) => {
-            dataset.recut(|examples| split_long(examples, max_length));
-        }
-        (Some(PackingStrategy::Wrapped), Some(max_length)) => {
-            check_is_text(&dataset)?;
-            dataset.recut(|examples| wrap(&examples, max_length));
-        }
-        _ => {}
     }
-    Ok(dataset)
-}
-
-/// In wrapped blocks, rows see those before them.
-fn check_is_text(dataset: &Dataset) -> Result<()> {
-    match dataset.kind {
-        None | Some(RecordKind::Text) => Ok(()),
-        Some(kind) => Err(Error::config(
-            "packing_strategy",
-            format!(
-                "`wrapped` lets rows see each other, which is for pre-training on text alone, and \
-                 these rows are {kind}; use bfd or bfd_split"
-            ),
-        )),
-    }
-}
-
-/// A name is a file, or a directory with `SPLIT.jsonl` in it.
-fn named_files(names: &[String], split: &str, key: &str) -> Result<Vec<PathBuf>> {
-    let resolve = |name: &String| {
-        let path = PathBuf::from(name);
-        if path.is_file() {
-            return Ok(path);
-        }
-        let inside = path.join(format!("{split}.jsonl"));
-        if inside.is_file() {
-            return Ok(inside);
-        }
-        Err(Error::config(
-            key,
-            format!("`{name}` is neither a .jsonl file nor a directory with {split}.jsonl"),
-        ))
-    };
-    names.iter().map(resolve).collect()
 }
 
 /// Rows longer than the model's context are an error, not a surprise at step 4000.
@@ -189,7 +163,10 @@ pub(super) fn check_fits_vocabulary(
     decoder: &DecoderConfig,
     base: &Path,
 ) -> Result<()> {
+    let labels = |e: &Example| e.labels.iter().filter_map(|&l| u32::try_from(l).ok()).max();
+    let of_labels: Vec<u32> = dataset.examples.iter().filter_map(labels).collect();
     let ids = dataset.examples.iter().flat_map(|e| &e.input_ids);
+    let ids = ids.chain(&of_labels);
     tokenizer.check_fits(ids, decoder.vocab_size, &base.join("config.json"))
 }
 

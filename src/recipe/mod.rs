@@ -8,19 +8,23 @@ mod host_memory;
 mod memory;
 mod output_dir;
 mod outputs;
+mod preflight;
 mod resume;
+mod run_plan;
 mod summary;
 
 pub use adapter::adapter_of;
-pub use data::{EpochData, eval_batches, training_rows as prepare_rows};
+pub use data::{EpochData, eval_batches, prepare_rows};
 pub use memory::available_memory;
 pub use outputs::{CheckpointFiles, read_trained};
+pub use preflight::{Preflight, ShownRow, prepare_data};
+use run_plan::run_plan;
 pub use summary::Summary;
 
 use crate::device;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
+use ferrotune_core::config::{Dtype, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
@@ -121,7 +125,7 @@ impl Recipe {
     fn prepare_from(
         place: Place,
         mut config: TrainConfig,
-        training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
+        training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<data::Prepared>,
     ) -> Result<Self> {
         config.validate()?;
         set_threads(&config)?;
@@ -146,8 +150,8 @@ impl Recipe {
         let attached = memory::attach(&config, shape)?;
         config.notes.extend_from_slice(&attached.notes);
         let tokenizer = data::tokenizer(&config, &base)?;
-        let dataset = training(&config, &tokenizer)?;
-        let eval_dataset = data::evaluation(&config, &tokenizer)?;
+        let (dataset, held_out) = training(&config, &tokenizer)?;
+        let eval_dataset = data::evaluation(&config, &tokenizer, held_out)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
             data::check_fits_context(&config, rows, &decoder, &base)?;
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
@@ -562,39 +566,4 @@ fn activation_dtype(config: &TrainConfig, weights: DType, device: &Device) -> DT
         (Device::Cpu, Some(true)) => DType::Bf16,
         _ => device::activation_dtype(device, weights),
     }
-}
-
-fn run_plan(
-    config: &TrainConfig,
-    steps_per_epoch: u64,
-    trainable: usize,
-    decoder: &DecoderConfig,
-) -> Result<RunPlan> {
-    let total_steps = config.schedule.total_steps(steps_per_epoch);
-    let output = &config.output;
-    let every = |strategy: IntervalStrategy, steps: u64| match strategy {
-        IntervalStrategy::No => None,
-        IntervalStrategy::Steps => Some(steps),
-        IntervalStrategy::Epoch => Some(steps_per_epoch),
-    };
-    // Forward and the activations' gradient take 2 FLOPs per weight each, a trained weight 2 more.
-    let base = decoder.parameters() as f64;
-    let flops_per_token = if config.lora.use_peft {
-        4.0 * base + 6.0 * trainable as f64
-    } else {
-        6.0 * base
-    };
-    Ok(RunPlan {
-        total_steps,
-        steps_per_epoch,
-        log_every: every(
-            output.logging_strategy,
-            output.logging_interval(total_steps),
-        ),
-        log_first: output.logging_first_step,
-        save_every: every(output.save_strategy, output.save_interval(total_steps)),
-        eval_every: every(output.eval_strategy, output.eval_interval(total_steps)),
-        check_replicas_every: Some(config.runtime.replica_check_steps).filter(|steps| *steps > 0),
-        flops_per_token,
-    })
 }

@@ -1,6 +1,6 @@
 //! Rows.
 
-use super::common::{Workbench, read_json};
+use super::common::{Workbench, ferrotune, read_json, text};
 use super::{BAD_INPUT, check, fault};
 use serde_json::json;
 
@@ -88,4 +88,80 @@ fn rows_without_a_trained_token_are_dropped_and_counted() {
     bench.train("out", &changes).expect(0);
     let run = read_json(&bench.path("out/run.json"));
     assert_eq!(run["data"]["dropped_rows"], 1, "{run}");
+}
+
+#[test]
+fn bad_rows_are_skipped_where_asked_and_inspect_names_them() {
+    let bench = Workbench::new(4);
+    let good: &[u8] = br#"{"prompt": "what is it? ", "completion": "an answer"}"#;
+    write_lines(&bench, &[good, b"{broken", good]);
+    let changes = json!({"bad_rows": "skip", "per_device_train_batch_size": 1});
+    let config = bench.config("out", &changes);
+    let seen = ferrotune(&["inspect", "data", "--rows", "1", text(&config)]).expect(0);
+    let (begin, end) = (seen.stdout.find('\u{27e6}'), seen.stdout.find('\u{27e7}'));
+    let (begin, end) = (begin.expect("a mark"), end.expect("a mark"));
+    assert!(
+        seen.stdout[..begin].contains("what is it?"),
+        "{}",
+        seen.stdout
+    );
+    assert!(
+        seen.stdout[begin..end].contains("answer"),
+        "{}",
+        seen.stdout
+    );
+    assert!(
+        seen.stdout.contains("1 that cannot be used"),
+        "{}",
+        seen.stdout
+    );
+    assert!(
+        seen.stdout.contains("rows.jsonl:2: not valid JSON"),
+        "{}",
+        seen.stdout
+    );
+    let json = ferrotune(&["inspect", "data", text(&config), "--json"]).expect(0);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).expect("one document");
+    assert_eq!((&json["bad_rows"], &json["rows"]), (&json!(1), &json!(3)));
+    ferrotune(&["inspect", "data", "--first", "9", text(&config)]).expect(2);
+    bench.train("out", &changes).expect(0);
+}
+
+#[test]
+fn compressed_rows_and_rows_held_out_train() {
+    let bench = Workbench::new(4);
+    let rows: String = (0..40)
+        .map(|i| format!("{{\"question\": \"{i}? \", \"answer\": \"{i}!\"}}\n"))
+        .collect();
+    // One stored block: what gzip makes of rows that it does not compress.
+    let mut gzip = b"\x1f\x8b\x08\0\0\0\0\0\0\x03\x01".to_vec();
+    let length = u16::try_from(rows.len()).expect("a small file");
+    gzip.extend(length.to_le_bytes());
+    gzip.extend((!length).to_le_bytes());
+    gzip.extend(rows.as_bytes());
+    gzip.extend(crc32(rows.as_bytes()).to_le_bytes());
+    gzip.extend(u32::from(length).to_le_bytes());
+    std::fs::write(bench.path("rows.jsonl"), gzip).expect("writable");
+    let changes = json!({
+        "dataset_columns": {"question": "prompt", "answer": "completion"},
+        "test_split_size": 0.3,
+        "eval_strategy": "epoch",
+        "label_smoothing_factor": 0.1,
+        "loraplus_lr_ratio": 4,
+    });
+    bench.train("out", &changes).expect(0);
+    let results = read_json(&bench.path("out/eval_results.json"));
+    assert!(
+        results["eval_loss"].as_f64().is_some_and(f64::is_finite),
+        "{results}"
+    );
+}
+
+/// The checksum of gzip, bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0_u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg())
+        })
+    })
 }

@@ -103,11 +103,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         NotYet("give a list of files as dataset_name"),
     ),
     key("streaming", OFF, NotYet("")),
-    key(
-        "test_split_size",
-        OFF_OR_ZERO,
-        NotYet("give the held-out rows as eval_file"),
-    ),
     key("dataset_kwargs", EMPTY, NotYet("")),
     key("dataset_num_proc", &["null"], NoEffect("use num_threads")),
     key("dataset_batch_size", &["null", "1000"], NoEffect(LOADER)),

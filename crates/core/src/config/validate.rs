@@ -8,6 +8,8 @@ use std::fmt::Display;
 /// A week in seconds: nobody waits longer for a peer.
 const MAX_WAIT: u64 = 7 * 24 * 3600;
 /// More threads than any machine has cores; starting many more can bring the machine down.
+/// Copies of a file's rows.
+const MAX_WEIGHT: f64 = 1000.0;
 const MAX_THREADS: usize = 4096;
 /// More rows or micro-batches than any optimizer step has. Products of two such numbers and of any
 /// number of ranks stay within 64 bits.
@@ -79,7 +81,8 @@ impl TrainConfig {
         let data = &self.data;
         let sources = data.dataset_name.iter().chain(&data.train_file);
         self.require(sources.count() > 0, "dataset_name", |_| {
-            "not set; give a .jsonl file, a directory, or a list of them (or train_file)".to_owned()
+            "not set; give a file of rows, a directory, or a list of them (or train_file)"
+                .to_owned()
         })?;
         self.require(!self.output.output_dir.is_empty(), "output_dir", |_| {
             "empty; give a directory".to_owned()
@@ -95,6 +98,23 @@ impl TrainConfig {
         self.require(!packs || data.max_length.is_some(), "packing", |_| {
             "needs max_length, the size of a block; set it, or set packing to false".to_owned()
         })?;
+        self.require(
+            (0.0..1.0).contains(&data.test_split_size),
+            "test_split_size",
+            |value| format!("got {value}, expected a share of the rows from 0 to below 1"),
+        )?;
+        let weights = &data.dataset_weights;
+        let files = data.dataset_name.len() + data.train_file.len();
+        self.require(
+            weights.is_empty() || weights.len() == files,
+            "dataset_weights",
+            |_| format!("has {} entries for {files} training files", weights.len()),
+        )?;
+        self.require(
+            weights.iter().all(|w| *w > 0.0 && *w <= MAX_WEIGHT),
+            "dataset_weights",
+            |value| format!("got {value}, expected numbers above 0, at most {MAX_WEIGHT}"),
+        )?;
         self.count(
             "per_device_train_batch_size",
             data.per_device_train_batch_size,
@@ -254,11 +274,13 @@ impl TrainConfig {
             },
         )?;
         let data = &self.data;
-        let is_file = |name: &String| name.ends_with(".jsonl");
-        let no_rows = data.eval_file.is_empty() && data.dataset_name.iter().all(is_file);
+        let is_file = |name: &String| std::path::Path::new(name).extension().is_some();
+        let no_rows = data.eval_file.is_empty()
+            && data.test_split_size == 0.0
+            && data.dataset_name.iter().all(is_file);
         let evaluates = output.eval_strategy != IntervalStrategy::No;
         self.require(!(evaluates && no_rows), "eval_strategy", |value| {
-            format!("{value} needs rows to evaluate on; set eval_file, or eval_strategy to no")
+            format!("{value} needs rows to evaluate on; set eval_file or test_split_size, or eval_strategy to no")
         })
     }
 

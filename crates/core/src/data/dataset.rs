@@ -1,12 +1,14 @@
 //! A data set in memory: every example of the files, in their order.
 
 use crate::data::batch::Example;
-use crate::data::jsonl::{JsonLines, Line, parse_object};
-use crate::data::prepare::{PrepareOptions, PrepareReport, Preparer, Row};
-use crate::data::record::{Record, RecordKind};
+use crate::data::jsonl::{Line, parse_object};
+use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row};
+use crate::data::record::{Record, RecordKind, rename_columns};
+use crate::data::source::{self, RawRow};
 use crate::data::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,10 +25,12 @@ pub struct Dataset {
     pub report: PrepareReport,
     /// The kind of its rows.
     pub kind: Option<RecordKind>,
+    /// Where in `examples` those of each file end.
+    pub file_ends: Vec<usize>,
 }
 
 impl Dataset {
-    /// Reads and prepares JSON Lines files. The first row decides what kind all rows are.
+    /// Reads and prepares files of rows. The first row decides what kind all rows are.
     ///
     /// # Errors
     /// [`Error::Data`] with file and line for a row that is broken or of another kind, and when
@@ -40,6 +44,8 @@ impl Dataset {
         let mut builder = Builder::new(tokenizer, options);
         for file in files {
             builder.read(file)?;
+            let end = builder.dataset.examples.len();
+            builder.dataset.file_ends.push(end);
         }
         builder.finish(
             files
@@ -65,10 +71,10 @@ impl Dataset {
         builder.finish(&origin)
     }
 
-    /// Replaces the examples by pieces of them.
-    pub fn recut(&mut self, cut: impl FnOnce(Vec<Example>) -> Vec<Example>) {
-        self.examples = cut(std::mem::take(&mut self.examples));
-        self.report.longest = self.lengths().into_iter().max().unwrap_or(0);
+    /// Replaces the examples by others made of them, and measures those.
+    pub fn replace(&mut self, with: impl FnOnce(Vec<Example>) -> Vec<Example>) {
+        self.examples = with(std::mem::take(&mut self.examples));
+        self.report.measure(&self.examples);
     }
 
     /// The number of tokens of each example.
@@ -98,36 +104,34 @@ impl<'a> Builder<'a> {
 
     fn read(&mut self, file: &Path) -> Result<()> {
         let path: Arc<Path> = Arc::from(file);
-        let mut lines = JsonLines::open(file)?;
+        let mut source = source::open(file)?;
         loop {
-            // A line that cannot be read is reported after the rows before it.
-            let (chunk, failure) = next_chunk(&mut lines);
-            if chunk.is_empty() && failure.is_none() {
+            let chunk = next_chunk(&mut source);
+            if chunk.is_empty() {
                 return Ok(());
             }
-            let text_field = &self.options.dataset_text_field;
+            let options = self.options;
             let rows = chunk
-                .par_iter()
-                .map(|line| Row::parse(&path, line, text_field))
+                .into_par_iter()
+                .map(|row| Row::read(&path, row?, options))
                 .collect();
             self.add(rows)?;
-            if let Some(error) = failure {
-                return Err(error);
-            }
         }
     }
 
-    /// Prepares rows in parallel and appends them in order; the first error in order wins.
+    /// Prepares rows in parallel and appends them in order; the first error in order wins, unless bad
+    /// rows are skipped.
     fn add(&mut self, rows: Vec<Result<Row>>) -> Result<()> {
-        let first_kind = || match rows.first() {
-            Some(Ok(row)) => Some(row.record.kind()),
-            _ => None,
-        };
-        if self.preparer.is_none()
-            && let Some(kind) = first_kind()
-        {
-            self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
-            self.dataset.kind = Some(kind);
+        if self.preparer.is_none() {
+            let first = match self.options.bad_rows {
+                BadRows::Error => rows.first().and_then(|row| row.as_ref().ok()),
+                BadRows::Skip => rows.iter().find_map(|row| row.as_ref().ok()),
+            };
+            if let Some(row) = first {
+                let kind = row.record.kind();
+                self.preparer = Some(Preparer::new(self.tokenizer, self.options, kind)?);
+                self.dataset.kind = Some(kind);
+            }
         }
         let preparer = self.preparer.as_ref();
         let prepared: Vec<Result<(Row, Example, usize)>> = rows
@@ -142,14 +146,19 @@ impl<'a> Builder<'a> {
                 Ok((row, example, lost))
             })
             .collect();
+        let skips = self.options.bad_rows == BadRows::Skip;
+        let report = &mut self.dataset.report;
         for item in prepared {
-            let (row, example, lost) = item?;
-            if self
-                .dataset
-                .report
-                .count(&row.path, row.line, &example, lost)
-            {
-                self.dataset.examples.push(example);
+            match item {
+                Ok((row, example, lost)) => {
+                    if report.count(&row.path, row.line, &example, lost) {
+                        self.dataset.examples.push(example);
+                    }
+                }
+                Err(error @ (Error::Data { .. } | Error::Template { .. })) if skips => {
+                    report.count_bad(&error);
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -165,7 +174,9 @@ impl<'a> Builder<'a> {
             ));
         }
         if self.dataset.examples.is_empty() {
-            let hint = if report.truncated_rows > 0 {
+            let hint = if let Some(first) = report.bad_row_messages.first() {
+                &format!("; {} cannot be used, the first: {first}", report.bad_rows)
+            } else if report.truncated_rows > 0 {
                 "; truncation cut the trained part off: raise `max_length`"
             } else {
                 ""
@@ -183,20 +194,15 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// The next lines, bounded in number and bytes, and the error that ended them.
-fn next_chunk(lines: &mut impl Iterator<Item = Result<Line>>) -> (Vec<Line>, Option<Error>) {
+/// The next rows, bounded in number and bytes, the bad ones too.
+fn next_chunk(source: &mut impl Iterator<Item = Result<RawRow>>) -> Vec<Result<RawRow>> {
     let (mut chunk, mut bytes) = (Vec::new(), 0);
     while chunk.len() < CHUNK_ROWS && bytes < CHUNK_BYTES {
-        match lines.next() {
-            None => break,
-            Some(Err(error)) => return (chunk, Some(error)),
-            Some(Ok(line)) => {
-                bytes += line.text.len();
-                chunk.push(line);
-            }
-        }
+        let Some(row) = source.next() else { break };
+        bytes += row.as_ref().map_or(0, RawRow::bytes);
+        chunk.push(row);
     }
-    (chunk, None)
+    chunk
 }
 
 impl Row {
@@ -205,13 +211,30 @@ impl Row {
     /// # Errors
     /// [`Error::Data`] with file and line.
     pub fn parse(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Self> {
-        let object = parse_object(path, line)?;
-        let record = Record::from_row(&object, text_field)
-            .map_err(|message| Error::data(path, line.number, message))?;
+        let columns = parse_object(path, line)?;
+        Self::of_columns(path, line.number, &columns, text_field)
+    }
+
+    /// Reads a row of a file.
+    fn read(path: &Arc<Path>, row: RawRow, options: &PrepareOptions) -> Result<Self> {
+        let number = row.number();
+        let columns = rename_columns(row.columns(path)?, &options.dataset_columns)
+            .map_err(|message| Error::data(path, number, message))?;
+        Self::of_columns(path, number, &columns, &options.dataset_text_field)
+    }
+
+    fn of_columns(
+        path: &Arc<Path>,
+        line: u64,
+        columns: &Map<String, Value>,
+        text_field: &str,
+    ) -> Result<Self> {
+        let record = Record::from_row(columns, text_field)
+            .map_err(|message| Error::data(path, line, message))?;
         Ok(Self {
             record,
             path: path.clone(),
-            line: line.number,
+            line,
         })
     }
 }

@@ -1,9 +1,9 @@
 //! JSON Lines, read one line at a time: memory is bounded by the longest line, not by the file.
 
+use crate::data::compressed;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 /// The longest line that is read: 64 MiB.
@@ -28,14 +28,13 @@ pub struct JsonLines<R> {
     failed: bool,
 }
 
-impl JsonLines<BufReader<File>> {
-    /// Opens a file.
+impl JsonLines<Box<dyn BufRead + Send>> {
+    /// Opens a file, which may be compressed by gzip or zstd.
     ///
     /// # Errors
     /// [`Error::Read`] when it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::read(path))?;
-        Ok(Self::new(BufReader::with_capacity(1 << 18, file), path))
+        Ok(Self::new(compressed::open(path)?, path))
     }
 }
 
@@ -72,8 +71,9 @@ impl<R: BufRead> JsonLines<R> {
             let end = memchr::memchr(b'\n', buffer);
             let taken = end.unwrap_or(buffer.len());
             if line.len() + taken > self.limit {
+                self.pass_over_line()?;
                 return Err(self.error(
-                    self.number + 1,
+                    self.number,
                     format!(
                         "the line is longer than {} bytes; one JSON object per line is expected",
                         self.limit
@@ -85,6 +85,23 @@ impl<R: BufRead> JsonLines<R> {
             if end.is_some() {
                 self.number += 1;
                 return Ok(Some(line));
+            }
+        }
+    }
+
+    /// Goes on behind the line that is being read.
+    fn pass_over_line(&mut self) -> Result<()> {
+        self.number += 1;
+        loop {
+            let buffer = self.reader.fill_buf().map_err(Error::read(&self.path))?;
+            let end = memchr::memchr(b'\n', buffer);
+            let taken = end.map_or(buffer.len(), |end| end + 1);
+            if taken == 0 {
+                return Ok(());
+            }
+            self.reader.consume(taken);
+            if end.is_some() {
+                return Ok(());
             }
         }
     }
@@ -116,13 +133,13 @@ impl<R: BufRead> JsonLines<R> {
 impl<R: BufRead> Iterator for JsonLines<R> {
     type Item = Result<Line>;
 
-    /// The next line; nothing after the first error.
+    /// The next line, or what is wrong with it; nothing after a file that cannot be read.
     fn next(&mut self) -> Option<Self::Item> {
         if self.failed {
             return None;
         }
         let line = self.next_line().transpose();
-        self.failed = matches!(line, Some(Err(_)));
+        self.failed = matches!(line, Some(Err(Error::Read { .. })));
         line
     }
 }
@@ -130,9 +147,6 @@ impl<R: BufRead> Iterator for JsonLines<R> {
 /// What is wrong with bytes that are not UTF-8, and what the file may be instead.
 fn not_utf8(bytes: &[u8], at: usize) -> String {
     let guess = match bytes {
-        [0x1f, 0x8b, ..] => "; this looks like gzip: decompress it first",
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => "; this looks like zstd: decompress it first",
-        [b'P', b'A', b'R', b'1', ..] => "; this looks like parquet: convert it to JSON Lines first",
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "; this looks like UTF-16: save it as UTF-8",
         _ => "; save the file as UTF-8",
     };
@@ -185,6 +199,7 @@ pub fn json_kind(value: &Value) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::BufReader;
 
     fn lines(bytes: &[u8]) -> Vec<Result<Line>> {
         JsonLines::new(BufReader::with_capacity(4, bytes), Path::new("rows.jsonl"))
@@ -229,8 +244,7 @@ mod tests {
                 b"{}\n{\"a\": \"\xff\"}\n",
                 "rows.jsonl:2: byte 7 of the line, 0xff",
             ),
-            (b"\x1f\x8b\x08", "gzip"),
-            (b"PAR1\xff", "parquet"),
+            (b"\xff\xfe\x00", "UTF-16"),
             (&deep, "rows.jsonl:1: not valid JSON"),
             (
                 &[b'x'; 100],
@@ -259,7 +273,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_follows_an_error() {
-        assert_eq!(lines(b"\xff\n{}\n").len(), 1);
+    fn lines_behind_a_bad_one_keep_their_numbers() {
+        let long = [b"\xff\n{}\n".as_slice(), &[b'x'; 100], b"\n{\"a\":1}"].concat();
+        let found: Vec<Option<u64>> = lines(&long)
+            .into_iter()
+            .map(|line| line.ok().map(|line| line.number))
+            .collect();
+        assert_eq!(found, [None, Some(2), None, Some(4)]);
     }
 }

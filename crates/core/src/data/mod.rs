@@ -3,15 +3,20 @@
 mod assistant;
 mod batch;
 mod chat_template;
+mod compressed;
 mod dataset;
 #[cfg(test)]
 mod fixtures;
+#[cfg(test)]
+mod hostile;
 pub mod jsonl;
 mod pack;
+mod parquet;
 mod prepare;
 mod prompt;
 mod record;
 mod sampler;
+mod source;
 mod tokenizer;
 
 pub use assistant::mask_of_spans;
@@ -19,8 +24,8 @@ pub use batch::{Example, IGNORE_INDEX, PackedBatch};
 pub use chat_template::{ChatTemplate, Conversation, DEFAULT_DATE, Ending, Rendered};
 pub use dataset::Dataset;
 pub use pack::{pack_bfd, split_long, wrap};
-pub use prepare::{PrepareOptions, PrepareReport, Preparer, Row, TruncationMode};
+pub use prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row, TruncationMode};
 pub use prompt::Prompt;
-pub use record::{Message, Record, RecordKind, TemplateInputs};
+pub use record::{Message, Record, RecordKind, TemplateInputs, TrainedTurns, rename_columns};
 pub use sampler::{BatchPlan, EpochPlan, MicroBatch, Order};
 pub use tokenizer::{Decoding, Encoded, SpecialTokens, Tokenizer};

@@ -9,16 +9,17 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-pub use crate::config::TruncationMode;
+pub use crate::config::{BadRows, TruncationMode};
 pub use report::PrepareReport;
 
 use crate::data::assistant::{Untagged, excerpt, mask_of_spans};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
-use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
+use crate::data::record::{Message, Record, RecordKind, TemplateInputs, TrainedTurns};
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,6 +41,10 @@ pub struct PrepareOptions {
     pub eos_token: Option<String>,
     /// Variables of the chat template; those of a row win.
     pub chat_template_kwargs: Map<String, Value>,
+    /// Columns of the files to rename, by their name there, before rows are read.
+    pub dataset_columns: BTreeMap<String, String>,
+    /// What happens to a row that cannot be used.
+    pub bad_rows: BadRows,
 }
 
 impl Default for PrepareOptions {
@@ -52,6 +57,8 @@ impl Default for PrepareOptions {
             assistant_only_loss: false,
             eos_token: None,
             chat_template_kwargs: Map::new(),
+            dataset_columns: BTreeMap::new(),
+            bad_rows: BadRows::Error,
         }
     }
 }
@@ -89,7 +96,14 @@ impl<'a> Preparer<'a> {
         kind: RecordKind,
     ) -> Result<Self> {
         let plain = matches!(kind, RecordKind::Text | RecordKind::PromptCompletion);
-        let has_completion = !matches!(kind, RecordKind::Text | RecordKind::Messages);
+        let has_completion = matches!(
+            kind,
+            RecordKind::PromptCompletion | RecordKind::PromptCompletionMessages
+        );
+        let is_chat = matches!(
+            kind,
+            RecordKind::Messages | RecordKind::PromptCompletionMessages
+        );
         let eos = options.eos_token.as_deref().or(tokenizer.eos_token());
         if plain && eos.is_none() {
             return Err(Error::model(
@@ -112,7 +126,7 @@ impl<'a> Preparer<'a> {
         if options.max_length == Some(0) {
             return Err(Error::config("max_length", "must be at least 1, or null"));
         }
-        if plain && options.assistant_only_loss {
+        if !is_chat && options.assistant_only_loss {
             return Err(Error::config(
                 "assistant_only_loss",
                 format!("needs conversations; these rows are {kind}"),
@@ -125,7 +139,7 @@ impl<'a> Preparer<'a> {
             eos: eos.unwrap_or_default(),
             mask_prompt: has_completion && options.completion_only_loss != Some(false),
         };
-        if !plain {
+        if is_chat {
             preparer.template(None)?;
         }
         Ok(preparer)
@@ -187,8 +201,13 @@ impl<'a> Preparer<'a> {
             }
             Record::Messages { messages, inputs } => {
                 let rendered = self.render(messages, inputs, Ending::Closed)?;
-                self.conversation(messages, inputs, &rendered, 0)
+                let given = self.system_bytes(messages, inputs, &rendered)?;
+                self.conversation(messages, inputs, &rendered, given)
             }
+            Record::Tokens { input_ids, labels } => Ok(Example {
+                input_ids: input_ids.clone(),
+                labels: labels.clone(),
+            }),
             Record::PromptCompletionMessages {
                 prompt,
                 completion,
@@ -260,7 +279,11 @@ impl<'a> Preparer<'a> {
         rendered: &Rendered,
         given: usize,
     ) -> Result<Example> {
-        if given == 0 && !self.options.assistant_only_loss {
+        let assistant_only = match inputs.trained {
+            Some(turns) => turns == TrainedTurns::Assistant,
+            None => self.options.assistant_only_loss,
+        };
+        if given == 0 && !assistant_only {
             let ids = self.tokenizer.encode(&rendered.text, SpecialTokens::Omit)?;
             return Ok(fully_trained(ids));
         }
@@ -268,7 +291,7 @@ impl<'a> Preparer<'a> {
             .tokenizer
             .encode_with_offsets(&rendered.text, SpecialTokens::Omit)?;
         let begin = completion_start(&encoded, given);
-        let assistant = if self.options.assistant_only_loss {
+        let assistant = if assistant_only {
             let spans = self.assistant_spans(messages, inputs, rendered, &encoded)?;
             Some(mask_of_spans(&encoded, &spans))
         } else {
@@ -302,6 +325,30 @@ impl<'a> Preparer<'a> {
             render,
         }
         .spans()
+    }
+
+    /// Where a row of which all but the system message is trained has that message's end.
+    fn system_bytes(
+        &self,
+        messages: &[Message],
+        inputs: &TemplateInputs,
+        rendered: &Rendered,
+    ) -> Result<usize> {
+        let system = messages.iter().take_while(|m| m.role() == "system").count();
+        if inputs.trained != Some(TrainedTurns::AllButSystem) || system == 0 {
+            return Ok(0);
+        }
+        let alone = self
+            .render(&messages[..system], inputs, Ending::Closed)?
+            .text;
+        if rendered.text.starts_with(&alone) {
+            return Ok(alone.len());
+        }
+        Err(Error::Template {
+            message: "`unmask` is true, and the template renders the system message differently \
+                      once others follow, so it cannot be told from what is trained"
+                .into(),
+        })
     }
 
     fn check_bos(&self, row: &Row, example: &Example) -> Result<()> {

@@ -92,7 +92,7 @@ impl Prompt {
             Record::PromptCompletion { prompt, completion } => {
                 Some((Self::Text(prompt), completion))
             }
-            Record::Text(_) => None,
+            Record::Text(_) | Record::Tokens { .. } => None,
         }
     }
 

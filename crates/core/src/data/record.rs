@@ -1,5 +1,9 @@
 //! What a row of a data set says, before it is tokenised.
 
+mod formats;
+
+pub use formats::rename_columns;
+
 use crate::data::jsonl::json_kind;
 use crate::suggest::did_you_mean;
 use serde_json::{Map, Value};
@@ -79,6 +83,17 @@ pub struct TemplateInputs {
     pub tools: Option<Value>,
     /// Variables of the template (`chat_template_kwargs`).
     pub chat_template_kwargs: Map<String, Value>,
+    /// What of this row is trained, whatever the other rows do (InstructLab's `unmask`).
+    pub trained: Option<TrainedTurns>,
+}
+
+/// Whose turns of a conversation are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrainedTurns {
+    /// The assistant's.
+    Assistant,
+    /// All, with what is around them, but a system message at the beginning.
+    AllButSystem,
 }
 
 /// One row of a data set.
@@ -109,6 +124,13 @@ pub enum Record {
     },
     /// Text.
     Text(String),
+    /// Tokens: nothing is added to them.
+    Tokens {
+        /// Token ids, `[T]`.
+        input_ids: Vec<u32>,
+        /// Labels, `[T]`: token ids, or -100 for what is not trained.
+        labels: Vec<i32>,
+    },
 }
 
 /// The kinds of [`Record`]. The first row of a data set decides for all rows.
@@ -122,6 +144,8 @@ pub enum RecordKind {
     PromptCompletionMessages,
     /// [`Record::Text`].
     Text,
+    /// [`Record::Tokens`].
+    Tokens,
 }
 
 impl std::fmt::Display for RecordKind {
@@ -131,6 +155,7 @@ impl std::fmt::Display for RecordKind {
             Self::PromptCompletion => "`prompt` and `completion` as text",
             Self::PromptCompletionMessages => "`prompt` and `completion` as messages",
             Self::Text => "text",
+            Self::Tokens => "`input_ids`",
         })
     }
 }
@@ -144,11 +169,13 @@ impl Record {
             Self::PromptCompletion { .. } => RecordKind::PromptCompletion,
             Self::PromptCompletionMessages { .. } => RecordKind::PromptCompletionMessages,
             Self::Text(_) => RecordKind::Text,
+            Self::Tokens { .. } => RecordKind::Tokens,
         }
     }
 
-    /// Reads a row by its columns: `prompt` with `completion`, `messages`, or the column that
-    /// `text_field` names. Other columns are ignored.
+    /// Reads a row by its columns: `input_ids`, `prompt` with `completion`, `messages`,
+    /// `conversations`, the column that `text_field` names, or `instruction` with `output`, whichever
+    /// of these is there first. Other columns are ignored, and so are those that are null.
     ///
     /// # Errors
     /// What is wrong, what was found and what is accepted.
@@ -156,16 +183,30 @@ impl Record {
     /// # Source
     /// The data formats of TRL's `SFTTrainer`.
     pub fn from_row(row: &Map<String, Value>, text_field: &str) -> Result<Self, String> {
-        if let (Some(prompt), Some(completion)) = (row.get("prompt"), row.get("completion")) {
+        let column = |name: &str| row.get(name).filter(|value| !value.is_null());
+        if let Some(input_ids) = column("input_ids") {
+            return formats::tokens(row, input_ids);
+        }
+        if let (Some(prompt), Some(completion)) = (column("prompt"), column("completion")) {
             return prompt_completion(row, prompt, completion);
         }
-        if let Some(messages) = row.get("messages") {
+        if let Some(messages) = column("messages") {
             return Ok(Self::Messages {
                 messages: read_messages("messages", messages)?,
-                inputs: template_inputs(row)?,
+                inputs: TemplateInputs::of_row(row)?,
             });
         }
-        match row.get(text_field) {
+        if let Some(conversations) = column("conversations") {
+            let messages = formats::conversations(conversations)?;
+            return Ok(Self::Messages {
+                messages: read_messages("conversations", &messages)?,
+                inputs: TemplateInputs::of_row(row)?,
+            });
+        }
+        match column(text_field) {
+            None if column("instruction").is_some() && column("output").is_some() => {
+                formats::alpaca(row)
+            }
             Some(Value::String(text)) => Ok(Self::Text(text.clone())),
             Some(other) => Err(format!(
                 "`{text_field}` must be a string, found {}",
@@ -189,7 +230,7 @@ fn prompt_completion(
         (Value::Array(_), Value::Array(_)) => Ok(Record::PromptCompletionMessages {
             prompt: read_messages("prompt", prompt)?,
             completion: read_messages("completion", completion)?,
-            inputs: template_inputs(row)?,
+            inputs: TemplateInputs::of_row(row)?,
         }),
         _ => Err(format!(
             "`prompt` and `completion` must both be strings or both be lists of messages, found \
@@ -245,6 +286,7 @@ pub(super) fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs
     Ok(TemplateInputs {
         tools: tools.filter(|t| !t.is_null()),
         chat_template_kwargs,
+        trained: None,
     })
 }
 
@@ -253,7 +295,13 @@ fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
     let missing = match (row.contains_key("prompt"), row.contains_key("completion")) {
         (true, false) => vec!["completion"],
         (false, true) => vec!["prompt"],
-        _ => vec!["messages", "prompt", "completion", text_field],
+        _ => vec![
+            "messages",
+            "prompt",
+            "completion",
+            "conversations",
+            text_field,
+        ],
     };
     // The near miss is among the row's own columns, so it is they that are offered.
     let hint = missing
@@ -262,8 +310,9 @@ fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
         .find(|hint| !hint.is_empty())
         .unwrap_or_default();
     format!(
-        "no columns to train on: found {}; expected `messages`, or `prompt` and `completion`, or \
-         `{text_field}` (key `dataset_text_field`){hint}",
+        "no columns to train on: found {}; expected `messages`, `prompt` and `completion`, \
+         `conversations`, `instruction` and `output`, `input_ids`, or `{text_field}` (key \
+         `dataset_text_field`); key `dataset_columns` renames columns{hint}",
         list(&found)
     )
 }

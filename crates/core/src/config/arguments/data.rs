@@ -1,6 +1,7 @@
 use super::source::{OURS, TRANSFORMERS, TRL_SCRIPT, TRL_SFT};
 use crate::config::section::section;
 use crate::config::value::choices;
+use std::collections::BTreeMap;
 
 choices! {
     /// How rows are packed into blocks of `max_length` tokens.
@@ -26,6 +27,16 @@ choices! {
 }
 
 choices! {
+    /// What happens to a row that cannot be used.
+    BadRows {
+        /// The run ends with its file, its line and the reason.
+        Error = "error",
+        /// It is left out; how many, and the first of them, are reported.
+        Skip = "skip",
+    }
+}
+
+choices! {
     /// In which order an epoch visits the rows.
     SamplingStrategy {
         /// A new permutation each epoch, a function of the seed.
@@ -38,8 +49,8 @@ choices! {
 section! {
     /// Which rows, how they become tokens, how many at a time.
     DataArguments, "data" {
-        /// Training data: a local .jsonl file, a directory with one file per split, or a list of
-        /// them.
+        /// Training data: a local file of rows (JSON Lines, plain or as .gz or .zst, or parquet), a
+        /// directory with one per split, or a list of them.
         dataset_name: Vec<String> = Vec::new(), TRL_SCRIPT;
         /// Split of a dataset directory to train on (`train.jsonl`).
         dataset_train_split: String = "train".to_owned(), TRL_SCRIPT;
@@ -47,8 +58,18 @@ section! {
         dataset_test_split: String = "test".to_owned(), TRL_SCRIPT;
         /// Training file or files, in addition to `dataset_name`.
         train_file: Vec<String> = Vec::new(), OURS;
+        /// How often the rows of each training file are taken, in the order of `dataset_name` and
+        /// `train_file`: 2 for twice, 0.5 for a half chosen by the seed; empty for once each.
+        dataset_weights: Vec<f64> = Vec::new(), OURS;
         /// Evaluation file or files.
         eval_file: Vec<String> = Vec::new(), OURS;
+        /// Share of the training rows to evaluate on instead, if there is no evaluation file. Which
+        /// rows depends on what they say, not on where they are.
+        test_split_size: f64 = 0.0, TRL_SCRIPT;
+        /// Columns to rename before rows are read, such as {question: prompt, answer: completion}.
+        dataset_columns: BTreeMap<String, String> = BTreeMap::new(), OURS;
+        /// What happens to a row that cannot be used: error or skip.
+        bad_rows: BadRows = BadRows::Error, OURS;
         /// Field of a row that holds plain text.
         dataset_text_field: String = "text".to_owned(), TRL_SFT;
         /// Token that ends a sequence; null for the tokenizer's.

@@ -8,7 +8,7 @@ mod output;
 mod runtime;
 mod schedule;
 
-pub use data::{DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
+pub use data::{BadRows, DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
 pub use lora::{InitLoraWeights, LoraArguments, LoraBias};
 pub use model::{Dtype, ModelArguments};
 pub use optimizer::{Optim, OptimizerArguments};

@@ -14,6 +14,10 @@ pub struct PrepareReport {
     pub dropped_rows: u64,
     /// File and line of the first rows left out.
     pub dropped_lines: Vec<(PathBuf, u64)>,
+    /// Rows left out because they cannot be used.
+    pub bad_rows: u64,
+    /// The first of them, each with file, line and reason.
+    pub bad_row_messages: Vec<String>,
     /// Rows cut to `max_length`.
     pub truncated_rows: u64,
     /// Tokens that truncation cut off.
@@ -29,6 +33,15 @@ pub struct PrepareReport {
 }
 
 impl PrepareReport {
+    /// Counts a row that cannot be used.
+    pub(crate) fn count_bad(&mut self, reason: &crate::Error) {
+        self.rows += 1;
+        self.bad_rows += 1;
+        if self.bad_row_messages.len() < NAMED_ROWS {
+            self.bad_row_messages.push(reason.to_string());
+        }
+    }
+
     /// Counts a row that was prepared and cut by `lost` tokens; whether it is kept.
     pub(crate) fn count(&mut self, path: &Path, line: u64, example: &Example, lost: usize) -> bool {
         self.rows += 1;
@@ -42,13 +55,24 @@ impl PrepareReport {
             }
             return false;
         }
-        self.tokens += example.len() as u64;
-        self.trained_tokens += trained as u64;
-        self.longest = self.longest.max(example.len());
-        *self
-            .length_histogram
-            .entry(example.len().next_power_of_two())
-            .or_default() += 1;
+        self.add(example);
         true
+    }
+
+    /// Counts anew what is counted of examples.
+    pub(crate) fn measure(&mut self, examples: &[Example]) {
+        (self.tokens, self.trained_tokens, self.longest) = (0, 0, 0);
+        self.length_histogram.clear();
+        for example in examples {
+            self.add(example);
+        }
+    }
+
+    fn add(&mut self, example: &Example) {
+        self.tokens += example.len() as u64;
+        self.trained_tokens += example.trained_tokens() as u64;
+        self.longest = self.longest.max(example.len());
+        let bin = example.len().next_power_of_two();
+        *self.length_histogram.entry(bin).or_default() += 1;
     }
 }

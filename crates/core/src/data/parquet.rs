@@ -1,0 +1,144 @@
+//! Rows of parquet files, as the JSON objects that a JSON Lines file would hold.
+
+use crate::{Error, Result};
+use ::parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::record::reader::RowIter;
+use serde_json::{Map, Value};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The rows of a file; pages are decoded as they are reached.
+pub(super) struct ParquetRows {
+    path: PathBuf,
+    rows: RowIter<'static>,
+    number: u64,
+    failed: bool,
+}
+
+impl ParquetRows {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`Error::Read`] when it cannot be opened, [`Error::Data`] when it is not whole.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::read(path))?;
+        let reader = SerializedFileReader::new(file)
+            .map_err(|e| Error::data(path, None, format!("not a whole parquet file: {e}")))?;
+        for (group, metadata) in reader.metadata().row_groups().iter().enumerate() {
+            check_size(path, group, metadata)?;
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            rows: RowIter::from_file_into(Box::new(reader)),
+            number: 0,
+            failed: false,
+        })
+    }
+}
+
+/// What decompression may take is known before it begins.
+fn check_size(
+    path: &Path,
+    group: usize,
+    metadata: &::parquet::file::metadata::RowGroupMetaData,
+) -> Result<()> {
+    const LARGEST: i64 = 8 << 30;
+    let bytes = metadata.total_byte_size();
+    if (0..=LARGEST).contains(&bytes) {
+        return Ok(());
+    }
+    let message =
+        format!("row group {group} says it has {bytes} bytes; at most {LARGEST} are read");
+    Err(Error::data(path, None, message))
+}
+
+impl Iterator for ParquetRows {
+    type Item = Result<(u64, Map<String, Value>)>;
+
+    /// The next row; nothing after a page that cannot be decoded, as the rows behind it cannot either.
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let row = self.rows.next()?;
+        self.number += 1;
+        Some(match row.map(|row| row.to_json_value()) {
+            Ok(Value::Object(object)) => Ok((self.number, object)),
+            other => {
+                self.failed = true;
+                let reason = match other {
+                    Err(error) => error.to_string(),
+                    Ok(other) => format!("expected columns, found {other}"),
+                };
+                let reason = format!("row {} cannot be decoded: {reason}", self.number);
+                Err(Error::read(&self.path)(io::Error::other(reason)))
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::record::Record;
+    use serde_json::json;
+
+    /// Files that pyarrow 26 wrote.
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fixtures/parquet")
+            .join(name)
+    }
+
+    fn records(name: &str) -> Vec<Record> {
+        let rows = ParquetRows::open(&fixture(name)).expect("the file is whole");
+        rows.zip(1..)
+            .map(|(row, expected)| {
+                let (number, columns) = row.expect("the row is whole");
+                assert_eq!(number, expected);
+                Record::from_row(&columns, "text").expect("the row has a known kind")
+            })
+            .collect()
+    }
+
+    #[test]
+    fn rows_are_the_objects_that_json_lines_would_hold() {
+        for name in ["messages_snappy.parquet", "messages_zstd.parquet"] {
+            let expected: Vec<Record> = (0..7)
+                .map(|i| {
+                    let name = if i % 2 == 1 { json!("x") } else { json!(null) };
+                    let row = json!({"messages": [
+                        {"role": "user", "content": format!("question {i} \u{df}"), "name": null},
+                        {"role": "assistant", "content": format!("answer {i}"), "name": name},
+                    ], "prompt": null, "id": i});
+                    let row = row.as_object().expect("an object");
+                    Record::from_row(row, "text").expect("the row has a known kind")
+                })
+                .collect();
+            assert_eq!(records(name), expected);
+        }
+        let tokens = |input_ids: [u32; 2], labels: [i32; 2]| Record::Tokens {
+            input_ids: input_ids.to_vec(),
+            labels: labels.to_vec(),
+        };
+        let found = records("tokens_gzip.parquet");
+        assert_eq!(found[1], tokens([7, 10], [-100, 10]));
+        assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn a_file_that_is_cut_off_is_refused() {
+        let whole = std::fs::read(fixture("messages_snappy.parquet")).expect("it is readable");
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let path = directory.path().join("cut.parquet");
+        for end in [4, 100, whole.len() - 1] {
+            std::fs::write(&path, &whole[..end]).expect("the file is writable");
+            let error = ParquetRows::open(&path).err().expect("it is not whole");
+            assert!(
+                error.to_string().contains("not a whole parquet file"),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! Rows of formats other than `messages`, `prompt` with `completion`, and text.
+
+use super::{Record, TemplateInputs, TrainedTurns, list};
+use crate::data::batch::IGNORE_INDEX;
+use crate::data::jsonl::json_kind;
+use serde_json::{Map, Value};
+
+/// ShareGPT's names of who speaks, and the role that templates know each by.
+const SPEAKERS: [(&str, &str); 6] = [
+    ("human", "user"),
+    ("gpt", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bard", "assistant"),
+    ("bing", "assistant"),
+    ("observation", "tool"),
+];
+
+/// A list of `{"from": ..., "value": ...}` as messages; messages with a `role` stay as they are.
+///
+/// # Source
+/// `maybe_convert_to_chatml` of TRL, which leaves ShareGPT's own names of speakers as roles: no chat
+/// template knows them, so here they become the roles they stand for.
+pub(super) fn conversations(value: &Value) -> Result<Value, String> {
+    let Value::Array(turns) = value else {
+        return Ok(value.clone());
+    };
+    let convert = |(i, turn): (usize, &Value)| {
+        let Value::Object(fields) = turn else {
+            return Ok(turn.clone());
+        };
+        if fields.contains_key("role") {
+            return Ok(turn.clone());
+        }
+        match (fields.get("from"), fields.get("value")) {
+            (Some(Value::String(from)), Some(content)) => {
+                let mut message = Map::new();
+                let role = SPEAKERS.iter().find(|(speaker, _)| speaker == from);
+                let role = role.map_or(from.as_str(), |(_, role)| role);
+                message.insert("role".into(), role.into());
+                message.insert("content".into(), content.clone());
+                let others = fields
+                    .iter()
+                    .filter(|(name, _)| !["from", "value"].contains(&name.as_str()));
+                message.extend(others.map(|(name, value)| (name.clone(), value.clone())));
+                Ok(Value::Object(message))
+            }
+            _ => {
+                let found: Vec<&str> = fields.keys().map(String::as_str).collect();
+                Err(format!(
+                    "`conversations[{i}]` must have `from` as a string and `value`, found {}",
+                    list(&found)
+                ))
+            }
+        }
+    };
+    turns.iter().enumerate().map(convert).collect()
+}
+
+/// `instruction`, `input` and `output` as a prompt and its completion.
+///
+/// # Source
+/// The prompts of Taori et al.: "Stanford Alpaca" (2023).
+pub(super) fn alpaca(row: &Map<String, Value>) -> Result<Record, String> {
+    let text = |name: &str| match row.get(name) {
+        Some(Value::String(text)) => Ok(text.as_str()),
+        None | Some(Value::Null) => Ok(""),
+        Some(other) => Err(format!(
+            "`{name}` must be a string, found {}",
+            json_kind(other)
+        )),
+    };
+    let (instruction, input, output) = (text("instruction")?, text("input")?, text("output")?);
+    let prompt = if input.is_empty() {
+        format!(
+            "Below is an instruction that describes a task. Write a response that appropriately \
+             completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        )
+    } else {
+        format!(
+            "Below is an instruction that describes a task, paired with an input that provides \
+             further context. Write a response that appropriately completes the request.\n\n\
+             ### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    };
+    Ok(Record::PromptCompletion {
+        prompt,
+        completion: output.to_owned(),
+    })
+}
+
+/// `input_ids`, with `labels`, or with masks of 0 and 1 of what is trained, or trained as a whole.
+pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Record, String> {
+    let input_ids: Vec<u32> = integers("input_ids", input_ids, 0)?;
+    let aligned = |name: &str, length: usize| match length == input_ids.len() {
+        true => Ok(()),
+        false => Err(format!(
+            "`{name}` has {length} entries and `input_ids` has {}; they must be as many",
+            input_ids.len()
+        )),
+    };
+    let column = |name: &str| row.get(name).filter(|value| !value.is_null());
+    let mut labels: Vec<i32> = match column("labels") {
+        Some(labels) => integers("labels", labels, i64::from(IGNORE_INDEX))?,
+        None => input_ids.iter().map(|&id| id as i32).collect(),
+    };
+    aligned("labels", labels.len())?;
+    if let Some(bad) = labels.iter().find(|&&l| l < 0 && l != IGNORE_INDEX) {
+        return Err(format!(
+            "`labels` holds {bad}; expected token ids, or {IGNORE_INDEX} for what is not trained"
+        ));
+    }
+    for name in ["completion_mask", "assistant_masks"] {
+        let Some(mask) = column(name) else { continue };
+        let mask: Vec<u32> = integers(name, mask, 0)?;
+        aligned(name, mask.len())?;
+        for (label, _) in labels.iter_mut().zip(mask).filter(|(_, keep)| *keep == 0) {
+            *label = IGNORE_INDEX;
+        }
+    }
+    Ok(Record::Tokens { input_ids, labels })
+}
+
+fn integers<T: TryFrom<i64>>(name: &str, value: &Value, least: i64) -> Result<Vec<T>, String> {
+    let Value::Array(items) = value else {
+        return Err(format!(
+            "`{name}` must be a list of integers, found {}",
+            json_kind(value)
+        ));
+    };
+    let read = |(i, item): (usize, &Value)| {
+        let integer = item
+            .as_i64()
+            .filter(|n| (least..=i64::from(i32::MAX)).contains(n));
+        integer.and_then(|n| T::try_from(n).ok()).ok_or_else(|| {
+            format!(
+                "`{name}[{i}]` is {item}; expected an integer from {least} to {}",
+                i32::MAX
+            )
+        })
+    };
+    items.iter().enumerate().map(read).collect()
+}
+
+/// Which turns InstructLab's `unmask` has trained: all but the system's, or the assistant's.
+pub(super) fn trained_turns(row: &Map<String, Value>) -> Result<Option<TrainedTurns>, String> {
+    match row.get("unmask") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(true)) => Ok(Some(TrainedTurns::AllButSystem)),
+        Some(Value::Bool(false)) => Ok(Some(TrainedTurns::Assistant)),
+        Some(other) => Err(format!(
+            "`unmask` must be true or false, found {}",
+            json_kind(other)
+        )),
+    }
+}
+
+/// Gives columns the names that are looked for.
+///
+/// # Errors
+/// A column that would get the name of another one.
+pub fn rename_columns(
+    row: Map<String, Value>,
+    names: &std::collections::BTreeMap<String, String>,
+) -> Result<Map<String, Value>, String> {
+    if names.is_empty() {
+        return Ok(row);
+    }
+    let mut renamed = Map::new();
+    for (name, value) in row {
+        let new = names.get(&name).cloned().unwrap_or(name);
+        if renamed.insert(new.clone(), value).is_some() {
+            return Err(format!(
+                "two columns would be named `{new}` (key `dataset_columns`)"
+            ));
+        }
+    }
+    Ok(renamed)
+}
+
+impl TemplateInputs {
+    /// Reads `tools`, `chat_template_kwargs` and `unmask` of a row.
+    pub(super) fn of_row(row: &Map<String, Value>) -> Result<Self, String> {
+        let mut inputs = super::template_inputs(row)?;
+        inputs.trained = trained_turns(row)?;
+        Ok(inputs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(row: &Value) -> Result<Record, String> {
+        Record::from_row(row.as_object().expect("a row is an object"), "text")
+    }
+
+    #[test]
+    fn sharegpt_turns_are_messages() {
+        let row = json!({"conversations": [
+            {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a", "weight": 1}, {"role": "user", "content": "r"}]});
+        let Ok(Record::Messages { messages, .. }) = read(&row) else {
+            panic!("{:?}", read(&row));
+        };
+        let fields: Vec<_> = messages.iter().map(|m| json!(m.fields())).collect();
+        let expected = json!([
+            {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "weight": 1}, {"role": "user", "content": "r"}]);
+        assert_eq!(json!(fields), expected);
+    }
+
+    #[test]
+    fn alpaca_rows_are_prompt_and_completion() {
+        let prompt = |row: Value| match read(&row) {
+            Ok(Record::PromptCompletion { prompt, completion }) => {
+                assert_eq!(completion, "o");
+                prompt
+            }
+            other => panic!("{other:?}"),
+        };
+        let short = prompt(json!({"instruction": "i", "output": "o", "input": ""}));
+        assert!(
+            short.ends_with("### Instruction:\ni\n\n### Response:\n"),
+            "{short}"
+        );
+        let long = prompt(json!({"instruction": "i", "input": "x", "output": "o"}));
+        assert!(
+            long.contains("\n\n### Input:\nx\n\n### Response:\n"),
+            "{long}"
+        );
+    }
+
+    #[test]
+    fn tokens_come_with_labels_with_masks_or_alone() {
+        let table = [
+            (json!({"input_ids": [1, 2]}), [1, 2]),
+            (json!({"input_ids": [1, 2], "labels": [-100, 2]}), [-100, 2]),
+            (
+                json!({"input_ids": [1, 2], "completion_mask": [0, 1]}),
+                [-100, 2],
+            ),
+            (
+                json!({"input_ids": [1, 2], "assistant_masks": [1, 0], "text": "t"}),
+                [1, -100],
+            ),
+        ];
+        for (row, expected) in table {
+            let labels = expected.to_vec();
+            let input_ids = vec![1, 2];
+            assert_eq!(read(&row), Ok(Record::Tokens { input_ids, labels }));
+        }
+    }
+
+    #[test]
+    fn wrong_rows_are_explained() {
+        let table = [
+            (
+                json!({"conversations": [{"value": "x"}]}),
+                "`conversations[0]` must have `from`",
+            ),
+            (
+                json!({"conversations": 1}),
+                "`conversations` must be a list of messages",
+            ),
+            (
+                json!({"instruction": 1, "output": "o"}),
+                "`instruction` must be a string",
+            ),
+            (
+                json!({"input_ids": "1"}),
+                "`input_ids` must be a list of integers",
+            ),
+            (
+                json!({"input_ids": [1.5]}),
+                "`input_ids[0]` is 1.5; expected an integer from 0",
+            ),
+            (
+                json!({"input_ids": [1], "labels": []}),
+                "`labels` has 0 entries",
+            ),
+            (
+                json!({"input_ids": [1], "labels": [-3]}),
+                "`labels` holds -3",
+            ),
+            (
+                json!({"messages": [{"role": "user"}], "unmask": 1}),
+                "`unmask` must be true or",
+            ),
+        ];
+        for (row, expected) in table {
+            let message = read(&row).expect_err("the row is wrong");
+            assert!(message.contains(expected), "{message} lacks {expected}");
+        }
+    }
+
+    #[test]
+    fn columns_are_renamed() {
+        let names = [("q", "prompt"), ("a", "completion")];
+        let names = names.map(|(a, b)| (a.to_owned(), b.to_owned())).into();
+        let row = |value: Value| value.as_object().expect("an object").clone();
+        let renamed = rename_columns(row(json!({"q": "x", "a": "y", "id": 1})), &names);
+        let expected = row(json!({"prompt": "x", "completion": "y", "id": 1}));
+        assert_eq!(renamed, Ok(expected));
+        let twice = rename_columns(row(json!({"q": "x", "prompt": "y"})), &names);
+        assert!(twice.is_err());
+    }
+}
