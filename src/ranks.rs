@@ -15,6 +15,7 @@ use ferrotune_dist::nccl::NcclOptions;
 use ferrotune_dist::{HostPort, JobToken, Membership, Nccl, Tcp, Timing, Work};
 use ferrotune_kernels::Device;
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Keys that may differ between the ranks of a run: paths, whose contents are compared, and what each
@@ -57,8 +58,12 @@ pub fn place(found: &LaunchEnv) -> Result<Place> {
 ///
 /// # Errors
 /// [`Error::Config`] if ranks do not fit together, or NCCL is not there; [`Error::Transient`] if they do not
-/// all come in time.
-pub fn join(found: &LaunchEnv, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>> {
+/// all come in time; [`Error::Stopped`] if `stop` is set before they have.
+pub fn join(
+    found: &LaunchEnv,
+    recipe: &Recipe,
+    stop: &AtomicBool,
+) -> Result<Box<dyn ProcessGroup>> {
     if found.world_size == 1 {
         return Ok(Box::new(Solo));
     }
@@ -71,7 +76,7 @@ pub fn join(found: &LaunchEnv, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>>
         },
         config_digest: digests(recipe),
     };
-    let tcp = Tcp::join(&membership, &work, &timing(config))?;
+    let tcp = Tcp::join(&membership, &work, &timing(config), stop)?;
     let on_gpu = recipe.device.is_cuda();
     match config.runtime.ddp_backend {
         Some(DdpBackend::Gloo) => Ok(Box::new(tcp)),

@@ -1,7 +1,7 @@
-//! SIGTERM and Ctrl-C: finish the step, save, leave. A second one leaves at once.
+//! SIGTERM, Ctrl-C and a closed terminal: finish the step, save, leave. A second one leaves at once.
 
 use ferrotune::core::{Error, ExitCode, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::{SigId, flag, low_level};
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -20,7 +20,8 @@ pub(super) struct Stop {
 pub(super) fn on_signal() -> Result<Stop> {
     let stop = Arc::new(AtomicBool::new(false));
     let mut shutdowns = Vec::new();
-    for signal in [SIGTERM, SIGINT] {
+    let hangup = (!hangups_are_ignored()).then_some(SIGHUP);
+    for signal in [SIGTERM, SIGINT].into_iter().chain(hangup) {
         // Order matters: the shutdown looks at the flag before the same signal sets it.
         let code = ExitCode::StoppedUnsaved as i32;
         let registered = flag::register_conditional_shutdown(signal, code, Arc::clone(&stop))
@@ -34,6 +35,14 @@ pub(super) fn on_signal() -> Result<Stop> {
         flag: stop,
         shutdowns,
     })
+}
+
+/// Whether this process was started to outlive its terminal, as by `nohup`.
+fn hangups_are_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (SIGHUP - 1) & 1 == 1)
 }
 
 impl Stop {

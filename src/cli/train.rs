@@ -111,7 +111,7 @@ pub(super) fn run(
     let place = found.map(ranks::place).transpose()?.unwrap_or_default();
     let recipe = Recipe::prepare_at(place, config)?;
     if !place.is_first() {
-        let group = group(found, &recipe)?;
+        let group = group(found, &recipe, stop)?;
         return Ok(recipe.train_with(group, &mut [], stop)?);
     }
     print_notes(&recipe.config);
@@ -126,16 +126,20 @@ pub(super) fn run(
             observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)))
         }
     }
-    let group = group(found, &recipe)?;
+    let group = group(found, &recipe, stop)?;
     let outcome = recipe.train_with(group, &mut observers, stop)?;
     drop(observers);
     report(&outcome, &output, voice)?;
     Ok(outcome)
 }
 
-fn group(found: Option<&LaunchEnv>, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>> {
+fn group(
+    found: Option<&LaunchEnv>,
+    recipe: &Recipe,
+    stop: &AtomicBool,
+) -> Result<Box<dyn ProcessGroup>> {
     match found {
-        Some(found) => ranks::join(found, recipe),
+        Some(found) => ranks::join(found, recipe, stop),
         None => Ok(Box::new(Solo)),
     }
 }

@@ -55,7 +55,7 @@ fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
         }),
     );
     bench.train("whole", &slow).expect(0);
-    for name in ["TERM", "INT"] {
+    for name in ["TERM", "INT", "HUP"] {
         let config = bench.config(name, &slow);
         let mut child = spawn(&config);
         let mut rest = wait_for_step(&mut child);

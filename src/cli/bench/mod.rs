@@ -13,7 +13,7 @@ use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightSource};
-use ferrotune::core::process_group::Solo;
+use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::kernels::{DType, Device};
@@ -27,15 +27,16 @@ use std::path::PathBuf;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["shape", "model", "collective"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).multiple(true).args(["shape", "model", "collective"])))]
 pub(super) struct Args {
     /// Random weights of this shape: tiny, 256x4 (S), 768x12 (M), 135M, 360M, 1B (L), 8B, 70Bx8
     #[arg(long)]
     shape: Option<String>,
     /// Directory of a Hugging Face model, with its weights
-    #[arg(long)]
+    #[arg(long, conflicts_with = "shape")]
     model: Option<PathBuf>,
-    /// Time all-reduces over ranks that are joined like this, instead of steps
+    /// Time all-reduces over ranks that are joined like this, and steps of all ranks beside steps of one (of
+    /// --shape or --model, else of 256x4)
     #[arg(long, value_enum)]
     collective: Option<collective::Group>,
     /// Ranks of `--collective`
@@ -50,7 +51,7 @@ pub(super) struct Args {
     /// JSON Lines of `{"input_ids": [...]}` instead of random tokens, every token trained
     #[arg(long)]
     rows: Option<PathBuf>,
-    /// Timed steps, or all-reduces
+    /// Timed steps; of --collective, all-reduces and steps
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Steps before the timed ones
@@ -107,8 +108,7 @@ impl Dtype {
 
 pub(super) fn run(args: &Args) -> Outcome {
     if let Some(group) = args.collective {
-        let (ranks, repeats) = (args.ranks.into(), args.steps as usize);
-        return collective::run(group, ranks, args.bytes, repeats, args.json);
+        return collective::run(args, group);
     }
     let shape = args.shape.as_deref().map(Shape::find).transpose()?;
     if args.config {
@@ -122,13 +122,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let gpu_start = machine::gpu_taken(&device)?;
     // On a GPU first, so that its memory is back in the pool when the run takes its own.
     let peak = device.is_cuda().then(|| peak(args, &device)).transpose()?;
-    let decoder = match (&shape, &args.model) {
-        (Some(shape), _) => shape.decoder()?,
-        (None, Some(directory)) => DecoderConfig::open(directory)?,
-        (None, None) => return Err(Failure::Usage("give --shape or --model".into())),
-    };
+    let decoder = decoder(args, shape.as_ref())?;
     let steps = steps(args, shape.as_ref(), &decoder)?;
-    let mut trainer = trainer(args, &device, &decoder, steps.max_tokens())?;
+    let mut trainer = trainer(args, &device, &decoder, steps.max_tokens(), Box::new(Solo))?;
     let plan = Plan {
         warmup: args.warmup,
         timed: args.steps,
@@ -167,6 +163,14 @@ fn start_threads(threads: Option<usize>) -> Result<(), Failure> {
         .map_err(|e| Failure::Usage(format!("--threads: {e}")))
 }
 
+fn decoder(args: &Args, shape: Option<&Shape>) -> Result<DecoderConfig, Failure> {
+    match (shape, &args.model) {
+        (Some(shape), _) => Ok(shape.decoder()?),
+        (None, Some(directory)) => Ok(DecoderConfig::open(directory)?),
+        (None, None) => Err(Failure::Usage("give --shape or --model".into())),
+    }
+}
+
 fn steps(args: &Args, shape: Option<&Shape>, decoder: &DecoderConfig) -> Result<Steps, Failure> {
     if args.batch == Some(0) || args.seq.is_some_and(|seq| seq < 2) {
         let message = "--batch needs 1 row or more, --seq 2 tokens or more";
@@ -185,7 +189,8 @@ fn trainer(
     device: &Device,
     decoder: &DecoderConfig,
     max_tokens: usize,
-) -> Result<Trainer, Failure> {
+    group: Box<dyn ProcessGroup>,
+) -> Result<Trainer> {
     let files = args.model.as_deref().map(ModelFiles::open).transpose()?;
     let random = RandomWeights { seed: args.seed };
     let source: &dyn WeightSource = match &files {
@@ -201,7 +206,7 @@ fn trainer(
         ..TrainerOptions::default()
     };
     let method = adapter(args, decoder)?;
-    let mut trainer = Trainer::new(decoder, source, method, Box::new(Solo), options)?;
+    let mut trainer = Trainer::new(decoder, source, method, group, options)?;
     if let Some(directory) = &args.adapter {
         adapter(args, decoder)?.load(trainer.params_mut(), directory)?;
     }
