@@ -11,6 +11,7 @@ use ferrotune_core::io::blake3_of_bytes;
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::{Error, Result};
 use ferrotune_dist::env::LaunchEnv;
+use ferrotune_dist::mpi::{self, MpiOptions};
 use ferrotune_dist::nccl::NcclOptions;
 use ferrotune_dist::{HostPort, JobToken, Membership, Nccl, Tcp, Timing, Work};
 use ferrotune_kernels::Device;
@@ -53,11 +54,11 @@ pub fn place(found: &LaunchEnv) -> Result<Place> {
     }
 }
 
-/// Meets the other ranks of `found`, and joins them for the run of `recipe`: NCCL where they compute on
-/// GPUs, else TCP.
+/// Meets the other ranks of `found`, and joins them for the run of `recipe`: by its `ddp_backend`, else NCCL
+/// where they compute on GPUs, and TCP where not.
 ///
 /// # Errors
-/// [`Error::Config`] if ranks do not fit together, or NCCL is not there; [`Error::Transient`] if they do not
+/// [`Error::Config`] if ranks do not fit together, or NCCL or MPI is not there; [`Error::Transient`] if they do not
 /// all come in time; [`Error::Stopped`] if `stop` is set before they have.
 pub fn join(
     found: &LaunchEnv,
@@ -77,18 +78,23 @@ pub fn join(
         config_digest: digests(recipe),
     };
     let tcp = Tcp::join(&membership, &work, &timing(config), stop)?;
-    let on_gpu = recipe.device.is_cuda();
-    match config.runtime.ddp_backend {
-        Some(DdpBackend::Gloo) => Ok(Box::new(tcp)),
-        None if !on_gpu => Ok(Box::new(tcp)),
-        None | Some(DdpBackend::Nccl) => {
+    let by_device = match recipe.device.is_cuda() {
+        true => DdpBackend::Nccl,
+        false => DdpBackend::Gloo,
+    };
+    let timeout = Duration::from_secs(config.runtime.ddp_timeout);
+    let peers = Some(tcp.abort_handle());
+    let tcp = Box::new(tcp);
+    match config.runtime.ddp_backend.unwrap_or(by_device) {
+        DdpBackend::Gloo => Ok(tcp),
+        DdpBackend::Mpi => mpi::join(tcp, MpiOptions { timeout, peers }),
+        DdpBackend::Nccl => {
             let options = NcclOptions {
-                peers: Some(tcp.abort_handle()),
-                timeout: Duration::from_secs(config.runtime.ddp_timeout),
+                timeout,
+                peers,
                 ..NcclOptions::default()
             };
-            let nccl = Nccl::new(Box::new(tcp), &recipe.device, options)?;
-            Ok(Box::new(nccl))
+            Ok(Box::new(Nccl::new(tcp, &recipe.device, options)?))
         }
     }
 }

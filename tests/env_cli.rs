@@ -25,7 +25,7 @@ fn recorded_environments_pass_through_the_command_line() {
     let (launchers, rules) = (fixture("launchers.json"), fixture("rules.json"));
     let checked = ferrotune(&["env", "--check", text(&launchers), text(&rules)]).expect(0);
     let last = checked.stdout.lines().last().expect("a line");
-    assert_eq!(last, "191 passed, 0 failed");
+    assert_eq!(last, "192 passed, 0 failed");
 }
 
 #[test]

@@ -21,6 +21,8 @@ choices! {
         Nccl = "nccl",
         /// Over TCP, through the processors. PyTorch's name for what it uses there.
         Gloo = "gloo",
+        /// Through the MPI of the site, in a binary built with the feature `mpi`.
+        Mpi = "mpi",
     }
 }
 
@@ -43,7 +45,7 @@ section! {
         deterministic_reduction: bool = false, OURS;
         /// Steps between comparisons of the trained weights over ranks; 0 for none.
         replica_check_steps: u64 = 100, OURS;
-        /// How ranks exchange gradients: nccl, or gloo for TCP; null for nccl on GPUs, else TCP.
+        /// How ranks exchange gradients: nccl, gloo for TCP, or mpi; null for nccl on GPUs, else TCP.
         ddp_backend: Option<DdpBackend> = None, TRANSFORMERS;
         /// Seconds that ranks wait for each other in one exchange.
         ddp_timeout: u64 = 1800, TRANSFORMERS;
