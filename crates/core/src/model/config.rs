@@ -53,6 +53,8 @@ pub struct DecoderConfig {
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// Whether each layer rotates q and k.
+    pub rope_layers: Vec<bool>,
     /// Norm of each head of q and k before RoPE.
     pub qk_norm: Option<QkNorm>,
     /// Factor of q k^T.
@@ -130,6 +132,7 @@ impl DecoderConfig {
             activation: activation(config)?,
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
             rope: RopeConfig::from_hf(config, head_dim)?,
+            rope_layers: vec![true; layers],
             qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             sliding_windows: vec![None; layers],

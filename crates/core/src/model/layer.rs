@@ -26,6 +26,7 @@ pub(crate) struct Layer {
     pub(crate) activation: gated_activation::Activation,
     pub(crate) down: LinearGroup,
     pub(crate) attention: attention::Config,
+    /// 0 in a layer without positions.
     pub(crate) rotary_dim: usize,
 }
 

@@ -88,6 +88,9 @@ impl Layer {
 
     /// Rotates q and k, which stand side by side, in place.
     fn rotate(&self, run: &Run<'_>, qkv: &mut Tensor, direction: rope::Direction) -> Result<()> {
+        if self.rotary_dim == 0 {
+            return Ok(());
+        }
         let [q, k] = self.widths();
         rope::apply(
             qkv.view_mut().columns(0..q + k),

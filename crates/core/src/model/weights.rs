@@ -205,7 +205,11 @@ impl Builder<'_> {
                 window: config.sliding_windows[index],
                 softcap: None,
             },
-            rotary_dim: config.rope.rotary_dim,
+            rotary_dim: if config.rope_layers[index] {
+                config.rope.rotary_dim
+            } else {
+                0
+            },
         })
     }
 
