@@ -6,6 +6,7 @@
 //! ```
 
 use crate::recipe::Recipe;
+use ferrotune_core::checkpoint::data_digest;
 use ferrotune_core::config::{DdpBackend, TrainConfig};
 use ferrotune_core::io::blake3_of_bytes;
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
@@ -33,6 +34,9 @@ const OWN_KEYS: [&str; 9] = [
     "train_file",
 ];
 
+/// The token of a job that was given none.
+const NO_TOKEN: &str = "no token";
+
 /// The rank of this process, which is one rank of `found`.
 ///
 /// # Errors
@@ -43,6 +47,7 @@ pub fn place(found: &LaunchEnv) -> Result<Place> {
             rank,
             world_size: found.world_size,
             local_rank,
+            local_world_size: found.local_world_size.unwrap_or(1),
         }),
         (ranks, _) => Err(Error::config(
             "ranks",
@@ -105,6 +110,7 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
         rank,
         world_size,
         local_rank,
+        local_world_size,
     } = place(found)?;
     let alone = found.local_world_size == Some(world_size);
     let Some(port) = found.master_port else {
@@ -116,17 +122,16 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
             ),
         ));
     };
-    let job_id = found.job_id.clone().unwrap_or_else(|| "job".into());
-    let token = match &found.token {
-        Some(token) => JobToken::new(token.reveal()),
-        // Keeps the ranks of two jobs apart, and nobody out who knows the job's name.
-        None => JobToken::new(&format!("no token was given to {job_id}")),
-    };
+    // Jobs without a name on one machine have different ports; the name of a host may differ between ranks.
+    let unnamed = || format!("port-{port}");
+    let job_id = found.job_id.clone().unwrap_or_else(unnamed);
+    // The job's name keeps the ranks of two jobs apart; without a secret, nobody is kept out.
+    let token = found.token.as_ref().map_or(NO_TOKEN, |t| t.reveal());
     Ok(Membership {
         rank,
         world_size,
         local_rank,
-        local_world_size: found.local_world_size.unwrap_or(1),
+        local_world_size,
         nnodes: found.nnodes.unwrap_or(if alone { 1 } else { world_size }),
         node_rank: found.node_rank.unwrap_or(0),
         master: HostPort {
@@ -137,7 +142,7 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
         bind: None,
         job_id,
         restart_attempt: found.restart_count.unwrap_or(0) as u64,
-        token,
+        token: JobToken::new(token),
         launcher: found.launcher.into(),
     })
 }
@@ -169,6 +174,9 @@ fn digests(recipe: &Recipe) -> String {
     }
     for (name, digest) in &recipe.fingerprints {
         sections.insert(name, digest.clone());
+    }
+    if let Some(rows) = &recipe.eval_dataset {
+        sections.insert("eval_data", data_digest(&rows.examples));
     }
     let short = |text: &String| blake3_of_bytes(text.as_bytes())[..8].to_owned();
     let parts = sections

@@ -120,6 +120,14 @@ pub(crate) fn main() -> std::process::ExitCode {
 }
 
 fn run(command: Command) -> Outcome {
+    // These stop by themselves, or pass signals on.
+    let handles_signals = matches!(
+        command,
+        Command::Train(_) | Command::Demo(_) | Command::Launch(_)
+    );
+    if !handles_signals {
+        stop::leave_on_signal()?;
+    }
     match command {
         Command::Train(args) => train::train(&args),
         Command::Plan(args) => train::plan(&args),

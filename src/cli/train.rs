@@ -161,6 +161,7 @@ pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
 pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: Voice) -> Outcome {
     let place = Place {
         world_size: found.map_or(1, |f| f.world_size),
+        local_world_size: found.and_then(|f| f.local_world_size).unwrap_or(1),
         ..Place::SOLO
     };
     let recipe = Recipe::prepare_at(place, config)?;

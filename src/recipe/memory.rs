@@ -5,6 +5,7 @@ use super::{Recipe, activation_dtype, fitting, host_memory, weight_dtype};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, StepShape, Workload};
+use ferrotune_core::process_group::Place;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
@@ -20,6 +21,18 @@ const ROUNDED_BYTES: u64 = 2;
 /// The first failure of a GPU.
 pub fn available_memory(device: &Device) -> Result<u64> {
     available(device)
+}
+
+/// What a rank may take of that: GPUs are one rank's each, a host's memory belongs to all of its ranks.
+///
+/// # Errors
+/// The first failure of a GPU.
+pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
+    let bytes = available(device)?;
+    Ok(match device {
+        Device::Cpu => bytes / place.local_world_size.max(1) as u64,
+        Device::Cuda(_) => bytes,
+    })
 }
 
 /// Bytes a run needs at least.

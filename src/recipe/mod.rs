@@ -124,7 +124,7 @@ impl Recipe {
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
     ) -> Result<Self> {
         config.validate()?;
-        set_threads(&config)?;
+        set_threads(&config, place)?;
         let device = device::open_for(config.runtime.device, place.local_rank)?;
         let base = base_directory(&config)?;
         if place.is_first() {
@@ -175,7 +175,7 @@ impl Recipe {
             max_tokens: workload.tokens,
             workload,
             activations: ActivationPlan::default(),
-            available_memory: available_memory(&device)?,
+            available_memory: memory::share_of(&device, place)?,
             device,
             place,
             weight_dtype,
@@ -485,8 +485,8 @@ impl Observer for Silent {
 }
 
 /// The pool of threads; results do not depend on their number.
-fn set_threads(config: &TrainConfig) -> Result<()> {
-    let Some(threads) = config.runtime.num_threads else {
+fn set_threads(config: &TrainConfig, place: Place) -> Result<()> {
+    let Some(threads) = config.runtime.num_threads.or_else(|| cores_of(place)) else {
         return Ok(());
     };
     // A second run in one process keeps the first pool: its size cannot change any more.
@@ -500,6 +500,15 @@ fn set_threads(config: &TrainConfig) -> Result<()> {
         "num_threads",
         "can only be chosen once per process",
     ))
+}
+
+/// This rank's share of the cores, where it has to share and nobody has said how.
+fn cores_of(place: Place) -> Option<usize> {
+    if place.local_world_size == 1 || std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        return None;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Some((cores / place.local_world_size).max(1))
 }
 
 fn base_directory(config: &TrainConfig) -> Result<PathBuf> {

@@ -149,3 +149,21 @@ fn a_killed_run_resumes_to_the_same_bits() {
         "leftovers: {names:?}"
     );
 }
+
+#[test]
+fn a_command_with_nothing_to_save_leaves_with_174() {
+    let bench = Workbench::new(8);
+    let pipe = bench.path("prompts.jsonl");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo runs").success());
+    // It waits for a writer, which means that it has begun.
+    let child = command(&["eval", "--model_name_or_path"])
+        .args([text(&bench.path("base")), "--data", text(&pipe)])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let writer = std::fs::OpenOptions::new().write(true).open(&pipe);
+    let _writer = writer.expect("the other end opens");
+    signal(&child, "TERM");
+    finish(child).expect(174);
+}

@@ -186,6 +186,14 @@ impl Search {
         let greeting = greet(&stream, &self.subject, &self.token, &deadline.within(limit));
         match greeting {
             Ok(()) => Attempt::Connected(stream),
+            // One of many ports may be another job's.
+            Err(GreetError::Refused(other)) if self.ports.len() > 1 => {
+                let why = match other {
+                    Refused::WrongToken => "has another token".to_owned(),
+                    Refused::WrongJob(job) => format!("serves job {job:?}"),
+                };
+                Attempt::Not(format!("the store at {address} {why}, and is none of ours"))
+            }
             Err(GreetError::Refused(Refused::WrongToken)) => Attempt::Refused(Error::config(
                 "token",
                 format!(

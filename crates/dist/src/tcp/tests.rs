@@ -231,6 +231,8 @@ fn a_failed_group_stays_failed() {
             assert!(message(group.barrier()).contains("enough"));
             assert!(message(group.begin_step(0, false).map(drop)).contains("enough"));
         }
+        // It leaves when the other has heard.
+        group
     });
 }
 
