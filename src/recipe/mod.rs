@@ -10,6 +10,7 @@ mod output_dir;
 mod outputs;
 mod resume;
 mod summary;
+mod threads;
 
 pub use adapter::adapter_of;
 pub use data::{EpochData, eval_batches};
@@ -124,7 +125,7 @@ impl Recipe {
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<Dataset>,
     ) -> Result<Self> {
         config.validate()?;
-        set_threads(&config, place)?;
+        threads::set(&config, place)?;
         let device = device::open_for(config.runtime.device, place.local_rank)?;
         let base = base_directory(&config)?;
         if place.is_first() {
@@ -482,33 +483,6 @@ impl Observer for Silent {
     fn on(&mut self, _: &Event) -> Result<()> {
         Ok(())
     }
-}
-
-/// The pool of threads; results do not depend on their number.
-fn set_threads(config: &TrainConfig, place: Place) -> Result<()> {
-    let Some(threads) = config.runtime.num_threads.or_else(|| cores_of(place)) else {
-        return Ok(());
-    };
-    // A second run in one process keeps the first pool: its size cannot change any more.
-    let _ = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global();
-    if rayon::current_num_threads() == threads {
-        return Ok(());
-    }
-    Err(Error::config(
-        "num_threads",
-        "can only be chosen once per process",
-    ))
-}
-
-/// This rank's share of the cores, where it has to share and nobody has said how.
-fn cores_of(place: Place) -> Option<usize> {
-    if place.local_world_size == 1 || std::env::var_os("RAYON_NUM_THREADS").is_some() {
-        return None;
-    }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Some((cores / place.local_world_size).max(1))
 }
 
 fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
