@@ -19,8 +19,9 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 33] = [
+const FREE_KEYS: [&str; 34] = [
     "chat_template_path",
+    "cuda_graph",
     "dataset_name",
     "dataset_test_split",
     "dataset_train_split",

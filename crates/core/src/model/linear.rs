@@ -140,6 +140,12 @@ impl LinearGroup {
         Ok(())
     }
 
+    /// Whether a method of its own computes here.
+    pub(crate) fn has_custom(&self) -> bool {
+        let custom = |part: &Part| matches!(part.attachment, Some(Attachment::Custom(_)));
+        self.parts.iter().any(custom)
+    }
+
     /// Whether anything here is trained.
     pub(crate) fn trained(&self) -> bool {
         self.parts.iter().any(|p| p.attachment.is_some())

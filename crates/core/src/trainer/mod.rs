@@ -1,7 +1,10 @@
 //! One optimizer step, and the run around it.
 
+mod gradients;
+mod graphs;
 mod optimizer;
 mod ranks;
+mod rehearsal;
 mod run;
 mod step;
 

@@ -28,7 +28,8 @@ pub struct LowRank<'a> {
     pub b: View<'a>,
     /// Factor of the product, `alpha / R` for plain LoRA.
     pub scale: f32,
-    /// Dropout on `x`: the key of the mask, and sequence id and position of every row `[2 T]`.
+    /// Dropout on `x`: the key of the mask, and what its words are drawn for `[2 T + 1]`, as
+    /// [`dropout::forward`] takes it.
     pub dropout: Option<(dropout::Key, &'a Indices<'a>)>,
 }
 

@@ -26,6 +26,16 @@ choices! {
     }
 }
 
+choices! {
+    /// Whether micro-steps on a GPU are recorded and replayed.
+    CudaGraph {
+        /// Where that can be done.
+        Auto = "auto",
+        /// Every kernel is launched by itself.
+        Off = "off",
+    }
+}
+
 section! {
     /// The machine, and chance.
     RuntimeArguments, "runtime" {
@@ -36,6 +46,10 @@ section! {
         /// true computes every layer again in the backward pass, whatever memory there is; else a plan
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
+        /// Records the kernels of a micro-step on a GPU and replays them with one call, for each padded length:
+        /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
+        /// on it.
+        cuda_graph: CudaGraph = CudaGraph::Auto, OURS;
         /// Seed of every random draw.
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.
