@@ -21,7 +21,7 @@ pub use summary::Summary;
 use crate::device;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{CudaGraph, Dtype, IntervalStrategy, Resume, TrainConfig};
+use ferrotune_core::config::{CudaGraph, Dtype, GemmTuning, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
@@ -34,7 +34,7 @@ use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_kernels::{DType, Device};
+use ferrotune_kernels::{DType, Device, cuda};
 use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -398,6 +398,10 @@ impl Recipe {
             deterministic_reduction: runtime.deterministic_reduction,
             keep: self.activations.keep.clone(),
             cuda_graph: runtime.cuda_graph == CudaGraph::Auto,
+            gemm_tuning: match runtime.gemm_tuning {
+                GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,
+                GemmTuning::Measure => cuda::GemmTuning::Measure,
+            },
         }
     }
 

@@ -1,5 +1,6 @@
 //! One optimizer step, and the run around it.
 
+mod algorithms;
 mod gradients;
 mod graphs;
 mod optimizer;

@@ -7,7 +7,7 @@ use crate::data::BatchSize;
 impl Trainer {
     /// On a GPU, runs a micro-step of each of these sizes on invented tokens: kernels are compiled and
     /// loaded, algorithms of products chosen, memory allocated, before there is a step to wait for them.
-    /// What is trained stays as it is.
+    /// What is trained stays as it is. Every rank calls it, and uses the algorithms that rank 0 chose.
     ///
     /// # Errors
     /// What a step of that size would fail with, as for want of memory.
@@ -16,6 +16,7 @@ impl Trainer {
             return Ok(());
         };
         update.prepare()?;
+        self.share_algorithms()?;
         // Where operations find them.
         for buffer in [&self.params, &self.grads, &self.exp_avg, &self.exp_avg_sq] {
             let _ = buffer.home();
@@ -26,6 +27,7 @@ impl Trainer {
         for size in sizes {
             self.add_gradient(&size.invented(), false)?;
         }
+        self.share_algorithms()?;
         self.grads.zero();
         self.sums.clear();
         Ok(self.options.device.synchronize()?)

@@ -11,6 +11,7 @@ use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
 use crate::{Error, Result};
 use ferrotune_kernels::adamw::{self, AdamW};
+use ferrotune_kernels::cuda::GemmTuning;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Workspace};
 
@@ -43,6 +44,8 @@ pub struct TrainerOptions {
     /// On a GPU, records the micro-step of each shape as a graph and replays it, where that can be done.
     /// Speed depends on it, results do not. No other thread may use the device during a step then.
     pub cuda_graph: bool,
+    /// How a GPU's algorithms are chosen. Results depend on it in their last bits.
+    pub gemm_tuning: GemmTuning,
 }
 
 impl Default for TrainerOptions {
@@ -64,6 +67,7 @@ impl Default for TrainerOptions {
             deterministic_reduction: false,
             keep: Vec::new(),
             cuda_graph: true,
+            gemm_tuning: GemmTuning::Heuristic,
         }
     }
 }
@@ -116,6 +120,9 @@ impl Trainer {
         mut group: Box<dyn ProcessGroup>,
         options: TrainerOptions,
     ) -> Result<Self> {
+        if let Device::Cuda(device) = &options.device {
+            device.set_gemm_tuning(options.gemm_tuning);
+        }
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
         let mut model = Model::load(

@@ -36,6 +36,16 @@ choices! {
     }
 }
 
+choices! {
+    /// How a GPU's algorithm for a product is chosen.
+    GemmTuning {
+        /// As its library expects it to be fastest.
+        Heuristic = "heuristic",
+        /// By timing the first few that the library offers.
+        Measure = "measure",
+    }
+}
+
 section! {
     /// The machine, and chance.
     RuntimeArguments, "runtime" {
@@ -50,6 +60,10 @@ section! {
         /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
         /// on it.
         cuda_graph: CudaGraph = CudaGraph::Auto, OURS;
+        /// How a GPU's algorithm for the products of a shape is chosen: heuristic, or measure, which times a few
+        /// before the first step. Timings vary, and the last bits of results with them; a resumed run uses
+        /// what its checkpoint recorded.
+        gemm_tuning: GemmTuning = GemmTuning::Heuristic, OURS;
         /// Seed of every random draw.
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.
