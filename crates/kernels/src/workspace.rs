@@ -74,6 +74,12 @@ impl Workspace {
         Tensor::from_buffer(buffer, rows, cols)
     }
 
+    /// Columns of a matrix that has room for `cols` and starts every row on 16 bytes.
+    #[must_use]
+    pub fn aligned(dtype: DType, cols: usize) -> usize {
+        cols.next_multiple_of(16 / dtype.bytes())
+    }
+
     /// A matrix of zeros.
     #[must_use]
     pub fn take_zeroed(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
@@ -196,6 +202,17 @@ mod tests {
         workspace.give(long);
         assert_eq!(free_buffers(&workspace), 1);
         assert_eq!(workspace.take(DType::F32, 5, 4).into_buffer().len(), 32);
+    }
+
+    #[test]
+    fn aligned_columns_are_whole_sixteen_bytes() {
+        let cases = [
+            (DType::Bf16, [1, 8, 9], [8, 8, 16]),
+            (DType::F32, [1, 4, 5], [4, 4, 8]),
+        ];
+        for (dtype, cols, aligned) in cases {
+            assert_eq!(cols.map(|cols| Workspace::aligned(dtype, cols)), aligned);
+        }
     }
 
     #[test]

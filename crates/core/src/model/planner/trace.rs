@@ -5,7 +5,7 @@ use super::StepShape;
 use super::pool::{Pool, Slot};
 use super::shape::{GroupShape, LayerShape, Method};
 use crate::model::Keep;
-use ferrotune_kernels::DType;
+use ferrotune_kernels::{DType, Workspace};
 
 /// Bytes per row of the pool after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,12 +236,17 @@ impl Trace<'_> {
         self.give_all(normed);
     }
 
+    /// Columns of a low-rank intermediate.
+    fn aligned(&self, rank: usize) -> usize {
+        Workspace::aligned(self.shape.factors, rank)
+    }
+
     /// The low-rank intermediates that the parts keep.
     fn group_forward(&mut self, group: &GroupShape) -> Vec<Slot> {
         let mut kept = Vec::new();
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
-                kept.push(self.pool.take(self.shape.factors, rank));
+                kept.push(self.pool.take(self.shape.factors, self.aligned(rank)));
                 if dropout {
                     self.pool.pass(self.shape.activations, group.in_features);
                 }
@@ -257,7 +262,7 @@ impl Trace<'_> {
         let base_dy = custom.then(|| self.pool.take(act, group.out_features));
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
-                let ds = self.pool.take(self.shape.factors, rank);
+                let ds = self.pool.take(self.shape.factors, self.aligned(rank));
                 if dropout {
                     self.pool.pass(act, group.in_features);
                 }
