@@ -232,6 +232,7 @@ impl Rows {
             tokens,
             label_rows: powers.take_while(|rows| *rows <= tokens).collect(),
             mean_length: self.mean_length,
+            sizes: Vec::new(),
         }
     }
 

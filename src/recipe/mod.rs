@@ -6,6 +6,7 @@ mod data;
 mod fitting;
 mod host_memory;
 mod memory;
+mod observers;
 mod output_dir;
 mod outputs;
 mod resume;
@@ -21,7 +22,7 @@ pub use summary::Summary;
 use crate::device;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{Dtype, IntervalStrategy, Resume, TrainConfig};
+use ferrotune_core::config::{CudaGraph, Dtype, GemmTuning, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
@@ -30,13 +31,12 @@ use ferrotune_core::model::{
     expected_tensors,
 };
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
-use ferrotune_core::run_log::{
-    Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
-};
+use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_kernels::{DType, Device};
+use ferrotune_kernels::{DType, Device, cuda};
+use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -246,6 +246,7 @@ impl Recipe {
             None => (TrainerState::new(), LogWindow::new(0)),
         };
         trainer.follow_first_rank()?;
+        trainer.rehearse(&self.workload.sizes)?;
         let schedule = self.schedule()?;
         if from.is_none() {
             self.start_over(output)?;
@@ -305,6 +306,7 @@ impl Recipe {
         let output = Path::new(&self.config.output.output_dir);
         let mut trainer = self.trainer_with(group)?;
         trainer.follow_first_rank()?;
+        trainer.rehearse(&self.workload.sizes)?;
         let schedule = self.schedule()?;
         let started = self.run_started(&trainer, 0);
         let eval_batches = self.eval_batches();
@@ -396,6 +398,11 @@ impl Recipe {
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,
             keep: self.activations.keep.clone(),
+            cuda_graph: runtime.cuda_graph == CudaGraph::Auto,
+            gemm_tuning: match runtime.gemm_tuning {
+                GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,
+                GemmTuning::Measure => cuda::GemmTuning::Measure,
+            },
         }
     }
 
@@ -455,33 +462,6 @@ impl Recipe {
             0
         };
         self.decoder.parameters() + adapter
-    }
-}
-
-/// The log file first, so that it has the event whatever the others do with it.
-struct Tee<'a, 'o> {
-    log: &'a mut dyn Observer,
-    others: &'a mut [Box<dyn Observer + 'o>],
-    /// The last evaluation, for the results at the end.
-    evaluated: Option<Evaluated>,
-}
-
-impl Observer for Tee<'_, '_> {
-    fn on(&mut self, event: &Event) -> Result<()> {
-        if let Event::Evaluated(evaluated) = event {
-            self.evaluated = Some(evaluated.clone());
-        }
-        self.log.on(event)?;
-        emit(self.others, event)
-    }
-}
-
-/// Ranks other than 0 say nothing.
-struct Silent;
-
-impl Observer for Silent {
-    fn on(&mut self, _: &Event) -> Result<()> {
-        Ok(())
     }
 }
 

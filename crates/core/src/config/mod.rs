@@ -20,9 +20,10 @@ mod validate;
 mod value;
 
 pub use arguments::{
-    DataArguments, DdpBackend, Device, Dtype, InitLoraWeights, IntervalStrategy, LoraArguments,
-    LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy, Resume,
-    RuntimeArguments, SamplingStrategy, ScheduleArguments,
+    CudaGraph, DataArguments, DdpBackend, Device, Dtype, GemmTuning, InitLoraWeights,
+    IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments,
+    OutputArguments, PackingStrategy, Resume, RuntimeArguments, SamplingStrategy,
+    ScheduleArguments,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;

@@ -7,7 +7,7 @@ use super::run::Run;
 use crate::Result;
 use crate::adapter::{Attachment, LowRank};
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, ViewMut, bias, lora_linear, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, Workspace, bias, lora_linear, matmul};
 use std::ops::Range;
 
 /// One or more linears over one input.
@@ -50,7 +50,7 @@ pub(crate) enum PartBias {
 /// What a part's attachment needs for backward.
 pub(crate) enum PartSaved {
     None,
-    /// `dropout(x) A^T`, `[T, rank]`.
+    /// `dropout(x) A^T`, `[T, rank]` and room up to whole 16 bytes.
     LowRank(Tensor),
     Custom(Vec<Tensor>),
 }
@@ -81,10 +81,11 @@ impl LinearGroup {
                 None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
                 Some(Attachment::LowRank(low_rank)) => {
                     let update = update(run, part, low_rank);
-                    let mut s = run
-                        .workspace
-                        .take(update.a.dtype(), x.rows(), low_rank.rank);
-                    lora_linear::forward(x, &update, y, s.view_mut(), run.workspace)?;
+                    let dtype = update.a.dtype();
+                    let cols = Workspace::aligned(dtype, low_rank.rank);
+                    let mut s = run.workspace.take(dtype, x.rows(), cols);
+                    let rank = s.view_mut().columns(0..low_rank.rank);
+                    lora_linear::forward(x, &update, y, rank, run.workspace)?;
                     PartSaved::LowRank(s)
                 }
                 Some(Attachment::Custom(custom)) => {
@@ -138,6 +139,12 @@ impl LinearGroup {
             run.workspace.give(tensor);
         }
         Ok(())
+    }
+
+    /// Whether a method of its own computes here.
+    pub(crate) fn has_custom(&self) -> bool {
+        let custom = |part: &Part| matches!(part.attachment, Some(Attachment::Custom(_)));
+        self.parts.iter().any(custom)
     }
 
     /// Whether anything here is trained.
@@ -243,6 +250,7 @@ fn low_rank_backward(
     dx: Option<ViewMut<'_>>,
 ) -> Result<()> {
     let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
-    lora_linear::backward(x, update, s.view(), dy, dx, d_a, d_b, run.workspace)?;
+    let s = s.view().columns(0..low_rank.rank);
+    lora_linear::backward(x, update, s, dy, dx, d_a, d_b, run.workspace)?;
     Ok(())
 }

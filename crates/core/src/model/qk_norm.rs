@@ -54,7 +54,7 @@ impl Layer {
             return Ok(None);
         };
         let [q, k] = self.widths();
-        let mut out = run.workspace.take(run.dtype, run.tokens, q + k);
+        let mut out = run.workspace.take(run.dtype, run.rows, q + k);
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
             let out = out.view_mut().columns(columns.clone());
             qk_norm::forward(qkv.view().columns(columns), &norms.of(norm, run), out)?;

@@ -1,5 +1,6 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
+use super::angles::AngleTable;
 use super::config::{DecoderConfig, QkNorm};
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
@@ -179,6 +180,7 @@ impl Builder<'_> {
             device: self.params.device().clone(),
             embedding,
             keep: vec![Keep::All; layers.len()],
+            angles: AngleTable::default(),
             layers,
             norm,
             head,

@@ -8,7 +8,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use super::{Accumulator, Gradients};
+use super::{Accumulator, Gradients, PADDING};
 use crate::cuda::rows::count;
 use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
@@ -95,7 +95,6 @@ pub(super) fn run(
         total,
         pitch: pitch(head.rows()),
     };
-    sums.count(rows.len());
     let limit = chunk_rows(run.pitch).min(rows.len());
     let held = held_rows(run.pitch, rows.len());
     let scratch = |dtype, cols| {
@@ -155,13 +154,15 @@ fn chunks(rows: &[u32], limit: usize, tokens: usize) -> Vec<Range<usize>> {
     let mut chunk_of = vec![usize::MAX; tokens];
     let mut chunks: Vec<Range<usize>> = Vec::new();
     for (i, &row) in rows.iter().enumerate() {
+        // Padding has no row, and so none that comes twice.
+        let seen = |row: u32| chunk_of.get(row as usize).copied().unwrap_or(usize::MAX);
         match chunks.last_mut() {
-            Some(last) if last.len() < limit && chunk_of[row as usize] != last.start => {
-                last.end = i + 1;
-            }
+            Some(last) if last.len() < limit && seen(row) != last.start => last.end = i + 1,
             _ => chunks.push(i..i + 1),
         }
-        chunk_of[row as usize] = chunks.last().map_or(0, |last| last.start);
+        if let (Some(of), Some(last)) = (chunk_of.get_mut(row as usize), chunks.last()) {
+            *of = last.start;
+        }
     }
     chunks
 }
@@ -202,7 +203,7 @@ impl Run<'_> {
             correct: sums + (len * size_of::<[f64; 2]>()) as u64,
             pitch: self.pitch as u64,
             vocabulary: count(self.head.rows()),
-            unused: 0,
+            padding: PADDING,
         };
         let kernel = match gradient {
             true => format!("linear_cross_entropy_gradient_{}", self.head.dtype()),
@@ -213,9 +214,10 @@ impl Run<'_> {
         let params = Reduce {
             sums,
             correct: params.correct,
+            targets,
             total: self.total,
             rows: count(len),
-            unused: 0,
+            padding: PADDING,
         };
         let grid = Grid::new(1, ROW_THREADS);
         self.device
@@ -272,6 +274,8 @@ impl Run<'_> {
             pitch: hidden.pitch() as u64,
             cols: count(hidden.cols()),
             vectors: u32::from(aligned && hidden.ptr().is_multiple_of(16)),
+            padding: PADDING,
+            unused: 0,
         }
     }
 
@@ -325,6 +329,8 @@ struct Rows {
     pitch: u64,
     cols: u32,
     vectors: u32,
+    padding: u32,
+    unused: u32,
 }
 
 /// As in kernel.cu.
@@ -337,7 +343,7 @@ struct Softmax {
     correct: u64,
     pitch: u64,
     vocabulary: u32,
-    unused: u32,
+    padding: u32,
 }
 
 /// As in kernel.cu.
@@ -346,9 +352,10 @@ struct Softmax {
 struct Reduce {
     sums: u64,
     correct: u64,
+    targets: u64,
     total: u64,
     rows: u32,
-    unused: u32,
+    padding: u32,
 }
 
 #[cfg(test)]
@@ -360,6 +367,7 @@ mod tests {
         assert_eq!(chunks(&[4, 2, 0, 1, 3], 2, 5), [0..2, 2..4, 4..5]);
         assert_eq!(chunks(&[1, 2, 1, 2, 2], 9, 3), [0..2, 2..4, 4..5]);
         assert_eq!(chunks(&[0, 1, 1, 0], 9, 2), [0..2, 2..4]);
+        assert_eq!(chunks(&[1, 0, PADDING, PADDING], 3, 2), [0..3, 3..4]);
         assert!(chunks(&[], 9, 2).is_empty());
     }
 

@@ -13,6 +13,9 @@
 //! `[rows, V]`, and is enough for a large product. Losses are summed in f64 in an order that depends
 //! on the shapes alone. Logits that are not finite give a loss that is not finite.
 //!
+//! [`PADDING`] at the end of `rows` and `targets` stands for no row: it adds nothing anywhere, so that
+//! few numbers of rows need be planned for.
+//!
 //! Shapes: `hidden [T,D]`, `head [V,D]`, each f32 or bf16; `rows [N]` in `0..T`, `targets [N]` in
 //! `0..V`. Gradients are those of the sum of the losses.
 //!
@@ -29,11 +32,15 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use accumulator::DeviceSums;
 pub use accumulator::{Accumulator, Sums};
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
+
+/// What stands in `rows` and `targets` for no row.
+pub const PADDING: u32 = u32::MAX;
 
 /// Adds loss, accuracy and entropy of the label rows to `sums`.
 ///
@@ -49,7 +56,7 @@ pub fn forward(
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
-    check(OP, hidden, head, rows, targets)?;
+    let labels = check(OP, hidden, head, rows, targets)?;
     let devices = [
         hidden.device(),
         head.device(),
@@ -60,6 +67,7 @@ pub fn forward(
         let (data, labels) = ([hidden, head], [rows, targets]);
         return cuda::run(device, data, labels, None, sums, workspace);
     }
+    let (rows, targets) = (&rows[..labels], &targets[..labels]);
     sums.add(cpu::run(hidden, head, rows, targets, None, workspace)?);
     Ok(())
 }
@@ -86,7 +94,7 @@ pub fn forward_backward(
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
-    check(OP, hidden, head, rows, targets)?;
+    let labels = check(OP, hidden, head, rows, targets)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
     if let Some(d_head) = &d_head {
         check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
@@ -108,8 +116,8 @@ pub fn forward_backward(
     sums.add(cpu::run(
         hidden,
         head,
-        rows,
-        targets,
+        &rows[..labels],
+        &targets[..labels],
         Some(gradients),
         workspace,
     )?);
@@ -142,18 +150,31 @@ struct Gradients<'a> {
     d_head: Option<ViewMut<'a>>,
 }
 
+/// The number of rows before the padding.
 fn check(
     op: &'static str,
     hidden: View<'_>,
     head: View<'_>,
     rows: &[u32],
     targets: &[u32],
-) -> Result<()> {
+) -> Result<usize> {
     let expected = [head.rows(), hidden.cols()];
     check_shape(op, "head [V,D]", expected, head.shape())?;
     check_len(op, "targets", rows.len(), targets.len())?;
-    check_index(op, "rows", rows, hidden.rows())?;
-    check_index(op, "targets", targets, head.rows())
+    let before_padding = |values: &[u32]| {
+        let padding = values.iter().rev().take_while(|&&value| value == PADDING);
+        values.len() - padding.count()
+    };
+    let labels = before_padding(rows);
+    check_len(
+        op,
+        "targets before the padding",
+        labels,
+        before_padding(targets),
+    )?;
+    check_index(op, "rows", &rows[..labels], hidden.rows())?;
+    check_index(op, "targets", &targets[..labels], head.rows())?;
+    Ok(labels)
 }
 
 fn check_index(op: &'static str, what: &'static str, values: &[u32], limit: usize) -> Result<()> {

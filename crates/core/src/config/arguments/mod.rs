@@ -13,7 +13,7 @@ pub use lora::{InitLoraWeights, LoraArguments, LoraBias};
 pub use model::{Dtype, ModelArguments};
 pub use optimizer::{Optim, OptimizerArguments};
 pub use output::{IntervalStrategy, OutputArguments, Resume};
-pub use runtime::{DdpBackend, Device, RuntimeArguments};
+pub use runtime::{CudaGraph, DdpBackend, Device, GemmTuning, RuntimeArguments};
 pub use schedule::ScheduleArguments;
 
 /// Where a default comes from.

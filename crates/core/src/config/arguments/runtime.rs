@@ -26,6 +26,26 @@ choices! {
     }
 }
 
+choices! {
+    /// Whether micro-steps on a GPU are recorded and replayed.
+    CudaGraph {
+        /// Where that can be done.
+        Auto = "auto",
+        /// Every kernel is launched by itself.
+        Off = "off",
+    }
+}
+
+choices! {
+    /// How a GPU's algorithm for a product is chosen.
+    GemmTuning {
+        /// As its library expects it to be fastest.
+        Heuristic = "heuristic",
+        /// By timing the first few that the library offers.
+        Measure = "measure",
+    }
+}
+
 section! {
     /// The machine, and chance.
     RuntimeArguments, "runtime" {
@@ -36,6 +56,14 @@ section! {
         /// true computes every layer again in the backward pass, whatever memory there is; else a plan
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
+        /// Records the kernels of a micro-step on a GPU and replays them with one call, for each padded length:
+        /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
+        /// on it.
+        cuda_graph: CudaGraph = CudaGraph::Auto, OURS;
+        /// How a GPU's algorithm for the products of a shape is chosen: heuristic, or measure, which times a few
+        /// before the first step. Timings vary, and the last bits of results with them; a resumed run uses
+        /// what its checkpoint recorded.
+        gemm_tuning: GemmTuning = GemmTuning::Heuristic, OURS;
         /// Seed of every random draw.
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.

@@ -13,6 +13,7 @@ mod trace;
 
 use super::{DecoderConfig, Keep};
 use crate::adapter::{Attachment, SiteId};
+use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
 use shape::LayerShape;
 use std::collections::BTreeSet;
@@ -22,18 +23,20 @@ const MOST_TRIED: usize = 128;
 /// One part in so many of the memory stays free: for what else the machine does, and for pieces too
 /// small to use.
 const RESERVE: u64 = 32;
-/// Bytes of ids, counters of random draws, label rows and targets per token.
-const INDEX_BYTES: usize = 20;
+/// Bytes of ids, positions, counters of random draws, label rows and targets per token.
+const INDEX_BYTES: usize = 24;
 
 /// The micro-batches of a run, as far as memory depends on them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Workload {
-    /// Tokens of the longest.
+    /// Tokens of the longest, without padding.
     pub tokens: usize,
     /// Numbers of label rows that occur. Those of one power of two count as one.
     pub label_rows: BTreeSet<usize>,
     /// Mean number of tokens of a document.
     pub mean_length: f64,
+    /// Sizes of training, of which every padded size has one at least.
+    pub sizes: Vec<BatchSize>,
 }
 
 /// Shapes of a training step: all that its memory and its work depend on.
@@ -65,7 +68,7 @@ pub struct StepBytes {
     pub working: u64,
     /// Logits of a chunk and what belongs to them.
     pub loss: u64,
-    /// Angles, indices, and the workspace of a GPU's products.
+    /// Angles of positions, indices, and the workspace of a GPU's products.
     pub other: u64,
 }
 
@@ -104,7 +107,9 @@ impl StepShape {
     ) -> Self {
         let (layers, embedding_trained) = shape::layers(config, attachments);
         let on_gpu = device.is_cuda();
-        let tokens = workload.tokens;
+        // As `Inputs` pads them.
+        let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
+        let tokens = padded(workload.tokens);
         let most_labels = workload.label_rows.last().copied().unwrap_or(0);
         Self {
             hidden: config.hidden_size,
@@ -118,8 +123,8 @@ impl StepShape {
             head: weights,
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
-            label_rows: workload.label_rows.clone(),
-            label_share: most_labels as f64 / tokens.max(1) as f64,
+            label_rows: workload.label_rows.iter().copied().map(padded).collect(),
+            label_share: padded(most_labels) as f64 / tokens.max(1) as f64,
             mean_length: workload.mean_length,
         }
     }
@@ -249,13 +254,11 @@ impl StepShape {
     }
 
     fn other_bytes(&self) -> u64 {
-        let angles = self.rotary_dim * DType::F32.bytes();
-        // The row sums of the attention's backward, and the products' workspace.
-        let (sums, products) = if self.on_gpu {
-            (self.heads * DType::F32.bytes(), cuda::GEMM_WORKSPACE)
-        } else {
-            (0, 0)
-        };
-        (self.tokens as u64).saturating_mul((angles + INDEX_BYTES + sums) as u64) + products as u64
+        // No position is beyond the longest document, which is no longer than a micro-batch.
+        let positions = self.tokens.next_power_of_two() as u64;
+        let angles = positions.saturating_mul((self.rotary_dim * DType::F32.bytes()) as u64);
+        let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
+        let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };
+        angles.saturating_add(indices) + products as u64
     }
 }
