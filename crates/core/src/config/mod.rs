@@ -21,8 +21,8 @@ mod value;
 
 pub use arguments::{
     DataArguments, DdpBackend, Device, Dtype, InitLoraWeights, IntervalStrategy, LoraArguments,
-    LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy, Resume,
-    RuntimeArguments, SamplingStrategy, ScheduleArguments,
+    LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments, PackingStrategy,
+    QuantType, Resume, RuntimeArguments, SamplingStrategy, ScheduleArguments,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
@@ -39,8 +39,9 @@ use std::fmt;
 use std::path::Path;
 
 /// Other names of keys, from TRL's and Transformers' earlier versions.
-const ALIASES: [(&str, &str); 3] = [
+const ALIASES: [(&str, &str); 4] = [
     ("torch_dtype", "dtype"),
+    ("use_bnb_nested_quant", "bnb_4bit_use_double_quant"),
     ("evaluation_strategy", "eval_strategy"),
     ("max_seq_length", "max_length"),
 ];

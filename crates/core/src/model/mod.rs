@@ -5,6 +5,7 @@
 
 mod config;
 mod decode;
+mod frozen;
 mod hf_config;
 mod keep;
 mod layer;
@@ -16,6 +17,7 @@ mod qk_norm;
 mod rope;
 mod run;
 mod saved;
+mod weight_format;
 mod weights;
 
 pub use config::{DecoderConfig, QkNorm};
@@ -26,6 +28,7 @@ pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::Mode;
+pub use weight_format::WeightFormat;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;
@@ -95,8 +98,8 @@ pub struct Pass<'a> {
 impl Model {
     /// Reads the weights of `config` from `source`, with `attachments` in place.
     ///
-    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`, on the
-    /// device of `params`.
+    /// Weights that an attachment trains go into `params`; all others are kept as `format` says (a
+    /// [`DType`] alone: as values of it), on the device of `params`.
     ///
     /// # Errors
     /// [`crate::Error::Model`] if the weights do not fit the config, before any is read.
@@ -105,7 +108,7 @@ impl Model {
         attachments: Vec<(SiteId, Attachment)>,
         source: &dyn WeightSource,
         params: &mut FlatBuffer,
-        dtype: DType,
+        format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
         let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
@@ -115,7 +118,7 @@ impl Model {
             attachments,
             source,
             params,
-            dtype,
+            format: format.into(),
         }
         .model()
     }
@@ -132,7 +135,7 @@ impl Model {
         &self.device
     }
 
-    /// Dtype of the frozen weights.
+    /// Dtype of the frozen weights in products.
     #[must_use]
     pub fn weight_dtype(&self) -> DType {
         self.weight_dtype
