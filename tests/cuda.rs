@@ -100,6 +100,19 @@ fn a_bf16_base_trains_in_bf16() {
 }
 
 #[test]
+fn a_base_in_4_bits_trains_as_on_the_cpu() {
+    let bench = Workbench::new(24);
+    let mut changes = changes();
+    changes["load_in_4bit"] = json!(true);
+    changes["bnb_4bit_use_double_quant"] = json!(true);
+    for (name, device) in [("cpu", "cpu"), ("gpu", "cuda")] {
+        train(&bench, name, device, &changes).expect(0);
+    }
+    let [cpu, gpu] = ["cpu", "gpu"].map(|name| curve(&bench.path(name)));
+    assert_near(&gpu, &cpu, SAME_LOSS);
+}
+
+#[test]
 fn answers_of_a_gpu_are_those_of_the_cpu() {
     let bench = Workbench::new(24);
     let base = bench.path("base");

@@ -10,6 +10,7 @@ mod demo;
 mod env;
 mod eval;
 mod exact_match;
+mod four_bit;
 mod generate;
 mod kernels;
 mod launch;

@@ -3,12 +3,15 @@
 //! A case is a folder with a `case.json` whose `kind` says what it holds; see
 //! `tests/fixtures/golden`. The error of a tensor is `max|ours - theirs| / max|theirs|`.
 
+mod adapted;
 mod adapter;
 mod arch;
 mod case;
 mod compare;
 mod complete;
+mod cpu_kernel;
 mod padded;
+mod quantised;
 mod schedule;
 mod trajectory;
 
@@ -71,10 +74,11 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "adapter" => adapter::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
+        "HF bitsandbytes checkpoint" => quantised::compare(case),
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training trajectory, lr schedules",
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training trajectory, lr schedules, HF bitsandbytes checkpoint",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -2,6 +2,7 @@
 //! plan -> weights -> steps -> files.
 
 mod adapter;
+mod base_weights;
 mod data;
 mod fitting;
 mod host_memory;
@@ -20,22 +21,23 @@ pub use outputs::{CheckpointFiles, read_trained};
 pub use summary::Summary;
 
 use crate::device;
+use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{CudaGraph, Dtype, GemmTuning, IntervalStrategy, Resume, TrainConfig};
+use ferrotune_core::config::{CudaGraph, GemmTuning, IntervalStrategy, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
+use ferrotune_core::io::{ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
-    ActivationPlan, DecoderConfig, ModelPlan, RandomWeights, WeightSource, Workload,
-    expected_tensors,
+    ActivationPlan, DecoderConfig, RandomWeights, WeightFormat, WeightSource, Workload,
 };
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_kernels::{DType, Device, cuda};
+use ferrotune_kernels::cuda;
 use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -74,8 +76,8 @@ pub struct Recipe {
     pub device: Device,
     /// This process among its peers.
     pub place: Place,
-    /// Dtype of the frozen weights.
-    pub weight_dtype: DType,
+    /// How the frozen weights are held.
+    pub weights: WeightFormat,
     /// Digests of base and data, by name.
     pub fingerprints: BTreeMap<String, String>,
 }
@@ -161,7 +163,7 @@ impl Recipe {
             &decoder,
         )?;
         let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref());
-        let weight_dtype = weight_dtype(&config, files.as_ref(), &device);
+        let weights = weight_format(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset);
         let mut recipe = Self {
             config,
@@ -179,7 +181,7 @@ impl Recipe {
             available_memory: memory::share_of(&device, place)?,
             device,
             place,
-            weight_dtype,
+            weights,
             fingerprints,
         };
         let (activations, note) = memory::plan(&recipe, &attached, recipe.available_memory)?;
@@ -386,8 +388,8 @@ impl Recipe {
         TrainerOptions {
             device: self.device.clone(),
             seed: runtime.seed,
-            weight_dtype: self.weight_dtype,
-            activation_dtype: activation_dtype(&self.config, self.weight_dtype, &self.device),
+            weights: self.weights,
+            activation_dtype: activation_dtype(&self.config, self.weights.dtype, &self.device),
             adamw: AdamW {
                 beta1: optimizer.adam_beta1,
                 beta2: optimizer.adam_beta2,
@@ -480,50 +482,6 @@ fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
         "model_name_or_path",
         format!("`{name}` is not a directory; download the model and give its path"),
     ))
-}
-
-/// Checks names and shapes of the weights from the headers of their files.
-fn weights(
-    config: &TrainConfig,
-    base: &Path,
-    decoder: &DecoderConfig,
-) -> Result<Option<ModelFiles>> {
-    if config.model.random_init {
-        return Ok(None);
-    }
-    let files = ModelFiles::open(base)?;
-    files.check(&expected_tensors(&ModelPlan::new(decoder)))?;
-    Ok(Some(files))
-}
-
-/// As asked for; `auto` is as the files have it, and on a GPU bf16 where `bf16: true` says so.
-fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>, device: &Device) -> DType {
-    match config.model.base_dtype() {
-        Dtype::Auto if device.is_cuda() && config.model.bf16 == Some(true) => DType::Bf16,
-        Dtype::Float32 => DType::F32,
-        Dtype::Bfloat16 => DType::Bf16,
-        Dtype::Auto => {
-            let is_bf16 = |files: &ModelFiles| {
-                files
-                    .names()
-                    .any(|n| files.meta(n).is_some_and(|m| m.dtype == FileDType::BF16))
-            };
-            if files.is_some_and(is_bf16) {
-                DType::Bf16
-            } else {
-                DType::F32
-            }
-        }
-    }
-}
-
-/// f32 on a CPU, where bf16 saves memory but no time, unless `bf16: true` asks for it; on a GPU the
-/// dtype of the weights.
-fn activation_dtype(config: &TrainConfig, weights: DType, device: &Device) -> DType {
-    match (device, config.model.bf16) {
-        (Device::Cpu, Some(true)) => DType::Bf16,
-        _ => device::activation_dtype(device, weights),
-    }
 }
 
 fn run_plan(

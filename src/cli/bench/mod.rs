@@ -8,11 +8,12 @@ mod report;
 mod rows;
 mod shapes;
 
+use super::four_bit::FourBitArgs;
 use super::{Failure, Outcome, print, print_line};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightSource};
+use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightFormat, WeightSource};
 use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::core::{ExitCode, Result};
@@ -69,6 +70,8 @@ pub(super) struct Args {
     /// Element type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Float32)]
     dtype: Dtype,
+    #[command(flatten)]
+    four_bit: FourBitArgs,
     /// Where to train: auto, cpu or cuda
     #[arg(long, default_value = "cpu")]
     device: Choice,
@@ -200,7 +203,10 @@ fn trainer(
     let options = TrainerOptions {
         device: device.clone(),
         seed: args.seed,
-        weight_dtype: args.dtype.kernel(),
+        weights: WeightFormat {
+            dtype: args.dtype.kernel(),
+            four_bit: args.four_bit.format(),
+        },
         activation_dtype: args.dtype.kernel(),
         max_tokens,
         ..TrainerOptions::default()
@@ -268,6 +274,7 @@ fn report(
         model: model_name(args),
         method: trainer.adapter().describe(),
         dtype: trainer.model().weight_dtype().to_string(),
+        four_bit: args.four_bit.format().map(|f| f.quant_type.as_str()),
         device: start.device.to_string(),
         threads: rayon::current_num_threads(),
         parameters: decoder.parameters(),

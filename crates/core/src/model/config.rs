@@ -167,6 +167,7 @@ impl DecoderConfig {
     }
 
     fn check(&self, config: &HfConfig) -> Result<(), Error> {
+        check_quantisation(config)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(config.error(
                 "num_key_value_heads",
@@ -177,6 +178,25 @@ impl DecoderConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// Refuses a checkpoint that is quantised in another way than to bitsandbytes' 4 bits.
+fn check_quantisation(config: &HfConfig) -> Result<()> {
+    let Some(settings) = config.get("quantization_config") else {
+        return Ok(());
+    };
+    let method = settings.get("quant_method").and_then(Value::as_str);
+    let four_bit = settings.get("load_in_4bit") == Some(&Value::Bool(true));
+    match (method.unwrap_or("bitsandbytes"), four_bit) {
+        ("bitsandbytes", true) => Ok(()),
+        (method, _) => Err(config.error(
+            "quantization_config",
+            format!(
+                "weights quantised by {method} with load_in_4bit {four_bit} are not supported; supported are the 4 \
+                 bits of bitsandbytes (nf4, fp4). Give the checkpoint these were made from, with load_in_4bit"
+            ),
+        )),
     }
 }
 

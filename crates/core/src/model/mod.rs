@@ -6,6 +6,7 @@
 mod angles;
 mod config;
 mod decode;
+mod frozen;
 mod hf_config;
 mod inputs;
 mod keep;
@@ -18,6 +19,7 @@ mod qk_norm;
 mod rope;
 mod run;
 mod saved;
+mod weight_format;
 mod weights;
 
 pub use config::{DecoderConfig, QkNorm};
@@ -29,6 +31,7 @@ pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
+pub use weight_format::WeightFormat;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;
@@ -89,8 +92,8 @@ pub type LayerDone<'a> = dyn FnMut(&mut FlatBuffer, usize) -> Result<()> + Send 
 impl Model {
     /// Reads the weights of `config` from `source`, with `attachments` in place.
     ///
-    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`, on the
-    /// device of `params`.
+    /// Weights that an attachment trains go into `params`; all others are kept as `format` says (a
+    /// [`DType`] alone: as values of it), on the device of `params`.
     ///
     /// # Errors
     /// [`crate::Error::Model`] if the weights do not fit the config, before any is read.
@@ -99,7 +102,7 @@ impl Model {
         attachments: Vec<(SiteId, Attachment)>,
         source: &dyn WeightSource,
         params: &mut FlatBuffer,
-        dtype: DType,
+        format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
         let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
@@ -109,7 +112,7 @@ impl Model {
             attachments,
             source,
             params,
-            dtype,
+            format: format.into(),
         }
         .model()
     }
@@ -126,7 +129,7 @@ impl Model {
         &self.device
     }
 
-    /// Dtype of the frozen weights.
+    /// Dtype of the frozen weights in products.
     #[must_use]
     pub fn weight_dtype(&self) -> DType {
         self.weight_dtype

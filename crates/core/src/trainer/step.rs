@@ -5,7 +5,7 @@ use super::optimizer::{self, Buffers};
 use super::ranks::{self, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId};
 use crate::data::{PackedBatch, padded_rows};
-use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightSource};
+use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
@@ -22,8 +22,8 @@ pub struct TrainerOptions {
     pub device: Device,
     /// Seed of initial values and dropout.
     pub seed: u64,
-    /// Dtype of frozen weights.
-    pub weight_dtype: DType,
+    /// How frozen weights are held.
+    pub weights: WeightFormat,
     /// Dtype of activations.
     pub activation_dtype: DType,
     /// AdamW's moments.
@@ -54,7 +54,7 @@ impl Default for TrainerOptions {
         Self {
             device: Device::Cpu,
             seed: 42,
-            weight_dtype: DType::F32,
+            weights: DType::F32.into(),
             activation_dtype: DType::F32,
             adamw: AdamW {
                 beta1: 0.9,
@@ -125,13 +125,7 @@ impl Trainer {
         }
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
-        let mut model = Model::load(
-            config,
-            attachments,
-            source,
-            &mut params,
-            options.weight_dtype,
-        )?;
+        let mut model = Model::load(config, attachments, source, &mut params, options.weights)?;
         model.set_keep(&options.keep);
         adapter.init(&mut params, options.seed)?;
         group.broadcast(&mut params)?;

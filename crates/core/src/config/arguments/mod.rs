@@ -10,7 +10,7 @@ mod schedule;
 
 pub use data::{DataArguments, PackingStrategy, SamplingStrategy};
 pub use lora::{InitLoraWeights, LoraArguments, LoraBias};
-pub use model::{Dtype, ModelArguments};
+pub use model::{Dtype, ModelArguments, QuantType};
 pub use optimizer::{Optim, OptimizerArguments};
 pub use output::{IntervalStrategy, OutputArguments, Resume};
 pub use runtime::{CudaGraph, DdpBackend, Device, GemmTuning, RuntimeArguments};

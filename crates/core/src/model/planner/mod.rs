@@ -51,6 +51,8 @@ pub struct StepShape {
     on_gpu: bool,
     activations: DType,
     head: DType,
+    /// Bytes of the scratch for weights that are not held as values.
+    scratch: u64,
     /// Of low-rank factors in products, and of what they make.
     factors: DType,
     tokens: usize,
@@ -64,7 +66,8 @@ pub struct StepShape {
 pub struct StepBytes {
     /// Kept by the layers from forward to backward.
     pub kept: u64,
-    /// Other buffers of the pool: those of the layer at work, and of gradients.
+    /// Other buffers of the pool: those of the layer at work, of gradients, and of the weights at work
+    /// where they are held as codes.
     pub working: u64,
     /// Logits of a chunk and what belongs to them.
     pub loss: u64,
@@ -121,12 +124,25 @@ impl StepShape {
             on_gpu,
             activations,
             head: weights,
+            scratch: 0,
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
             label_rows: workload.label_rows.iter().copied().map(padded).collect(),
             label_share: padded(most_labels) as f64 / tokens.max(1) as f64,
             mean_length: workload.mean_length,
         }
+    }
+
+    /// The same with linears that are held as codes and written out for each product.
+    #[must_use]
+    pub fn with_quantised_linears(mut self) -> Self {
+        let groups = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let largest = groups.map(|g| g.in_features * g.out_features).max();
+        self.scratch = (largest.unwrap_or(0) as u64).saturating_mul(self.head.bytes() as u64);
+        self
     }
 
     /// Number of layers.
@@ -151,7 +167,7 @@ impl StepShape {
             keep: (0..self.layers.len()).map(policy).collect(),
             bytes: StepBytes {
                 kept,
-                working: all - kept,
+                working: (all - kept).saturating_add(self.scratch),
                 loss: self.loss_bytes(),
                 other: self.other_bytes(),
             },
