@@ -66,7 +66,7 @@ impl Case {
         let adapter = Box::new(LoraAdapter::new(lora, "llama").expect("valid"));
         let options = TrainerOptions {
             device: Device::Cuda(Arc::clone(device)),
-            weight_dtype: self.dtype,
+            weights: self.dtype.into(),
             activation_dtype: self.dtype,
             max_tokens: 200,
             cuda_graph: self.cuda_graph,
