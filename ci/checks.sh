@@ -65,6 +65,13 @@ for file in "${long_files[@]}"; do
     fi
 done
 
+# A clone is small: what is large is made or fetched.
+max_bytes=2000000
+while read -r bytes file; do
+    fail "$file: $bytes bytes, at most $max_bytes"
+done < <(git ls-files -z --cached --others --exclude-standard | xargs -0 stat -c '%s %n' 2>/dev/null |
+    awk -v max=$max_bytes '$1 > max')
+
 # Paths of one machine mean nothing on another.
 mapfile -t texts < <(files '*.rs' '*.toml' '*.md' '*.yaml' '*.sh' '*.py' '.ci/run')
 if lines=$(grep -nE '(^|[^.[:alnum:]])/(home|root|work|Users|mnt)/[[:alnum:]]' "${texts[@]}" | grep -v '^ci/checks.sh:'); then

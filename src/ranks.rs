@@ -6,15 +6,18 @@
 //! ```
 
 use crate::recipe::Recipe;
+use ferrotune_core::checkpoint::data_digest;
 use ferrotune_core::config::{DdpBackend, TrainConfig};
 use ferrotune_core::io::blake3_of_bytes;
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::{Error, Result};
 use ferrotune_dist::env::LaunchEnv;
+use ferrotune_dist::mpi::{self, MpiOptions};
 use ferrotune_dist::nccl::NcclOptions;
 use ferrotune_dist::{HostPort, JobToken, Membership, Nccl, Tcp, Timing, Work};
 use ferrotune_kernels::Device;
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Keys that may differ between the ranks of a run: paths, whose contents are compared, and what each
@@ -31,6 +34,9 @@ const OWN_KEYS: [&str; 9] = [
     "train_file",
 ];
 
+/// The token of a job that was given none.
+const NO_TOKEN: &str = "no token";
+
 /// The rank of this process, which is one rank of `found`.
 ///
 /// # Errors
@@ -41,6 +47,7 @@ pub fn place(found: &LaunchEnv) -> Result<Place> {
             rank,
             world_size: found.world_size,
             local_rank,
+            local_world_size: found.local_world_size.unwrap_or(1),
         }),
         (ranks, _) => Err(Error::config(
             "ranks",
@@ -52,13 +59,17 @@ pub fn place(found: &LaunchEnv) -> Result<Place> {
     }
 }
 
-/// Meets the other ranks of `found`, and joins them for the run of `recipe`: NCCL where they compute on
-/// GPUs, else TCP.
+/// Meets the other ranks of `found`, and joins them for the run of `recipe`: by its `ddp_backend`, else NCCL
+/// where they compute on GPUs, and TCP where not.
 ///
 /// # Errors
-/// [`Error::Config`] if ranks do not fit together, or NCCL is not there; [`Error::Transient`] if they do not
-/// all come in time.
-pub fn join(found: &LaunchEnv, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>> {
+/// [`Error::Config`] if ranks do not fit together, or NCCL or MPI is not there; [`Error::Transient`] if they do not
+/// all come in time; [`Error::Stopped`] if `stop` is set before they have.
+pub fn join(
+    found: &LaunchEnv,
+    recipe: &Recipe,
+    stop: &AtomicBool,
+) -> Result<Box<dyn ProcessGroup>> {
     if found.world_size == 1 {
         return Ok(Box::new(Solo));
     }
@@ -71,19 +82,24 @@ pub fn join(found: &LaunchEnv, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>>
         },
         config_digest: digests(recipe),
     };
-    let tcp = Tcp::join(&membership, &work, &timing(config))?;
-    let on_gpu = recipe.device.is_cuda();
-    match config.runtime.ddp_backend {
-        Some(DdpBackend::Gloo) => Ok(Box::new(tcp)),
-        None if !on_gpu => Ok(Box::new(tcp)),
-        None | Some(DdpBackend::Nccl) => {
+    let tcp = Tcp::join(&membership, &work, &timing(config), stop)?;
+    let by_device = match recipe.device.is_cuda() {
+        true => DdpBackend::Nccl,
+        false => DdpBackend::Gloo,
+    };
+    let timeout = Duration::from_secs(config.runtime.ddp_timeout);
+    let peers = Some(tcp.abort_handle());
+    let tcp = Box::new(tcp);
+    match config.runtime.ddp_backend.unwrap_or(by_device) {
+        DdpBackend::Gloo => Ok(tcp),
+        DdpBackend::Mpi => mpi::join(tcp, MpiOptions { timeout, peers }),
+        DdpBackend::Nccl => {
             let options = NcclOptions {
-                peers: Some(tcp.abort_handle()),
-                timeout: Duration::from_secs(config.runtime.ddp_timeout),
+                timeout,
+                peers,
                 ..NcclOptions::default()
             };
-            let nccl = Nccl::new(Box::new(tcp), &recipe.device, options)?;
-            Ok(Box::new(nccl))
+            Ok(Box::new(Nccl::new(tcp, &recipe.device, options)?))
         }
     }
 }
@@ -94,6 +110,7 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
         rank,
         world_size,
         local_rank,
+        local_world_size,
     } = place(found)?;
     let alone = found.local_world_size == Some(world_size);
     let Some(port) = found.master_port else {
@@ -105,17 +122,16 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
             ),
         ));
     };
-    let job_id = found.job_id.clone().unwrap_or_else(|| "job".into());
-    let token = match &found.token {
-        Some(token) => JobToken::new(token.reveal()),
-        // Keeps the ranks of two jobs apart, and nobody out who knows the job's name.
-        None => JobToken::new(&format!("no token was given to {job_id}")),
-    };
+    // Jobs without a name on one machine have different ports; the name of a host may differ between ranks.
+    let unnamed = || format!("port-{port}");
+    let job_id = found.job_id.clone().unwrap_or_else(unnamed);
+    // The job's name keeps the ranks of two jobs apart; without a secret, nobody is kept out.
+    let token = found.token.as_ref().map_or(NO_TOKEN, |t| t.reveal());
     Ok(Membership {
         rank,
         world_size,
         local_rank,
-        local_world_size: found.local_world_size.unwrap_or(1),
+        local_world_size,
         nnodes: found.nnodes.unwrap_or(if alone { 1 } else { world_size }),
         node_rank: found.node_rank.unwrap_or(0),
         master: HostPort {
@@ -126,7 +142,7 @@ fn membership(found: &LaunchEnv) -> Result<Membership> {
         bind: None,
         job_id,
         restart_attempt: found.restart_count.unwrap_or(0) as u64,
-        token,
+        token: JobToken::new(token),
         launcher: found.launcher.into(),
     })
 }
@@ -158,6 +174,9 @@ fn digests(recipe: &Recipe) -> String {
     }
     for (name, digest) in &recipe.fingerprints {
         sections.insert(name, digest.clone());
+    }
+    if let Some(rows) = &recipe.eval_dataset {
+        sections.insert("eval_data", data_digest(&rows.examples));
     }
     let short = |text: &String| blake3_of_bytes(text.as_bytes())[..8].to_owned();
     let parts = sections

@@ -3,12 +3,12 @@
 use crate::device::activation_dtype;
 use crate::generate::{GenerateOptions, generate};
 use ferrotune_core::Result;
-use ferrotune_core::adapter::Adapter;
 use ferrotune_core::data::{Decoding, Prompt, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass, WeightFormat};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
+use ferrotune_kernels::dequantise::FourBitFormat;
 use ferrotune_kernels::{DType, Device, Workspace};
 use std::path::{Path, PathBuf};
 
@@ -49,17 +49,38 @@ impl TextModel {
     /// # Errors
     /// As there, or a failure of the device.
     pub fn load_on(device: &Device, base: &Path, adapter: Option<&Path>) -> Result<Self> {
+        Self::load_as(device, base, adapter, None)
+    }
+
+    /// [`TextModel::load_on`] with the linears of the base in `four_bit`, if given, as an adapter was
+    /// trained over them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_as(
+        device: &Device,
+        base: &Path,
+        adapter: Option<&Path>,
+        four_bit: Option<FourBitFormat>,
+    ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
+        let format = WeightFormat {
+            dtype: dtype_of(&files),
+            four_bit,
+        };
         let (model, params) = match adapter {
             Some(directory) => {
                 let method = ferrotune_lora::load(directory, &config.model_type)?;
-                with_adapter(device, &config, &files, method.as_ref(), directory)?
+                let (attachments, mut params) = attach(&config, method.as_ref())?;
+                params.move_to(device);
+                let model = Model::load(&config, attachments, &files, &mut params, format)?;
+                method.load(&mut params, directory)?;
+                (model, params)
             }
             None => {
                 let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
-                let dtype = dtype_of(&files);
-                let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
+                let model = Model::load(&config, Vec::new(), &files, &mut params, format)?;
                 (model, params)
             }
         };
@@ -128,20 +149,6 @@ impl TextModel {
         let decode = |ids: &Vec<u32>| self.tokenizer.decode(ids, Decoding::SkipSpecialTokens);
         answers.iter().map(decode).collect()
     }
-}
-
-fn with_adapter(
-    device: &Device,
-    config: &DecoderConfig,
-    files: &ModelFiles,
-    adapter: &dyn Adapter,
-    directory: &Path,
-) -> Result<(Model, FlatBuffer)> {
-    let (attachments, mut params) = attach(config, adapter)?;
-    params.move_to(device);
-    let model = Model::load(config, attachments, files, &mut params, dtype_of(files))?;
-    adapter.load(&mut params, directory)?;
-    Ok((model, params))
 }
 
 fn dtype_of(files: &ModelFiles) -> DType {

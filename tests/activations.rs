@@ -218,6 +218,7 @@ impl Subject {
             tokens: batch.tokens(),
             label_rows: [batch.trained_tokens()].into(),
             mean_length: 8.0,
+            ..Workload::default()
         };
         let dtypes = [self.dtype; 2];
         let shape = StepShape::new(&self.config, &attachments, &self.device, dtypes, &workload);

@@ -63,6 +63,26 @@ fn training_on_a_gpu_is_that_on_the_cpu_and_repeats_itself() {
 }
 
 #[test]
+fn a_resumed_run_has_the_bits_of_the_uninterrupted_one_with_its_algorithms() {
+    let bench = Workbench::new(24);
+    let mut changes = changes();
+    changes["max_steps"] = json!(4);
+    changes["save_strategy"] = json!("steps");
+    changes["save_steps"] = json!(2);
+    changes["gemm_tuning"] = json!("measure");
+    train(&bench, "whole", "cuda", &changes).expect(0);
+    let whole = bench.path("whole");
+    let algorithms = read_json(&whole.join("checkpoint-2/gemm_algorithms.json"));
+    assert!(algorithms.as_array().is_some_and(|all| !all.is_empty()));
+    changes["resume_from_checkpoint"] = json!(whole.join("checkpoint-2"));
+    let resumed = train(&bench, "resumed", "cuda", &changes).expect(0);
+    assert!(!resumed.stderr.contains("algorithms"), "{}", resumed.stderr);
+    let file = "adapter_model.safetensors";
+    let [whole, resumed] = ["whole", "resumed"].map(|name| read(&bench.path(name).join(file)));
+    assert!(whole == resumed, "the resumed run wrote other bytes");
+}
+
+#[test]
 fn a_bf16_base_trains_in_bf16() {
     let bench = Workbench::new(24);
     write_model(
@@ -77,6 +97,19 @@ fn a_bf16_base_trains_in_bf16() {
     let [cpu, gpu] = ["cpu", "gpu"].map(|name| curve(&bench.path(name)));
     let losses = |curve: &[[f64; 2]]| curve.iter().map(|p| [p[0]; 2]).collect::<Vec<_>>();
     assert_near(&losses(&gpu), &losses(&cpu), BF16_LOSS);
+}
+
+#[test]
+fn a_base_in_4_bits_trains_as_on_the_cpu() {
+    let bench = Workbench::new(24);
+    let mut changes = changes();
+    changes["load_in_4bit"] = json!(true);
+    changes["bnb_4bit_use_double_quant"] = json!(true);
+    for (name, device) in [("cpu", "cpu"), ("gpu", "cuda")] {
+        train(&bench, name, device, &changes).expect(0);
+    }
+    let [cpu, gpu] = ["cpu", "gpu"].map(|name| curve(&bench.path(name)));
+    assert_near(&gpu, &cpu, SAME_LOSS);
 }
 
 #[test]

@@ -25,7 +25,7 @@ fn recorded_environments_pass_through_the_command_line() {
     let (launchers, rules) = (fixture("launchers.json"), fixture("rules.json"));
     let checked = ferrotune(&["env", "--check", text(&launchers), text(&rules)]).expect(0);
     let last = checked.stdout.lines().last().expect("a line");
-    assert_eq!(last, "191 passed, 0 failed");
+    assert_eq!(last, "200 passed, 0 failed");
 }
 
 #[test]
@@ -113,12 +113,25 @@ fn the_token_is_never_shown() {
         ("FERROTUNE_WORLD_SIZE", "1"),
         ("FERROTUNE_LOCAL_RANK", "0"),
         ("FERROTUNE_MASTER_ADDR", "127.0.0.1"),
-        ("FERROTUNE_TOKEN", "$(secret)-4711"),
+        ("FERROTUNE_TOKEN", "secret-4711"),
     ];
     for arguments in [&["--json"][..], &[]] {
         let output = env(arguments, &variables);
         assert_eq!(output.status.code(), Some(0));
         let words = [output.stdout, output.stderr].concat();
         assert!(!String::from_utf8_lossy(&words).contains("4711"));
+    }
+    // Nor where it is refused.
+    let mut unexpanded = variables;
+    unexpanded[4].1 = "$(secret)-4711";
+    for arguments in [&["--json"][..], &[]] {
+        let output = env(arguments, &unexpanded);
+        assert_eq!(output.status.code(), Some(78));
+        let words = [output.stdout, output.stderr].concat();
+        let words = String::from_utf8_lossy(&words);
+        assert!(
+            words.contains("FERROTUNE_TOKEN") && !words.contains("4711"),
+            "{words}"
+        );
     }
 }

@@ -369,7 +369,7 @@ fn the_base_is_bit_identical_after_training() {
         let config = DecoderConfig::open(directory.path()).expect("config");
         let files = ModelFiles::open(directory.path()).expect("weights");
         let options = TrainerOptions {
-            weight_dtype: dtype,
+            weights: dtype.into(),
             ..TrainerOptions::default()
         };
         let adapter = lora(LoraConfig {

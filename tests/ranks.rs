@@ -275,8 +275,144 @@ fn ranks_that_train_different_things_are_refused_by_what_differs() {
     let other = bench.config("other", &on(2, &json!({"learning_rate": 0.02})));
     let mut ranks = Ranks::start(&[&here, &other]);
     let second = ranks.end(1).expect(78);
-    assert!(second.stderr.contains("config"), "{}", second.stderr);
+    assert!(second.stderr.contains("optimizer"), "{}", second.stderr);
+    assert!(!second.stderr.contains("schedule"), "what differs alone");
     assert_eq!(entries(&bench.path("other")), Vec::<String>::new());
+    // It waits for one that fits, which a pod that was started again may be.
     ranks.signal(0, "-TERM");
-    ranks.end(0);
+    let first = ranks.end(0).expect(174);
+    assert!(first.stderr.contains("optimizer"), "{}", first.stderr);
+    assert!(
+        first.stderr.contains("waiting for other ranks"),
+        "{}",
+        first.stderr
+    );
+}
+
+/// Processes that `pid` has started.
+fn children_of(pid: u32) -> Vec<String> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let children = std::fs::read_to_string(path).expect("the process is there");
+    children.split_whitespace().map(str::to_owned).collect()
+}
+
+fn kill(signal: &str, pids: &[String]) {
+    let status = Command::new("kill").arg(signal).args(pids).status();
+    assert!(status.expect("kill runs").success());
+}
+
+#[test]
+fn a_signal_to_all_processes_at_once_is_one_request() {
+    let bench = Workbench::new(21);
+    // As systemd and Slurm do: the launcher and its ranks, which get it from the launcher once more.
+    for whom in ["everyone", "rank 0"] {
+        let config = bench.config(whom, &endless());
+        let child = plain(&["launch", "--nproc", "2", "--", "train", text(&config)]).spawn();
+        let child = child.expect("the binary starts");
+        let launcher = child.id();
+        let mut group = Ranks(vec![Some(child)]);
+        wait_for_checkpoint(&bench.path(whom));
+        let mut pids = children_of(launcher);
+        assert_eq!(pids.len(), 2);
+        if whom == "everyone" {
+            pids.push(launcher.to_string());
+        } else {
+            pids.truncate(1);
+        }
+        kill("-TERM", &pids);
+        group.end(0).expect(143);
+    }
+}
+
+#[test]
+fn two_jobs_of_torchrun_on_one_host_do_not_mix() {
+    let bench = Workbench::new(21);
+    // Their stores look for a port among the sixteen above the master's: the same ones, nearly.
+    let port = loop {
+        let port = free_port();
+        let taken = |p: u16| TcpListener::bind(("127.0.0.1", p)).is_err();
+        if port < 60000 && !(port..port + 24).any(taken) {
+            break port;
+        }
+    };
+    let start = |job: u16, rank: usize, config: &Path| {
+        let mut command = plain(&["train", text(config)]);
+        for (name, value) in [
+            ("TORCHELASTIC_RUN_ID", "none".to_owned()),
+            ("TORCHELASTIC_USE_AGENT_STORE", "True".to_owned()),
+            ("RANK", rank.to_string()),
+            ("LOCAL_RANK", rank.to_string()),
+            ("GROUP_RANK", "0".to_owned()),
+            ("WORLD_SIZE", "2".to_owned()),
+            ("LOCAL_WORLD_SIZE", "2".to_owned()),
+            ("MASTER_ADDR", "127.0.0.1".to_owned()),
+            ("MASTER_PORT", (port + 3 * job).to_string()),
+        ] {
+            command.env(name, value);
+        }
+        command.spawn().expect("the binary starts")
+    };
+    let configs = [0, 1].map(|job| {
+        let more = json!({"learning_rate": ([0.01, 0.02][job]), "device": "cpu"});
+        bench.config(&format!("job_{job}"), &on(2, &more))
+    });
+    let one = bench.path("one").join("adapter_model.safetensors");
+    bench
+        .train("one", &on(1, &json!({"learning_rate": 0.01})))
+        .expect(0);
+    let expected = [read(&one), {
+        bench
+            .train("other", &on(1, &json!({"learning_rate": 0.02})))
+            .expect(0);
+        read(&bench.path("other").join("adapter_model.safetensors"))
+    }];
+    // The follower of the first comes when only the second's store is there.
+    let mut first = Ranks(vec![None, Some(start(0, 1, &configs[0]))]);
+    let mut second = Ranks(vec![Some(start(1, 0, &configs[1])), None]);
+    std::thread::sleep(Duration::from_millis(500));
+    first.0[0] = Some(start(0, 0, &configs[0]));
+    second.0[1] = Some(start(1, 1, &configs[1]));
+    for rank in [0, 1] {
+        first.end(rank).expect(0);
+        second.end(rank).expect(0);
+    }
+    for job in [0, 1] {
+        let adapter = bench
+            .path(&format!("job_{job}"))
+            .join("adapter_model.safetensors");
+        assert!(read(&adapter) == expected[job], "job {job}");
+    }
+}
+
+#[test]
+fn ranks_with_other_rows_to_evaluate_are_refused() {
+    let bench = Workbench::new(21);
+    let rows = std::fs::read_to_string(bench.path("rows.jsonl")).expect("rows");
+    let lines: Vec<&str> = rows.lines().collect();
+    let evaluate = |name: &str, count: usize| {
+        let file = bench.path(&format!("{name}.jsonl"));
+        std::fs::write(&file, lines[..count].join("\n")).expect("writable");
+        bench.config(
+            name,
+            &on(2, &json!({"eval_file": file, "eval_strategy": "epoch"})),
+        )
+    };
+    let mut ranks = Ranks::start(&[&evaluate("a", 8), &evaluate("b", 3)]);
+    let second = ranks.end(1).expect(78);
+    assert!(second.stderr.contains("eval_data"), "{}", second.stderr);
+}
+
+#[test]
+fn ranks_of_one_machine_share_its_memory() {
+    let bench = Workbench::new(21);
+    let config = bench.config("plan", &json!({"device": "cpu"}));
+    let available = |ranks: &str| {
+        let output = plain(&["plan", text(&config), "--nproc", ranks, "--json"]).output();
+        let plan = Finished::from(output.expect("the binary starts")).expect(0);
+        let plan: Value = serde_json::from_str(&plan.stdout).expect("a document");
+        plan["available_memory_bytes"].as_f64().expect("a number")
+    };
+    let share = available("4") / available("1");
+    // Others use memory meanwhile.
+    assert!((0.15..0.35).contains(&share), "{share}");
 }

@@ -2,6 +2,7 @@
 
 use super::Failure;
 use super::base_note::note_other_base;
+use super::four_bit::FourBitArgs;
 use ferrotune::TextModel;
 use ferrotune::core::Result;
 use ferrotune::core::config::Device;
@@ -18,6 +19,8 @@ pub(super) struct ModelArgs {
     /// Directory of an adapter on it
     #[arg(long)]
     pub(super) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) four_bit: FourBitArgs,
     /// Where to compute: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     pub(super) device: Device,
@@ -29,7 +32,8 @@ impl ModelArgs {
             note_other_base(&self.model_name_or_path, adapter)?;
         }
         let device = ferrotune::device::open(self.device)?;
-        TextModel::load_on(&device, &self.model_name_or_path, self.adapter.as_deref())
+        let (base, adapter) = (&self.model_name_or_path, self.adapter.as_deref());
+        TextModel::load_as(&device, base, adapter, self.four_bit.format())
     }
 }
 

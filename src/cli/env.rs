@@ -1,5 +1,5 @@
 use super::launch_flags::LaunchFlags;
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, print, print_line};
 use ferrotune::core::config::Device;
 use ferrotune::core::{Error, ExitCode};
 use ferrotune::dist::env::{Surroundings, check, detect};
@@ -27,11 +27,11 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
     let around = Surroundings::of_this_process(args.flags.on(args.device));
     match detect(&around) {
-        Ok(found) if args.json => println!("{:#}", found.json()),
-        Ok(found) => print!("{found}"),
+        Ok(found) if args.json => print_line(format_args!("{:#}", found.json()))?,
+        Ok(found) => print(found)?,
         Err(error) => {
             if args.json {
-                println!("{:#}", error.json());
+                print_line(format_args!("{:#}", error.json()))?;
             }
             return Err(Failure::Env(error));
         }
@@ -49,12 +49,12 @@ fn check_files(files: &[PathBuf]) -> Outcome {
                 Ok(()) => passed += 1,
                 Err(problem) => {
                     failed += 1;
-                    println!("FAILED {}: {problem}", case.name);
+                    print_line(format_args!("FAILED {}: {problem}", case.name))?;
                 }
             }
         }
     }
-    println!("{passed} passed, {failed} failed");
+    print_line(format_args!("{passed} passed, {failed} failed"))?;
     Ok(if failed == 0 {
         ExitCode::Done
     } else {

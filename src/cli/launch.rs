@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "PATH")]
     program: Option<PathBuf>,
     /// Seconds that ranks get to end by themselves after another one failed
-    #[arg(long, value_name = "SECONDS", default_value_t = GRACE.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = GRACE.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
     grace: u64,
     /// A subcommand of ferrotune with its arguments, after `--`; or those of --program
     #[arg(last = true, required = true, value_name = "COMMAND")]

@@ -10,6 +10,7 @@ mod demo;
 mod env;
 mod eval;
 mod exact_match;
+mod four_bit;
 mod generate;
 mod inspect;
 mod kernels;
@@ -123,6 +124,14 @@ pub(crate) fn main() -> std::process::ExitCode {
 }
 
 fn run(command: Command) -> Outcome {
+    // These stop by themselves, or pass signals on.
+    let handles_signals = matches!(
+        command,
+        Command::Train(_) | Command::Demo(_) | Command::Launch(_)
+    );
+    if !handles_signals {
+        stop::leave_on_signal()?;
+    }
     match command {
         Command::Train(args) => train::train(&args),
         Command::Plan(args) => train::plan(&args),

@@ -32,7 +32,8 @@ pub(super) fn print_line(text: impl Display) -> Result<()> {
 
 /// A line on standard error.
 pub(super) fn print_error_line(line: &str) {
-    let _ = writeln!(stderr(), "{line}");
+    // In one piece: ranks write to the same terminal.
+    let _ = stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Something to know that is no error, on standard error.

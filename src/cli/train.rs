@@ -115,7 +115,7 @@ pub(super) fn run(
     let place = found.map(ranks::place).transpose()?.unwrap_or_default();
     let recipe = Recipe::prepare_at(place, config)?;
     if !place.is_first() {
-        let group = group(found, &recipe)?;
+        let group = group(found, &recipe, stop)?;
         return Ok(recipe.train_with(group, &mut [], stop)?);
     }
     print_notes(&recipe.config);
@@ -130,16 +130,20 @@ pub(super) fn run(
             observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)))
         }
     }
-    let group = group(found, &recipe)?;
+    let group = group(found, &recipe, stop)?;
     let outcome = recipe.train_with(group, &mut observers, stop)?;
     drop(observers);
     report(&outcome, &output, voice)?;
     Ok(outcome)
 }
 
-fn group(found: Option<&LaunchEnv>, recipe: &Recipe) -> Result<Box<dyn ProcessGroup>> {
+fn group(
+    found: Option<&LaunchEnv>,
+    recipe: &Recipe,
+    stop: &AtomicBool,
+) -> Result<Box<dyn ProcessGroup>> {
     match found {
-        Some(found) => ranks::join(found, recipe),
+        Some(found) => ranks::join(found, recipe, stop),
         None => Ok(Box::new(Solo)),
     }
 }
@@ -161,6 +165,7 @@ pub(super) fn exit_code(outcome: &RunOutcome) -> ExitCode {
 pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: Voice) -> Outcome {
     let place = Place {
         world_size: found.map_or(1, |f| f.world_size),
+        local_world_size: found.and_then(|f| f.local_world_size).unwrap_or(1),
         ..Place::SOLO
     };
     let recipe = Recipe::prepare_at(place, config)?;

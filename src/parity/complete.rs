@@ -85,6 +85,31 @@ pub(super) fn adapter(case: &Case, expected: &SafetensorsFile, params: &ParamLay
     ))
 }
 
+/// Of a checkpoint in 4 bits: the quantities behind `prefix` and the gradient of each parameter, and the
+/// values of a weight.
+pub(super) fn quantised(
+    expected: &SafetensorsFile,
+    prefix: &str,
+    params: &ParamLayout,
+) -> Result<()> {
+    known(
+        expected,
+        &["logits", "loss", "qlora.logits", "qlora.loss"],
+        &["qlora.grad.", "dequant."],
+    )?;
+    for (_, segment) in params.by_name() {
+        require(expected, &format!("{prefix}grad.{}", segment.spec.name))?;
+    }
+    if expected.names().any(|name| name.starts_with("dequant.")) {
+        return Ok(());
+    }
+    Err(Error::data(
+        expected.path(),
+        None,
+        "no `dequant.*` tensor; expected one at least",
+    ))
+}
+
 fn require(expected: &SafetensorsFile, name: &str) -> Result<()> {
     if expected.meta(name).is_some() {
         return Ok(());

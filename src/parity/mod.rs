@@ -3,12 +3,15 @@
 //! A case is a folder with a `case.json` whose `kind` says what it holds; see
 //! `tests/fixtures/golden`. The error of a tensor is `max|ours - theirs| / max|theirs|`.
 
+mod adapted;
 mod adapter;
 mod arch;
 mod case;
 mod compare;
 mod complete;
+mod cpu_kernel;
 mod padded;
+mod quantised;
 mod schedule;
 mod sft;
 mod trajectory;
@@ -72,6 +75,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "adapter" => adapter::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
+        "HF bitsandbytes checkpoint" => quantised::compare(case),
         "tokenizer" => sft::tokenizer(case),
         "chat templates" => sft::templates(case),
         "packing" => sft::packing(case),
@@ -80,7 +84,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
             "kind",
             format!(
                 "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training \
-                 trajectory, lr schedules, tokenizer, chat templates, packing, SFT preprocessing",
+                 trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -212,7 +212,7 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let clip = number("clip_grad_norm", 0.0);
     let options = TrainerOptions {
         device: case.device.clone(),
-        weight_dtype,
+        weights: weight_dtype.into(),
         activation_dtype: weight_dtype,
         adamw: AdamW {
             beta1: beta(0).unwrap_or(0.9),

@@ -7,6 +7,7 @@ use super::adapter::{self, Attached};
 use super::memory::{Base, highest_rank, least_trained};
 use super::{Recipe, data};
 use ferrotune_core::config::TrainConfig;
+use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::Workload;
 
 /// A suggestion leaves one part in so many free: memory comes and goes from one start to the next.
@@ -82,6 +83,7 @@ impl Search<'_> {
             self.rows.and_then(|_| self.smaller_batches(self.config)),
             self.rows.and_then(|_| self.shorter_rows(self.config)),
             Some(in_bf16(self.config)).filter(|c| self.fits(c)),
+            self.in_four_bits(),
             self.lower_rank(),
             self.an_adapter(),
         ];
@@ -137,6 +139,17 @@ impl Search<'_> {
             patterns.for_each(|rank| *rank = (*rank).min(most));
             lower
         })
+    }
+
+    /// The base in 4 bits, where it is not so in its files.
+    fn in_four_bits(&self) -> Option<TrainConfig> {
+        let quantised = self.base.files.is_none_or(ModelFiles::has_four_bit);
+        if !self.config.lora.use_peft || self.config.model.load_in_4bit || quantised {
+            return None;
+        }
+        let mut small = self.config.clone();
+        small.model.load_in_4bit = true;
+        Some(small).filter(|c| self.fits(c))
     }
 
     /// LoRA at its defaults, instead of every weight.
@@ -232,6 +245,7 @@ impl Rows {
             tokens,
             label_rows: powers.take_while(|rows| *rows <= tokens).collect(),
             mean_length: self.mean_length,
+            sizes: Vec::new(),
         }
     }
 

@@ -1,10 +1,12 @@
 //! What a run needs of the machine's memory, checked before anything of that size is allocated.
 
 use super::adapter::{self, Attached};
-use super::{Recipe, activation_dtype, fitting, host_memory, weight_dtype};
+use super::base_weights::{activation_dtype, weight_format};
+use super::{Recipe, fitting, host_memory};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, StepShape, Workload};
+use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, ModelPlan, StepShape, Workload};
+use ferrotune_core::process_group::Place;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
@@ -20,6 +22,18 @@ const ROUNDED_BYTES: u64 = 2;
 /// The first failure of a GPU.
 pub fn available_memory(device: &Device) -> Result<u64> {
     available(device)
+}
+
+/// What a rank may take of that: GPUs are one rank's each, a host's memory belongs to all of its ranks.
+///
+/// # Errors
+/// The first failure of a GPU.
+pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
+    let bytes = available(device)?;
+    Ok(match device {
+        Device::Cpu => bytes / place.local_world_size.max(1) as u64,
+        Device::Cuda(_) => bytes,
+    })
 }
 
 /// Bytes a run needs at least.
@@ -65,11 +79,17 @@ impl<'a> Base<'a> {
 
     /// Shapes of the steps of a run as `config` says.
     fn step(&self, config: &TrainConfig, attached: &Attached, workload: &Workload) -> StepShape {
-        let weights = weight_dtype(config, self.files, self.device);
-        let activations = activation_dtype(config, weights, self.device);
+        let weights = weight_format(config, self.files, self.device);
+        let activations = activation_dtype(config, weights.dtype, self.device);
         let attachments = &attached.attachments;
-        let dtypes = [weights, activations];
-        StepShape::new(self.decoder, attachments, self.device, dtypes, workload)
+        let dtypes = [weights.dtype, activations];
+        let step = StepShape::new(self.decoder, attachments, self.device, dtypes, workload);
+        let in_files = self.files.is_some_and(ModelFiles::has_four_bit);
+        if weights.four_bit.is_some() || in_files {
+            step.with_quantised_linears()
+        } else {
+            step
+        }
     }
 
     /// What a run as `config` says needs at least; without activations while nothing is known of its
@@ -95,13 +115,13 @@ impl<'a> Base<'a> {
 
     /// Bytes of the weights, and of the trained values with gradients and moments.
     pub(super) fn fixed_bytes(&self, config: &TrainConfig, trainable: usize) -> [u64; 2] {
-        let dtype = weight_dtype(config, self.files, self.device);
-        let weights = self.decoder.parameters() * dtype.bytes();
+        let format = weight_format(config, self.files, self.device);
+        let weights = format.bytes(&ModelPlan::new(self.decoder), self.files);
         // Products of a GPU in bf16 read a rounded copy.
-        let activations = activation_dtype(config, dtype, self.device);
+        let activations = activation_dtype(config, format.dtype, self.device);
         let rounded = self.device.is_cuda() && activations == DType::Bf16;
         let bytes = TRAINED_BYTES + if rounded { ROUNDED_BYTES } else { 0 };
-        [weights as u64, (trainable as u64).saturating_mul(bytes)]
+        [weights, (trainable as u64).saturating_mul(bytes)]
     }
 }
 

@@ -2,16 +2,19 @@
 //! plan -> weights -> steps -> files.
 
 mod adapter;
+mod base_weights;
 mod data;
 mod fitting;
 mod host_memory;
 mod memory;
+mod observers;
 mod output_dir;
 mod outputs;
 mod preflight;
 mod resume;
 mod run_plan;
 mod summary;
+mod threads;
 
 pub use adapter::adapter_of;
 pub use data::{EpochData, eval_batches, prepare_rows};
@@ -22,24 +25,24 @@ use run_plan::run_plan;
 pub use summary::Summary;
 
 use crate::device;
+use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
-use ferrotune_core::config::{Dtype, Resume, TrainConfig};
+use ferrotune_core::config::{CudaGraph, GemmTuning, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles, OutputLock};
+use ferrotune_core::io::{ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
-    ActivationPlan, DecoderConfig, ModelPlan, RandomWeights, WeightSource, Workload,
-    expected_tensors,
+    ActivationPlan, DecoderConfig, RandomWeights, WeightFormat, WeightSource, Workload,
 };
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
-use ferrotune_core::run_log::{
-    Evaluated, Event, LogWindow, Observer, RunStarted, TrainerState, emit,
-};
+use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_kernels::{DType, Device};
+use ferrotune_kernels::cuda;
+use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -77,8 +80,8 @@ pub struct Recipe {
     pub device: Device,
     /// This process among its peers.
     pub place: Place,
-    /// Dtype of the frozen weights.
-    pub weight_dtype: DType,
+    /// How the frozen weights are held.
+    pub weights: WeightFormat,
     /// Digests of base and data, by name.
     pub fingerprints: BTreeMap<String, String>,
 }
@@ -128,7 +131,7 @@ impl Recipe {
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<data::Prepared>,
     ) -> Result<Self> {
         config.validate()?;
-        set_threads(&config)?;
+        threads::set(&config, place)?;
         let device = device::open_for(config.runtime.device, place.local_rank)?;
         let base = base_directory(&config)?;
         if place.is_first() {
@@ -164,7 +167,7 @@ impl Recipe {
             &decoder,
         )?;
         let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref());
-        let weight_dtype = weight_dtype(&config, files.as_ref(), &device);
+        let weights = weight_format(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset);
         let mut recipe = Self {
             config,
@@ -179,10 +182,10 @@ impl Recipe {
             max_tokens: workload.tokens,
             workload,
             activations: ActivationPlan::default(),
-            available_memory: available_memory(&device)?,
+            available_memory: memory::share_of(&device, place)?,
             device,
             place,
-            weight_dtype,
+            weights,
             fingerprints,
         };
         let (activations, note) = memory::plan(&recipe, &attached, recipe.available_memory)?;
@@ -249,6 +252,7 @@ impl Recipe {
             None => (TrainerState::new(), LogWindow::new(0)),
         };
         trainer.follow_first_rank()?;
+        trainer.rehearse(&self.workload.sizes)?;
         let schedule = self.schedule()?;
         if from.is_none() {
             self.start_over(output)?;
@@ -308,6 +312,7 @@ impl Recipe {
         let output = Path::new(&self.config.output.output_dir);
         let mut trainer = self.trainer_with(group)?;
         trainer.follow_first_rank()?;
+        trainer.rehearse(&self.workload.sizes)?;
         let schedule = self.schedule()?;
         let started = self.run_started(&trainer, 0);
         let eval_batches = self.eval_batches();
@@ -387,8 +392,8 @@ impl Recipe {
         TrainerOptions {
             device: self.device.clone(),
             seed: runtime.seed,
-            weight_dtype: self.weight_dtype,
-            activation_dtype: activation_dtype(&self.config, self.weight_dtype, &self.device),
+            weights: self.weights,
+            activation_dtype: activation_dtype(&self.config, self.weights.dtype, &self.device),
             adamw: AdamW {
                 beta1: optimizer.adam_beta1,
                 beta2: optimizer.adam_beta2,
@@ -400,6 +405,11 @@ impl Recipe {
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,
             keep: self.activations.keep.clone(),
+            cuda_graph: runtime.cuda_graph == CudaGraph::Auto,
+            gemm_tuning: match runtime.gemm_tuning {
+                GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,
+                GemmTuning::Measure => cuda::GemmTuning::Measure,
+            },
         }
     }
 
@@ -462,51 +472,6 @@ impl Recipe {
     }
 }
 
-/// The log file first, so that it has the event whatever the others do with it.
-struct Tee<'a, 'o> {
-    log: &'a mut dyn Observer,
-    others: &'a mut [Box<dyn Observer + 'o>],
-    /// The last evaluation, for the results at the end.
-    evaluated: Option<Evaluated>,
-}
-
-impl Observer for Tee<'_, '_> {
-    fn on(&mut self, event: &Event) -> Result<()> {
-        if let Event::Evaluated(evaluated) = event {
-            self.evaluated = Some(evaluated.clone());
-        }
-        self.log.on(event)?;
-        emit(self.others, event)
-    }
-}
-
-/// Ranks other than 0 say nothing.
-struct Silent;
-
-impl Observer for Silent {
-    fn on(&mut self, _: &Event) -> Result<()> {
-        Ok(())
-    }
-}
-
-/// The pool of threads; results do not depend on their number.
-fn set_threads(config: &TrainConfig) -> Result<()> {
-    let Some(threads) = config.runtime.num_threads else {
-        return Ok(());
-    };
-    // A second run in one process keeps the first pool: its size cannot change any more.
-    let _ = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global();
-    if rayon::current_num_threads() == threads {
-        return Ok(());
-    }
-    Err(Error::config(
-        "num_threads",
-        "can only be chosen once per process",
-    ))
-}
-
 fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
     let Some(name) = &config.model.model_name_or_path else {
         return Err(Error::config(
@@ -522,48 +487,4 @@ fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
         "model_name_or_path",
         format!("`{name}` is not a directory; download the model and give its path"),
     ))
-}
-
-/// Checks names and shapes of the weights from the headers of their files.
-fn weights(
-    config: &TrainConfig,
-    base: &Path,
-    decoder: &DecoderConfig,
-) -> Result<Option<ModelFiles>> {
-    if config.model.random_init {
-        return Ok(None);
-    }
-    let files = ModelFiles::open(base)?;
-    files.check(&expected_tensors(&ModelPlan::new(decoder)))?;
-    Ok(Some(files))
-}
-
-/// As asked for; `auto` is as the files have it, and on a GPU bf16 where `bf16: true` says so.
-fn weight_dtype(config: &TrainConfig, files: Option<&ModelFiles>, device: &Device) -> DType {
-    match config.model.base_dtype() {
-        Dtype::Auto if device.is_cuda() && config.model.bf16 == Some(true) => DType::Bf16,
-        Dtype::Float32 => DType::F32,
-        Dtype::Bfloat16 => DType::Bf16,
-        Dtype::Auto => {
-            let is_bf16 = |files: &ModelFiles| {
-                files
-                    .names()
-                    .any(|n| files.meta(n).is_some_and(|m| m.dtype == FileDType::BF16))
-            };
-            if files.is_some_and(is_bf16) {
-                DType::Bf16
-            } else {
-                DType::F32
-            }
-        }
-    }
-}
-
-/// f32 on a CPU, where bf16 saves memory but no time, unless `bf16: true` asks for it; on a GPU the
-/// dtype of the weights.
-fn activation_dtype(config: &TrainConfig, weights: DType, device: &Device) -> DType {
-    match (device, config.model.bf16) {
-        (Device::Cpu, Some(true)) => DType::Bf16,
-        _ => device::activation_dtype(device, weights),
-    }
 }

@@ -26,6 +26,9 @@ pub(super) const STATE: &str = "trainer_state.json";
 /// Ours beside it: metrics since the last log row, exactly.
 pub(super) const RUN_STATE: &str = "run_state.json";
 
+/// Ours too, of a run on a GPU: which algorithm computes which product.
+pub(super) const ALGORITHMS: &str = "gemm_algorithms.json";
+
 /// Writes checkpoints of one run.
 pub struct CheckpointFiles<'a> {
     recipe: &'a Recipe,
@@ -72,9 +75,20 @@ impl<'a> CheckpointFiles<'a> {
             let [exp_avg, exp_avg_sq] = trainer.moments();
             write_optimizer(&directory.join(OPTIMIZER), exp_avg, exp_avg_sq, step)?;
             write_file(&directory.join(STATE), state.to_json().as_bytes())?;
+            write_algorithms(directory, trainer)?;
             write_file(&directory.join(RUN_STATE), window.to_json().as_bytes())
         })
     }
+}
+
+/// The algorithms of a GPU, whose choice may have been a matter of timing.
+fn write_algorithms(directory: &Path, trainer: &Trainer) -> Result<()> {
+    let records = trainer.algorithms();
+    if records.is_empty() {
+        return Ok(());
+    }
+    let text = format!("{:#}\n", json!(records));
+    write_file(&directory.join(ALGORITHMS), text.as_bytes())
 }
 
 /// Names of the digests that a continued run must share.

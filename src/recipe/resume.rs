@@ -1,7 +1,7 @@
 //! Going on where a run stopped, to the same bits.
 
 use super::Recipe;
-use super::outputs::{self, CheckpointFiles, DATA_DIGEST, RUN_STATE, STATE};
+use super::outputs::{self, ALGORITHMS, CheckpointFiles, DATA_DIGEST, RUN_STATE, STATE};
 use ferrotune_core::checkpoint::{
     self, Checkpoint, MANIFEST, OPTIMIZER, RunIdentity, read_optimizer,
 };
@@ -11,6 +11,7 @@ use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{LogWindow, TrainerState};
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::cuda::GemmRecord;
 use std::path::Path;
 
 /// Keys that may differ between a run and its continuation. What the paths of base, data and template
@@ -19,8 +20,9 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 33] = [
+const FREE_KEYS: [&str; 34] = [
     "chat_template_path",
+    "cuda_graph",
     "dataset_name",
     "dataset_test_split",
     "dataset_train_split",
@@ -198,6 +200,7 @@ pub(super) fn restore(
         return Err(Error::checkpoint(directory.join(OPTIMIZER), message));
     }
     trainer.restore(step, &params, &exp_avg, &exp_avg_sq);
+    replay_algorithms(&directory.join(ALGORITHMS), trainer)?;
     let read = |name: &str| {
         let path = directory.join(name);
         std::fs::read_to_string(&path)
@@ -209,6 +212,27 @@ pub(super) fn restore(
     let (text, path) = read(RUN_STATE)?;
     let window = LogWindow::from_json(&text, &path)?;
     Ok((state, window))
+}
+
+/// Uses the algorithms of the run so far, as far as this GPU and its library are those.
+fn replay_algorithms(path: &Path, trainer: &Trainer) -> Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let text = std::fs::read(path).map_err(Error::read(path))?;
+    let records: Vec<GemmRecord> = serde_json::from_slice(&text)
+        .map_err(|e| Error::checkpoint(path, format!("is no list of algorithms: {e}")))?;
+    let used = trainer.replay_algorithms(&records)?;
+    if used < records.len() {
+        tracing::warn!(
+            "{}: {} of {} algorithms are of another GPU or another version of its library and are chosen anew; \
+             the continued run differs in its last bits",
+            path.display(),
+            records.len() - used,
+            records.len()
+        );
+    }
+    Ok(())
 }
 
 /// Refuses a checkpoint at or after the last step where `output` holds what came later: nothing would

@@ -3,6 +3,7 @@
 use super::Recipe;
 use super::memory::Base;
 use ferrotune_core::Result;
+use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, Keep};
 use serde_json::{Value, json};
 use std::fmt;
@@ -30,15 +31,7 @@ impl Summary {
         let checkpoint = recipe.trainable as u64 * 12;
         let method = recipe.adapter()?.describe();
         let lines = vec![
-            (
-                "model",
-                format!(
-                    "{} ({}, {} parameters)",
-                    recipe.base.display(),
-                    recipe.decoder.model_type,
-                    recipe.decoder.parameters()
-                ),
-            ),
+            ("model", model(recipe)),
             (
                 "method",
                 format!("{method}: {} trainable ({share:.2} %)", recipe.trainable),
@@ -139,6 +132,22 @@ impl fmt::Display for Summary {
         }
         Ok(())
     }
+}
+
+/// The base, and how its linears are held where not as values.
+fn model(recipe: &Recipe) -> String {
+    let in_files = recipe.files.as_ref().is_some_and(ModelFiles::has_four_bit);
+    let held = match recipe.weights.four_bit {
+        Some(format) => format!(", linears in {}", format.quant_type.as_str()),
+        None if in_files => ", linears in 4 bits".to_owned(),
+        None => String::new(),
+    };
+    format!(
+        "{} ({}, {} parameters{held})",
+        recipe.base.display(),
+        recipe.decoder.model_type,
+        recipe.decoder.parameters()
+    )
 }
 
 /// What each layer keeps, and what that costs.

@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-all=(launch mpirun torchrun ray torchx slurm netns)
+all=(launch mpirun torchrun ray torchx slurm netns) # and, by name: mpi_backend, which builds a binary
 required=
 if [[ ${1:-} == --require ]]; then
     required=$2
@@ -48,7 +48,7 @@ passed=0 failed=0 not_run=0
 for name in "${names[@]}"; do
     script=tests/launchers/$name.sh
     if [[ ! -f $script ]]; then
-        echo "launchers: no $name; there are: ${all[*]}"
+        echo "launchers: no $name; there are: ${all[*]} mpi_backend"
         exit 2
     fi
     mapfile -t TRAIN < <(train_args 2 "$WORK/$name")

@@ -55,7 +55,7 @@ fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
         }),
     );
     bench.train("whole", &slow).expect(0);
-    for name in ["TERM", "INT"] {
+    for name in ["TERM", "INT", "HUP"] {
         let config = bench.config(name, &slow);
         let mut child = spawn(&config);
         let mut rest = wait_for_step(&mut child);
@@ -148,4 +148,22 @@ fn a_killed_run_resumes_to_the_same_bits() {
         !names.iter().any(|n| n.starts_with('.')),
         "leftovers: {names:?}"
     );
+}
+
+#[test]
+fn a_command_with_nothing_to_save_leaves_with_174() {
+    let bench = Workbench::new(8);
+    let pipe = bench.path("prompts.jsonl");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo runs").success());
+    // It waits for a writer, which means that it has begun.
+    let child = command(&["eval", "--model_name_or_path"])
+        .args([text(&bench.path("base")), "--data", text(&pipe)])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let writer = std::fs::OpenOptions::new().write(true).open(&pipe);
+    let _writer = writer.expect("the other end opens");
+    signal(&child, "TERM");
+    finish(child).expect(174);
 }

@@ -90,6 +90,12 @@ pub enum Error {
         /// Who, during what.
         message: String,
     },
+    /// A signal came before there was anything to save. Exit code 174.
+    #[error("stopped {during}; nothing to save")]
+    Stopped {
+        /// What was going on.
+        during: String,
+    },
     /// A tensor operation failed. Exit code 70 if it refused its arguments; on a GPU 71 if memory
     /// ran out, 175 if the device failed, 78 if driver, libraries or GPU are missing or too old.
     #[error(transparent)]
@@ -193,6 +199,7 @@ impl Error {
             },
             Self::Memory { .. } => ExitCode::OutOfMemory,
             Self::Transient { .. } => ExitCode::Transient,
+            Self::Stopped { .. } => ExitCode::StoppedUnsaved,
         }
     }
 }

@@ -14,6 +14,8 @@ pub struct Place {
     pub world_size: usize,
     /// Which process of this machine: chooses its GPU.
     pub local_rank: usize,
+    /// Number of processes on this machine, which share its memory and cores.
+    pub local_world_size: usize,
 }
 
 impl Place {
@@ -22,6 +24,7 @@ impl Place {
         rank: 0,
         world_size: 1,
         local_rank: 0,
+        local_world_size: 1,
     };
 
     /// Whether this is rank 0.

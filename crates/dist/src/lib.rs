@@ -3,15 +3,18 @@
 //! [`env`](mod@env) tells a process which rank it is, and [`launch`] starts the ranks of a machine.
 //! [`Local`] joins threads of one process through shared memory. [`Tcp`] joins processes: they meet at a
 //! store on rank 0, which also notices who is lost, and exchange values over TCP. [`Nccl`] sums what lies on
-//! GPUs, beside another group that carries everything else. Who is who comes in as a [`Membership`].
+//! GPUs, beside another group that carries everything else; so does [`mpi`] on hosts, with the
+//! feature of that name. Who is who comes in as a [`Membership`].
 
 #![warn(clippy::print_stdout)]
 
+mod agreement;
 pub mod env;
 pub mod launch;
 mod local;
 mod measure;
 mod membership;
+pub mod mpi;
 pub mod nccl;
 mod rendezvous;
 mod store;

@@ -48,7 +48,7 @@ pub use allocator::ExitWhenExhausted;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use tensor::{
-    Buffer, DType, DeviceBuffer, DeviceSlice, Element, Indices, Rows, RowsMut, Slice, SliceMut,
-    Tensor, View, ViewMut,
+    Buffer, DType, DeviceBuffer, DeviceSlice, Element, IndexBlock, Indices, Rows, RowsMut, Slice,
+    SliceMut, Tensor, View, ViewMut,
 };
 pub use workspace::Workspace;

@@ -8,12 +8,13 @@ mod report;
 mod rows;
 mod shapes;
 
+use super::four_bit::FourBitArgs;
 use super::{Failure, Outcome, print, print_line};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightSource};
-use ferrotune::core::process_group::Solo;
+use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightFormat, WeightSource};
+use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::kernels::{DType, Device};
@@ -27,15 +28,16 @@ use std::path::PathBuf;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["shape", "model", "collective"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).multiple(true).args(["shape", "model", "collective"])))]
 pub(super) struct Args {
     /// Random weights of this shape: tiny, 256x4 (S), 768x12 (M), 135M, 360M, 1B (L), 8B, 70Bx8
     #[arg(long)]
     shape: Option<String>,
     /// Directory of a Hugging Face model, with its weights
-    #[arg(long)]
+    #[arg(long, conflicts_with = "shape")]
     model: Option<PathBuf>,
-    /// Time all-reduces over ranks that are joined like this, instead of steps
+    /// Time all-reduces over ranks that are joined like this, and steps of all ranks beside steps of one (of
+    /// --shape or --model, else of 256x4)
     #[arg(long, value_enum)]
     collective: Option<collective::Group>,
     /// Ranks of `--collective`
@@ -50,7 +52,7 @@ pub(super) struct Args {
     /// JSON Lines of `{"input_ids": [...]}` instead of random tokens, every token trained
     #[arg(long)]
     rows: Option<PathBuf>,
-    /// Timed steps, or all-reduces
+    /// Timed steps; of --collective, all-reduces and steps
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Steps before the timed ones
@@ -68,6 +70,8 @@ pub(super) struct Args {
     /// Element type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Float32)]
     dtype: Dtype,
+    #[command(flatten)]
+    four_bit: FourBitArgs,
     /// Where to train: auto, cpu or cuda
     #[arg(long, default_value = "cpu")]
     device: Choice,
@@ -107,8 +111,7 @@ impl Dtype {
 
 pub(super) fn run(args: &Args) -> Outcome {
     if let Some(group) = args.collective {
-        let (ranks, repeats) = (args.ranks.into(), args.steps as usize);
-        return collective::run(group, ranks, args.bytes, repeats, args.json);
+        return collective::run(args, group);
     }
     let shape = args.shape.as_deref().map(Shape::find).transpose()?;
     if args.config {
@@ -122,13 +125,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let gpu_start = machine::gpu_taken(&device)?;
     // On a GPU first, so that its memory is back in the pool when the run takes its own.
     let peak = device.is_cuda().then(|| peak(args, &device)).transpose()?;
-    let decoder = match (&shape, &args.model) {
-        (Some(shape), _) => shape.decoder()?,
-        (None, Some(directory)) => DecoderConfig::open(directory)?,
-        (None, None) => return Err(Failure::Usage("give --shape or --model".into())),
-    };
+    let decoder = decoder(args, shape.as_ref())?;
     let steps = steps(args, shape.as_ref(), &decoder)?;
-    let mut trainer = trainer(args, &device, &decoder, steps.max_tokens())?;
+    let mut trainer = trainer(args, &device, &decoder, steps.max_tokens(), Box::new(Solo))?;
     let plan = Plan {
         warmup: args.warmup,
         timed: args.steps,
@@ -167,6 +166,14 @@ fn start_threads(threads: Option<usize>) -> Result<(), Failure> {
         .map_err(|e| Failure::Usage(format!("--threads: {e}")))
 }
 
+fn decoder(args: &Args, shape: Option<&Shape>) -> Result<DecoderConfig, Failure> {
+    match (shape, &args.model) {
+        (Some(shape), _) => Ok(shape.decoder()?),
+        (None, Some(directory)) => Ok(DecoderConfig::open(directory)?),
+        (None, None) => Err(Failure::Usage("give --shape or --model".into())),
+    }
+}
+
 fn steps(args: &Args, shape: Option<&Shape>, decoder: &DecoderConfig) -> Result<Steps, Failure> {
     if args.batch == Some(0) || args.seq.is_some_and(|seq| seq < 2) {
         let message = "--batch needs 1 row or more, --seq 2 tokens or more";
@@ -185,7 +192,8 @@ fn trainer(
     device: &Device,
     decoder: &DecoderConfig,
     max_tokens: usize,
-) -> Result<Trainer, Failure> {
+    group: Box<dyn ProcessGroup>,
+) -> Result<Trainer> {
     let files = args.model.as_deref().map(ModelFiles::open).transpose()?;
     let random = RandomWeights { seed: args.seed };
     let source: &dyn WeightSource = match &files {
@@ -195,13 +203,16 @@ fn trainer(
     let options = TrainerOptions {
         device: device.clone(),
         seed: args.seed,
-        weight_dtype: args.dtype.kernel(),
+        weights: WeightFormat {
+            dtype: args.dtype.kernel(),
+            four_bit: args.four_bit.format(),
+        },
         activation_dtype: args.dtype.kernel(),
         max_tokens,
         ..TrainerOptions::default()
     };
     let method = adapter(args, decoder)?;
-    let mut trainer = Trainer::new(decoder, source, method, Box::new(Solo), options)?;
+    let mut trainer = Trainer::new(decoder, source, method, group, options)?;
     if let Some(directory) = &args.adapter {
         adapter(args, decoder)?.load(trainer.params_mut(), directory)?;
     }
@@ -263,6 +274,7 @@ fn report(
         model: model_name(args),
         method: trainer.adapter().describe(),
         dtype: trainer.model().weight_dtype().to_string(),
+        four_bit: args.four_bit.format().map(|f| f.quant_type.as_str()),
         device: start.device.to_string(),
         threads: rayon::current_num_threads(),
         parameters: decoder.parameters(),

@@ -11,6 +11,8 @@ pub(super) struct Report {
     pub(super) model: String,
     pub(super) method: String,
     pub(super) dtype: String,
+    /// What the linears of the base are held in, if not as values: nf4 or fp4.
+    pub(super) four_bit: Option<&'static str>,
     pub(super) device: String,
     pub(super) threads: usize,
     pub(super) parameters: usize,
@@ -105,8 +107,13 @@ impl fmt::Display for Report {
             (
                 "method",
                 format!(
-                    "{}, {}, {}, {} threads",
-                    self.method, self.dtype, self.device, self.threads
+                    "{}, {}{}, {}, {} threads",
+                    self.method,
+                    self.dtype,
+                    self.four_bit
+                        .map_or(String::new(), |f| format!(" from {f}")),
+                    self.device,
+                    self.threads
                 ),
             ),
             (

@@ -2,9 +2,11 @@
 
 use super::{EpochData, eval_batches};
 use ferrotune_core::config::TrainConfig;
-use ferrotune_core::data::{Dataset, EpochPlan, Order, PackedBatch};
+use ferrotune_core::data::{
+    BatchSize, Dataset, EpochPlan, Example, Order, PackedBatch, padded_rows,
+};
 use ferrotune_core::model::Workload;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Rows, over all epochs, of which every micro-batch is looked at.
 const MOST_ROWS_COUNTED: u64 = 10_000_000;
@@ -17,39 +19,34 @@ pub(in crate::recipe) fn workload(
     eval_dataset: Option<&Dataset>,
 ) -> Workload {
     let mut sizes = epochs.sizes(steps);
+    let training = sizes.one_of_each();
     let batches = eval_dataset.map(|d| eval_batches(config, d));
     for batch in batches.iter().flatten() {
-        sizes.add(Size::of_batch(batch));
+        sizes.add(size_of_batch(batch));
     }
-    let tokens: usize = epochs.examples.iter().map(|e| e.len()).sum();
+    let tokens: usize = epochs.examples.iter().map(Example::len).sum();
     Workload {
         tokens: sizes.tokens,
         label_rows: sizes.label_rows,
         mean_length: tokens as f64 / epochs.examples.len().max(1) as f64,
+        sizes: training,
     }
 }
 
-/// Tokens and label rows of a micro-batch or a line of one.
-#[derive(Clone, Copy, Debug, Default)]
-struct Size {
-    tokens: usize,
-    label_rows: usize,
+fn size_of_batch(batch: &PackedBatch) -> BatchSize {
+    BatchSize {
+        tokens: batch.tokens(),
+        label_rows: batch.trained_tokens(),
+        documents: batch.sequences(),
+    }
 }
 
-impl Size {
-    fn of_batch(batch: &PackedBatch) -> Self {
-        Self {
-            tokens: batch.tokens(),
-            label_rows: batch.trained_tokens(),
-        }
-    }
-
-    fn sum<'a>(sizes: impl Iterator<Item = &'a Self>) -> Self {
-        sizes.fold(Self::default(), |a, b| Self {
-            tokens: a.tokens + b.tokens,
-            label_rows: a.label_rows + b.label_rows,
-        })
-    }
+fn sum<'a>(sizes: impl Iterator<Item = &'a BatchSize>) -> BatchSize {
+    sizes.fold(BatchSize::default(), |a, b| BatchSize {
+        tokens: a.tokens + b.tokens,
+        label_rows: a.label_rows + b.label_rows,
+        documents: a.documents + b.documents,
+    })
 }
 
 /// What memory depends on of many micro-batches.
@@ -58,18 +55,37 @@ struct Sizes {
     tokens: usize,
     /// Rounded up to powers of two.
     label_rows: BTreeSet<usize>,
+    /// By padded tokens and label rows.
+    padded: BTreeMap<[usize; 2], BatchSize>,
 }
 
 impl Sizes {
-    fn add(&mut self, size: Size) {
+    fn add(&mut self, size: BatchSize) {
         self.tokens = self.tokens.max(size.tokens);
         if size.label_rows > 0 {
             self.label_rows.insert(size.label_rows.next_power_of_two());
         }
+        let padded = [size.tokens, size.label_rows].map(padded_rows);
+        self.padded.entry(padded).or_insert(size);
+    }
+
+    /// As few sizes as leave out no padded number of tokens and none of label rows: products depend on
+    /// one or the other.
+    fn one_of_each(&self) -> Vec<BatchSize> {
+        let (mut tokens, mut label_rows) = (BTreeSet::new(), BTreeSet::new());
+        // From the largest on, whose numbers of both are rare.
+        let mut sizes = Vec::new();
+        for (&[padded, padded_labels], &size) in self.padded.iter().rev() {
+            let new = [tokens.insert(padded), label_rows.insert(padded_labels)];
+            if new.contains(&true) {
+                sizes.push(size);
+            }
+        }
+        sizes
     }
 
     /// `largest`, and every smaller number of label rows.
-    fn add_up_to(&mut self, largest: Size) {
+    fn add_up_to(&mut self, largest: BatchSize) {
         self.add(largest);
         let powers = (0..usize::BITS).map(|bits| 1 << bits);
         let smaller = powers.take_while(|rows| *rows < largest.label_rows);
@@ -81,15 +97,16 @@ impl EpochData<'_> {
     /// Sizes of every micro-batch of the first `steps` steps; if there are very many, of the largest
     /// that any order can make.
     fn sizes(&self, steps: u64) -> Sizes {
-        let rows: Vec<Size> = self
+        let rows: Vec<BatchSize> = self
             .examples
             .iter()
-            .map(|example| Size {
+            .map(|example| BatchSize {
                 tokens: example.len(),
                 label_rows: example.trained_tokens(),
+                documents: 1,
             })
             .collect();
-        let size_of = |indices: &[usize]| Size::sum(indices.iter().map(|&row| &rows[row]));
+        let size_of = |indices: &[usize]| sum(indices.iter().map(|&row| &rows[row]));
         let per_epoch = self.steps_per_epoch.max(1);
         let epochs = match self.plan.order {
             // Every epoch is the first again.
@@ -98,7 +115,7 @@ impl EpochData<'_> {
         };
         let mut sizes = Sizes::default();
         if epochs.saturating_mul(rows.len() as u64) > MOST_ROWS_COUNTED {
-            let lines: Vec<Size> = self.bins.iter().map(|bin| size_of(bin)).collect();
+            let lines: Vec<BatchSize> = self.bins.iter().map(|bin| size_of(bin)).collect();
             sizes.add_up_to(largest(&lines, self.plan.per_device_train_batch_size));
             return sizes;
         }
@@ -118,22 +135,22 @@ impl EpochData<'_> {
 }
 
 /// No micro-batch of `count` lines is larger.
-fn largest(lines: &[Size], count: usize) -> Size {
-    let top = |value: fn(&Size) -> usize| {
+fn largest(lines: &[BatchSize], count: usize) -> BatchSize {
+    let top = |value: fn(&BatchSize) -> usize| {
         let mut values: Vec<usize> = lines.iter().map(value).collect();
         values.sort_unstable_by(|a, b| b.cmp(a));
         values.iter().take(count).sum()
     };
-    Size {
+    BatchSize {
         tokens: top(|size| size.tokens),
         label_rows: top(|size| size.label_rows),
+        documents: top(|size| size.documents),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotune_core::data::Example;
     use ferrotune_core::process_group::Place;
 
     fn dataset(lengths: &[usize]) -> Dataset {
@@ -166,6 +183,29 @@ mod tests {
         assert_eq!(Some(workload.tokens), longest);
         assert!(workload.tokens < 61 + 62 + 63 + 64, "no order was that bad");
         assert_eq!(workload.mean_length, 32.5);
+    }
+
+    #[test]
+    fn every_padded_size_of_training_has_a_size() {
+        let lengths: Vec<usize> = (1..=64).collect();
+        let (config, dataset) = (config(4), dataset(&lengths));
+        let mut epochs = EpochData::new(&config, &dataset, 64, Place::SOLO);
+        let sizes = workload(&config, &epochs, 32, None).sizes;
+        let batches = (0..32).flat_map(|step| {
+            ferrotune_core::trainer::StepData::step(&mut epochs, step).expect("in memory")
+        });
+        let mut tokens = BTreeSet::new();
+        for batch in batches {
+            let met = |of: fn(&BatchSize) -> usize, value: usize| {
+                sizes
+                    .iter()
+                    .any(|s| padded_rows(of(s)) == padded_rows(value))
+            };
+            assert!(met(|size| size.tokens, batch.tokens()));
+            assert!(met(|size| size.label_rows, batch.trained_tokens()));
+            tokens.insert(batch.tokens());
+        }
+        assert!(sizes.len() < tokens.len(), "{} sizes", sizes.len());
     }
 
     #[test]

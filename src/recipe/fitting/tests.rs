@@ -133,6 +133,23 @@ fn single_changes_fit_and_are_as_large_as_can_be() {
 }
 
 #[test]
+fn a_base_that_is_too_large_is_suggested_4_bits() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let keys = pairs(&[("use_peft", "true"), ("per_device_train_batch_size", "1")]);
+    let recipe = prepared(root.path(), &keys);
+    let small = [keys.clone(), pairs(&[("load_in_4bit", "true")])].concat();
+    let small = needs(&prepared(root.path(), &small));
+    let all = needs(&recipe);
+    assert!(small.total() < all.total() && small.weights < all.weights / 2);
+    let available = small.total() + small.total() / 8;
+    let suggested: Vec<_> = changes_of(&recipe, available);
+    assert!(
+        suggested.contains(&"load_in_4bit: true".to_owned()),
+        "{suggested:?}"
+    );
+}
+
+#[test]
 fn packed_rows_are_suggested_shorter_blocks() {
     let packed = [
         ("use_peft", "true"),
@@ -160,7 +177,14 @@ fn full_fine_tuning_is_suggested_an_adapter() {
 #[test]
 fn several_keys_together_are_suggested_where_none_alone_is_enough() {
     let root = tempfile::tempdir().expect("temporary directory");
-    let keys = pairs(&[("use_peft", "true"), ("per_device_train_batch_size", "8")]);
+    // Nothing is left to gain by 4 bits or a lower rank.
+    let keys = pairs(&[
+        ("use_peft", "true"),
+        ("lora_r", "1"),
+        ("load_in_4bit", "true"),
+        ("per_device_train_batch_size", "8"),
+        ("per_device_eval_batch_size", "1"),
+    ]);
     let half = [keys.clone(), pairs(&[("bf16", "true")])].concat();
     let one = pairs(&[("per_device_train_batch_size", "1")]);
     let recipe = prepared(root.path(), &keys);
@@ -170,7 +194,10 @@ fn several_keys_together_are_suggested_where_none_alone_is_enough() {
     let suggested = changes_of(&recipe, available);
     assert_eq!(suggested.len(), 1, "{suggested:?}");
     let changes = parsed(&suggested[0]);
-    assert!(changes.len() > 1 && suggested[0].contains("bf16: true"));
+    assert!(
+        changes.len() > 1 && suggested[0].contains("bf16: true"),
+        "{suggested:?}"
+    );
     let smaller = prepared(root.path(), &[keys, changes].concat());
     assert!(check_against(&smaller, available).is_ok());
 }

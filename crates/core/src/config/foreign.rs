@@ -36,7 +36,6 @@ const NO_HUB: &str = "nothing is sent to a hub";
 const NO_REMOTE_CODE: &str = "code from a model directory is never run";
 const ATTENTION: &str = "there is one attention, exact and with memory linear in the length";
 const RECOMPUTE: &str = "what to keep for the backward pass is decided per layer, without it";
-const QUANTISED: &str = "set load_in_4bit and load_in_8bit to false";
 const ALWAYS: &str = "training is deterministic always";
 const CONSOLE: &str = "the console output is not configured by this key";
 const METRICS: &str = "there are no custom metrics";
@@ -78,16 +77,12 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("use_cpu", OFF, NoEffect("use device: cpu")),
     key("no_cuda", OFF, NoEffect("use device: cpu")),
     key("lora_target_parameters", EMPTY, NotYet("")),
-    key("load_in_8bit", OFF, NotYet("")),
-    key("load_in_4bit", OFF, NotYet("")),
+    key("load_in_8bit", OFF, NotYet("use load_in_4bit")),
     key(
-        "bnb_4bit_quant_type",
-        &["null", "\"nf4\""],
-        NoEffect(QUANTISED),
+        "bnb_4bit_quant_storage",
+        &["null", "\"uint8\""],
+        NoEffect("4-bit weights are held as bytes"),
     ),
-    key("bnb_4bit_quant_storage", &["null"], NoEffect(QUANTISED)),
-    key("bnb_4bit_compute_dtype", &["null"], NoEffect(QUANTISED)),
-    key("use_bnb_nested_quant", OFF, NoEffect(QUANTISED)),
     key("router_aux_loss_coef", OFF_OR_ZERO, NotYet("")),
     key("ignore_bias_buffers", OFF, NoEffect(NO_TORCH)),
     // Data

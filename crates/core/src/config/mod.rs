@@ -20,9 +20,10 @@ mod validate;
 mod value;
 
 pub use arguments::{
-    BadRows, DataArguments, DdpBackend, Device, Dtype, InitLoraWeights, IntervalStrategy,
-    LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments, OutputArguments,
-    PackingStrategy, Resume, RuntimeArguments, SamplingStrategy, ScheduleArguments, TruncationMode,
+    BadRows, CudaGraph, DataArguments, DdpBackend, Device, Dtype, GemmTuning, InitLoraWeights,
+    IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments,
+    OutputArguments, PackingStrategy, QuantType, Resume, RuntimeArguments, SamplingStrategy,
+    ScheduleArguments, TruncationMode,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
@@ -39,8 +40,9 @@ use std::fmt;
 use std::path::Path;
 
 /// Other names of keys, from TRL's and Transformers' earlier versions.
-const ALIASES: [(&str, &str); 3] = [
+const ALIASES: [(&str, &str); 4] = [
     ("torch_dtype", "dtype"),
+    ("use_bnb_nested_quant", "bnb_4bit_use_double_quant"),
     ("evaluation_strategy", "eval_strategy"),
     ("max_seq_length", "max_length"),
 ];

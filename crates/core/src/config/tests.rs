@@ -248,10 +248,36 @@ fn wrong_values_name_key_value_expectation_and_place() {
 }
 
 #[test]
+fn a_4_bit_base_is_what_its_keys_say() {
+    let keys = "use_peft: true\nload_in_4bit: true\nbnb_4bit_quant_type: fp4\n\
+                use_bnb_nested_quant: true\nbnb_4bit_compute_dtype: bfloat16\n\
+                bnb_4bit_quant_storage: uint8\n";
+    let read = |keys: &str| {
+        let text = format!("{MINIMAL}{keys}");
+        TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid")
+    };
+    let config = read(keys);
+    let format = config.model.four_bit().expect("4 bits");
+    assert_eq!((format.quant_type.as_str(), format.block), ("fp4", 64));
+    assert!(format.double_quant && config.notes.is_empty());
+    assert_eq!(config.model.base_dtype(), Dtype::Bfloat16);
+
+    let off = keys.replace("load_in_4bit: true", "load_in_4bit: false");
+    let config = read(&off);
+    assert_eq!(config.model.four_bit(), None);
+    assert_eq!(config.model.base_dtype(), Dtype::Auto);
+    assert!(config.notes[0].contains("bnb_4bit_quant_type"));
+
+    let full = keys.replace("use_peft: true", "use_peft: false");
+    assert!(yaml_fault(&full).contains("cannot be trained"));
+    assert!(yaml_fault("bnb_4bit_quant_type: nf3").contains("did you mean `nf4`?"));
+}
+
+#[test]
 fn features_to_come_are_errors_unless_they_are_off() {
     for text in [
         "fp16: true",
-        "load_in_4bit: true",
+        "load_in_8bit: true",
         "neftune_noise_alpha: 5",
         "loss_type: dft",
         "push_to_hub: true",
@@ -281,8 +307,8 @@ fn ranges_and_combinations_are_checked() {
         ("test_split_size", "1", "below 1"),
         ("dataset_weights", "[1, 2]", "2 entries for 1 training file"),
         ("dataset_weights", "[-1]", "above 0"),
-        ("per_device_train_batch_size", "0", "1 or more"),
-        ("gradient_accumulation_steps", "0", "1 or more"),
+        ("per_device_train_batch_size", "0", "1 to"),
+        ("gradient_accumulation_steps", "0", "1 to"),
         ("logging_steps", "0", "whole steps"),
         ("save_total_limit", "0", "keep all"),
         ("max_length", "0", "null for no limit"),

@@ -132,6 +132,15 @@ impl TrainConfig {
             "lora_task_type",
             |value| format!("{value} is not supported yet; expected \"CAUSAL_LM\""),
         )?;
+        self.require(
+            lora.use_peft || !self.model.load_in_4bit,
+            "load_in_4bit",
+            |_| {
+                "true with use_peft: false: weights of 4 bits cannot be trained; set use_peft: true to train an \
+                 adapter over them"
+                    .to_owned()
+            },
+        )?;
         if !lora.use_peft {
             return Ok(());
         }
@@ -327,6 +336,17 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
         notes.push(format!(
             "use_peft is false, so every weight is trained and these have no effect: {}",
             adapter_keys.join(", ")
+        ));
+    }
+    let four_bit_keys: Vec<_> = TrainConfig::keys()
+        .iter()
+        .map(|key| key.name)
+        .filter(|key| key.starts_with("bnb_4bit_") && config.origin(key).is_some())
+        .collect();
+    if !config.model.load_in_4bit && !four_bit_keys.is_empty() {
+        notes.push(format!(
+            "load_in_4bit is false, so these have no effect: {}",
+            four_bit_keys.join(", ")
         ));
     }
     let schedule = &config.schedule;

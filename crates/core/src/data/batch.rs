@@ -1,4 +1,4 @@
-//! One micro-batch: documents packed into a single row, never padded.
+//! One micro-batch: documents packed into a single row.
 
 /// A label that is not trained on, as everywhere in the Hugging Face ecosystem.
 pub const IGNORE_INDEX: i32 = -100;
@@ -38,6 +38,8 @@ impl Example {
 }
 
 /// Documents packed into one row of T tokens. Attention never crosses a document.
+///
+/// Tokens after the last document are padding ([`PackedBatch::padded_to`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PackedBatch {
     /// Token ids, `[T]`.
@@ -75,9 +77,28 @@ impl PackedBatch {
         batch
     }
 
-    /// T, the number of tokens.
+    /// The same documents with padding up to `rows` rows, if there are fewer: tokens of no document,
+    /// which are not trained on.
+    #[must_use]
+    pub fn padded_to(mut self, rows: usize) -> Self {
+        let rows = rows.max(self.rows());
+        // A token that occurs: its embedding is as finite as the others.
+        let token = self.input_ids.first().copied().unwrap_or(0);
+        self.input_ids.resize(rows, token);
+        self.labels.resize(rows, IGNORE_INDEX);
+        self.position_ids.resize(rows, 0);
+        self
+    }
+
+    /// Tokens of documents.
     #[must_use]
     pub fn tokens(&self) -> usize {
+        self.cu_seqlens.last().map_or(0, |end| *end as usize)
+    }
+
+    /// T, the number of tokens with padding.
+    #[must_use]
+    pub fn rows(&self) -> usize {
         self.input_ids.len()
     }
 
@@ -92,24 +113,60 @@ impl PackedBatch {
     /// Row t predicts the label of t + 1 within its document.
     #[must_use]
     pub fn targets(&self) -> (Vec<u32>, Vec<u32>) {
-        let mut rows = Vec::new();
-        let mut targets = Vec::new();
-        for bounds in self.cu_seqlens.windows(2) {
-            for row in bounds[0]..bounds[1].saturating_sub(1).max(bounds[0]) {
-                let label = self.labels[row as usize + 1];
-                if label != IGNORE_INDEX {
-                    rows.push(row);
-                    targets.push(label as u32);
-                }
-            }
-        }
-        (rows, targets)
+        self.trained().unzip()
     }
 
     /// Number of tokens that are trained on.
     #[must_use]
     pub fn trained_tokens(&self) -> usize {
-        self.targets().0.len()
+        self.trained().count()
+    }
+
+    fn trained(&self) -> impl Iterator<Item = (u32, u32)> {
+        let documents = self.cu_seqlens.windows(2);
+        let rows =
+            documents.flat_map(|bounds| bounds[0]..bounds[1].saturating_sub(1).max(bounds[0]));
+        rows.filter_map(|row| {
+            let label = self.labels[row as usize + 1];
+            (label != IGNORE_INDEX).then_some((row, label as u32))
+        })
+    }
+}
+
+/// Sizes of a micro-batch, without padding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchSize {
+    /// Tokens.
+    pub tokens: usize,
+    /// Tokens that are trained on; fewer than `tokens`.
+    pub label_rows: usize,
+    /// Documents.
+    pub documents: usize,
+}
+
+impl BatchSize {
+    /// A micro-batch of these sizes, or near them where there is none: token 0 all over, in documents of
+    /// about one length.
+    #[must_use]
+    pub fn invented(self) -> PackedBatch {
+        let documents = self.documents.clamp(1, self.tokens.max(1));
+        let mut labels = self.label_rows;
+        let lengths = (0..documents).map(|d| {
+            let end = |d: usize| self.tokens * d / documents;
+            end(d + 1) - end(d)
+        });
+        let examples: Vec<Example> = lengths
+            .map(|length| {
+                let trained = labels.min(length.saturating_sub(1));
+                labels -= trained;
+                let label = |at: usize| if at <= trained { 0 } else { IGNORE_INDEX };
+                Example {
+                    input_ids: vec![0; length],
+                    labels: (0..length).map(label).collect(),
+                }
+            })
+            .collect();
+        PackedBatch::pack(examples.iter().enumerate().map(|(i, e)| (i as u64, e)))
     }
 }
 
@@ -118,7 +175,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_never_cross_a_document() {
+    fn invented_batches_have_the_sizes_asked_for() {
+        for (tokens, label_rows, documents) in [(10, 4, 3), (7, 6, 1), (1, 0, 1), (64, 48, 16)] {
+            let size = BatchSize {
+                tokens,
+                label_rows,
+                documents,
+            };
+            let batch = size.invented();
+            let sizes = (batch.tokens(), batch.trained_tokens(), batch.sequences());
+            assert_eq!(sizes, (tokens, label_rows, documents));
+        }
+    }
+
+    #[test]
+    fn targets_never_cross_a_document_nor_reach_into_padding() {
         let a = Example {
             input_ids: vec![1, 2, 3],
             labels: vec![1, IGNORE_INDEX, 3],
@@ -133,5 +204,8 @@ mod tests {
         assert_eq!(batch.targets(), (vec![1, 3], vec![3, 5]));
         assert_eq!(a.trained_tokens() + b.trained_tokens(), 2);
         assert_eq!(PackedBatch::pack([]).targets(), (vec![], vec![]));
+        let padded = batch.clone().padded_to(9);
+        assert_eq!((padded.tokens(), padded.rows()), (5, 9));
+        assert_eq!(padded.targets(), batch.targets());
     }
 }

@@ -1,10 +1,12 @@
 //! The weights of a model directory: one file, or shards and their index.
 
 use super::json::UniqueMap;
+use super::quant_state::{self, QuantState};
 use super::{SafetensorsFile, TensorMeta, safe_file_name};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use ferrotune_kernels::ViewMut;
+use ferrotune_kernels::dequantise::{FourBit, FourBitFormat};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,6 +26,8 @@ pub struct ModelFiles {
     dir: PathBuf,
     shards: Vec<SafetensorsFile>,
     shard_of: BTreeMap<String, usize>,
+    /// Of the 4-bit weights.
+    quant_states: BTreeMap<String, QuantState>,
 }
 
 impl ModelFiles {
@@ -32,8 +36,8 @@ impl ModelFiles {
     ///
     /// # Errors
     /// [`Error::Model`] if there are no weights, only pickle, a shard is missing or unsound, the
-    /// index names a file outside the directory or a tensor that its shard lacks, or a tensor is in
-    /// two shards.
+    /// index names a file outside the directory or a tensor that its shard lacks, a tensor is in two
+    /// shards, or the parts of a 4-bit weight do not fit together.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -95,11 +99,14 @@ impl ModelFiles {
                 }
             }
         }
-        Ok(Self {
+        let mut files = Self {
             dir: dir.into(),
             shards,
             shard_of,
-        })
+            quant_states: BTreeMap::new(),
+        };
+        files.quant_states = quant_state::quant_states(&files)?;
+        Ok(files)
     }
 
     fn check_indexed(&self, tensor: &str, shard: &str, number: usize) -> Result<()> {
@@ -124,6 +131,43 @@ impl ModelFiles {
     pub fn meta(&self, name: &str) -> Option<&TensorMeta> {
         let shard = *self.shard_of.get(name)?;
         self.shards[shard].meta(name)
+    }
+
+    /// Names and shapes of the weights: a 4-bit weight and its parts are one, with the shape of its
+    /// values.
+    #[must_use]
+    pub fn weight_shapes(&self) -> BTreeMap<&str, &[usize]> {
+        let whole = self
+            .names()
+            .filter(|name| !quant_state::is_part(name, &self.quant_states));
+        let shape = |name| match self.quant_states.get(name) {
+            Some(state) => Some(state.shape.as_slice()),
+            None => self.meta(name).map(|meta| meta.shape.as_slice()),
+        };
+        whole
+            .filter_map(|name| Some((name, shape(name)?)))
+            .collect()
+    }
+
+    /// The format of a weight that is held in 4 bits.
+    #[must_use]
+    pub fn four_bit_format(&self, name: &str) -> Option<FourBitFormat> {
+        self.quant_states.get(name).map(|state| state.format)
+    }
+
+    /// Whether any weight is held in 4 bits.
+    #[must_use]
+    pub fn has_four_bit(&self) -> bool {
+        !self.quant_states.is_empty()
+    }
+
+    /// Reads a 4-bit weight into host memory; `None` for a weight that is not one.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if a file shrank.
+    pub fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        let state = self.quant_states.get(name);
+        state.map(|state| state.read_weight(self, name)).transpose()
     }
 
     /// The file that a tensor is in, or the directory if there is no such tensor.
@@ -155,6 +199,16 @@ impl ModelFiles {
     /// [`Error::Model`] as there.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         self.shard(name)?.read_f32(name)
+    }
+
+    /// The bytes of a tensor of any dtype.
+    pub(super) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        self.shard(name)?.read_bytes(name)
+    }
+
+    /// Bytes of a tensor.
+    pub(super) fn bytes_of(&self, name: &str) -> Option<usize> {
+        self.shards[*self.shard_of.get(name)?].bytes_of(name)
     }
 
     fn shard(&self, name: &str) -> Result<&SafetensorsFile> {

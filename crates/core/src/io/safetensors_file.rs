@@ -70,6 +70,11 @@ impl SafetensorsFile {
         self.entries.get(name).map(|e| &e.meta)
     }
 
+    /// Bytes of a tensor.
+    pub(super) fn bytes_of(&self, name: &str) -> Option<usize> {
+        self.entries.get(name).map(|e| e.bytes)
+    }
+
     /// The free-form part of the header.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {

@@ -53,6 +53,8 @@ pub struct DecoderConfig {
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// Whether each layer rotates q and k.
+    pub rope_layers: Vec<bool>,
     /// Norm of each head of q and k before RoPE.
     pub qk_norm: Option<QkNorm>,
     /// Factor of q k^T.
@@ -130,6 +132,7 @@ impl DecoderConfig {
             activation: activation(config)?,
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
             rope: RopeConfig::from_hf(config, head_dim)?,
+            rope_layers: vec![true; layers],
             qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             sliding_windows: vec![None; layers],
@@ -164,6 +167,7 @@ impl DecoderConfig {
     }
 
     fn check(&self, config: &HfConfig) -> Result<(), Error> {
+        check_quantisation(config)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(config.error(
                 "num_key_value_heads",
@@ -174,6 +178,25 @@ impl DecoderConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// Refuses a checkpoint that is quantised in another way than to bitsandbytes' 4 bits.
+fn check_quantisation(config: &HfConfig) -> Result<()> {
+    let Some(settings) = config.get("quantization_config") else {
+        return Ok(());
+    };
+    let method = settings.get("quant_method").and_then(Value::as_str);
+    let four_bit = settings.get("load_in_4bit") == Some(&Value::Bool(true));
+    match (method.unwrap_or("bitsandbytes"), four_bit) {
+        ("bitsandbytes", true) => Ok(()),
+        (method, _) => Err(config.error(
+            "quantization_config",
+            format!(
+                "weights quantised by {method} with load_in_4bit {four_bit} are not supported; supported are the 4 \
+                 bits of bitsandbytes (nf4, fp4). Give the checkpoint these were made from, with load_in_4bit"
+            ),
+        )),
     }
 }
 

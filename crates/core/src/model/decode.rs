@@ -1,7 +1,7 @@
 //! Generation: the same layers over new tokens only, with keys and values of the past kept.
 
 use super::layer::Layer;
-use super::{Model, Normed, Pass, Run};
+use super::{Inputs, Model, Normed, Pass, Run};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
@@ -59,11 +59,12 @@ impl Model {
         new_tokens: &[&[u32]],
     ) -> Result<Tensor> {
         let batch = new_batch(caches, new_tokens)?;
-        let run = self.run(pass, params, &batch);
+        let inputs = Inputs::new(self, pass, &batch, false);
+        let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
-        let mut stream = workspace.take(run.dtype, run.tokens, self.config.hidden_size);
-        let table = self.table(&self.embedding, &run);
-        ferrotune_kernels::embedding::forward(table, &run.ids, stream.view_mut())?;
+        let mut stream = workspace.take(run.dtype, run.rows, self.config.hidden_size);
+        let table = self.embedding.view(params, run.dtype);
+        ferrotune_kernels::embedding::forward(table, &inputs.ids, stream.view_mut())?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(&run, &stream)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -89,7 +90,8 @@ impl Model {
                 .copy_from(normed.y.view().row_range(row..row + 1));
         }
         workspace.give(normed.y);
-        self.project(&run, last.view())
+        run.end();
+        self.project(pass, params, last.view())
     }
 }
 
@@ -104,13 +106,13 @@ impl Layer {
         normed: Normed,
     ) -> Result<(Tensor, Tensor)> {
         let workspace = run.workspace;
-        let mut qkv = workspace.take(run.dtype, run.tokens, self.qkv.out_features());
+        let mut qkv = workspace.take(run.dtype, run.rows, self.qkv.out_features());
         self.qkv.forward(run, normed.y.view(), qkv.view_mut())?;
         workspace.give(normed.y);
         let positioned = self.position(run, &mut qkv)?;
-        let mut attended = workspace.take(run.dtype, run.tokens, self.o.in_features);
+        let mut attended = workspace.take(run.dtype, run.rows, self.o.in_features);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
-        for (s, bounds) in run.cu_seqlens.windows(2).enumerate() {
+        for (s, bounds) in run.inputs.cu_seqlens.windows(2).enumerate() {
             let rows = bounds[0] as usize..bounds[1] as usize;
             let (start, end) = (caches[s].len, caches[s].len + rows.len());
             let [keys, values] = &mut caches[s].layers[index];
@@ -136,7 +138,7 @@ impl Layer {
             workspace.give(lse);
         }
         positioned.into_iter().for_each(|t| workspace.give(t));
-        let mut middle = workspace.take(run.dtype, run.tokens, self.o.out_features());
+        let mut middle = workspace.take(run.dtype, run.rows, self.o.out_features());
         self.o.forward(run, attended.view(), middle.view_mut())?;
         let normed = self.mlp_norm.add_forward(run, &mut middle, input)?;
         workspace.give(attended);
@@ -153,13 +155,13 @@ impl Layer {
         next_norm: &super::Norm,
     ) -> Result<(Tensor, Normed)> {
         let workspace = run.workspace;
-        let mut gate_up = workspace.take(run.dtype, run.tokens, self.gate_up.out_features());
+        let mut gate_up = workspace.take(run.dtype, run.rows, self.gate_up.out_features());
         self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
         workspace.give(y);
-        let mut activated = workspace.take(run.dtype, run.tokens, self.down.in_features);
+        let mut activated = workspace.take(run.dtype, run.rows, self.down.in_features);
         gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         workspace.give(gate_up);
-        let mut output = workspace.take(run.dtype, run.tokens, self.down.out_features());
+        let mut output = workspace.take(run.dtype, run.rows, self.down.out_features());
         self.down
             .forward(run, activated.view(), output.view_mut())?;
         workspace.give(activated);

@@ -26,6 +26,7 @@ pub(crate) struct Layer {
     pub(crate) activation: gated_activation::Activation,
     pub(crate) down: LinearGroup,
     pub(crate) attention: attention::Config,
+    /// 0 in a layer without positions.
     pub(crate) rotary_dim: usize,
 }
 
@@ -40,7 +41,7 @@ impl Layer {
         next_norm: &Norm,
         keep: Option<Keep>,
     ) -> Result<(Tensor, Normed, Option<LayerSaved>)> {
-        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
+        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
         let Normed {
             y,
             rstd: input_rstd,
@@ -76,7 +77,7 @@ impl Layer {
     /// The attention block: from the input stream and its norm `y`, which is given back, to the
     /// stream before the mlp and its norm.
     fn attend(&self, run: &Run<'_>, input: &Tensor, y: Tensor) -> Result<(AttentionSaved, Tensor)> {
-        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
+        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
         let qkv_parts = self.qkv.forward(run, y.view(), qkv.view_mut())?;
         workspace.give(y);
@@ -89,8 +90,8 @@ impl Layer {
             q,
             k,
             v,
-            &run.cu_seqlens,
-            &run.cu_seqlens,
+            &run.inputs.cu_seqlens,
+            &run.inputs.cu_seqlens,
             attended.view_mut(),
             lse.view_mut(),
         )?;
@@ -117,7 +118,7 @@ impl Layer {
     fn gate_up(&self, run: &Run<'_>, y: Tensor) -> Result<GateUpSaved> {
         let mut values = run
             .workspace
-            .take(run.dtype, run.tokens, self.gate_up.out_features());
+            .take(run.dtype, run.rows, self.gate_up.out_features());
         let parts = self.gate_up.forward(run, y.view(), values.view_mut())?;
         run.workspace.give(y);
         Ok(GateUpSaved { values, parts })
@@ -163,9 +164,7 @@ impl Layer {
         run.workspace.give(attention.middle);
         run.workspace.give(attention.middle_rstd);
 
-        let mut d_attended = run
-            .workspace
-            .take(run.dtype, run.tokens, self.o.in_features);
+        let mut d_attended = run.workspace.take(run.dtype, run.rows, self.o.in_features);
         let dx = Some(d_attended.view_mut());
         self.o.backward(
             run,
@@ -177,10 +176,10 @@ impl Layer {
         )?;
         let mut d_qkv = run
             .workspace
-            .take(run.dtype, run.tokens, self.qkv.out_features());
+            .take(run.dtype, run.rows, self.qkv.out_features());
         let positioned = self.positioned(run, &attention.qkv)?;
         let [q, k, v] = self.split(&attention.qkv, positioned.as_ref());
-        let (out, cu_seqlens) = (attention.attended.view(), &run.cu_seqlens);
+        let (out, cu_seqlens) = (attention.attended.view(), &run.inputs.cu_seqlens);
         attention::backward(
             &self.attention,
             q,
@@ -191,6 +190,7 @@ impl Layer {
             cu_seqlens,
             d_attended.view(),
             d_qkv.view_mut(),
+            run.workspace,
         )?;
         let used = [d_attended, attention.attended, attention.lse];
         used.into_iter()
@@ -220,7 +220,7 @@ impl Layer {
         down_parts: Vec<PartSaved>,
         d_stream: &mut Tensor,
     ) -> Result<()> {
-        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.tokens);
+        let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
         let GateUpSaved {
             values: mut gate_up,
             parts,
@@ -277,7 +277,7 @@ impl Layer {
         let normed = self.input_norm.recompute(run, input.x, input.rstd)?;
         let mut d_normed = run
             .workspace
-            .take(run.dtype, run.tokens, self.qkv.in_features);
+            .take(run.dtype, run.rows, self.qkv.in_features);
         let needs_normed = needs_input || self.input_norm.trained();
         let dx = needs_normed.then(|| d_normed.view_mut());
         self.qkv
@@ -290,6 +290,12 @@ impl Layer {
         }
         run.workspace.give(d_normed);
         Ok(())
+    }
+
+    /// Whether a method of its own computes in this layer.
+    pub(crate) fn has_custom(&self) -> bool {
+        let groups = [&self.qkv, &self.o, &self.gate_up, &self.down];
+        groups.iter().any(|group| group.has_custom())
     }
 
     /// Whether anything in this layer is trained.

@@ -3,11 +3,12 @@
 //! Forward of a part: `y = x W^T + b`, then its attachment. Backward computes no gradient of a
 //! frozen weight: only `dx = dy W` and what the attachments train.
 
+use super::frozen::{FrozenWeight, Scratch};
 use super::run::Run;
 use crate::Result;
 use crate::adapter::{Attachment, LowRank};
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, ViewMut, bias, lora_linear, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, Workspace, bias, lora_linear, matmul};
 use std::ops::Range;
 
 /// One or more linears over one input.
@@ -16,7 +17,9 @@ pub(crate) struct LinearGroup {
     pub(crate) in_features: usize,
     pub(crate) parts: Vec<Part>,
     /// All frozen weights as one matrix `[out, in]`, if no part trains its own.
-    pub(crate) frozen: Option<Tensor>,
+    pub(crate) frozen: Option<FrozenWeight>,
+    /// Where weights that are not held as values are written for a product.
+    pub(crate) scratch: Scratch,
 }
 
 /// One linear of a group.
@@ -36,7 +39,7 @@ pub(crate) enum PartWeight {
     /// Rows `columns` of the group's frozen matrix.
     InGroup,
     /// A frozen matrix of its own, beside trained parts.
-    Alone(Tensor),
+    Alone(FrozenWeight),
     Trained(ParamId),
 }
 
@@ -50,7 +53,7 @@ pub(crate) enum PartBias {
 /// What a part's attachment needs for backward.
 pub(crate) enum PartSaved {
     None,
-    /// `dropout(x) A^T`, `[T, rank]`.
+    /// `dropout(x) A^T`, `[T, rank]` and room up to whole 16 bytes.
     LowRank(Tensor),
     Custom(Vec<Tensor>),
 }
@@ -68,9 +71,15 @@ impl LinearGroup {
         x: View<'_>,
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
-        for (columns, weight) in self.products(run) {
-            matmul::nt(y.reborrow().columns(columns), 0.0, 1.0, x, weight)?;
-        }
+        self.each_product(run, |columns, weight| {
+            Ok(matmul::nt(
+                y.reborrow().columns(columns),
+                0.0,
+                1.0,
+                x,
+                weight,
+            )?)
+        })?;
         let mut saved = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             let mut y = y.reborrow().columns(part.columns.clone());
@@ -81,10 +90,11 @@ impl LinearGroup {
                 None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
                 Some(Attachment::LowRank(low_rank)) => {
                     let update = update(run, part, low_rank);
-                    let mut s = run
-                        .workspace
-                        .take(update.a.dtype(), x.rows(), low_rank.rank);
-                    lora_linear::forward(x, &update, y, s.view_mut(), run.workspace)?;
+                    let dtype = update.a.dtype();
+                    let cols = Workspace::aligned(dtype, low_rank.rank);
+                    let mut s = run.workspace.take(dtype, x.rows(), cols);
+                    let rank = s.view_mut().columns(0..low_rank.rank);
+                    lora_linear::forward(x, &update, y, rank, run.workspace)?;
                     PartSaved::LowRank(s)
                 }
                 Some(Attachment::Custom(custom)) => {
@@ -117,10 +127,11 @@ impl LinearGroup {
         if let Some(dx) = &mut dx {
             // After a custom method dx already holds its share.
             let mut beta = if custom.is_some() { 1.0 } else { 0.0 };
-            for (columns, weight) in self.products(run) {
+            self.each_product(run, |columns, weight| {
                 matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
                 beta = 1.0;
-            }
+                Ok(())
+            })?;
         }
         for (part, saved) in self.parts.iter().zip(saved) {
             let part_dy = base_dy.columns(part.columns.clone());
@@ -138,6 +149,12 @@ impl LinearGroup {
             run.workspace.give(tensor);
         }
         Ok(())
+    }
+
+    /// Whether a method of its own computes here.
+    pub(crate) fn has_custom(&self) -> bool {
+        let custom = |part: &Part| matches!(part.attachment, Some(Attachment::Custom(_)));
+        self.parts.iter().any(custom)
     }
 
     /// Whether anything here is trained.
@@ -181,21 +198,29 @@ impl LinearGroup {
         Ok(Some(base_dy))
     }
 
-    /// The products that make the base output: columns of y, and the weight rows they come from.
-    fn products<'a>(&'a self, run: &Run<'a>) -> Vec<(Range<usize>, View<'a>)> {
-        if let Some(frozen) = &self.frozen {
-            return vec![(0..self.out_features(), frozen.view())];
+    /// Calls `product` for each product that makes the base output, with the columns of y and the
+    /// weight rows they come from.
+    fn each_product(
+        &self,
+        run: &Run<'_>,
+        mut product: impl FnMut(Range<usize>, View<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let (scratch, workspace) = (self.scratch, run.workspace);
+        if let Some(weight) = &self.frozen {
+            let columns = 0..self.out_features();
+            return weight.with_values(scratch, workspace, |values| product(columns, values));
         }
-        let (params, dtype) = (run.params, run.dtype);
-        let weight = |part: &'a Part| match &part.weight {
-            PartWeight::Trained(id) => Some(params.view_as(*id, dtype)),
-            PartWeight::Alone(tensor) => Some(tensor.view()),
-            PartWeight::InGroup => None,
-        };
-        self.parts
-            .iter()
-            .filter_map(|p| weight(p).map(|w| (p.columns.clone(), w)))
-            .collect()
+        for part in &self.parts {
+            let columns = part.columns.clone();
+            match &part.weight {
+                PartWeight::Trained(id) => product(columns, run.params.view_as(*id, run.dtype))?,
+                PartWeight::Alone(weight) => {
+                    weight.with_values(scratch, workspace, |values| product(columns, values))?;
+                }
+                PartWeight::InGroup => {}
+            }
+        }
+        Ok(())
     }
 }
 
@@ -243,6 +268,7 @@ fn low_rank_backward(
     dx: Option<ViewMut<'_>>,
 ) -> Result<()> {
     let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
-    lora_linear::backward(x, update, s.view(), dy, dx, d_a, d_b, run.workspace)?;
+    let s = s.view().columns(0..low_rank.rank);
+    lora_linear::backward(x, update, s, dy, dx, d_a, d_b, run.workspace)?;
     Ok(())
 }

@@ -3,9 +3,12 @@
 //! [`DecoderConfig`] says what the model is, [`ModelPlan`] which sites it has, [`Model`] holds the
 //! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
 
+mod angles;
 mod config;
 mod decode;
+mod frozen;
 mod hf_config;
+mod inputs;
 mod keep;
 mod layer;
 mod linear;
@@ -16,27 +19,31 @@ mod qk_norm;
 mod rope;
 mod run;
 mod saved;
+mod weight_format;
 mod weights;
 
 pub use config::{DecoderConfig, QkNorm};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
+pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
 pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
-pub use run::Mode;
+pub use run::{Mode, Pass};
+pub use weight_format::WeightFormat;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::params::{FlatBuffer, ParamId};
+use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
-use ferrotune_kernels::{DType, Device, Indices, Tensor, View, Workspace, embedding, matmul};
+use ferrotune_kernels::{DType, Device, Indices, Tensor, View, embedding, matmul};
 use layer::Layer;
 use norm::{Norm, Normed};
-use run::{Run, on_worker};
+use run::Run;
 use saved::LayerSaved;
 use std::collections::BTreeMap;
 
@@ -53,6 +60,7 @@ pub struct Model {
     /// Of each layer.
     keep: Vec<Keep>,
     label_smoothing: f32,
+    angles: AngleTable,
 }
 
 /// A matrix `[V, D]`, frozen or trained.
@@ -82,22 +90,11 @@ struct Saved {
 /// and of everything after it have all that this pass adds to them.
 pub type LayerDone<'a> = dyn FnMut(&mut FlatBuffer, usize) -> Result<()> + Send + 'a;
 
-/// Where and in which precision a pass runs.
-#[derive(Clone, Copy, Debug)]
-pub struct Pass<'a> {
-    /// Pool of activation buffers.
-    pub workspace: &'a Workspace,
-    /// Dtype of activations.
-    pub dtype: DType,
-    /// Whether random draws happen.
-    pub mode: Mode,
-}
-
 impl Model {
     /// Reads the weights of `config` from `source`, with `attachments` in place.
     ///
-    /// Weights that an attachment trains go into `params`; all others are kept in `dtype`, on the
-    /// device of `params`.
+    /// Weights that an attachment trains go into `params`; all others are kept as `format` says (a
+    /// [`DType`] alone: as values of it), on the device of `params`.
     ///
     /// # Errors
     /// [`crate::Error::Model`] if the weights do not fit the config, before any is read.
@@ -106,7 +103,7 @@ impl Model {
         attachments: Vec<(SiteId, Attachment)>,
         source: &dyn WeightSource,
         params: &mut FlatBuffer,
-        dtype: DType,
+        format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
         let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
@@ -116,7 +113,7 @@ impl Model {
             attachments,
             source,
             params,
-            dtype,
+            format: format.into(),
         }
         .model()
     }
@@ -133,7 +130,7 @@ impl Model {
         &self.device
     }
 
-    /// Dtype of the frozen weights.
+    /// Dtype of the frozen weights in products.
     #[must_use]
     pub fn weight_dtype(&self) -> DType {
         self.weight_dtype
@@ -171,10 +168,28 @@ impl Model {
         batch: &PackedBatch,
         sums: &mut Accumulator,
     ) -> Result<()> {
-        self.loss_and_gradients_by_layer(pass, params, grads, batch, sums, &mut |_, _| Ok(()))
+        let inputs = self.inputs(pass, batch);
+        self.loss_and_gradients_by_layer(pass, params, grads, &inputs, sums, &mut |_, _| Ok(()))
     }
 
-    /// [`Model::loss_and_gradients`] that says when each layer's part of `grads` is complete.
+    /// Why a pass cannot be recorded once and replayed on other micro-batches of its shape, if it cannot.
+    #[must_use]
+    pub fn replay_obstacle(&self) -> Option<&'static str> {
+        if self.config.rope.depends_on_length() {
+            return Some("the angles of RoPE depend on the lengths of documents");
+        }
+        let own = self.layers.iter().any(Layer::has_custom);
+        own.then_some("the method computes on the host")
+    }
+
+    /// `batch` where the model is, for training and evaluation: on a GPU with padding.
+    #[must_use]
+    pub fn inputs<'a>(&self, pass: Pass<'_>, batch: &'a PackedBatch) -> Inputs<'a> {
+        Inputs::new(self, pass, batch, self.device.is_cuda())
+    }
+
+    /// [`Model::loss_and_gradients`] that says when each layer's part of `grads` is complete. Moves
+    /// nothing from or to a GPU.
     ///
     /// # Errors
     /// As there, and what `layer_done` returns.
@@ -183,11 +198,11 @@ impl Model {
         pass: Pass<'_>,
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
-        batch: &PackedBatch,
+        inputs: &Inputs<'_>,
         sums: &mut Accumulator,
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
-        on_worker(|| self.forward_backward(pass, params, grads, batch, sums, layer_done))
+        on_worker(|| self.forward_backward(pass, params, grads, inputs, sums, layer_done))
     }
 
     fn forward_backward(
@@ -195,11 +210,11 @@ impl Model {
         pass: Pass<'_>,
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
-        batch: &PackedBatch,
+        inputs: &Inputs<'_>,
         sums: &mut Accumulator,
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
-        let run = self.run(pass, params, batch);
+        let run = Run::new(params, pass, inputs)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         let (hidden, stream, rstd) = self.decoder(&run, Some(&mut layers), None)?;
         let saved = Saved {
@@ -209,21 +224,21 @@ impl Model {
         };
         let mut d_hidden = pass
             .workspace
-            .take(pass.dtype, batch.tokens(), self.config.hidden_size);
-        let [rows, targets] = label_rows(&run, batch);
-        let labels = self.labels(&rows, &targets);
+            .take(pass.dtype, run.rows, self.config.hidden_size);
         let d_head = self.head_param().map(|id| grads.view_mut(id));
         linear_cross_entropy::forward_backward(
             hidden.view(),
             self.head_weight(&run),
-            labels,
+            self.labels(&inputs.label_rows, &inputs.targets),
             d_hidden.view_mut(),
             d_head,
             sums,
             pass.workspace,
         )?;
         pass.workspace.give(hidden);
-        self.backward(&run, grads, saved, d_hidden, layer_done)
+        self.backward(&run, grads, saved, d_hidden, layer_done)?;
+        run.end();
+        Ok(())
     }
 
     fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
@@ -239,16 +254,18 @@ impl Model {
     /// # Errors
     /// If a token id lies outside the vocabulary.
     pub fn loss(&self, pass: Pass<'_>, params: &FlatBuffer, batch: &PackedBatch) -> Result<Sums> {
-        let run = self.run(pass, params, batch);
+        let inputs = self.inputs(pass, batch);
+        let run = Run::new(params, pass, &inputs)?;
         let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
-        let [rows, targets] = label_rows(&run, batch);
+        let (rows, targets) = (&inputs.label_rows, &inputs.targets);
         let mut sums = Accumulator::new(pass.workspace.device());
         let (head, workspace) = (self.head_weight(&run), pass.workspace);
-        let labels = self.labels(&rows, &targets);
+        let labels = self.labels(rows, targets);
         linear_cross_entropy::forward(hidden.view(), head, labels, &mut sums, workspace)?;
         for tensor in [hidden, stream, rstd] {
             workspace.give(tensor);
         }
+        run.end();
         Ok(sums.read()?)
     }
 
@@ -262,11 +279,13 @@ impl Model {
         params: &FlatBuffer,
         batch: &PackedBatch,
     ) -> Result<Tensor> {
-        let run = self.run(pass, params, batch);
+        let inputs = Inputs::new(self, pass, batch, false);
+        let run = Run::new(params, pass, &inputs)?;
         let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
         for tensor in [stream, rstd] {
             pass.workspace.give(tensor);
         }
+        run.end();
         Ok(hidden)
     }
 
@@ -281,7 +300,8 @@ impl Model {
         params: &FlatBuffer,
         batch: &PackedBatch,
     ) -> Result<Vec<Tensor>> {
-        let run = self.run(pass, params, batch);
+        let inputs = Inputs::new(self, pass, batch, false);
+        let run = Run::new(params, pass, &inputs)?;
         let mut states = Vec::new();
         let (hidden, _, _) = self.decoder(&run, None, Some(&mut states))?;
         states.pop();
@@ -300,31 +320,21 @@ impl Model {
         batch: &PackedBatch,
     ) -> Result<Tensor> {
         let hidden = self.hidden(pass, params, batch)?;
-        self.project(&self.run(pass, params, batch), hidden.view())
+        self.project(pass, params, hidden.view())
     }
 
     /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
-    fn project(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Tensor> {
-        let device = run.workspace.device();
+    fn project(&self, pass: Pass<'_>, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
+        let device = pass.workspace.device();
         let vocabulary = self.config.vocab_size;
         let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        matmul::nt(logits.view_mut(), 0.0, 1.0, hidden, self.head_weight(run))?;
+        let head = self.head_as(params, pass.dtype);
+        matmul::nt(logits.view_mut(), 0.0, 1.0, hidden, head)?;
         if device.is_cuda() {
             logits = logits.to_device(&Device::Cpu);
             device.synchronize()?;
         }
         Ok(logits)
-    }
-
-    fn run<'a>(&self, pass: Pass<'a>, params: &'a FlatBuffer, batch: &'a PackedBatch) -> Run<'a> {
-        Run::new(
-            params,
-            pass.workspace,
-            pass.dtype,
-            &self.config.rope,
-            batch,
-            pass.mode,
-        )
     }
 
     /// Hidden states after the final norm, the residual stream before it, and its statistics.
@@ -336,10 +346,10 @@ impl Model {
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let mut stream = run
             .workspace
-            .take(run.dtype, run.tokens, self.config.hidden_size);
+            .take(run.dtype, run.rows, self.config.hidden_size);
         embedding::forward(
-            self.table(&self.embedding, run),
-            &run.ids,
+            self.embedding.view(run.params, run.dtype),
+            &run.inputs.ids,
             stream.view_mut(),
         )?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
@@ -376,9 +386,9 @@ impl Model {
             stream,
             rstd,
         } = saved;
-        let mut d_stream =
-            run.workspace
-                .take_zeroed(run.dtype, run.tokens, self.config.hidden_size);
+        let mut d_stream = run
+            .workspace
+            .take_zeroed(run.dtype, run.rows, self.config.hidden_size);
         self.norm
             .backward(run, grads, &d_hidden, &stream, &rstd, d_stream.view_mut())?;
         for tensor in [d_hidden, stream, rstd] {
@@ -393,7 +403,7 @@ impl Model {
             layer_done(grads, index)?;
         }
         if let Some(id) = embedding {
-            embedding::backward(d_stream.view(), &run.ids, grads.view_mut(id))?;
+            embedding::backward(d_stream.view(), &run.inputs.ids, grads.view_mut(id))?;
         }
         run.workspace.give(d_stream);
         Ok(())
@@ -408,17 +418,15 @@ impl Model {
         trained.unwrap_or(self.layers.len())
     }
 
-    fn table<'a>(&self, table: &'a Table, run: &'a Run<'_>) -> View<'a> {
-        match table {
-            Table::Frozen(tensor) => tensor.view(),
-            Table::Trained(id) => run.params.view_as(*id, run.dtype),
-        }
+    fn head_weight<'a>(&'a self, run: &Run<'a>) -> View<'a> {
+        self.head_as(run.params, run.dtype)
     }
 
-    fn head_weight<'a>(&'a self, run: &'a Run<'_>) -> View<'a> {
+    /// The head, in `dtype` where it is trained.
+    fn head_as<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
         match &self.head {
-            Head::Tied => self.table(&self.embedding, run),
-            Head::Own(table) => self.table(table, run),
+            Head::Tied => self.embedding.view(params, dtype),
+            Head::Own(table) => table.view(params, dtype),
         }
     }
 
@@ -432,6 +440,13 @@ impl Model {
 }
 
 impl Table {
+    fn view<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
+        match self {
+            Self::Frozen(tensor) => tensor.view(),
+            Self::Trained(id) => params.view_as(*id, dtype),
+        }
+    }
+
     fn trained(&self) -> Option<ParamId> {
         match self {
             Self::Trained(id) => Some(*id),
@@ -440,8 +455,8 @@ impl Table {
     }
 }
 
-/// Rows that are trained on, and their targets, where the pass runs.
-fn label_rows(run: &Run<'_>, batch: &PackedBatch) -> [Indices<'static>; 2] {
-    let (rows, targets) = batch.targets();
-    [rows, targets].map(|values| Indices::new(values, run.workspace.device()))
+/// Runs `body` on a worker thread: from outside, each parallel loop would hand its work over to one
+/// and sleep until it is done, two switches of thread per operation.
+fn on_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| body())
 }

@@ -118,6 +118,18 @@ impl ModelPlan {
         }
     }
 
+    /// Weights of the largest group of linears that share their input.
+    pub(crate) fn largest_group(&self) -> usize {
+        let groups = self.layers.iter().flat_map(|l| {
+            let groups: [&[SiteId]; 4] = [&[l.q, l.k, l.v], &[l.o], &[l.gate, l.up], &[l.down]];
+            groups.map(|ids| {
+                let sites = ids.iter().map(|&id| self.site(id));
+                sites.map(|s| s.out_features * s.in_features).sum()
+            })
+        });
+        groups.max().unwrap_or(0)
+    }
+
     /// A site.
     #[must_use]
     pub fn site(&self, id: SiteId) -> &Site {

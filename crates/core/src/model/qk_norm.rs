@@ -54,7 +54,7 @@ impl Layer {
             return Ok(None);
         };
         let [q, k] = self.widths();
-        let mut out = run.workspace.take(run.dtype, run.tokens, q + k);
+        let mut out = run.workspace.take(run.dtype, run.rows, q + k);
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
             let out = out.view_mut().columns(columns.clone());
             qk_norm::forward(qkv.view().columns(columns), &norms.of(norm, run), out)?;
@@ -88,6 +88,9 @@ impl Layer {
 
     /// Rotates q and k, which stand side by side, in place.
     fn rotate(&self, run: &Run<'_>, qkv: &mut Tensor, direction: rope::Direction) -> Result<()> {
+        if self.rotary_dim == 0 {
+            return Ok(());
+        }
         let [q, k] = self.widths();
         rope::apply(
             qkv.view_mut().columns(0..q + k),

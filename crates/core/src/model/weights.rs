@@ -1,17 +1,20 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
+use super::angles::AngleTable;
 use super::config::{DecoderConfig, QkNorm};
+use super::frozen::{FrozenWeight, Scratch};
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{Norm, NormWeight};
 use super::plan::{LayerPlan, ModelPlan};
 use super::qk_norm::QkNorms;
-use super::{Head, Keep, Model, Table};
+use super::{Head, Keep, Model, Table, WeightFormat};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
 use crate::params::FlatBuffer;
 use crate::{Error, Result, suggest};
-use ferrotune_kernels::{DType, Tensor, ViewMut, attention, rng};
+use ferrotune_kernels::dequantise::FourBit;
+use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention, rng};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -28,6 +31,15 @@ pub trait WeightSource {
     /// # Errors
     /// If it cannot be read.
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
+
+    /// Reads matrix `name` into host memory where the source has it in 4 bits; else `None`.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        let _ = name;
+        Ok(None)
+    }
 }
 
 /// Random weights of any shape, for benchmarks and tests: normal with Transformers'
@@ -63,18 +75,19 @@ impl WeightSource for RandomWeights {
 
 impl WeightSource for ModelFiles {
     fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        let shapes = self
-            .names()
-            .filter_map(|name| Some((name, self.meta(name)?.shape.as_slice())));
         let file = self
             .shards()
             .first()
             .map_or(Path::new(""), SafetensorsFile::path);
-        check_tensors(file, expected, &shapes.collect())
+        check_tensors(file, expected, &self.weight_shapes())
     }
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
         self.read_rows_into(name, to)
+    }
+
+    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        Self::read_four_bit(self, name)
     }
 }
 
@@ -150,7 +163,7 @@ pub(super) struct Builder<'a> {
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
-    pub(super) dtype: DType,
+    pub(super) format: WeightFormat,
 }
 
 impl Builder<'_> {
@@ -180,10 +193,11 @@ impl Builder<'_> {
             embedding,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
+            angles: AngleTable::default(),
             layers,
             norm,
             head,
-            weight_dtype: self.dtype,
+            weight_dtype: self.format.dtype,
         })
     }
 
@@ -206,7 +220,11 @@ impl Builder<'_> {
                 window: config.sliding_windows[index],
                 softcap: None,
             },
-            rotary_dim: config.rope.rotary_dim,
+            rotary_dim: if config.rope_layers[index] {
+                config.rope.rotary_dim
+            } else {
+                0
+            },
         })
     }
 
@@ -226,15 +244,14 @@ impl Builder<'_> {
 
     fn linears(&mut self, ids: &[SiteId]) -> Result<LinearGroup> {
         let plan = self.plan;
-        let in_features = plan.site(ids[0]).in_features;
-        let out_features: usize = ids.iter().map(|&id| plan.site(id).out_features).sum();
-        let device = self.params.device().clone();
         let trains = |b: &Self, id: SiteId| {
             matches!(b.attachments.get(&id), Some(Attachment::TrainBase { .. }))
         };
-        let all_frozen = !ids.iter().any(|&id| trains(self, id));
-        let mut frozen =
-            all_frozen.then(|| Tensor::empty(&device, self.dtype, out_features, in_features));
+        let frozen = if ids.iter().any(|&id| trains(self, id)) {
+            None
+        } else {
+            Some(self.frozen_group(ids)?)
+        };
         let mut parts = Vec::with_capacity(ids.len());
         let mut first = 0;
         for &id in ids {
@@ -242,17 +259,13 @@ impl Builder<'_> {
             let columns = first..first + site.out_features;
             first = columns.end;
             let attachment = self.attachments.remove(&id);
-            let (weight, trained_bias) = match (&mut frozen, &attachment) {
-                (Some(group), _) => {
-                    let rows = group.view_mut().row_range(columns.clone());
-                    self.source.read(&format!("{}.weight", site.name), rows)?;
-                    (PartWeight::InGroup, None)
-                }
+            let (weight, trained_bias) = match (&frozen, &attachment) {
+                (Some(_), _) => (PartWeight::InGroup, None),
                 (None, Some(Attachment::TrainBase { weight, bias })) => {
                     self.read_param(site, *weight, "weight")?;
                     (PartWeight::Trained(*weight), *bias)
                 }
-                (None, _) => (PartWeight::Alone(self.frozen(site)?), None),
+                (None, _) => (PartWeight::Alone(self.frozen_linear(site)?), None),
             };
             let bias = self.bias(site, trained_bias)?;
             parts.push(Part {
@@ -264,10 +277,70 @@ impl Builder<'_> {
             });
         }
         Ok(LinearGroup {
-            in_features,
+            in_features: plan.site(ids[0]).in_features,
             parts,
             frozen,
+            scratch: Scratch {
+                dtype: self.format.dtype,
+                elements: plan.largest_group(),
+            },
         })
+    }
+
+    /// The weights of linears over one input: one matrix where all are values.
+    fn frozen_group(&self, ids: &[SiteId]) -> Result<FrozenWeight> {
+        let sites: Vec<&Site> = ids.iter().map(|&id| self.plan.site(id)).collect();
+        if let [site] = sites[..] {
+            return self.frozen_linear(site);
+        }
+        let quantised: Vec<Option<FourBit>> = sites
+            .iter()
+            .map(|site| self.four_bit(site))
+            .collect::<Result<_>>()?;
+        if quantised.iter().any(Option::is_some) {
+            let parts = sites
+                .iter()
+                .zip(quantised)
+                .map(|(site, codes)| match codes {
+                    Some(codes) => Ok(FrozenWeight::FourBit(codes)),
+                    None => Ok(FrozenWeight::Dense(self.frozen(site)?)),
+                });
+            return Ok(FrozenWeight::Stacked(parts.collect::<Result<_>>()?));
+        }
+        let rows = sites.iter().map(|site| site.out_features).sum();
+        let device = self.params.device();
+        let mut values = Tensor::empty(device, self.format.dtype, rows, sites[0].in_features);
+        let mut first = 0;
+        for site in sites {
+            let rows = first..first + site.out_features;
+            first = rows.end;
+            let to = values.view_mut().row_range(rows);
+            self.source.read(&format!("{}.weight", site.name), to)?;
+        }
+        Ok(FrozenWeight::Dense(values))
+    }
+
+    fn frozen_linear(&self, site: &Site) -> Result<FrozenWeight> {
+        Ok(match self.four_bit(site)? {
+            Some(codes) => FrozenWeight::FourBit(codes),
+            None => FrozenWeight::Dense(self.frozen(site)?),
+        })
+    }
+
+    /// The codes of a linear where it is to be held as such, from the source or made here.
+    fn four_bit(&self, site: &Site) -> Result<Option<FourBit>> {
+        let name = format!("{}.weight", site.name);
+        let codes = match (self.source.read_four_bit(&name)?, self.format.four_bit) {
+            (Some(codes), _) => codes,
+            (None, None) => return Ok(None),
+            (None, Some(format)) => {
+                let [rows, cols] = [site.out_features, site.in_features];
+                let mut values = Tensor::empty(&Device::Cpu, self.format.dtype, rows, cols);
+                self.source.read(&name, values.view_mut())?;
+                format.quantise(values.view())?
+            }
+        };
+        Ok(Some(codes.to_device(self.params.device())))
     }
 
     fn bias(
@@ -320,7 +393,7 @@ impl Builder<'_> {
 
     fn frozen(&self, site: &Site) -> Result<Tensor> {
         let [rows, cols] = [site.out_features, site.in_features];
-        let mut tensor = Tensor::empty(self.params.device(), self.dtype, rows, cols);
+        let mut tensor = Tensor::empty(self.params.device(), self.format.dtype, rows, cols);
         self.source
             .read(&format!("{}.weight", site.name), tensor.view_mut())?;
         Ok(tensor)

@@ -1,7 +1,12 @@
 //! Architectures. Each file states how one differs from the common decoder; adding one is a file
 //! and a line of [`ARCHITECTURES`].
 
+mod layer_types;
 mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+mod smollm3;
 
 use crate::model::{DecoderConfig, HfConfig};
 use crate::{Result, suggest};
@@ -10,7 +15,13 @@ use crate::{Result, suggest};
 type Build = fn(&HfConfig) -> Result<DecoderConfig>;
 
 /// `model_type` and how to read it.
-const ARCHITECTURES: [(&str, Build); 1] = [("llama", llama::decoder)];
+const ARCHITECTURES: [(&str, Build); 5] = [
+    ("llama", llama::decoder),
+    ("mistral", mistral::decoder),
+    ("qwen2", qwen2::decoder),
+    ("qwen3", qwen3::decoder),
+    ("smollm3", smollm3::decoder),
+];
 
 /// Whether the `model_type` of a config is one of [`ARCHITECTURES`].
 pub(crate) fn is_known(config: &HfConfig) -> bool {

@@ -194,6 +194,12 @@ impl FlatBuffer {
         })
     }
 
+    /// Addresses of the values and of their rounded copy in the memory of the GPU; 0 where there is none.
+    #[must_use]
+    pub fn addresses(&self) -> [u64; 2] {
+        [&self.resident, &self.rounded].map(|tensor| tensor.get().map_or(0, |t| t.view().ptr()))
+    }
+
     fn resident(&self) -> &Tensor {
         self.resident.get_or_init(|| {
             let host = View::vector(self.as_slice());

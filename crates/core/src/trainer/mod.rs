@@ -1,7 +1,11 @@
 //! One optimizer step, and the run around it.
 
+mod algorithms;
+mod gradients;
+mod graphs;
 mod optimizer;
 mod ranks;
+mod rehearsal;
 mod run;
 mod step;
 

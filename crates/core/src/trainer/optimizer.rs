@@ -5,7 +5,7 @@ use crate::params::{FlatBuffer, ParamLayout};
 use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::cuda::{Settings, Update};
 use ferrotune_kernels::adamw::{self, Group};
-use ferrotune_kernels::linear_cross_entropy::Accumulator;
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 
 /// What a step reads and writes, of one layout.
 pub(super) struct Buffers<'a> {
@@ -50,14 +50,15 @@ pub(super) fn on_host(settings: &Settings, groups: &[Group], buffers: Buffers<'_
     Ok(norm)
 }
 
-/// [`on_host`], with nothing waited for before the end; the loss in `sums` must be finite too.
+/// [`on_host`], with nothing waited for before the end; the loss in `sums` must be finite too. Returns
+/// those as well: a step waits for a GPU once.
 pub(super) fn on_gpu(
     update: &mut Update,
     settings: &Settings,
     groups: &[Group],
     buffers: Buffers<'_>,
     sums: &Accumulator,
-) -> Result<f64> {
+) -> Result<(f64, Sums)> {
     let Buffers {
         params,
         grads,
@@ -75,7 +76,8 @@ pub(super) fn on_gpu(
         shadow,
     };
     update.step(buffers, false)?;
-    Ok(update.read()?.norm)
+    let (outcome, sums) = update.read_with(sums)?;
+    Ok((outcome.norm, sums))
 }
 
 /// torch.nn.utils.clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1.

@@ -1,5 +1,6 @@
 //! What ranks exchange: the gradients and sums of a step, state at the start, checksums in between.
 
+use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::process_group::ProcessGroup;
 use crate::{Error, Result};
@@ -20,6 +21,16 @@ pub(super) struct Totals {
 const TOTALS: usize = 6;
 
 impl Totals {
+    /// Of `micro_batches`, whose losses add up to `sums`.
+    pub(super) fn of(sums: Sums, micro_batches: &[PackedBatch]) -> Self {
+        let count = |of: fn(&PackedBatch) -> usize| micro_batches.iter().map(of).sum::<usize>();
+        Self {
+            sums,
+            tokens: count(PackedBatch::tokens) as u64,
+            sequences: count(PackedBatch::sequences) as u64,
+        }
+    }
+
     fn to_array(self) -> [f64; TOTALS] {
         let Sums {
             loss,

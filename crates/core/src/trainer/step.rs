@@ -1,15 +1,17 @@
 //! One optimizer step: gradients of every micro-batch, one reduction, clip, AdamW.
 
+use super::graphs::Graphs;
 use super::optimizer::{self, Buffers};
-use super::ranks::{self, MicroGradient, Totals};
+use super::ranks::{self, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId};
-use crate::data::PackedBatch;
-use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightSource};
+use crate::data::{PackedBatch, padded_rows};
+use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
 use crate::{Error, Result};
 use ferrotune_kernels::adamw::{self, AdamW};
+use ferrotune_kernels::cuda::GemmTuning;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Workspace};
 
@@ -20,8 +22,8 @@ pub struct TrainerOptions {
     pub device: Device,
     /// Seed of initial values and dropout.
     pub seed: u64,
-    /// Dtype of frozen weights.
-    pub weight_dtype: DType,
+    /// How frozen weights are held.
+    pub weights: WeightFormat,
     /// Dtype of activations.
     pub activation_dtype: DType,
     /// AdamW's moments.
@@ -42,6 +44,11 @@ pub struct TrainerOptions {
     /// What each layer keeps for its backward; layers without a policy keep everything. Memory and
     /// speed depend on it, results do not.
     pub keep: Vec<Keep>,
+    /// On a GPU, records the micro-step of each shape as a graph and replays it, where that can be done.
+    /// Speed depends on it, results do not. No other thread may use the device during a step then.
+    pub cuda_graph: bool,
+    /// How a GPU's algorithms are chosen. Results depend on it in their last bits.
+    pub gemm_tuning: GemmTuning,
 }
 
 impl Default for TrainerOptions {
@@ -50,7 +57,7 @@ impl Default for TrainerOptions {
         Self {
             device: Device::Cpu,
             seed: 42,
-            weight_dtype: DType::F32,
+            weights: DType::F32.into(),
             activation_dtype: DType::F32,
             adamw: AdamW {
                 beta1: 0.9,
@@ -63,6 +70,8 @@ impl Default for TrainerOptions {
             max_tokens: 0,
             deterministic_reduction: false,
             keep: Vec::new(),
+            cuda_graph: true,
+            gemm_tuning: GemmTuning::Heuristic,
         }
     }
 }
@@ -83,20 +92,23 @@ pub struct EvalReport {
 /// A model in training: frozen weights, trainable parameters, optimizer state and peers.
 #[derive(Debug)]
 pub struct Trainer {
-    model: Model,
+    pub(super) model: Model,
     adapter: Box<dyn Adapter>,
-    params: FlatBuffer,
-    grads: FlatBuffer,
-    exp_avg: FlatBuffer,
-    exp_avg_sq: FlatBuffer,
-    group: Box<dyn ProcessGroup>,
-    workspace: Workspace,
+    pub(super) params: FlatBuffer,
+    pub(super) grads: FlatBuffer,
+    pub(super) exp_avg: FlatBuffer,
+    pub(super) exp_avg_sq: FlatBuffer,
+    /// Loss and counts of this rank's micro-batches.
+    pub(super) sums: Accumulator,
+    pub(super) group: Box<dyn ProcessGroup>,
+    pub(super) workspace: Workspace,
+    pub(super) graphs: Graphs,
     /// The optimizer's scalars on a GPU; `None` on a CPU.
-    on_gpu: Option<adamw::cuda::Update>,
-    options: TrainerOptions,
+    pub(super) on_gpu: Option<adamw::cuda::Update>,
+    pub(super) options: TrainerOptions,
     /// Per layer, how much of the front of `grads` is final once backward has passed it.
-    layer_ends: Vec<usize>,
-    step: u64,
+    pub(super) layer_ends: Vec<usize>,
+    pub(super) step: u64,
 }
 
 impl Trainer {
@@ -112,35 +124,39 @@ impl Trainer {
         mut group: Box<dyn ProcessGroup>,
         options: TrainerOptions,
     ) -> Result<Self> {
+        if let Device::Cuda(device) = &options.device {
+            device.set_gemm_tuning(options.gemm_tuning);
+        }
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
-        let mut model = Model::load(
-            config,
-            attachments,
-            source,
-            &mut params,
-            options.weight_dtype,
-        )?;
+        let mut model = Model::load(config, attachments, source, &mut params, options.weights)?;
         model.set_keep(&options.keep);
         model.set_label_smoothing(options.label_smoothing);
         adapter.init(&mut params, options.seed)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
-        let workspace = Workspace::on(options.device.clone(), options.max_tokens);
+        let rows = match options.device {
+            Device::Cpu => options.max_tokens,
+            Device::Cuda(_) => padded_rows(options.max_tokens),
+        };
+        let workspace = Workspace::on(options.device.clone(), rows);
         let on_gpu = optimizer::scalars(&options.device, params.layout());
         let layer_ends = ModelPlan::new(config)
             .layers
             .iter()
             .map(|layer| params.layout().final_after(layer.input_norm.0))
             .collect();
+        let graphs = graphs(&model, group.as_ref(), &options);
         Ok(Self {
+            graphs,
             model,
             adapter,
             params,
             grads,
             exp_avg,
             exp_avg_sq,
+            sums: Accumulator::new(&options.device),
             group,
             workspace,
             on_gpu,
@@ -158,21 +174,22 @@ impl Trainer {
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
-        let (sums, reduced) = if self.options.deterministic_reduction {
-            self.gradients_in_order(micro_batches)?
+        let reduced = if self.options.deterministic_reduction {
+            Some(self.gradients_in_order(micro_batches)?)
         } else {
             self.gradients(micro_batches)?
         };
-        let count = reduced.map_or(sums.label_rows(), |totals| totals.sums.count);
+        let trained = |batch: &PackedBatch| batch.trained_tokens() as u64;
+        let count = match reduced {
+            Some(totals) => totals.sums.count,
+            None => micro_batches.iter().map(trained).sum(),
+        };
         check_labels(count)?;
         if let Some(totals) = reduced {
             self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
-        let grad_norm = self.update(lr, count, &sums)?;
-        let totals = match reduced {
-            Some(totals) => totals,
-            None => totals_of(&sums, micro_batches)?,
-        };
+        let (grad_norm, sums) = self.update(lr, count)?;
+        let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;
         self.check_finite("loss", loss / count as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
@@ -187,90 +204,6 @@ impl Trainer {
             grad_norm,
             learning_rate: lr,
         })
-    }
-
-    /// The gradient of every rank's micro-batches in `grads`; their sums on this rank, and over all ranks
-    /// unless they are on a GPU that would have to be waited for.
-    fn gradients(
-        &mut self,
-        micro_batches: &[PackedBatch],
-    ) -> Result<(Accumulator, Option<Totals>)> {
-        self.grads.zero();
-        let mut sums = Accumulator::new(&self.options.device);
-        let peers = self.group.world_size() > 1;
-        for (i, batch) in micro_batches.iter().enumerate() {
-            // Peers begin to sum what is final while the rest is still computed.
-            let is_last = peers && i + 1 == micro_batches.len();
-            self.add_gradient(batch, &mut sums, is_last)?;
-        }
-        if !peers && self.options.device.is_cuda() {
-            return Ok((sums, None));
-        }
-        let totals = totals_of(&sums, micro_batches)?;
-        let totals = ranks::all_reduce(self.group.as_mut(), &mut self.grads, totals)?;
-        Ok((sums, Some(totals)))
-    }
-
-    /// [`Trainer::gradients`], summed in the global order of micro-batches.
-    fn gradients_in_order(
-        &mut self,
-        micro_batches: &[PackedBatch],
-    ) -> Result<(Accumulator, Option<Totals>)> {
-        let mut mine = Vec::new();
-        let mut last = Accumulator::new(&self.options.device);
-        for batch in micro_batches {
-            let Some(&first_sequence_id) = batch.sequence_ids.first() else {
-                continue;
-            };
-            self.grads.zero();
-            let mut sums = Accumulator::new(&self.options.device);
-            self.add_gradient(batch, &mut sums, false)?;
-            mine.push(MicroGradient {
-                first_sequence_id,
-                totals: totals_of(&sums, std::slice::from_ref(batch))?,
-                gradient: self.grads.as_slice().to_vec(),
-            });
-            last = sums;
-        }
-        let totals = ranks::sum_in_order(self.group.as_mut(), &mine, &mut self.grads)?;
-        Ok((last, Some(totals)))
-    }
-
-    /// Adds the gradient of one micro-batch to `grads`. After the last one of a step, what a layer leaves
-    /// there is final, and the group hears of it.
-    fn add_gradient(
-        &mut self,
-        batch: &PackedBatch,
-        sums: &mut Accumulator,
-        is_last: bool,
-    ) -> Result<()> {
-        let mode = Mode::Train {
-            seed: self.options.seed,
-            step: self.step,
-        };
-        let pass = Pass {
-            workspace: &self.workspace,
-            dtype: self.options.activation_dtype,
-            mode,
-        };
-        let (params, group) = (&self.params, &mut self.group);
-        let (ends, mut begun) = (&self.layer_ends, 0);
-        // What layers after the first trained one leave is final once the last micro-batch has passed.
-        let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
-            let end = ends[layer];
-            if !is_last || end <= begun {
-                return Ok(());
-            }
-            group.reduce_ready(grads, std::mem::replace(&mut begun, end)..end)
-        };
-        self.model.loss_and_gradients_by_layer(
-            pass,
-            params,
-            &mut self.grads,
-            batch,
-            sums,
-            &mut layer_done,
-        )
     }
 
     /// Loss and accuracy over `batches`, without dropout. Every rank is given all of them and takes its
@@ -411,8 +344,8 @@ impl Trainer {
     }
 
     /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
-    /// returns its norm.
-    fn update(&mut self, lr: f64, count: u64, sums: &Accumulator) -> Result<f64> {
+    /// returns its norm, and this rank's sums.
+    fn update(&mut self, lr: f64, count: u64) -> Result<(f64, Sums)> {
         let groups = self.parameter_groups(lr);
         let settings = adamw::cuda::Settings {
             adamw: self.options.adamw,
@@ -426,8 +359,11 @@ impl Trainer {
             exp_avg_sq: &mut self.exp_avg_sq,
         };
         match &mut self.on_gpu {
-            None => optimizer::on_host(&settings, &groups, buffers),
-            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, sums),
+            None => {
+                let norm = optimizer::on_host(&settings, &groups, buffers)?;
+                Ok((norm, self.sums.read()?))
+            }
+            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums),
         }
     }
 
@@ -457,16 +393,20 @@ impl Trainer {
     }
 }
 
-/// What `micro_batches` add up to, their losses in `sums`. Waits for a GPU.
-fn totals_of(sums: &Accumulator, micro_batches: &[PackedBatch]) -> Result<Totals> {
-    Ok(Totals {
-        sums: sums.read()?,
-        tokens: micro_batches.iter().map(PackedBatch::tokens).sum::<usize>() as u64,
-        sequences: micro_batches
-            .iter()
-            .map(PackedBatch::sequences)
-            .sum::<usize>() as u64,
-    })
+/// The recorder of micro-steps, or why there is none.
+fn graphs(model: &Model, group: &dyn ProcessGroup, options: &TrainerOptions) -> Graphs {
+    // Rank 0 speaks for all.
+    if !options.device.is_cuda() || !options.cuda_graph || group.rank() > 0 {
+        return Graphs::off();
+    }
+    let ranks = "ranks sum gradients while backward goes on";
+    let in_order = "deterministic_reduction reads every gradient";
+    Graphs::new(
+        (group.world_size() > 1)
+            .then_some(ranks)
+            .or_else(|| options.deterministic_reduction.then_some(in_order))
+            .or_else(|| model.replay_obstacle()),
+    )
 }
 
 fn check_labels(count: u64) -> Result<()> {

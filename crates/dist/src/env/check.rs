@@ -33,6 +33,24 @@ struct CaseHost {
     hostname: String,
 }
 
+const CASE_KEYS: [&str; 8] = [
+    "name", "source", "note", "env", "host", "cli", "files", "expect",
+];
+const HOST_KEYS: [&str; 3] = ["gpus", "hostname", "cpus"];
+
+/// A misspelt key would be a case that tests something else.
+fn known_keys(object: &Value, prefix: &str, known: &[&str]) -> Result<(), String> {
+    let mut keys = object.as_object().into_iter().flat_map(Map::keys);
+    match keys.find(|key| !known.contains(&key.as_str())) {
+        Some(key) => Err(format!(
+            "unknown key `{prefix}{key}`{}; expected {}",
+            ferrotune_core::suggest::did_you_mean(key, known.iter().copied()),
+            known.join(", ")
+        )),
+        None => Ok(()),
+    }
+}
+
 /// The cases of a file.
 ///
 /// # Errors
@@ -46,9 +64,14 @@ pub fn parse(text: &str) -> Result<Vec<Case>, String> {
     let Value::Array(cases) = cases else {
         return Err("expected a list of cases, or an object with one under `fixtures`".into());
     };
+    if cases.is_empty() {
+        return Err("expected at least one case".into());
+    }
     let cases = cases.into_iter().enumerate().map(|(i, case)| {
         let name = case["name"].as_str().map(str::to_owned);
         let name = name.unwrap_or_else(|| format!("number {}", i + 1));
+        known_keys(&case, "", &CASE_KEYS).map_err(|e| format!("case {name}: {e}"))?;
+        known_keys(&case["host"], "host.", &HOST_KEYS).map_err(|e| format!("case {name}: {e}"))?;
         serde_json::from_value(case).map_err(|e| format!("case {name}: {e}"))
     });
     cases.collect()

@@ -3,6 +3,9 @@
 use super::reader::{Flag, Reader};
 use super::{Code, EnvError, address};
 
+/// More than any machine has GPUs, and few enough that starting them does not bring a machine down.
+const MAX_LOCAL_RANKS: usize = 256;
+
 impl Reader<'_> {
     /// Ranks on this machine: the flag, else `name` (a number, `auto` or `gpu`), else one per GPU.
     pub(super) fn nproc(&mut self, name: Option<&str>) -> Result<usize, EnvError> {
@@ -50,9 +53,10 @@ impl Reader<'_> {
 
     fn counted(&mut self, name: &str, text: &str) -> Result<usize, EnvError> {
         let count: usize = text.parse().unwrap_or(usize::MAX);
-        if count == 0 || count > 1 << 20 {
-            let fix = "ask for one rank per GPU";
-            return Err(self.bad_nproc(name, text, "a number from 1 on", fix));
+        if count == 0 || count > MAX_LOCAL_RANKS {
+            let expected = format!("1 to {MAX_LOCAL_RANKS} ranks on one machine");
+            let fix = "ask for one rank per GPU, or on CPUs for a few";
+            return Err(self.bad_nproc(name, text, expected, fix));
         }
         if self.around.flags.cpu {
             return Ok(count);

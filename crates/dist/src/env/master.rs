@@ -76,6 +76,16 @@ impl Reader<'_> {
             return Ok(None);
         };
         self.said("master_addr", source.clone());
+        if let (Some((_, beside)), Some((name, text))) = (
+            self.flag(Flag::MasterAddr).zip(port.as_ref()),
+            self.flag(Flag::MasterPort),
+        ) && beside != text
+        {
+            let expected = format!("the port {beside} that is beside the host, or no other");
+            let fix = "give the port once";
+            let value = Some(text.to_owned());
+            return Err(self.error_of(Code::Conflict, name, value, expected, fix));
+        }
         let port = match port {
             Some(text) if self.flag(Flag::MasterPort).is_none() => {
                 self.said("master_port", source.clone());

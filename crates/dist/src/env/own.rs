@@ -95,6 +95,12 @@ pub(super) fn complete(around: &Surroundings, found: &mut LaunchEnv) -> Result<(
         let source = format!("{RESTART_ATTEMPT}={attempt}");
         found.sources.insert("restart_count", source);
     }
+    if set(TOKEN).is_some_and(|text| text.contains("$(") || text.contains("${")) {
+        let fix = "define the Secret's variable above it in the pod's list of variables";
+        let expected = "a secret, not a reference that nobody replaced";
+        // What surrounds the reference may be secret.
+        return Err(reader.error_of(Code::Unexpanded, TOKEN, None, expected, fix));
+    }
     found.token = set(TOKEN).map(|token| Secret(token.to_owned()));
     Ok(())
 }

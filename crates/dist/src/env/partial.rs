@@ -7,7 +7,7 @@ use super::reader::{Flag, Reader};
 use super::{Code, EnvError, LaunchEnv, Launcher, Scope, Surroundings, pet};
 
 /// What gives such an environment away, first match first.
-const SIGNS: [&str; 8] = [
+const SIGNS: [&str; 15] = [
     "PET_NNODES",
     "RANK",
     "WORLD_SIZE",
@@ -16,6 +16,23 @@ const SIGNS: [&str; 8] = [
     "PMIX_RANK",
     "PET_NPROC_PER_NODE",
     "LWS_GROUP_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+    "PMI_SIZE",
+    "FLUX_JOB_SIZE",
+    "JAX_NUM_PROCESSES",
+    "FERROTUNE_WORLD_SIZE",
+    "FERROTUNE_LOCAL_RANK",
+];
+
+/// Numbers that mean nothing without a rank, and where it would stand.
+const RANKS: [(&str, &str); 6] = [
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    ("FERROTUNE_WORLD_SIZE", "FERROTUNE_RANK"),
+    ("FERROTUNE_LOCAL_RANK", "FERROTUNE_RANK"),
 ];
 
 pub(super) static LAUNCHER: Launcher = Launcher {
@@ -35,7 +52,17 @@ fn read(around: &Surroundings) -> Result<LaunchEnv, EnvError> {
     // What is there must be well formed before it can be incomplete.
     reader.number(sign)?;
     let start_with = "start this program with its launcher, or pass --standalone to train alone";
+    if let Some((_, rank)) = RANKS.iter().find(|(with, _)| *with == sign) {
+        let expected = format!("a rank, beside {sign}");
+        return Err(reader.error(Code::RankUnknown, rank, expected, start_with));
+    }
     Err(match sign {
+        "JAX_NUM_PROCESSES" => reader.error(
+            Code::MasterAddr,
+            "JAX_COORDINATOR_ADDRESS",
+            "the host of process 0, beside JAX_NUM_PROCESSES",
+            "set JAX_COORDINATOR_ADDRESS, or pass --standalone to train alone",
+        ),
         "RANK" if around.has("WORLD_SIZE") || around.has("LOCAL_RANK") => {
             let missing = if around.has("WORLD_SIZE") {
                 ("MASTER_ADDR", Code::MasterAddr, "the host of rank 0")

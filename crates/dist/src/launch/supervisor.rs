@@ -176,13 +176,14 @@ impl Watch {
     fn begin_ending(&mut self, kind: Kind, how: How) {
         let now = Instant::now();
         let lost_peer = how == How::Code(ferrotune_core::ExitCode::Transient as u8);
-        let settle = if lost_peer { SETTLE } else { Duration::ZERO };
-        let grace = if kind == Kind::Stopped {
-            STOP_GRACE
-        } else {
-            self.grace
+        let settle = match kind {
+            // The others stop by themselves, and a SIGTERM beside the one that some may have got already would
+            // tell them not to save.
+            Kind::Stopped => STOP_GRACE,
+            _ if lost_peer => SETTLE,
+            _ => Duration::ZERO,
         };
-        let kill_at = now + settle + grace;
+        let kill_at = now + settle + self.grace;
         match &mut self.ending {
             Some(ending) => ending.kill_at = ending.kill_at.map(|at| at.min(kill_at)),
             None => {

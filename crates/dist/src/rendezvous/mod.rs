@@ -9,10 +9,11 @@ mod reach;
 
 use crate::membership::{Membership, Timing, Work};
 use crate::store::{Announcement, Control, JoinError, Refusal, RefusalKind, Server};
-use crate::wire::{Deadline, JobToken, nonce};
+use crate::wire::{Deadline, JobToken, Patience, nonce};
 use ferrotune_core::{Error, Result};
 use reach::Search;
 use std::net::{IpAddr, TcpListener};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Room for the sixteen ports above a master's port that is taken.
@@ -29,14 +30,19 @@ pub(crate) struct Met {
 /// `membership` says.
 ///
 /// # Errors
-/// [`Error::Config`] if ranks do not fit together, [`Error::Transient`] if they do not all come in time.
+/// [`Error::Config`] if ranks do not fit together, [`Error::Transient`] if they do not all come in time,
+/// [`Error::Stopped`] once `stop` is set.
 pub(crate) fn meet(
     membership: &Membership,
     work: &Work,
     timing: &Timing,
     listeners: Vec<TcpListener>,
+    stop: &AtomicBool,
 ) -> Result<Met> {
-    let deadline = Deadline::after(timing.rendezvous);
+    let patience = Patience {
+        deadline: Deadline::after(timing.rendezvous),
+        stop,
+    };
     let mut server = None;
     let mut search = Search::new(membership, timing);
     if membership.rank == 0 {
@@ -62,7 +68,7 @@ pub(crate) fn meet(
         search.only(address.into_iter().collect());
     }
     loop {
-        let stream = search.connect(&deadline)?;
+        let stream = search.connect(&patience)?;
         let local = stream
             .local_addr()
             .map_err(|e| transient(format!("cannot tell this rank's own address: {e}")))?;
@@ -73,7 +79,7 @@ pub(crate) fn meet(
             .local_addr()
             .map_err(|e| transient(format!("cannot tell the port of a listener: {e}")))?;
         let announcement = announcement(membership, work, data_address);
-        match Control::join(stream, &announcement, &mut server, timing, &deadline) {
+        match Control::join(stream, &announcement, &mut server, timing, &patience) {
             Ok(control) => {
                 return Ok(Met {
                     control,
@@ -92,7 +98,7 @@ pub(crate) fn meet(
             }
             Err(JoinError::Refused(refusal)) => search.refused(refused(refusal)?)?,
         }
-        search.pause(&deadline)?;
+        search.pause(&patience)?;
     }
 }
 

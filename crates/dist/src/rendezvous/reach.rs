@@ -3,7 +3,7 @@
 use super::{listen, seconds, transient};
 use crate::membership::{Membership, Timing};
 use crate::store::store_subject;
-use crate::wire::{Deadline, GreetError, JobToken, Refused, Subject, dial, greet};
+use crate::wire::{Deadline, GreetError, JobToken, Patience, Refused, Subject, dial, greet};
 use ferrotune_core::{Error, Result};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -91,15 +91,15 @@ impl Search {
     ///
     /// # Errors
     /// [`Error::Transient`] at the deadline, [`Error::Config`] if it knows another token, or serves another
-    /// job, for longer than leftovers of an earlier start would.
-    pub(super) fn connect(&mut self, deadline: &Deadline) -> Result<TcpStream> {
+    /// job, for longer than leftovers of an earlier start would; [`Error::Stopped`] after a signal.
+    pub(super) fn connect(&mut self, patience: &Patience<'_>) -> Result<TcpStream> {
         loop {
-            match self.attempt(deadline) {
+            match self.attempt(&patience.deadline) {
                 Attempt::Connected(stream) => return Ok(stream),
                 Attempt::Not(problem) => self.note(problem),
                 Attempt::Refused(error) => self.refused(error)?,
             }
-            self.pause(deadline)?;
+            self.pause(patience)?;
         }
     }
 
@@ -134,8 +134,10 @@ impl Search {
     /// Waits before the next attempt, longer each time.
     ///
     /// # Errors
-    /// [`Error::Transient`] with what went wrong last, at the deadline.
-    pub(super) fn pause(&mut self, deadline: &Deadline) -> Result<()> {
+    /// [`Error::Transient`] with what went wrong last, at the deadline; [`Error::Stopped`] after a signal.
+    pub(super) fn pause(&mut self, patience: &Patience<'_>) -> Result<()> {
+        let deadline = &patience.deadline;
+        patience.check_stop()?;
         thread::sleep(self.pause.min(deadline.left()));
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         if deadline.has_passed() {
@@ -184,6 +186,14 @@ impl Search {
         let greeting = greet(&stream, &self.subject, &self.token, &deadline.within(limit));
         match greeting {
             Ok(()) => Attempt::Connected(stream),
+            // One of many ports may be another job's.
+            Err(GreetError::Refused(other)) if self.ports.len() > 1 => {
+                let why = match other {
+                    Refused::WrongToken => "has another token".to_owned(),
+                    Refused::WrongJob(job) => format!("serves job {job:?}"),
+                };
+                Attempt::Not(format!("the store at {address} {why}, and is none of ours"))
+            }
             Err(GreetError::Refused(Refused::WrongToken)) => Attempt::Refused(Error::config(
                 "token",
                 format!(
@@ -270,6 +280,7 @@ fn cannot_resolve(host: &str, error: &str) -> String {
 mod tests {
     use super::*;
     use std::net::TcpListener;
+    use std::sync::atomic::AtomicBool;
 
     fn search(host: &str, port: u16) -> Search {
         let mut membership = Membership::on_one_machine(1, 2, port, JobToken::new("t"));
@@ -279,10 +290,13 @@ mod tests {
     }
 
     fn why_not(host: &str, port: u16) -> String {
-        let deadline = Deadline::after(Duration::from_millis(400));
+        let patience = Patience {
+            deadline: Deadline::after(Duration::from_millis(400)),
+            stop: &AtomicBool::new(false),
+        };
         let begin = Instant::now();
         let error = search(host, port)
-            .connect(&deadline)
+            .connect(&patience)
             .expect_err("nobody there");
         assert!(
             begin.elapsed() < Duration::from_secs(5),

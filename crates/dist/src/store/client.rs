@@ -4,7 +4,7 @@ use super::link::{Outbox, next};
 use super::message::{Announcement, FromStore, Member, Progress, Refusal, Table, ToStore};
 use super::server::Server;
 use crate::membership::Timing;
-use crate::wire::{Deadline, tune_control};
+use crate::wire::{Deadline, Patience, tune_control};
 use ferrotune_core::{Error, Result};
 use std::fmt;
 use std::net::TcpStream;
@@ -75,7 +75,7 @@ impl Control {
         announcement: &Announcement,
         server: &mut Option<Server>,
         timing: &Timing,
-        deadline: &Deadline,
+        patience: &Patience<'_>,
     ) -> Result<Self, JoinError> {
         let lost = |e: std::io::Error| JoinError::Lost(format!("connection failed: {e}"));
         tune_control(&stream, timing.dead_after).map_err(lost)?;
@@ -109,7 +109,7 @@ impl Control {
             },
             server: None,
         };
-        control.table = control.wait_for_table(server.as_ref(), deadline)?;
+        control.table = control.wait_for_table(server.as_ref(), patience)?;
         control.server = server.take();
         Ok(control)
     }
@@ -117,8 +117,9 @@ impl Control {
     fn wait_for_table(
         &self,
         server: Option<&Server>,
-        deadline: &Deadline,
+        patience: &Patience<'_>,
     ) -> Result<Table, JoinError> {
+        let deadline = &patience.deadline;
         let mut next_report = REPORT;
         let mut state = self.shared.lock();
         loop {
@@ -139,6 +140,7 @@ impl Control {
                 let message = format!("a newer attempt of the job has begun: {message}");
                 return Err(JoinError::Failed(Error::Transient { message }));
             }
+            patience.check_stop().map_err(JoinError::Failed)?;
             if deadline.has_passed() {
                 return Err(JoinError::Failed(too_late(server, deadline)));
             }

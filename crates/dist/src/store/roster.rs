@@ -25,7 +25,7 @@ pub(super) struct Roster {
     pub(super) seats: BTreeMap<usize, Seat>,
     complete: bool,
     /// The last refusals, for whoever waits in vain.
-    refused: Vec<Refusal>,
+    refused: Vec<(usize, Refusal)>,
     next_step: u64,
     stop_before: Option<u64>,
     pub(super) failure: Option<String>,
@@ -66,13 +66,15 @@ impl Roster {
     ) -> Result<Seated, Refusal> {
         if let Some(refusal) = self.objection(&announcement) {
             tracing::warn!("refused: {}", refusal.message);
-            self.refused.retain(|r| r != &refusal);
-            self.refused.push(refusal.clone());
+            self.refused.retain(|(_, r)| r != &refusal);
+            self.refused.push((announcement.rank, refusal.clone()));
             // The newest few say what is wrong.
             let surplus = self.refused.len().saturating_sub(8);
             self.refused.drain(..surplus);
             return Err(refusal);
         }
+        // What kept it out before is settled.
+        self.refused.retain(|(rank, _)| *rank != announcement.rank);
         let seat = Seat {
             connection,
             progress: Progress::default(),
@@ -178,7 +180,7 @@ impl Roster {
             self.host.world_size,
             ranges(&missing)
         );
-        for refusal in &self.refused {
+        for (_, refusal) in &self.refused {
             let _ = write!(text, "; refused: {}", refusal.message);
         }
         text
@@ -186,10 +188,13 @@ impl Roster {
 
     /// The refusal that keeps the run from beginning, if trying again would not help.
     pub(super) fn lasting_refusal(&self) -> Option<&Refusal> {
-        self.refused
-            .iter()
-            .rev()
-            .find(|r| matches!(r.kind, RefusalKind::Mismatch(_) | RefusalKind::Duplicate))
+        let lasting = |(rank, refusal): &&(usize, Refusal)| match refusal.kind {
+            // Of a rank that is there, it was somebody else's.
+            RefusalKind::Mismatch(_) => !self.seats.contains_key(rank),
+            RefusalKind::Duplicate => true,
+            RefusalKind::Stale | RefusalKind::Ahead => false,
+        };
+        self.refused.iter().rev().find(lasting).map(|(_, r)| r)
     }
 }
 
@@ -227,7 +232,24 @@ fn difference(
         .into_iter()
         .zip(of(ours))
         .find(|((key, a), (_, b))| a != b && !(same_world && *key == "world_size"))
-        .map(|((key, a), (_, b))| (key, a, b))
+        .map(|((key, a), (_, b))| match key {
+            "config_digest" => (key, only_in(&a, &b), only_in(&b, &a)),
+            _ => (key, a, b),
+        })
+}
+
+/// The parts of a list with commas that `other` does not have.
+fn only_in(list: &str, other: &str) -> String {
+    let parts = |list: &str| -> Vec<String> {
+        let list = list.trim_start_matches("configuration ");
+        list.split(", ").map(str::to_owned).collect()
+    };
+    let theirs = parts(other);
+    let own: Vec<String> = parts(list)
+        .into_iter()
+        .filter(|p| !theirs.contains(p))
+        .collect();
+    format!("configuration {}", own.join(", "))
 }
 
 /// `[0, 1, 2, 5]` as `0-2, 5`.
@@ -320,6 +342,25 @@ mod tests {
         let mut other = announcement(1);
         other.local_world_size = 2;
         assert!(matches!(roster.seat(0, other), Ok(Seated::Waiting)));
+    }
+
+    #[test]
+    fn a_refusal_that_was_mended_does_not_last() {
+        let mut roster = Roster::new(announcement(0), "m".into());
+        let mut wrong = announcement(1);
+        wrong.device = "gpu".into();
+        roster.seat(1, wrong.clone()).expect_err("another device");
+        assert!(roster.lasting_refusal().is_some());
+        roster.seat(2, announcement(1)).expect("the right one");
+        assert!(roster.lasting_refusal().is_none(), "{}", roster.missing());
+        assert!(
+            !roster.missing().contains("refused"),
+            "{}",
+            roster.missing()
+        );
+        // Somebody else's, once the rank is there.
+        roster.seat(3, wrong).expect_err("another device");
+        assert!(roster.lasting_refusal().is_none());
     }
 
     #[test]

@@ -26,6 +26,7 @@ use mesh::Mesh;
 use pump::{Exchange, Fault};
 use ring::{Ring, SCRATCH};
 use std::net::TcpListener;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::thread;
 
@@ -75,13 +76,20 @@ impl AbortHandle {
 }
 
 impl Tcp {
-    /// Meets the other ranks and connects to each. Rank 0 serves the store from now on.
+    /// Meets the other ranks and connects to each. Rank 0 serves the store from now on. `stop`, set by a signal,
+    /// ends the wait for ranks that are not there yet.
     ///
     /// # Errors
     /// [`Error::Config`] if ranks do not fit together: another token, job, version, world size, device or
-    /// configuration, or a rank that is taken. [`Error::Transient`] if they do not all come in time.
-    pub fn join(membership: &Membership, work: &Work, timing: &Timing) -> Result<Self> {
-        Self::join_with(membership, work, timing, Vec::new())
+    /// configuration, or a rank that is taken. [`Error::Transient`] if they do not all come in time,
+    /// [`Error::Stopped`] if `stop` is set before they have.
+    pub fn join(
+        membership: &Membership,
+        work: &Work,
+        timing: &Timing,
+        stop: &AtomicBool,
+    ) -> Result<Self> {
+        Self::join_with(membership, work, timing, Vec::new(), stop)
     }
 
     /// All ranks of a group of `world_size`, in this process, over loopback.
@@ -103,7 +111,8 @@ impl Tcp {
                         Membership::on_one_machine(rank, world_size, port, token.clone());
                     let listeners = listener.take().into_iter().collect();
                     scope.spawn(move || {
-                        Self::join_with(&membership, &Work::default(), timing, listeners)
+                        let stop = AtomicBool::new(false);
+                        Self::join_with(&membership, &Work::default(), timing, listeners, &stop)
                     })
                 })
                 .collect();
@@ -125,10 +134,11 @@ impl Tcp {
         work: &Work,
         timing: &Timing,
         listeners: Vec<TcpListener>,
+        stop: &AtomicBool,
     ) -> Result<Self> {
         let (rank, world_size) = (membership.rank, membership.world_size);
         let links = if world_size > 1 {
-            let met = meet(membership, work, timing, listeners)?;
+            let met = meet(membership, work, timing, listeners, stop)?;
             let (control, mesh) = mesh::connect(rank, met, timing)?;
             let mesh = Arc::new(mesh);
             let for_hook = Arc::clone(&mesh);

@@ -1,6 +1,7 @@
 use super::*;
 use crate::measure_all_reduce;
 use ferrotune_core::params::{ParamLayoutBuilder, ParamSpec};
+use ferrotune_kernels::Device;
 use std::time::{Duration, Instant};
 
 /// Short enough for a test, long enough for a busy machine.
@@ -230,6 +231,8 @@ fn a_failed_group_stays_failed() {
             assert!(message(group.barrier()).contains("enough"));
             assert!(message(group.begin_step(0, false).map(drop)).contains("enough"));
         }
+        // It leaves when the other has heard.
+        group
     });
 }
 
@@ -289,7 +292,7 @@ fn a_peer_that_is_late_is_named_at_the_deadline() {
 #[test]
 fn the_measure_checks_its_sums() {
     let times = on_each_rank(2, &timing(), |mut group| {
-        measure_all_reduce(&mut group, 4 << 20, 5).expect("peers live")
+        measure_all_reduce(&mut group, &Device::Cpu, 4 << 20, 5).expect("peers live")
     });
     assert!(
         times

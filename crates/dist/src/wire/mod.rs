@@ -17,7 +17,29 @@ pub(crate) use handshake::{GreetError, Refused, Subject, greet, nonce};
 pub(crate) use log::RateLimit;
 pub(crate) use socket::{dial, tune_control, tune_data};
 
+use ferrotune_core::{Error, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+/// What ends a wait for other ranks at the start: time, or a signal.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience<'a> {
+    pub(crate) deadline: Deadline,
+    pub(crate) stop: &'a AtomicBool,
+}
+
+impl Patience<'_> {
+    /// # Errors
+    /// [`Error::Stopped`] if there was a signal.
+    pub(crate) fn check_stop(&self) -> Result<()> {
+        if !self.stop.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Error::Stopped {
+            during: "while waiting for other ranks".into(),
+        })
+    }
+}
 
 /// A point in time that a whole sequence of waits shares.
 #[derive(Clone, Copy, Debug)]

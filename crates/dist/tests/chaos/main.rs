@@ -202,12 +202,8 @@ fn cut_off_from_the_store(seed: u64) -> Outcome {
     cable.cut();
     let deadline = begin + patience(DEAD_AFTER + NOTICE);
     for rank in ranks {
-        // From either end of the cable, the other is lost.
-        let other = if rank.rank == 2 {
-            "rank "
-        } else {
-            "rank 2 is lost: no sign of life"
-        };
+        // From either end of the cable, the other is lost. Who notices first, rank 2 or the store, is chance.
+        let other = if rank.rank == 2 { "rank " } else { "rank 2 " };
         rank.end(deadline)?.expect(TRANSIENT, &[other])?;
     }
     Ok(begin.elapsed())

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpStream;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
@@ -83,7 +84,7 @@ fn run(settings: &Settings) -> Result<()> {
         // Said before it is so; whoever listens allows for it.
         say("ready");
     }
-    let mut group = Tcp::join(&membership, &work, &timing)?;
+    let mut group = Tcp::join(&membership, &work, &timing, &AtomicBool::new(false))?;
     if settings.text("pause") == "joined" {
         say("ready");
         sleep_for_good();

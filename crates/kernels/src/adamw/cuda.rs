@@ -12,7 +12,7 @@
 use super::{AdamW, Group, check_config, check_groups};
 use crate::cuda::{CudaDevice, Grid, Memory, Module};
 use crate::error::{check_dtype, check_shape};
-use crate::linear_cross_entropy::Accumulator;
+use crate::linear_cross_entropy::{Accumulator, DeviceSums, Sums};
 use crate::{DType, Error, Result, View, ViewMut};
 use std::sync::Arc;
 
@@ -82,7 +82,7 @@ impl Update {
             len,
             max_groups,
             settings: device.alloc(table),
-            outcome: device.alloc(size_of::<DeviceOutcome>()),
+            outcome: device.alloc(size_of::<Answer>()),
             partial: device.alloc(norm_blocks(len) * size_of::<f64>()),
         }
     }
@@ -188,10 +188,32 @@ impl Update {
         let mut outcome = DeviceOutcome::default();
         let bytes = bytemuck::bytes_of_mut(&mut outcome);
         self.device().download(bytes, self.outcome.ptr())?;
-        Ok(Outcome {
-            norm: outcome.norm,
-            finite: outcome.finite != 0,
-        })
+        Ok(outcome.into())
+    }
+
+    /// [`Update::read`], and the sums of the step in the same answer. Waits for the GPU once.
+    ///
+    /// # Errors
+    /// If `sums` are not on this GPU; the first failure of the GPU.
+    pub fn read_with(&self, sums: &Accumulator) -> Result<(Outcome, Sums)> {
+        const OP: &str = "adamw::cuda::read_with";
+        let memory = sums.memory();
+        crate::device::common(OP, &[Some(self.device()), memory.map(Memory::device)])?;
+        let behind = self.outcome.ptr() + size_of::<DeviceOutcome>() as u64;
+        let from = memory.map_or(0, Memory::ptr);
+        self.device().copy(behind, from, size_of::<DeviceSums>())?;
+        let mut answer = Answer::default();
+        let bytes = bytemuck::bytes_of_mut(&mut answer);
+        self.device().download(bytes, self.outcome.ptr())?;
+        Ok((answer.outcome.into(), answer.sums.into()))
+    }
+
+    /// Loads the kernels, so that the first step does not wait for the compiler.
+    ///
+    /// # Errors
+    /// If they do not compile or load.
+    pub fn prepare(&self) -> Result<()> {
+        self.device().prepare(&MODULE)
     }
 
     fn device(&self) -> &Arc<CudaDevice> {
@@ -279,6 +301,23 @@ struct DeviceOutcome {
     norm: f64,
     grad_scale: f32,
     finite: u32,
+}
+
+impl From<DeviceOutcome> for Outcome {
+    fn from(outcome: DeviceOutcome) -> Self {
+        Self {
+            norm: outcome.norm,
+            finite: outcome.finite != 0,
+        }
+    }
+}
+
+/// What is read at the end of a step.
+#[repr(C)]
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+struct Answer {
+    outcome: DeviceOutcome,
+    sums: DeviceSums,
 }
 
 /// `struct Squares` of the kernels.

@@ -14,6 +14,9 @@
 //! keys up to `i + m - n`, with a window of w only the last w of those. Query head h reads key head
 //! `h * kv_heads / heads`.
 //!
+//! Rows after the last sequence are padding: their outputs and gradients are zero, and they change no
+//! bit of anything else.
+//!
 //! Keys outside the window or after the last query of a block of queries are never touched, and no
 //! matrix longer than one block of queries is kept: the backward pass recomputes `P` from `lse`.
 //!
@@ -35,7 +38,7 @@ mod tests;
 use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::tensor::with_dtype;
-use crate::{Error, Indices, Result, View, ViewMut};
+use crate::{Error, Indices, Result, View, ViewMut, Workspace};
 
 /// Heads and masks of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,8 +65,8 @@ pub struct Config {
 ///
 /// # Errors
 /// If a shape or length does not fit, `kv_heads` does not divide `heads`, the window is zero, the
-/// softcap is not positive, or the bounds do not grow from 0 to the number of rows with at least as
-/// many keys as queries. On a GPU also if a head is wider than 256.
+/// softcap is not positive, or the bounds do not grow from 0 to at most the number of rows with at
+/// least as many keys as queries. On a GPU also if a head is wider than 256.
 #[expect(
     clippy::too_many_arguments,
     reason = "three inputs with their bounds, two outputs"
@@ -108,7 +111,8 @@ pub fn forward(
 /// Writes the gradients of `q`, `k` and `v`, side by side, to `d_qkv [T,(H+2K)*E]`.
 ///
 /// `q`, `k`, `v`, `out` and `lse` are those of [`forward`] with `cu_seqlens` for queries and keys
-/// alike; `d_out [T,H*E]` is the gradient of `out`. Each matrix is f32 or bf16.
+/// alike; `d_out [T,H*E]` is the gradient of `out`. Each matrix is f32 or bf16. On a GPU, sums of the
+/// rows `[T,H]` f32 are taken from the workspace.
 ///
 /// # Errors
 /// As [`forward`].
@@ -126,6 +130,7 @@ pub fn backward(
     cu_seqlens: &Indices<'_>,
     d_out: View<'_>,
     d_qkv: ViewMut<'_>,
+    workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "attention::backward";
     check_inputs(OP, config, q, k, v)?;
@@ -149,7 +154,8 @@ pub fn backward(
         common(OP, &[Some(device), cu_seqlens.device()])?;
         let saved = cuda::Saved { out, lse, d_out };
         let inputs = [q, k, v];
-        return cuda::backward(OP, device, config, inputs, &saved, cu_seqlens, d_qkv);
+        let gradient = (d_qkv, workspace);
+        return cuda::backward(OP, device, config, inputs, &saved, cu_seqlens, gradient);
     }
     let lse = lse.contiguous(OP, "lse")?;
     let inputs = cpu::Inputs { q, k, v };
@@ -206,10 +212,10 @@ fn check_bounds(
 ) -> Result<()> {
     check_len(op, "cu_k", cu_q.len(), cu_k.len())?;
     for (what, bounds, rows) in [("cu_q", cu_q, queries), ("cu_k", cu_k, keys)] {
-        let complete = bounds.first() == Some(&0) && bounds.last() == Some(&(rows as u32));
+        let complete = bounds.first() == Some(&0) && bounds.last() <= Some(&(rows as u32));
         if !complete || bounds.windows(2).any(|pair| pair[0] > pair[1]) {
             let message =
-                format!("{what} is {bounds:?}, expected bounds that grow from 0 to {rows}");
+                format!("{what} is {bounds:?}, expected bounds that grow from 0 to at most {rows}");
             return Err(Error::Invalid { op, message });
         }
     }

@@ -1,6 +1,6 @@
 use super::Config;
 use crate::rng::Stream;
-use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut};
+use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut, Workspace};
 use candle_core::{D, DType as CandleDType, Device, IndexOp, Tensor as Oracle, Var};
 
 // The operations, over slices of host memory.
@@ -43,6 +43,7 @@ fn backward(
         &Indices::host(cu_seqlens),
         d_out,
         d_qkv,
+        &Workspace::new(0),
     )
 }
 
@@ -195,6 +196,41 @@ fn inputs(config: &Config, queries: usize, keys: usize, dtype: DType) -> [Tensor
     );
     [(queries, q), (keys, kv), (keys, kv), (queries, q)]
         .map(|(rows, cols)| padded(&random(rows, cols, &mut stream).to_dtype(dtype)))
+}
+
+#[test]
+fn padding_is_zero_and_changes_no_bit_of_the_rest() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let config = config(4, 2, 16, Some(7));
+        let tensors = inputs(&config, 40, 40, dtype);
+        let short = tensors.each_ref().map(|t| {
+            let mut rows = Tensor::zeros(dtype, 25, t.cols());
+            rows.view_mut().copy_from(t.view().row_range(0..25));
+            rows
+        });
+        let bounds = [0, 9, 25];
+        let (padded, plain) = (
+            run(&config, &tensors, &bounds, dtype),
+            run(&config, &short, &bounds, dtype),
+        );
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let pairs = [
+            (
+                inner(&padded.out).to_f32_vec(),
+                inner(&plain.out).to_f32_vec(),
+            ),
+            (padded.lse, plain.lse),
+            (
+                inner(&padded.d_qkv).to_f32_vec(),
+                inner(&plain.d_qkv).to_f32_vec(),
+            ),
+        ];
+        for (padded, plain) in pairs {
+            let (real, rest) = padded.split_at(plain.len());
+            assert_eq!(bits(real), bits(&plain));
+            assert!(rest.iter().all(|v| v.to_bits() == 0), "{rest:?}");
+        }
+    }
 }
 
 struct Run {
@@ -466,8 +502,8 @@ fn arguments_that_do_not_fit_are_refused() {
         &[0, 5],
     );
     assert!(width.contains("q [Tq,H*E]"), "{width}");
-    let short = message(good, &[0, 2], &[0, 5]);
-    assert!(short.contains("cu_q is [0, 2]"), "{short}");
+    let long = message(good, &[0, 4], &[0, 5]);
+    assert!(long.contains("cu_q is [0, 4]"), "{long}");
     let falling = message(good, &[0, 3, 3], &[0, 6, 5]);
     assert!(falling.contains("cu_k is [0, 6, 5]"), "{falling}");
     let keys = message(good, &[0, 3, 3], &[0, 2, 5]);

@@ -19,6 +19,7 @@
 mod codes;
 mod cpu;
 pub(crate) mod cuda;
+mod format;
 mod four_bit;
 mod int8;
 mod quantise;
@@ -26,6 +27,7 @@ mod quantise;
 mod tests;
 
 pub use codes::{FP4, NF4, dynamic_map};
+pub use format::{FourBitFormat, FourBitType};
 pub use four_bit::{Absmax, FourBit};
 pub use int8::Int8;
 

@@ -38,7 +38,7 @@ impl Mask {
 
     /// The factors of [`COLUMNS`] columns of a row, starting with those of `counter`.
     #[inline(always)]
-    fn factors(self, counter: u32, [sequence, position]: [u32; 2]) -> [f32; COLUMNS] {
+    fn factors(self, counter: u32, token: [u32; 2], step: u32) -> [f32; COLUMNS] {
         match self {
             Self::Constant(factor) => [factor; COLUMNS],
             Self::Random {
@@ -46,7 +46,7 @@ impl Mask {
                 threshold,
                 scale,
             } => {
-                let words = philox(counter, position, sequence, key);
+                let words = philox(counter, token, step, key);
                 std::array::from_fn(|c| {
                     let kept = words[c % 4][c / 4] >= threshold;
                     if kept { scale } else { 0.0 }
@@ -56,11 +56,19 @@ impl Mask {
     }
 }
 
+/// What the words of a row are drawn for.
+#[derive(Clone, Copy)]
+pub(super) struct Draws<'a> {
+    /// Sequence and position of every row.
+    pub(super) tokens: &'a [[u32; 2]],
+    pub(super) step: u32,
+}
+
 /// `out = combine(out, x * factor)`.
 pub(super) fn apply<X: Element, Y: Element>(
     x: Rows<'_, X>,
     mask: Mask,
-    tokens: &[[u32; 2]],
+    draws: Draws<'_>,
     mut out: RowsMut<'_, Y>,
     combine: impl Fn(f32, f32) -> f32 + Copy + Send + Sync,
 ) {
@@ -72,7 +80,7 @@ pub(super) fn apply<X: Element, Y: Element>(
                 for (t, out) in (block * step..).zip(out.rows()) {
                     let columns = out.chunks_mut(COLUMNS).zip(x.row(t).chunks(COLUMNS));
                     for (counter, (out, x)) in (0..).step_by(COUNTERS).zip(columns) {
-                        let factors = mask.factors(counter, tokens[t]);
+                        let factors = mask.factors(counter, draws.tokens[t], draws.step);
                         for ((out, x), factor) in out.iter_mut().zip(x).zip(factors) {
                             *out = Y::from_f32(combine(out.to_f32(), x.to_f32() * factor));
                         }
@@ -83,15 +91,20 @@ pub(super) fn apply<X: Element, Y: Element>(
     });
 }
 
-/// [`crate::rng::philox4x32`] of `[counter + lane, position, sequence, 0]` for every lane, with the
+/// [`crate::rng::philox4x32`] of `[counter + lane, position, sequence, step]` for every lane, with the
 /// lanes innermost so that each round vectorises: word `w` of lane `l` is `[w][l]`.
 #[inline(always)]
-fn philox(counter: u32, position: u32, sequence: u32, mut key: [u32; 2]) -> [[u32; COUNTERS]; 4] {
+fn philox(
+    counter: u32,
+    [sequence, position]: [u32; 2],
+    step: u32,
+    mut key: [u32; 2],
+) -> [[u32; COUNTERS]; 4] {
     let mut words = [
         std::array::from_fn(|lane| counter.wrapping_add(lane as u32)),
         [position; COUNTERS],
         [sequence; COUNTERS],
-        [0; COUNTERS],
+        [step; COUNTERS],
     ];
     for _ in 0..10 {
         let [w0, w1, w2, w3] = &mut words;

@@ -10,10 +10,10 @@ const KEY: Key = Key {
     p: 0.3,
 };
 
-/// Sequence and position of `count` tokens.
+/// Sequence and position of `count` tokens, and a step.
 fn tokens(count: usize) -> Vec<u32> {
     let mut stream = Stream::new(9);
-    (0..2 * count).map(|_| stream.bits() as u32).collect()
+    (0..=2 * count).map(|_| stream.bits() as u32).collect()
 }
 
 #[test]

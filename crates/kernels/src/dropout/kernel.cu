@@ -3,7 +3,7 @@
 
 struct Dropout {
     Matrix x, out;
-    const u32* tokens;  // sequence and position of every row
+    const u32* tokens;  // sequence and position of every row, then the step
     u32 rows, cols;
     u32 key[2];
     u32 threshold;  // keep a word from here on
@@ -15,8 +15,7 @@ struct Words {
 };
 
 // Philox-4x32 with ten rounds, as in rng.rs.
-DEVICE Words philox4x32(u32 c0, u32 c1, u32 c2, u32 k0, u32 k1) {
-    u32 c3 = 0;
+DEVICE Words philox4x32(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
 #pragma unroll
     for (u32 round = 0; round < 10; round++) {
         const u64 p0 = u64(c0) * 0xd2511f53u, p1 = u64(c2) * 0xcd9e8d57u;
@@ -34,9 +33,10 @@ DEVICE Words philox4x32(u32 c0, u32 c1, u32 c2, u32 k0, u32 k1) {
 template <u32 LEN>
 DEVICE void factors(const Dropout& p, u32 row, u32 column, f32 (&to)[LEN]) {
     const u32 sequence = p.tokens[2 * u64(row)], position = p.tokens[2 * u64(row) + 1];
+    const u32 step = p.tokens[2 * u64(p.rows)];
 #pragma unroll
     for (u32 first = 0; first < LEN; first += 4) {
-        const Words words = philox4x32((column + first) / 4, position, sequence, p.key[0], p.key[1]);
+        const Words words = philox4x32((column + first) / 4, position, sequence, step, p.key[0], p.key[1]);
         if (LEN == 1) {
             // Selected, not indexed: the words stay in registers.
             const u32 low = column & 1 ? words.word[1] : words.word[0];

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! out[t,c] = keep(t,c) ? x[t,c] / (1 - p) : 0
-//! keep(t,c) = philox4x32([c / 4, position, sequence, 0], seed)[c % 4] >= p * 2^32
+//! keep(t,c) = philox4x32([c / 4, position, sequence, step], seed)[c % 4] >= p * 2^32
 //! ```
 //!
 //! `(sequence, position)` names the token of row t independently of where packing has put it, so
-//! the mask is the same for any split of the tokens into rows, micro-batches and threads. The
+//! the mask is the same for any split of the tokens into rows, micro-batches and threads. What
+//! changes from step to step is data, not an argument: a recorded launch draws anew. The
 //! backward pass is the same function applied to the gradient. A dropped element is multiplied by
 //! zero, as in PyTorch: NaN and infinity show as NaN.
 //!
@@ -29,7 +30,7 @@ use crate::{Error, Indices, Result, View, ViewMut};
 /// What a mask depends on besides token and column.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Key {
-    /// Seed, already mixed with the step and the place in the model.
+    /// Seed, already mixed with the place in the model.
     pub seed: u64,
     /// Probability that an element is dropped, in `[0, 1]`.
     pub p: f32,
@@ -37,8 +38,8 @@ pub struct Key {
 
 /// Writes `x [T, D]` with its mask applied to `out [T, D]` (each f32 or bf16).
 ///
-/// `rows [2 T]` holds sequence id and position of every row, side by side. Also the backward pass:
-/// then `x` is the gradient of the output.
+/// `rows [2 T + 1]` holds sequence id and position of every row, side by side, and last the step.
+/// Also the backward pass: then `x` is the gradient of the output.
 ///
 /// # Errors
 /// If a shape or length differs or `key.p` is not in `[0, 1]`.
@@ -49,7 +50,7 @@ pub fn forward(x: View<'_>, key: Key, rows: &Indices<'_>, out: ViewMut<'_>) -> R
         return cuda::apply(device, "forward", x, mask, rows, out);
     }
     with_dtype!(x.dtype(), X => with_dtype!(out.dtype(), Y =>
-        cpu::apply::<X, Y>(typed(x), mask, pairs(rows), typed_mut(out), |_, masked| masked)
+        cpu::apply::<X, Y>(typed(x), mask, draws(rows), typed_mut(out), |_, masked| masked)
     ));
     Ok(())
 }
@@ -73,14 +74,18 @@ pub fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &Indices<'_>) ->
         return cuda::apply(device, "add_masked", d, mask, rows, dx);
     }
     with_dtype!(d.dtype(), X => with_dtype!(dx.dtype(), Y =>
-        cpu::apply::<X, Y>(typed(d), mask, pairs(rows), typed_mut(dx), |sum, masked| sum + masked)
+        cpu::apply::<X, Y>(typed(d), mask, draws(rows), typed_mut(dx), |sum, masked| sum + masked)
     ));
     Ok(())
 }
 
-/// (sequence id, position) of every row.
-fn pairs<'a>(rows: &'a Indices<'_>) -> &'a [[u32; 2]] {
-    bytemuck::cast_slice(rows)
+/// (sequence id, position) of every row, and the step.
+fn draws<'a>(rows: &'a Indices<'_>) -> cpu::Draws<'a> {
+    let (step, pairs) = rows.split_last().unwrap_or((&0, &[]));
+    cpu::Draws {
+        tokens: bytemuck::cast_slice(pairs),
+        step: *step,
+    }
 }
 
 fn checked_mask(
@@ -91,7 +96,7 @@ fn checked_mask(
     out: &ViewMut<'_>,
 ) -> Result<cpu::Mask> {
     check_shape(op, "the output", x.shape(), out.shape())?;
-    check_len(op, "rows", 2 * x.rows(), rows.len())?;
+    check_len(op, "rows", 2 * x.rows() + 1, rows.len())?;
     if !(0.0..=1.0).contains(&key.p) {
         let message = format!("the probability p is {}, expected 0 to 1", key.p);
         return Err(Error::Invalid { op, message });

@@ -8,15 +8,25 @@ use crate::{DType, Indices, Result, Tensor, View, ViewMut};
 
 // The operations, over slices of host memory.
 fn forward(x: View<'_>, key: Key, rows: &[[u32; 2]], out: ViewMut<'_>) -> Result<()> {
-    super::forward(x, key, &Indices::host(rows.as_flattened()), out)
+    super::forward(x, key, &draws(rows), out)
 }
 
 fn backward(dy: View<'_>, key: Key, rows: &[[u32; 2]], dx: ViewMut<'_>) -> Result<()> {
-    super::backward(dy, key, &Indices::host(rows.as_flattened()), dx)
+    super::backward(dy, key, &draws(rows), dx)
 }
 
 fn add_masked(dx: ViewMut<'_>, d: View<'_>, key: Key, rows: &[[u32; 2]]) -> Result<()> {
-    super::add_masked(dx, d, key, &Indices::host(rows.as_flattened()))
+    super::add_masked(dx, d, key, &draws(rows))
+}
+
+const STEP: u32 = 6;
+
+fn draws(rows: &[[u32; 2]]) -> Indices<'static> {
+    draws_at(rows, STEP)
+}
+
+fn draws_at(rows: &[[u32; 2]], step: u32) -> Indices<'static> {
+    Indices::host([rows.as_flattened(), &[step]].concat())
 }
 
 const ROWS: usize = 5;
@@ -36,7 +46,7 @@ fn tokens(count: usize) -> Vec<[u32; 2]> {
 fn factors(key: Key, tokens: &[[u32; 2]], cols: usize) -> Vec<f32> {
     let factor = |[sequence, position]: [u32; 2], c: usize| {
         let words = philox4x32(
-            [(c / 4) as u32, position, sequence, 0],
+            [(c / 4) as u32, position, sequence, STEP],
             [key.seed as u32, (key.seed >> 32) as u32],
         );
         let kept = f64::from(words[c % 4]) >= f64::from(key.p) * 2.0_f64.powi(32);
@@ -161,13 +171,15 @@ fn the_mask_follows_the_token_wherever_its_row_is() {
 }
 
 #[test]
-fn seed_sequence_and_position_each_change_the_mask() {
+fn seed_step_sequence_and_position_each_change_the_mask() {
     let ones = Tensor::from_f32(vec![1.0; 256], 1, 256);
-    let mask = |seed, token| {
+    let mask_at = |seed, token, step| {
         let mut out = Tensor::zeros(DType::F32, 1, 256);
-        forward(ones.view(), Key { seed, p: 0.5 }, &[token], out.view_mut()).unwrap();
+        let (key, draws) = (Key { seed, p: 0.5 }, draws_at(&[token], step));
+        super::forward(ones.view(), key, &draws, out.view_mut()).unwrap();
         out.to_f32_vec()
     };
+    let mask = |seed, token| mask_at(seed, token, STEP);
     let base = mask(1, [2, 3]);
     let others = [
         mask(1 << 32 | 1, [2, 3]),
@@ -175,6 +187,7 @@ fn seed_sequence_and_position_each_change_the_mask() {
         mask(1, [3, 3]),
         mask(1, [2, 4]),
         mask(1, [3, 2]),
+        mask_at(1, [2, 3], STEP + 1),
     ];
     for other in others {
         let same = base.iter().zip(&other).filter(|(a, b)| a == b).count();

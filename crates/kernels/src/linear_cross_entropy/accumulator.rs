@@ -29,7 +29,6 @@ impl AddAssign for Sums {
 /// [`Sums`] of several calls. On a GPU they stay there until [`Accumulator::read`].
 #[derive(Debug, Default)]
 pub struct Accumulator {
-    /// On a GPU, only the count.
     host: Sums,
     memory: Option<Memory>,
 }
@@ -37,11 +36,11 @@ pub struct Accumulator {
 /// The part of [`Sums`] that a GPU adds up.
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
-struct DeviceSums {
+pub(crate) struct DeviceSums {
     loss: f64,
     entropy: f64,
     correct: u64,
-    unused: u64,
+    count: u64,
 }
 
 impl Accumulator {
@@ -58,10 +57,13 @@ impl Accumulator {
         sums
     }
 
-    /// Label rows so far; known without waiting.
-    #[must_use]
-    pub fn label_rows(&self) -> u64 {
-        self.host.count
+    /// Zeros again, in the same place.
+    pub fn clear(&mut self) {
+        self.host = Sums::default();
+        if let Some(memory) = &self.memory {
+            // A failure is remembered by the device and reported by its next operation.
+            let _ = memory.device().fill_zero(memory.ptr(), memory.bytes());
+        }
     }
 
     /// Adds sums that the host knows.
@@ -69,12 +71,7 @@ impl Accumulator {
         self.host += sums;
     }
 
-    /// Counts label rows whose sums the GPU adds to [`Accumulator::memory`].
-    pub(super) fn count(&mut self, rows: usize) {
-        self.host.count += rows as u64;
-    }
-
-    /// f64 loss, f64 entropy and u64 correct rows, 32 bytes in all; `None` on the host.
+    /// f64 loss, f64 entropy, u64 correct rows and u64 rows, 32 bytes in all; `None` on the host.
     pub(crate) fn memory(&self) -> Option<&Memory> {
         self.memory.as_ref()
     }
@@ -89,10 +86,25 @@ impl Accumulator {
             let mut device = DeviceSums::default();
             let bytes = bytemuck::bytes_of_mut(&mut device);
             memory.device().download(bytes, memory.ptr())?;
-            sums.loss += device.loss;
-            sums.entropy += device.entropy;
-            sums.correct += device.correct;
+            sums += device.into();
         }
         Ok(sums)
+    }
+}
+
+impl From<DeviceSums> for Sums {
+    fn from(sums: DeviceSums) -> Self {
+        let DeviceSums {
+            loss,
+            entropy,
+            correct,
+            count,
+        } = sums;
+        Self {
+            loss,
+            count,
+            correct,
+            entropy,
+        }
     }
 }

@@ -9,14 +9,16 @@ const CHUNK_LOGITS: usize = 8 << 20;
 /// Most label rows of a chunk.
 const CHUNK_ROWS: usize = 256;
 
+/// `count` label rows stand before the padding.
 pub(super) fn run(
     hidden: View<'_>,
     head: View<'_>,
     labels: Labels<'_>,
+    count: usize,
     mut gradients: Option<Gradients<'_>>,
     workspace: &Workspace,
 ) -> Result<Sums> {
-    let (rows, targets): (&[u32], &[u32]) = (labels.rows, labels.targets);
+    let (rows, targets) = (&labels.rows[..count], &labels.targets[..count]);
     let smoothing = labels.smoothing;
     if let Some(gradients) = &mut gradients {
         gradients.d_hidden.reborrow().fill(0.0);

@@ -8,7 +8,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use super::{Accumulator, Gradients, Labels};
+use super::{Accumulator, Gradients, Labels, PADDING};
 use crate::cuda::rows::count;
 use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
@@ -98,7 +98,6 @@ pub(super) fn run(
         pitch: pitch(head.rows()),
         smoothing: labels.smoothing,
     };
-    sums.count(rows.len());
     let limit = chunk_rows(run.pitch).min(rows.len());
     let held = held_rows(run.pitch, rows.len());
     let scratch = |dtype, cols| {
@@ -158,13 +157,15 @@ fn chunks(rows: &[u32], limit: usize, tokens: usize) -> Vec<Range<usize>> {
     let mut chunk_of = vec![usize::MAX; tokens];
     let mut chunks: Vec<Range<usize>> = Vec::new();
     for (i, &row) in rows.iter().enumerate() {
+        // Padding has no row, and so none that comes twice.
+        let seen = |row: u32| chunk_of.get(row as usize).copied().unwrap_or(usize::MAX);
         match chunks.last_mut() {
-            Some(last) if last.len() < limit && chunk_of[row as usize] != last.start => {
-                last.end = i + 1;
-            }
+            Some(last) if last.len() < limit && seen(row) != last.start => last.end = i + 1,
             _ => chunks.push(i..i + 1),
         }
-        chunk_of[row as usize] = chunks.last().map_or(0, |last| last.start);
+        if let (Some(of), Some(last)) = (chunk_of.get_mut(row as usize), chunks.last()) {
+            *of = last.start;
+        }
     }
     chunks
 }
@@ -205,7 +206,9 @@ impl Run<'_> {
             correct: sums + (len * size_of::<[f64; 2]>()) as u64,
             pitch: self.pitch as u64,
             vocabulary: count(self.head.rows()),
+            padding: PADDING,
             smoothing: self.smoothing,
+            unused: 0,
         };
         let kernel = match gradient {
             true => format!("linear_cross_entropy_gradient_{}", self.head.dtype()),
@@ -216,9 +219,10 @@ impl Run<'_> {
         let params = Reduce {
             sums,
             correct: params.correct,
+            targets,
             total: self.total,
             rows: count(len),
-            unused: 0,
+            padding: PADDING,
         };
         let grid = Grid::new(1, ROW_THREADS);
         self.device
@@ -275,6 +279,8 @@ impl Run<'_> {
             pitch: hidden.pitch() as u64,
             cols: count(hidden.cols()),
             vectors: u32::from(aligned && hidden.ptr().is_multiple_of(16)),
+            padding: PADDING,
+            unused: 0,
         }
     }
 
@@ -328,6 +334,8 @@ struct Rows {
     pitch: u64,
     cols: u32,
     vectors: u32,
+    padding: u32,
+    unused: u32,
 }
 
 /// As in kernel.cu.
@@ -340,7 +348,9 @@ struct Softmax {
     correct: u64,
     pitch: u64,
     vocabulary: u32,
+    padding: u32,
     smoothing: f32,
+    unused: u32,
 }
 
 /// As in kernel.cu.
@@ -349,9 +359,10 @@ struct Softmax {
 struct Reduce {
     sums: u64,
     correct: u64,
+    targets: u64,
     total: u64,
     rows: u32,
-    unused: u32,
+    padding: u32,
 }
 
 #[cfg(test)]
@@ -363,6 +374,7 @@ mod tests {
         assert_eq!(chunks(&[4, 2, 0, 1, 3], 2, 5), [0..2, 2..4, 4..5]);
         assert_eq!(chunks(&[1, 2, 1, 2, 2], 9, 3), [0..2, 2..4, 4..5]);
         assert_eq!(chunks(&[0, 1, 1, 0], 9, 2), [0..2, 2..4]);
+        assert_eq!(chunks(&[1, 0, PADDING, PADDING], 3, 2), [0..3, 3..4]);
         assert!(chunks(&[], 9, 2).is_empty());
     }
 

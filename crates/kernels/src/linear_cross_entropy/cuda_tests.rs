@@ -1,8 +1,8 @@
 //! The GPU against the CPU.
 
-use super::{Accumulator, Labels, Sums, forward, forward_backward};
+use super::{Accumulator, Labels, PADDING, Sums, forward, forward_backward};
 use crate::rng::Stream;
-use crate::test_support::{DTYPES, assert_close, cuda_device};
+use crate::test_support::{DTYPES, assert_close, assert_same_bits, cuda_device};
 use crate::twins::{Place, assert_cuda_matches};
 use crate::{DType, Device, Error, Indices, Tensor, Workspace};
 
@@ -18,12 +18,13 @@ fn run_smoothed(
     dtype: DType,
     smoothing: f32,
 ) -> Results {
-    let [tokens, width, vocabulary, labels] = sizes;
+    let [tokens, width, vocabulary, _] = sizes;
     let hidden = place.matrix(1, [tokens, width], dtype);
     let head = place.matrix(2, [vocabulary, width], dtype);
     let mut stream = Stream::new(7);
     let mut target = || stream.below(vocabulary) as u32;
-    let targets: Vec<u32> = (0..labels).map(|_| target()).collect();
+    let target_of = |&row: &u32| if row == PADDING { PADDING } else { target() };
+    let targets: Vec<u32> = rows.iter().map(target_of).collect();
     let (rows, targets) = (place.indices(rows), place.indices(&targets));
     let mut d_hidden = place.poisoned([tokens, width], dtype);
     let mut d_head = place.dense(3, [vocabulary, width]);
@@ -111,6 +112,42 @@ fn cuda_smooths_labels_as_the_cpu_does() {
             let loss = vec![results.sums.loss as f32];
             vec![(dtype, results.d_hidden), (DType::F32, loss)]
         });
+    }
+}
+
+#[test]
+fn padding_adds_nothing_to_any_bit() {
+    for (sizes, dtype) in CUDA_SIZES.iter().flat_map(|s| DTYPES.map(|d| (*s, d))) {
+        let rows = shuffled_rows(sizes);
+        let padded = [&rows[..], &[PADDING; 7]].concat();
+        for device in [Device::Cpu, Device::Cuda(cuda_device())] {
+            let place = Place::dense_on(device);
+            let [plain, padded] = [&rows, &padded].map(|rows| run_at(&place, sizes, rows, dtype));
+            let what = format!("{sizes:?} {dtype}");
+            assert_eq!(padded.sums, plain.sums, "{what}");
+            assert_same_bits(&padded.d_hidden, &plain.d_hidden, &what);
+            assert_same_bits(&padded.d_head, &plain.d_head, &what);
+        }
+    }
+}
+
+#[test]
+fn padding_stands_at_the_end_of_rows_and_targets_alike() {
+    let (hidden, head) = (
+        Tensor::zeros(DType::F32, 2, 4),
+        Tensor::zeros(DType::F32, 3, 4),
+    );
+    let run = |rows: &[u32], targets: &[u32]| {
+        let (rows, targets) = (Indices::host(rows), Indices::host(targets));
+        let (mut sums, workspace) = (Accumulator::default(), Workspace::new(2));
+        let (x, w) = (hidden.view(), head.view());
+        let labels = labels(&rows, &targets);
+        forward(x, w, labels, &mut sums, &workspace).map(|()| sums)
+    };
+    let sums = run(&[1, PADDING], &[2, PADDING]).expect("valid");
+    assert_eq!(sums.read().expect("on the host").count, 1);
+    for (rows, targets) in [([PADDING, 1], [PADDING, 2]), ([1, PADDING], [2, 2])] {
+        run(&rows, &targets).expect_err("no place for padding");
     }
 }
 

@@ -2,19 +2,28 @@
 #include "types.cuh"
 #include "reduce.cuh"
 
-// One row per block: to[i] = hidden[rows[i]], or hidden[rows[i]] += to[i].
+// One row per block: to[i] = hidden[rows[i]], or hidden[rows[i]] += to[i]. Padding reads zeros and
+// adds nothing.
 struct Rows {
     void* hidden;
     void* packed; // [gridDim.x, cols]
     const u32* rows;
     u64 pitch; // of hidden
     u32 cols, vectors; // vectors: both sides move by 16 bytes
+    u32 padding, unused; // padding: no row
 };
 
 template <typename T>
 DEVICE void gather(const Rows& p) {
-    const T* from = static_cast<const T*>(p.hidden) + p.rows[blockIdx.x] * p.pitch;
+    const u32 row = p.rows[blockIdx.x];
+    const T* from = static_cast<const T*>(p.hidden) + row * p.pitch;
     T* to = static_cast<T*>(p.packed) + static_cast<u64>(blockIdx.x) * p.cols;
+    if (row == p.padding) {
+        for (u32 c = threadIdx.x; c < p.cols; c += blockDim.x) {
+            to[c] = from_f32<T>(0.0f);
+        }
+        return;
+    }
     if (p.vectors) {
         for (u32 i = threadIdx.x; i < p.cols / LANES<T>; i += blockDim.x) {
             store_16(to + i * LANES<T>, load_16(from + i * LANES<T>));
@@ -28,7 +37,11 @@ DEVICE void gather(const Rows& p) {
 
 template <typename T>
 DEVICE void scatter_add(const Rows& p) {
-    T* to = static_cast<T*>(p.hidden) + p.rows[blockIdx.x] * p.pitch;
+    const u32 row = p.rows[blockIdx.x];
+    if (row == p.padding) {
+        return;
+    }
+    T* to = static_cast<T*>(p.hidden) + row * p.pitch;
     const T* from = static_cast<const T*>(p.packed) + static_cast<u64>(blockIdx.x) * p.cols;
     if (p.vectors) {
         for (u32 i = threadIdx.x; i < p.cols / LANES<T>; i += blockDim.x) {
@@ -58,8 +71,9 @@ struct Softmax {
     RowSums* sums;
     u32* correct;
     u64 pitch; // a multiple of 8
-    u32 vocabulary;
+    u32 vocabulary, padding; // padding: the target of no row
     f32 smoothing;
+    u32 unused;
 };
 
 // Some of the logits of a row: the largest, the first place that has it, sum of e = exp(z - max),
@@ -181,10 +195,27 @@ DEVICE Part statistics(const Softmax& p, const f32* z, u32 target) {
 
 DEVICE f32* row_of(const Softmax& p) { return p.logits + blockIdx.x * p.pitch; }
 
-DEVICE void loss(const Softmax& p) { statistics(p, row_of(p), p.targets[blockIdx.x]); }
+// Writes that the row adds nothing, if it is padding; all threads call it.
+DEVICE bool is_padding(const Softmax& p, u32 target) {
+    if (target != p.padding) {
+        return false;
+    }
+    if (threadIdx.x == 0) {
+        p.sums[blockIdx.x] = {0.0, 0.0};
+        p.correct[blockIdx.x] = 0;
+    }
+    return true;
+}
 
-// The row's logits become softmax - q, where q is one hot but for label smoothing, as f32, or as bf16 from the start of the row on. A bf16
-// lies where a logit of half its index was: all threads read their logits of a round before any
+DEVICE void loss(const Softmax& p) {
+    const u32 target = p.targets[blockIdx.x];
+    if (!is_padding(p, target)) {
+        statistics(p, row_of(p), target);
+    }
+}
+
+// The row's logits become softmax - q, where q is one hot but for label smoothing, as f32, or as
+// bf16 from the start of the row on. A bf16 lies where a logit of half its index was: all threads read their logits of a round before any
 // writes, and a round writes only where this or an earlier one has read.
 template <typename G>
 DEVICE void loss_and_gradient(const Softmax& p) {
@@ -192,6 +223,12 @@ DEVICE void loss_and_gradient(const Softmax& p) {
     f32* z = row_of(p);
     G* gradient = reinterpret_cast<G*>(z);
     const u32 target = p.targets[blockIdx.x];
+    if (is_padding(p, target)) {
+        for (u32 v = threadIdx.x; v < p.vocabulary; v += blockDim.x) {
+            gradient[v] = from_f32<G>(0.0f);
+        }
+        return;
+    }
     const Part row = statistics(p, z, target);
     const f32 factor = 1.0f / row.sum;
     const f32 cold = p.smoothing / static_cast<f32>(p.vocabulary);
@@ -221,31 +258,35 @@ DEVICE void loss_and_gradient(const Softmax& p) {
 struct Reduce {
     const RowSums* sums;
     const u32* correct;
-    void* total; // f64 loss, f64 entropy, u64 correct
-    u32 rows, unused;
+    const u32* targets;
+    void* total; // struct Total
+    u32 rows, padding;
 };
 
 struct Total {
     f64 loss, entropy;
-    u64 correct;
+    u64 correct, count;
 };
 
 // One block adds the rows to the total, in an order that depends on their number alone.
 DEVICE void reduce(const Reduce& p) {
     RowSums sums = {0.0, 0.0};
-    u32 correct = 0;
+    u32 correct = 0, count = 0;
     for (u32 i = threadIdx.x; i < p.rows; i += blockDim.x) {
         sums.loss += p.sums[i].loss;
         sums.entropy += p.sums[i].entropy;
         correct += p.correct[i];
+        count += p.targets[i] != p.padding;
     }
     block_sum2(sums.loss, sums.entropy);
     correct = block_sum(correct);
+    count = block_sum(count);
     if (threadIdx.x == 0) {
         Total& total = *static_cast<Total*>(p.total);
         total.loss += sums.loss;
         total.entropy += sums.entropy;
         total.correct += correct;
+        total.count += count;
     }
 }
 

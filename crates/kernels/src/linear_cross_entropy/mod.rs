@@ -15,6 +15,9 @@
 //! `[rows, V]`, and is enough for a large product. Losses are summed in f64 in an order that depends
 //! on the shapes alone. Logits that are not finite give a loss that is not finite.
 //!
+//! [`PADDING`] at the end of `rows` and `targets` stands for no row: it adds nothing anywhere, so that
+//! few numbers of rows need be planned for.
+//!
 //! Shapes: `hidden [T,D]`, `head [V,D]`, each f32 or bf16; `rows [N]` in `0..T`, `targets [N]` in
 //! `0..V`. Gradients are those of the sum of the losses.
 //!
@@ -31,11 +34,15 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use accumulator::DeviceSums;
 pub use accumulator::{Accumulator, Sums};
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};
 use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
+
+/// What stands in `rows` and `targets` for no row.
+pub const PADDING: u32 = u32::MAX;
 
 /// What the logits should say.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +68,7 @@ pub fn forward(
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
-    check(OP, hidden, head, labels)?;
+    let count = check(OP, hidden, head, labels)?;
     let devices = [
         hidden.device(),
         head.device(),
@@ -71,7 +78,7 @@ pub fn forward(
     if let Some(device) = common(OP, &devices)? {
         return cuda::run(device, [hidden, head], labels, None, sums, workspace);
     }
-    sums.add(cpu::run(hidden, head, labels, None, workspace)?);
+    sums.add(cpu::run(hidden, head, labels, count, None, workspace)?);
     Ok(())
 }
 
@@ -92,7 +99,7 @@ pub fn forward_backward(
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
-    check(OP, hidden, head, labels)?;
+    let count = check(OP, hidden, head, labels)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
     if let Some(d_head) = &d_head {
         check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
@@ -117,7 +124,14 @@ pub fn forward_backward(
             workspace,
         );
     }
-    sums.add(cpu::run(hidden, head, labels, Some(gradients), workspace)?);
+    sums.add(cpu::run(
+        hidden,
+        head,
+        labels,
+        count,
+        Some(gradients),
+        workspace,
+    )?);
     Ok(())
 }
 
@@ -147,7 +161,8 @@ struct Gradients<'a> {
     d_head: Option<ViewMut<'a>>,
 }
 
-fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>) -> Result<()> {
+/// The number of rows before the padding.
+fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>) -> Result<usize> {
     let Labels {
         rows,
         targets,
@@ -160,8 +175,20 @@ fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>)
     let expected = [head.rows(), hidden.cols()];
     check_shape(op, "head [V,D]", expected, head.shape())?;
     check_len(op, "targets", rows.len(), targets.len())?;
-    check_index(op, "rows", rows, hidden.rows())?;
-    check_index(op, "targets", targets, head.rows())
+    let before_padding = |values: &[u32]| {
+        let padding = values.iter().rev().take_while(|&&value| value == PADDING);
+        values.len() - padding.count()
+    };
+    let labels = before_padding(rows);
+    check_len(
+        op,
+        "targets before the padding",
+        labels,
+        before_padding(targets),
+    )?;
+    check_index(op, "rows", &rows[..labels], hidden.rows())?;
+    check_index(op, "targets", &targets[..labels], head.rows())?;
+    Ok(labels)
 }
 
 fn check_index(op: &'static str, what: &'static str, values: &[u32], limit: usize) -> Result<()> {

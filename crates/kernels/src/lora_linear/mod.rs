@@ -28,7 +28,8 @@ pub struct LowRank<'a> {
     pub b: View<'a>,
     /// Factor of the product, `alpha / R` for plain LoRA.
     pub scale: f32,
-    /// Dropout on `x`: the key of the mask, and sequence id and position of every row `[2 T]`.
+    /// Dropout on `x`: the key of the mask, and what its words are drawn for `[2 T + 1]`, as
+    /// [`dropout::forward`] takes it.
     pub dropout: Option<(dropout::Key, &'a Indices<'a>)>,
 }
 
@@ -95,15 +96,17 @@ pub fn backward(
     }
 
     matmul::tn(d_b, 1.0, low_rank.scale, dy, s)?;
-    let mut ds = workspace.take(s.dtype(), x.rows(), low_rank.rank());
-    matmul::nn(ds.view_mut(), 0.0, low_rank.scale, dy, low_rank.b)?;
-    with_dropped(x, low_rank, workspace, |x| {
-        matmul::tn(d_a, 1.0, 1.0, ds.view(), x)
-    })?;
+    let rank = low_rank.rank();
+    // Rows of any other pitch would keep a GPU from moving 16 bytes at a time.
+    let mut wide = workspace.take(s.dtype(), x.rows(), Workspace::aligned(s.dtype(), rank));
+    let ds = wide.view_mut().columns(0..rank);
+    matmul::nn(ds, 0.0, low_rank.scale, dy, low_rank.b)?;
+    let ds = wide.view().columns(0..rank);
+    with_dropped(x, low_rank, workspace, |x| matmul::tn(d_a, 1.0, 1.0, ds, x))?;
     if let Some(dx) = dx {
-        add_input_gradient(dx, low_rank, ds.view(), workspace)?;
+        add_input_gradient(dx, low_rank, ds, workspace)?;
     }
-    workspace.give(ds);
+    workspace.give(wide);
     Ok(())
 }
 

@@ -78,6 +78,7 @@ impl Case {
             rows: Indices::host(
                 (0..sizes.tokens as u32)
                     .flat_map(|t| [t / 5, t % 5])
+                    .chain([3])
                     .collect::<Vec<_>>(),
             ),
         }

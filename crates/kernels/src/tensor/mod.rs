@@ -14,7 +14,7 @@ mod view_mut;
 pub use buffer::{Buffer, DeviceBuffer, DeviceSlice, Slice, SliceMut};
 pub(crate) use dtype::with_dtype;
 pub use dtype::{DType, Element};
-pub use indices::Indices;
+pub use indices::{IndexBlock, Indices};
 pub use rows::{Rows, RowsMut};
 pub use view::View;
 pub use view_mut::ViewMut;

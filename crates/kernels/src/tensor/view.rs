@@ -153,7 +153,8 @@ impl<'a> View<'a> {
     }
 
     /// Address of the first element in the memory of the GPU; 0 if the host holds it.
-    pub(crate) fn ptr(&self) -> u64 {
+    #[must_use]
+    pub fn ptr(&self) -> u64 {
         self.data.cuda().map_or(0, |data| data.ptr())
     }
 

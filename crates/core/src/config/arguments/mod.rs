@@ -10,10 +10,10 @@ mod schedule;
 
 pub use data::{BadRows, DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
 pub use lora::{InitLoraWeights, LoraArguments, LoraBias};
-pub use model::{Dtype, ModelArguments};
+pub use model::{Dtype, ModelArguments, QuantType};
 pub use optimizer::{Optim, OptimizerArguments};
 pub use output::{IntervalStrategy, OutputArguments, Resume};
-pub use runtime::{DdpBackend, Device, RuntimeArguments};
+pub use runtime::{CudaGraph, DdpBackend, Device, GemmTuning, RuntimeArguments};
 pub use schedule::ScheduleArguments;
 
 /// Where a default comes from.

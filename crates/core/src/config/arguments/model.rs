@@ -1,6 +1,7 @@
 use super::source::{OURS, TRL_MODEL};
 use crate::config::section::section;
 use crate::config::value::choices;
+use ferrotune_kernels::dequantise::{FourBitFormat, FourBitType};
 
 choices! {
     /// Data type of the frozen weights and of the arithmetic on them.
@@ -11,6 +12,16 @@ choices! {
         Float32 = "float32",
         /// Brain floats.
         Bfloat16 = "bfloat16",
+    }
+}
+
+choices! {
+    /// What the codes of a 4-bit base stand for.
+    QuantType {
+        /// Quantiles of a normal distribution.
+        Nf4 = "nf4",
+        /// Small floats.
+        Fp4 = "fp4",
     }
 }
 
@@ -28,17 +39,42 @@ section! {
         /// Run the base in bfloat16, as Transformers' mixed precision would, whatever `dtype` says;
         /// trained weights stay float32. null and false leave the choice to `dtype`.
         bf16: Option<bool> = None, OURS;
+        /// Hold the linears of the base's layers in 4 bits, quantised as they are read, in the format of
+        /// bitsandbytes (QLoRA). Needs `use_peft: true`. A base whose files are in 4 bits needs no key.
+        load_in_4bit: bool = false, TRL_MODEL;
+        /// What the 4 bits stand for: nf4 or fp4.
+        bnb_4bit_quant_type: QuantType = QuantType::Nf4, TRL_MODEL;
+        /// Quantise the scales of the blocks of 64 weights too, which saves 0.37 bits per weight.
+        /// `use_bnb_nested_quant` is another name for this key.
+        bnb_4bit_use_double_quant: bool = false, TRL_MODEL;
+        /// Data type that 4-bit weights become for a product: auto, float32 or bfloat16. auto and null
+        /// leave the choice to `dtype`, and `bf16: true` wins over it.
+        bnb_4bit_compute_dtype: Option<Dtype> = None, OURS;
     }
 }
 
 impl ModelArguments {
-    /// The data type the base is held and computed in: `bf16: true` wins over `dtype`.
+    /// The data type the base is held and computed in: `bf16: true` wins over the compute type of a
+    /// 4-bit base, and that over `dtype`.
     #[must_use]
     pub fn base_dtype(&self) -> Dtype {
-        if self.bf16 == Some(true) {
-            Dtype::Bfloat16
-        } else {
-            self.dtype
+        match self.bnb_4bit_compute_dtype {
+            _ if self.bf16 == Some(true) => Dtype::Bfloat16,
+            Some(compute) if self.load_in_4bit && compute != Dtype::Auto => compute,
+            _ => self.dtype,
         }
+    }
+
+    /// The format of a base that is to be held in 4 bits.
+    #[must_use]
+    pub fn four_bit(&self) -> Option<FourBitFormat> {
+        self.load_in_4bit.then_some(FourBitFormat {
+            quant_type: match self.bnb_4bit_quant_type {
+                QuantType::Nf4 => FourBitType::Nf4,
+                QuantType::Fp4 => FourBitType::Fp4,
+            },
+            block: FourBitFormat::BLOCK,
+            double_quant: self.bnb_4bit_use_double_quant,
+        })
     }
 }

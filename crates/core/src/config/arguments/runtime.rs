@@ -21,6 +21,28 @@ choices! {
         Nccl = "nccl",
         /// Over TCP, through the processors. PyTorch's name for what it uses there.
         Gloo = "gloo",
+        /// Through the MPI of the site, in a binary built with the feature `mpi`.
+        Mpi = "mpi",
+    }
+}
+
+choices! {
+    /// Whether micro-steps on a GPU are recorded and replayed.
+    CudaGraph {
+        /// Where that can be done.
+        Auto = "auto",
+        /// Every kernel is launched by itself.
+        Off = "off",
+    }
+}
+
+choices! {
+    /// How a GPU's algorithm for a product is chosen.
+    GemmTuning {
+        /// As its library expects it to be fastest.
+        Heuristic = "heuristic",
+        /// By timing the first few that the library offers.
+        Measure = "measure",
     }
 }
 
@@ -34,6 +56,14 @@ section! {
         /// true computes every layer again in the backward pass, whatever memory there is; else a plan
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
+        /// Records the kernels of a micro-step on a GPU and replays them with one call, for each padded length:
+        /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
+        /// on it.
+        cuda_graph: CudaGraph = CudaGraph::Auto, OURS;
+        /// How a GPU's algorithm for the products of a shape is chosen: heuristic, or measure, which times a few
+        /// before the first step. Timings vary, and the last bits of results with them; a resumed run uses
+        /// what its checkpoint recorded.
+        gemm_tuning: GemmTuning = GemmTuning::Heuristic, OURS;
         /// Seed of every random draw.
         seed: u64 = 42, TRANSFORMERS;
         /// Seed of the order of the rows; null for seed.
@@ -43,7 +73,7 @@ section! {
         deterministic_reduction: bool = false, OURS;
         /// Steps between comparisons of the trained weights over ranks; 0 for none.
         replica_check_steps: u64 = 100, OURS;
-        /// How ranks exchange gradients: nccl, or gloo for TCP; null for nccl on GPUs, else TCP.
+        /// How ranks exchange gradients: nccl, gloo for TCP, or mpi; null for nccl on GPUs, else TCP.
         ddp_backend: Option<DdpBackend> = None, TRANSFORMERS;
         /// Seconds that ranks wait for each other in one exchange.
         ddp_timeout: u64 = 1800, TRANSFORMERS;

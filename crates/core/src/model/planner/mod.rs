@@ -13,6 +13,7 @@ mod trace;
 
 use super::{DecoderConfig, Keep};
 use crate::adapter::{Attachment, SiteId};
+use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
 use shape::LayerShape;
 use std::collections::BTreeSet;
@@ -22,18 +23,20 @@ const MOST_TRIED: usize = 128;
 /// One part in so many of the memory stays free: for what else the machine does, and for pieces too
 /// small to use.
 const RESERVE: u64 = 32;
-/// Bytes of ids, counters of random draws, label rows and targets per token.
-const INDEX_BYTES: usize = 20;
+/// Bytes of ids, positions, counters of random draws, label rows and targets per token.
+const INDEX_BYTES: usize = 24;
 
 /// The micro-batches of a run, as far as memory depends on them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Workload {
-    /// Tokens of the longest.
+    /// Tokens of the longest, without padding.
     pub tokens: usize,
     /// Numbers of label rows that occur. Those of one power of two count as one.
     pub label_rows: BTreeSet<usize>,
     /// Mean number of tokens of a document.
     pub mean_length: f64,
+    /// Sizes of training, of which every padded size has one at least.
+    pub sizes: Vec<BatchSize>,
 }
 
 /// Shapes of a training step: all that its memory and its work depend on.
@@ -48,6 +51,8 @@ pub struct StepShape {
     on_gpu: bool,
     activations: DType,
     head: DType,
+    /// Bytes of the scratch for weights that are not held as values.
+    scratch: u64,
     /// Of low-rank factors in products, and of what they make.
     factors: DType,
     tokens: usize,
@@ -61,11 +66,12 @@ pub struct StepShape {
 pub struct StepBytes {
     /// Kept by the layers from forward to backward.
     pub kept: u64,
-    /// Other buffers of the pool: those of the layer at work, and of gradients.
+    /// Other buffers of the pool: those of the layer at work, of gradients, and of the weights at work
+    /// where they are held as codes.
     pub working: u64,
     /// Logits of a chunk and what belongs to them.
     pub loss: u64,
-    /// Angles, indices, and the workspace of a GPU's products.
+    /// Angles of positions, indices, and the workspace of a GPU's products.
     pub other: u64,
 }
 
@@ -104,7 +110,9 @@ impl StepShape {
     ) -> Self {
         let (layers, embedding_trained) = shape::layers(config, attachments);
         let on_gpu = device.is_cuda();
-        let tokens = workload.tokens;
+        // As `Inputs` pads them.
+        let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
+        let tokens = padded(workload.tokens);
         let most_labels = workload.label_rows.last().copied().unwrap_or(0);
         Self {
             hidden: config.hidden_size,
@@ -116,12 +124,25 @@ impl StepShape {
             on_gpu,
             activations,
             head: weights,
+            scratch: 0,
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
-            label_rows: workload.label_rows.clone(),
-            label_share: most_labels as f64 / tokens.max(1) as f64,
+            label_rows: workload.label_rows.iter().copied().map(padded).collect(),
+            label_share: padded(most_labels) as f64 / tokens.max(1) as f64,
             mean_length: workload.mean_length,
         }
+    }
+
+    /// The same with linears that are held as codes and written out for each product.
+    #[must_use]
+    pub fn with_quantised_linears(mut self) -> Self {
+        let groups = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let largest = groups.map(|g| g.in_features * g.out_features).max();
+        self.scratch = (largest.unwrap_or(0) as u64).saturating_mul(self.head.bytes() as u64);
+        self
     }
 
     /// Number of layers.
@@ -146,7 +167,7 @@ impl StepShape {
             keep: (0..self.layers.len()).map(policy).collect(),
             bytes: StepBytes {
                 kept,
-                working: all - kept,
+                working: (all - kept).saturating_add(self.scratch),
                 loss: self.loss_bytes(),
                 other: self.other_bytes(),
             },
@@ -249,13 +270,11 @@ impl StepShape {
     }
 
     fn other_bytes(&self) -> u64 {
-        let angles = self.rotary_dim * DType::F32.bytes();
-        // The row sums of the attention's backward, and the products' workspace.
-        let (sums, products) = if self.on_gpu {
-            (self.heads * DType::F32.bytes(), cuda::GEMM_WORKSPACE)
-        } else {
-            (0, 0)
-        };
-        (self.tokens as u64).saturating_mul((angles + INDEX_BYTES + sums) as u64) + products as u64
+        // No position is beyond the longest document, which is no longer than a micro-batch.
+        let positions = self.tokens.next_power_of_two() as u64;
+        let angles = positions.saturating_mul((self.rotary_dim * DType::F32.bytes()) as u64);
+        let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
+        let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };
+        angles.saturating_add(indices) + products as u64
     }
 }

@@ -5,7 +5,7 @@ use super::StepShape;
 use super::pool::{Pool, Slot};
 use super::shape::{GroupShape, LayerShape, Method};
 use crate::model::Keep;
-use ferrotune_kernels::DType;
+use ferrotune_kernels::{DType, Workspace};
 
 /// Bytes per row of the pool after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +24,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     };
     let act = shape.activations;
     let width = shape.hidden;
+    let angles = [(); 2].map(|()| trace.pool.take(DType::F32, shape.rotary_dim / 2));
     // Forward: the stream, its norm and the norm's statistics.
     let mut flow = Flow::take(&mut trace);
     let reached = shape.first_reached();
@@ -34,8 +35,8 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         flow = next;
         saved.extend(layer_saved.map(|s| (i, s)));
     }
-    // The stream, its norm and statistics are no layer's.
-    let last = trace.row_bytes(act, 2 * width) + trace.row_bytes(DType::F32, 1);
+    // Angles, the stream, its norm and statistics are no layer's.
+    let last = trace.row_bytes(act, 2 * width) + trace.row_bytes(DType::F32, 1 + shape.rotary_dim);
     let kept = trace.pool.live() - last;
     // Loss and the gradient of the last norm.
     let d_hidden = trace.pool.take(act, width);
@@ -53,6 +54,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
     }
     trace.pool.give(d_stream);
+    trace.give_all(angles);
     Held {
         kept,
         all: trace.pool.held(),
@@ -208,6 +210,10 @@ impl Trace<'_> {
         self.group_backward(&layer.o, true);
         self.give_all(attention.o_parts);
         let d_qkv = self.pool.take(act, layer.qkv.out_features);
+        if self.shape.on_gpu {
+            // The row sums of the attention's backward.
+            self.pool.pass(DType::F32, self.shape.heads);
+        }
         self.pool.give(d_attended);
         self.give_all(attention.core);
         let normed = [(); 2].map(|()| self.pool.take(act, width));
@@ -230,12 +236,17 @@ impl Trace<'_> {
         self.give_all(normed);
     }
 
+    /// Columns of a low-rank intermediate.
+    fn aligned(&self, rank: usize) -> usize {
+        Workspace::aligned(self.shape.factors, rank)
+    }
+
     /// The low-rank intermediates that the parts keep.
     fn group_forward(&mut self, group: &GroupShape) -> Vec<Slot> {
         let mut kept = Vec::new();
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
-                kept.push(self.pool.take(self.shape.factors, rank));
+                kept.push(self.pool.take(self.shape.factors, self.aligned(rank)));
                 if dropout {
                     self.pool.pass(self.shape.activations, group.in_features);
                 }
@@ -251,7 +262,7 @@ impl Trace<'_> {
         let base_dy = custom.then(|| self.pool.take(act, group.out_features));
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
-                let ds = self.pool.take(self.shape.factors, rank);
+                let ds = self.pool.take(self.shape.factors, self.aligned(rank));
                 if dropout {
                     self.pool.pass(act, group.in_features);
                 }

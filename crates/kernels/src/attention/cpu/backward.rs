@@ -1,4 +1,4 @@
-use super::{Inputs, PARALLEL_WORK, Sequence, blocks, head_columns, shifted};
+use super::{Inputs, PARALLEL_WORK, Sequence, blocks, clear_padding, head_columns, shifted};
 use crate::attention::Config;
 use crate::lanes::{LANES, total};
 use crate::matmul::block::{
@@ -61,6 +61,7 @@ pub(in crate::attention) fn run<T: Element>(
     cu_seqlens: &[u32],
     mut d_qkv: RowsMut<'_, T>,
 ) {
+    clear_padding(&mut d_qkv, cu_seqlens.last().map_or(0, |end| *end as usize));
     let sequences = super::sequences(config, cu_seqlens, cu_seqlens);
     let work: usize = sequences.iter().map(Sequence::work).sum();
     let tasks: Vec<Task<'_>> = sequences

@@ -1,4 +1,6 @@
-use super::{BLOCK_QUERIES, Inputs, PARALLEL_WORK, Sequence, blocks, head_columns, shifted};
+use super::{
+    BLOCK_QUERIES, Inputs, PARALLEL_WORK, Sequence, blocks, clear_padding, head_columns, shifted,
+};
 use crate::attention::Config;
 use crate::lanes::{LANES, total};
 use crate::matmul::block::{
@@ -36,6 +38,9 @@ pub(in crate::attention) fn run<T: Element>(
     mut out: RowsMut<'_, T>,
     lse: &mut [f32],
 ) {
+    let end = cu_q.last().map_or(0, |end| *end as usize);
+    lse[end * config.heads..].fill(0.0);
+    clear_padding(&mut out, end);
     let sequences = super::sequences(config, cu_q, cu_k);
     let work: usize = sequences.iter().map(Sequence::work).sum();
     let mut tasks = Vec::new();

@@ -4,7 +4,7 @@ pub(super) mod backward;
 pub(super) mod forward;
 
 use super::Config;
-use crate::View;
+use crate::{Element, RowsMut, View};
 use std::ops::Range;
 
 /// Most queries of a block: scores of 64 x 1024 keys are 256 KiB and stay in L2.
@@ -74,6 +74,13 @@ fn sequences(config: &Config, cu_q: &[u32], cu_k: &[u32]) -> Vec<Sequence> {
         })
         .filter(|sequence| !sequence.q.is_empty())
         .collect()
+}
+
+/// Zeros the rows of `matrix` from `end` on, which belong to no sequence.
+fn clear_padding<T: Element>(matrix: &mut RowsMut<'_, T>, end: usize) {
+    for row in end..matrix.rows() {
+        matrix.row_mut(row).fill(T::default());
+    }
 }
 
 /// `range` cut into blocks of at most `len`.

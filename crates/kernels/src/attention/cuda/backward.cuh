@@ -3,12 +3,28 @@
 // them. Both make P and dS again from `lse`. In the second, rows are keys: P^T and dS^T come out of
 // one product as the left operand of the next, and never leave registers.
 
-// delta = rowsum(dout * out), 8 threads for each head of each row.
+// Zeros in the columns of a head of q, and of k and v if there is one of that number, by 8 threads.
+DEVICE void clear_gradients(const Attention& p, u32 row, u32 head, u32 lane) {
+    const u32 q = head * p.head_dim, k = p.heads * p.head_dim + q, v = k + p.kv_heads * p.head_dim;
+    for (u32 c = lane; c < p.head_dim; c += 8) {
+        Any::store(p.d_qkv, row, q + c, {0.0f});
+        if (head < p.kv_heads) {
+            Any::store(p.d_qkv, row, k + c, {0.0f});
+            Any::store(p.d_qkv, row, v + c, {0.0f});
+        }
+    }
+}
+
+// delta = rowsum(dout * out), 8 threads for each head of each row. Padding after the last sequence has no
+// block in the kernels that follow: its gradients are cleared here.
 DEVICE void backward_delta(const Attention& p) {
     const u32 lane = threadIdx.x % 8;
     const u64 at = static_cast<u64>(blockIdx.x) * (THREADS / 8) + threadIdx.x / 8;
     const u32 row = static_cast<u32>(at / p.heads);
     const u32 column = static_cast<u32>(at % p.heads) * p.head_dim;
+    if (row < p.queries && row >= p.cu_q[p.sequences]) {
+        clear_gradients(p, row, static_cast<u32>(at % p.heads), lane);
+    }
     f32 sum = 0.0f;
     if (row < p.queries && p.packed) {
         const bf16* out = row_of<const bf16>(p.out, row) + column;
@@ -67,7 +83,7 @@ template <typename Engine, u32 STAGES>
 DEVICE void backward_q(const Attention& p) {
     constexpr u32 M = Engine::BLOCK_ROWS, N = Engine::BLOCK_COLUMNS;
     SHARED Block block;
-    if (!find_queries(p, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
+    if (!find_queries(p, p.sequences, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
     const u32 head = blockIdx.x, width = p.head_dim;
     const u32 column = head * width, kv_column = head / (p.heads / p.kv_heads) * width;
     const Tiles<Engine, STAGES> tiles{dynamic_shared<typename Engine::Element>()};

@@ -61,9 +61,19 @@ DEVICE void forward(const Attention& p) {
     constexpr u32 M = Engine::BLOCK_ROWS, N = Engine::BLOCK_COLUMNS;
     SHARED Block block;
     // Later queries see more keys: their blocks start first.
-    if (!find_queries(p, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
+    if (!find_queries(p, p.sequences + 1, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
     const u32 head = blockIdx.x, width = p.head_dim;
     const u32 column = head * width, kv_column = head / (p.heads / p.kv_heads) * width;
+    if (block.end == 0) {
+        const u32 rows = minimum(block.rows, M);
+        for (u32 at = threadIdx.x; at < rows * width; at += THREADS) {
+            Any::store(p.out, block.row + at / width, column + at % width, {0.0f});
+        }
+        for (u32 row = threadIdx.x; row < rows; row += THREADS) {
+            p.lse[static_cast<u64>(block.row + row) * p.heads + head] = 0.0f;
+        }
+        return;
+    }
     auto* shared = dynamic_shared<typename Engine::Element>();
     const Tile q{shared}, k{shared + M * Engine::PITCH}, v{shared + (M + N) * Engine::PITCH};
     const auto load = [&](Tile tile, const Matrix& m, u32 index) {

@@ -10,8 +10,8 @@ mod tests;
 
 use super::Config;
 use crate::cuda::rows::{Access, Matrix, count};
-use crate::cuda::{CudaDevice, Grid, Memory, Module};
-use crate::{DType, Error, Indices, Result, View, ViewMut};
+use crate::cuda::{CudaDevice, Grid, Module};
+use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 use std::sync::Arc;
 
 /// The kernels with tiles of `$width` columns.
@@ -147,7 +147,8 @@ impl Kernels {
     }
 
     /// Launches `kernel` for every head and every block of rows; the kernel finds the sequence of a
-    /// block in the bounds.
+    /// block in the bounds. The forward pass counts the padding after the last as one more sequence, so
+    /// that grids depend on numbers of rows and sequences alone.
     fn launch(
         &self,
         op: &'static str,
@@ -157,12 +158,12 @@ impl Kernels {
         [heads, passes]: [u32; 2],
         params: &Params,
     ) -> Result<()> {
-        let rows = if params.sequences == 0 {
-            0
-        } else {
-            params.queries
+        let rows = params.queries;
+        let sequences = params.sequences + u32::from(kernel == "forward");
+        let blocks = match rows.min(sequences) {
+            0 => 0,
+            _ => rows / tiles.rows + sequences,
         };
-        let blocks = rows / tiles.rows + params.sequences;
         if blocks as usize > MAX_BLOCKS_Y {
             let message = format!(
                 "{rows} queries in {} sequences are more than one launch holds; split the batch",
@@ -263,7 +264,7 @@ pub(super) fn backward(
     inputs: [View<'_>; 3],
     saved: &Saved<'_>,
     cu_seqlens: &Indices<'_>,
-    d_qkv: ViewMut<'_>,
+    (d_qkv, workspace): (ViewMut<'_>, &Workspace),
 ) -> Result<()> {
     let ([q, k, v], Saved { out, d_out, .. }) = (inputs, *saved);
     let matrices = Matrices {
@@ -273,9 +274,9 @@ pub(super) fn backward(
     };
     let all = [q, k, v, out, d_out, d_qkv.as_view()];
     let kernels = Kernels::new(op, config.head_dim, &all)?;
-    let delta: Memory = device.alloc(saved.lse.rows() * config.heads * size_of::<f32>());
+    let delta = workspace.take(DType::F32, saved.lse.rows(), config.heads);
     let mut params = matrices.params(config, saved.lse.ptr(), cu_seqlens, cu_seqlens);
-    params.delta = delta.ptr();
+    params.delta = delta.view().ptr();
 
     // Eight threads for each head of each query.
     let threads = 8 * params.queries as usize * config.heads;
@@ -304,5 +305,7 @@ pub(super) fn backward(
         kernels.backward_kv(),
         grid,
         &params,
-    )
+    )?;
+    workspace.give(delta);
+    Ok(())
 }

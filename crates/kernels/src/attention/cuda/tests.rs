@@ -1,9 +1,9 @@
 //! The kernels against their CPU twins.
 
 use crate::attention::{Config, backward, forward};
-use crate::test_support::cuda_device;
+use crate::test_support::{assert_same_bits, cuda_device};
 use crate::twins::{Place, assert_cuda_matches};
-use crate::{DType, Device, Error, Indices, Tensor};
+use crate::{DType, Device, Error, Indices, Tensor, Workspace};
 
 /// Heads, key heads, head width.
 type Heads = [usize; 3];
@@ -34,8 +34,19 @@ fn both_passes(
     lengths: &[u32],
     dtype: DType,
 ) -> Vec<(DType, Vec<f32>)> {
+    padded_passes(place, config, lengths, 0, dtype)
+}
+
+/// [`both_passes`] with `padding` rows after the last sequence.
+fn padded_passes(
+    place: &Place,
+    config: &Config,
+    lengths: &[u32],
+    padding: usize,
+    dtype: DType,
+) -> Vec<(DType, Vec<f32>)> {
     let cu_seqlens = place.indices(&bounds(lengths));
-    let rows = lengths.iter().sum::<u32>() as usize;
+    let rows = lengths.iter().sum::<u32>() as usize + padding;
     let (width, kv_width) = (
         config.heads * config.head_dim,
         config.kv_heads * config.head_dim,
@@ -46,6 +57,7 @@ fn both_passes(
     let d_out = place.matrix(4, [rows, width], dtype);
     let mut out = place.poisoned([rows, width], dtype);
     let mut lse = place.dense(5, [rows, config.heads]);
+    let workspace = Workspace::on(place.device().clone(), rows);
     let mut d_qkv = place.poisoned([rows, width + 2 * kv_width], dtype);
     let [q, k, v] = [q.view(), k.view(), v.view()];
     let cu = &cu_seqlens;
@@ -60,6 +72,7 @@ fn both_passes(
         cu,
         d_out.view(),
         d_qkv.view_mut(),
+        &workspace,
     )
     .unwrap();
     let (gradients, mut parts) = (d_qkv.values(), [vec![], vec![], vec![]]);
@@ -184,6 +197,33 @@ fn few_queries_meet_many_keys() {
             forward(&config, q, k, v, &cu_q, &cu_k, results.0, results.1).unwrap();
             vec![(dtype, out.values()), (DType::F32, lse.to_f32_vec())]
         });
+    }
+}
+
+#[test]
+fn padding_is_zero_and_changes_no_bit_of_the_rest() {
+    let place = Place::dense_on(Device::Cuda(cuda_device()));
+    let one_each = |heads, dtype, lengths: &[u32], paddings: &[usize]| {
+        let config = config(heads);
+        let plain = both_passes(&place, &config, lengths, dtype);
+        for &padding in paddings {
+            let what = format!("{heads:?} {dtype} {lengths:?} and {padding}");
+            assert_cuda_matches(&what, |place| {
+                padded_passes(place, &config, lengths, padding, dtype)
+            });
+            let padded = padded_passes(&place, &config, lengths, padding, dtype);
+            for ((_, padded), (_, plain)) in padded.iter().zip(&plain) {
+                let (real, rest) = padded.split_at(plain.len());
+                assert_same_bits(real, plain, &what);
+                assert!(rest.iter().all(|v| v.to_bits() == 0), "{what}: {rest:?}");
+            }
+        }
+    };
+    for dtype in [DType::F32, DType::Bf16] {
+        one_each([2, 1, 16], dtype, &[1, 0, 31, 16, 65, 0], &[1, 15, 200]);
+        one_each([2, 1, 16], dtype, &[128], &[16]);
+        one_each([1, 1, 256], dtype, &[18], &[14]);
+        one_each([2, 1, 16], dtype, &[], &[3]);
     }
 }
 

@@ -30,7 +30,7 @@ struct Block {
     u32 rows;      // own rows up to the end of the sequence; more than the block's size are not its own
     u32 position;  // of the first own row among the keys of its sequence
     u32 other_row, other_rows;  // the whole sequence on the other side
-    u32 begin, end;             // tiles of it that see or are seen
+    u32 begin, end;             // tiles of it that see or are seen; none: padding
 };
 
 struct Place {
@@ -56,21 +56,32 @@ DEVICE Place find_place(const u32* cu, u32 sequences, u32 size, u32 index) {
     return {low, (index - cu[low] / size - low) * size};
 }
 
+// Own rows in the padding after the last sequence, which counts as one more: `row` may lie past its end.
+DEVICE void own_padding(const Attention& p, u32 row, Block& block) {
+    block.row = row;
+    block.rows = row < p.queries ? p.queries - row : 0;
+    block.begin = block.end = 0;
+}
+
 // The `size` queries of block `index` and the tiles of `tile` keys that they see; false for a surplus
-// block. All threads call it.
-DEVICE bool find_queries(const Attention& p, u32 size, u32 tile, u32 index, Block& block) {
+// block. With one more than there are, `sequences` counts the padding. All threads call it.
+DEVICE bool find_queries(const Attention& p, u32 sequences, u32 size, u32 tile, u32 index, Block& block) {
     if (threadIdx.x == 0) {
-        const Place place = find_place(p.cu_q, p.sequences, size, index);
+        const Place place = find_place(p.cu_q, sequences, size, index);
         const u32 *q = p.cu_q + place.sequence, *k = p.cu_k + place.sequence;
-        const u32 queries = q[1] - q[0], keys = k[1] - k[0], past = keys - queries;
-        const u32 next = place.first + past + 1;
-        block.row = q[0] + place.first;
-        block.rows = place.first < queries ? queries - place.first : 0;
-        block.position = place.first + past;
-        block.other_row = k[0];
-        block.other_rows = keys;
-        block.begin = (next > p.window ? next - p.window : 0) / tile;
-        block.end = ceil_div(minimum(place.first + size, queries) + past, tile);
+        if (place.sequence == p.sequences) {
+            own_padding(p, q[0] + place.first, block);
+        } else {
+            const u32 queries = q[1] - q[0], keys = k[1] - k[0], past = keys - queries;
+            const u32 next = place.first + past + 1;
+            block.row = q[0] + place.first;
+            block.rows = place.first < queries ? queries - place.first : 0;
+            block.position = place.first + past;
+            block.other_row = k[0];
+            block.other_rows = keys;
+            block.begin = (next > p.window ? next - p.window : 0) / tile;
+            block.end = ceil_div(minimum(place.first + size, queries) + past, tile);
+        }
     }
     __syncthreads();
     return block.rows > 0;

@@ -1,0 +1,118 @@
+//! cos and sin of positions.
+
+use super::rope::RopeConfig;
+use crate::data::PackedBatch;
+use ferrotune_kernels::{Device, Tensor};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Rows of the tables that one task fills.
+const ROWS: usize = 64;
+
+/// cos and sin, each `[rows, rotary_dim / 2]`.
+#[derive(Debug)]
+pub(crate) struct Angles {
+    pub(crate) cos: Tensor,
+    pub(crate) sin: Tensor,
+}
+
+/// The angles of every position up to the last that was asked for: they are made once, not for every
+/// micro-batch.
+#[derive(Debug, Default)]
+pub(crate) struct AngleTable {
+    made: Mutex<Option<Arc<Angles>>>,
+}
+
+impl AngleTable {
+    /// A table whose row is the position, of at least `positions` rows on `device`.
+    pub(crate) fn up_to(
+        &self,
+        rope: &RopeConfig,
+        device: &Device,
+        positions: usize,
+    ) -> Arc<Angles> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*made {
+            Some(table) if table.cos.rows() >= positions => Arc::clone(table),
+            _ => {
+                let rows: Vec<u32> = (0..positions.next_power_of_two() as u32).collect();
+                let frequencies = rope.inverse_frequencies(0);
+                let mut angles = Host::zeros(rope, rows.len());
+                angles.fill(rope, &frequencies, &rows, 0);
+                Arc::clone(made.insert(Arc::new(angles.on(device))))
+            }
+        }
+    }
+}
+
+/// The angles of every row of `batch`, where they depend on the lengths of documents.
+pub(crate) fn by_row(rope: &RopeConfig, batch: &PackedBatch, device: &Device) -> Angles {
+    let mut by_length = BTreeMap::new();
+    let mut angles = Host::zeros(rope, batch.rows());
+    for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
+        let length = batch.rope_lengths[s];
+        let frequencies = by_length
+            .entry(length)
+            .or_insert_with(|| rope.inverse_frequencies(length));
+        let rows = bounds[0] as usize..bounds[1] as usize;
+        let first = rows.start;
+        angles.fill(rope, frequencies, &batch.position_ids[rows], first);
+    }
+    angles.on(device)
+}
+
+/// Tables in host memory.
+struct Host {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    half: usize,
+}
+
+impl Host {
+    fn zeros(rope: &RopeConfig, rows: usize) -> Self {
+        let half = rope.rotary_dim / 2;
+        Self {
+            cos: vec![0.0; rows * half],
+            sin: vec![0.0; rows * half],
+            half,
+        }
+    }
+
+    /// Rows from `first` on, in the order Transformers computes them: f32 frequency times f32 position,
+    /// rounded, then the function.
+    fn fill(&mut self, rope: &RopeConfig, frequencies: &[f32], positions: &[u32], first: usize) {
+        let (half, scale) = (self.half, rope.attention_factor() as f32);
+        let elements = first * half..(first + positions.len()) * half;
+        let positions = positions.par_chunks(ROWS);
+        let cos = self.cos[elements.clone()].par_chunks_mut(ROWS * half);
+        let sin = self.sin[elements].par_chunks_mut(ROWS * half);
+        (positions, cos, sin)
+            .into_par_iter()
+            .for_each(|(positions, cos, sin)| {
+                let rows = cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half));
+                for (&position, (cos, sin)) in positions.iter().zip(rows) {
+                    for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies.iter()) {
+                        let angle = frequency * position as f32;
+                        *cos = angle.cos() * scale;
+                        *sin = angle.sin() * scale;
+                    }
+                }
+            });
+    }
+
+    fn on(self, device: &Device) -> Angles {
+        let table = |values: Vec<f32>| {
+            let rows = values.len().checked_div(self.half).unwrap_or(0);
+            let table = Tensor::from_f32(values, rows, self.half);
+            match device {
+                Device::Cpu => table,
+                Device::Cuda(_) => table.to_device(device),
+            }
+        };
+        Angles {
+            cos: table(self.cos),
+            sin: table(self.sin),
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! A micro-batch where the model runs: what a pass reads besides weights.
+
+use super::Model;
+use super::angles::{self, Angles};
+use super::run::{Mode, Pass};
+use crate::data::{PackedBatch, padded_rows};
+use ferrotune_kernels::Indices;
+use ferrotune_kernels::linear_cross_entropy::PADDING;
+use std::borrow::Cow;
+use std::sync::Arc;
+
+/// Numbers of documents are padded to powers of two, and to no fewer.
+const FEWEST_DOCUMENTS: usize = 8;
+
+/// A micro-batch with its tables on the device of a model, in one copy.
+///
+/// For training and evaluation on a GPU it is padded, so that few shapes occur ([`InputShape`]); what
+/// changes from one micro-batch to the next is in the tables alone.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    pub(crate) rows: usize,
+    pub(crate) ids: Indices<'a>,
+    pub(crate) cu_seqlens: Indices<'a>,
+    /// Rows of the angles.
+    pub(crate) positions: Indices<'a>,
+    pub(crate) angles: Arc<Angles>,
+    /// Document and position of each token, side by side, and the step: what its words are drawn for.
+    pub(crate) draws: Indices<'a>,
+    /// Rows that are trained on, and their targets.
+    pub(crate) label_rows: Indices<'a>,
+    pub(crate) targets: Indices<'a>,
+}
+
+/// Sizes of a micro-batch with padding: all that its launches depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InputShape {
+    /// Tokens.
+    pub rows: usize,
+    /// Label rows.
+    pub label_rows: usize,
+    /// Documents.
+    pub documents: usize,
+}
+
+impl<'a> Inputs<'a> {
+    /// `batch` as it is, or with `padded` with padding in all its tables.
+    pub(crate) fn new(model: &Model, pass: Pass<'_>, batch: &'a PackedBatch, padded: bool) -> Self {
+        let (rope, device) = (&model.config.rope, pass.workspace.device());
+        let (mut label_rows, mut targets) = batch.targets();
+        let mut draws = match pass.mode {
+            Mode::Eval => Vec::new(),
+            Mode::Train { .. } => draws(batch),
+        };
+        let own_angles = rope.depends_on_length();
+        let mut positions: Cow<'_, [u32]> = if own_angles {
+            (0..batch.rows() as u32).collect()
+        } else {
+            (&batch.position_ids[..]).into()
+        };
+        let mut ids: Cow<'_, [u32]> = (&batch.input_ids[..]).into();
+        let mut cu_seqlens: Cow<'_, [u32]> = (&batch.cu_seqlens[..]).into();
+        let mut rows = batch.rows();
+        if padded && rows > 0 {
+            rows = padded_rows(rows);
+            let token = ids[0];
+            ids.to_mut().resize(rows, token);
+            positions.to_mut().resize(rows, 0);
+            let documents = batch.sequences().max(FEWEST_DOCUMENTS).next_power_of_two();
+            cu_seqlens
+                .to_mut()
+                .resize(documents + 1, batch.tokens() as u32);
+            let labels = padded_rows(label_rows.len());
+            label_rows.resize(labels, PADDING);
+            targets.resize(labels, PADDING);
+        }
+        if let Mode::Train { step, .. } = pass.mode {
+            draws.resize(2 * rows, 0);
+            draws.push(step as u32);
+        }
+        let angles = if own_angles {
+            Arc::new(angles::by_row(rope, batch, device))
+        } else {
+            let last = batch.position_ids.iter().max();
+            let positions = last.map_or(0, |last| *last as usize + 1);
+            model.angles.up_to(rope, device, positions)
+        };
+        let tables = [
+            ids,
+            cu_seqlens,
+            positions,
+            draws.into(),
+            label_rows.into(),
+            targets.into(),
+        ];
+        let [ids, cu_seqlens, positions, draws, label_rows, targets] =
+            pass.workspace.indices(tables);
+        Self {
+            rows,
+            ids,
+            cu_seqlens,
+            positions,
+            angles,
+            draws,
+            label_rows,
+            targets,
+        }
+    }
+
+    /// Addresses of its tables and of the angles in the memory of a GPU.
+    pub(crate) fn addresses(&self) -> [u64; 2] {
+        [self.ids.ptr(), self.angles.cos.view().ptr()]
+    }
+
+    /// Its sizes.
+    #[must_use]
+    pub fn shape(&self) -> InputShape {
+        InputShape {
+            rows: self.rows,
+            label_rows: self.label_rows.len(),
+            documents: self.cu_seqlens.len().saturating_sub(1),
+        }
+    }
+}
+
+fn draws(batch: &PackedBatch) -> Vec<u32> {
+    let mut draws = Vec::with_capacity(2 * batch.rows() + 1);
+    for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
+        let id = batch.sequence_ids[s] as u32;
+        draws.extend((0..bounds[1] - bounds[0]).flat_map(|position| [id, position]));
+    }
+    draws.resize(2 * batch.rows(), 0);
+    draws
+}

@@ -1,0 +1,54 @@
+//! Which layers slide a window, by the keys that several architectures share.
+
+use crate::Result;
+use crate::model::HfConfig;
+
+/// The window of each of `layers` layers: by `layer_types` where the config lists them, else by `slides`;
+/// none where `window` is none.
+///
+/// # Errors
+/// A `layer_types` of another length, or with a name that is no kind of attention.
+pub(super) fn windows(
+    config: &HfConfig,
+    layers: usize,
+    window: Option<usize>,
+    slides: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>> {
+    let Some(types) = config.get("layer_types") else {
+        return Ok((0..layers).map(|i| window.filter(|_| slides(i))).collect());
+    };
+    let wrong = |what: String| {
+        let expected = "expected `full_attention` or `sliding_attention` for each layer";
+        config.error("layer_types", format!("{what}; {expected}"))
+    };
+    let types = types
+        .as_array()
+        .ok_or_else(|| wrong(format!("is {types}")))?;
+    if types.len() != layers {
+        let what = format!("has {} entries for {layers} layers", types.len());
+        return Err(wrong(what));
+    }
+    let window_of = |kind: &serde_json::Value| match kind.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") => match window {
+            Some(window) => Ok(Some(window)),
+            None => Err(config.error(
+                "sliding_window",
+                "is missing; layer_types has sliding layers",
+            )),
+        },
+        _ => Err(wrong(format!("has {kind}"))),
+    };
+    types.iter().map(window_of).collect()
+}
+
+/// `sliding_window`: a number, none where it is null, and `default` where the config does not have it.
+///
+/// # Errors
+/// If it is no positive integer.
+pub(super) fn sliding_window(config: &HfConfig, default: usize) -> Result<Option<usize>> {
+    match config.keys().get("sliding_window") {
+        Some(value) if value.is_null() => Ok(None),
+        _ => config.size_or("sliding_window", Some(default)).map(Some),
+    }
+}

@@ -1,0 +1,50 @@
+//! SmolLM 3: every fourth layer, or those that `no_rope_layers` marks with 0, has no positions.
+
+use super::layer_types;
+use crate::Result;
+use crate::model::{DecoderConfig, HfConfig};
+
+pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let common = DecoderConfig::common(config)?;
+    let rope_layers = rope_layers(config, common.layers)?;
+    let window = match config.flag_or("use_sliding_window", false)? {
+        true => config
+            .get("sliding_window")
+            .map(|_| config.size("sliding_window"))
+            .transpose()?,
+        false => None,
+    };
+    let windows = layer_types::windows(config, common.layers, window, |i| !rope_layers[i])?;
+    let attention_bias = config.flag_or("attention_bias", false)?;
+    Ok(DecoderConfig {
+        qkv_bias: attention_bias,
+        o_bias: attention_bias,
+        mlp_bias: config.flag_or("mlp_bias", false)?,
+        tie_word_embeddings: config.flag_or("tie_word_embeddings", true)?,
+        sliding_windows: windows,
+        rope_layers,
+        ..common
+    })
+}
+
+fn rope_layers(config: &HfConfig, layers: usize) -> Result<Vec<bool>> {
+    let Some(listed) = config.get("no_rope_layers") else {
+        let interval = config.size_or("no_rope_layer_interval", Some(4))?;
+        return Ok((1..=layers).map(|i| !i.is_multiple_of(interval)).collect());
+    };
+    let flags: Option<Vec<bool>> = listed.as_array().and_then(|list| {
+        let flag = |v: &serde_json::Value| match v.as_u64() {
+            Some(0) => Some(false),
+            Some(1) => Some(true),
+            _ => None,
+        };
+        list.iter().map(flag).collect()
+    });
+    match flags {
+        Some(flags) if flags.len() == layers => Ok(flags),
+        _ => Err(config.error(
+            "no_rope_layers",
+            format!("is {listed}; expected {layers} numbers, 1 for a layer with positions and 0 for one without"),
+        )),
+    }
+}

@@ -1,0 +1,105 @@
+//! The gradient of a step: of every micro-batch in turn, then over the ranks.
+
+use super::graphs::Outcome;
+use super::ranks::{self, MicroGradient, Totals};
+use super::step::Trainer;
+use crate::Result;
+use crate::data::PackedBatch;
+use crate::model::{Mode, Pass};
+use crate::params::FlatBuffer;
+use ferrotune_kernels::Device;
+
+impl Trainer {
+    /// The gradient of every rank's micro-batches in `grads`, the sums of this rank's in `sums`; those over
+    /// all ranks, unless there is this one alone on a GPU that would have to be waited for.
+    pub(super) fn gradients(&mut self, micro_batches: &[PackedBatch]) -> Result<Option<Totals>> {
+        self.grads.zero();
+        self.sums.clear();
+        let peers = self.group.world_size() > 1;
+        for (i, batch) in micro_batches.iter().enumerate() {
+            // Peers begin to sum what is final while the rest is still computed.
+            let is_last = peers && i + 1 == micro_batches.len();
+            self.add_gradient(batch, is_last)?;
+        }
+        if !peers && self.options.device.is_cuda() {
+            return Ok(None);
+        }
+        let totals = Totals::of(self.sums.read()?, micro_batches);
+        ranks::all_reduce(self.group.as_mut(), &mut self.grads, totals).map(Some)
+    }
+
+    /// [`Trainer::gradients`], summed in the global order of micro-batches.
+    pub(super) fn gradients_in_order(&mut self, micro_batches: &[PackedBatch]) -> Result<Totals> {
+        let mut mine = Vec::new();
+        self.sums.clear();
+        for batch in micro_batches {
+            let Some(&first_sequence_id) = batch.sequence_ids.first() else {
+                continue;
+            };
+            self.grads.zero();
+            self.sums.clear();
+            self.add_gradient(batch, false)?;
+            mine.push(MicroGradient {
+                first_sequence_id,
+                totals: Totals::of(self.sums.read()?, std::slice::from_ref(batch)),
+                gradient: self.grads.as_slice().to_vec(),
+            });
+        }
+        ranks::sum_in_order(self.group.as_mut(), &mine, &mut self.grads)
+    }
+
+    /// Adds the gradient of one micro-batch to `grads`. After the last one of a step, what a layer leaves
+    /// there is final, and the group hears of it.
+    pub(super) fn add_gradient(&mut self, batch: &PackedBatch, is_last: bool) -> Result<()> {
+        let Self {
+            model,
+            params,
+            grads,
+            sums,
+            group,
+            workspace,
+            graphs,
+            options,
+            layer_ends,
+            ..
+        } = self;
+        let mode = Mode::Train {
+            seed: options.seed,
+            step: self.step,
+        };
+        let pass = Pass {
+            workspace,
+            dtype: options.activation_dtype,
+            mode,
+        };
+        let inputs = model.inputs(pass, batch);
+        // A replay changes the gradients behind the back of their buffer.
+        grads.home_mut();
+        let addresses = [params.addresses(), grads.addresses(), inputs.addresses()].concat();
+        let mut begun = 0;
+        // What layers after the first trained one leave is final once the last micro-batch has passed.
+        let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
+            let end = layer_ends[layer];
+            if !is_last || end <= begun {
+                return Ok(());
+            }
+            group.reduce_ready(grads, std::mem::replace(&mut begun, end)..end)
+        };
+        let mut issue = || {
+            let done = &mut layer_done;
+            model.loss_and_gradients_by_layer(pass, params, grads, &inputs, sums, done)
+        };
+        let (Device::Cuda(device), Some(generation)) = (&options.device, workspace.generation())
+        else {
+            return issue();
+        };
+        let memory = (addresses, generation);
+        match graphs.run(device, inputs.shape(), memory, &mut issue)? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused => {
+                workspace.clear();
+                issue()
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! A base with or without an adapter, forward and backward, beside what was recorded of it.
+
+use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
+use super::case::scalar;
+use super::compare::{Comparison, relative_error};
+use super::padded::PaddedBatch;
+use ferrotune_core::adapter::{Attachment, SiteId};
+use ferrotune_core::data::PackedBatch;
+use ferrotune_core::io::{ModelFiles, SafetensorsFile};
+use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use ferrotune_core::trainer::attach;
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::{DType, Device, Workspace};
+use std::path::Path;
+
+/// Largest error that PyTorch's own bf16 forward of such a tiny model is taken to have (0.016 was
+/// seen); a recorded bf16 result further than this from our f32 is not rounding. A wrong scale, mask
+/// or rotation shows as 0.3 and more.
+const BF16_FORWARD: f64 = 0.05;
+/// The same for gradients (0.038 was seen).
+const BF16_GRADIENT: f64 = 0.12;
+
+/// What stands at which site.
+pub(super) type Attachments = Vec<(SiteId, Attachment)>;
+
+/// A base model, with an adapter read from disk if there is one.
+pub(super) struct Adapted {
+    pub(super) model: Model,
+    pub(super) params: FlatBuffer,
+}
+
+/// What one forward and backward gave.
+pub(super) struct Recomputed {
+    logits: Vec<f32>,
+    loss: f64,
+    grads: FlatBuffer,
+}
+
+impl Adapted {
+    pub(super) fn load(
+        base: &Path,
+        adapter: Option<&Path>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let Some(directory) = adapter else {
+            let config = DecoderConfig::open(base)?;
+            let files = ModelFiles::open(base)?;
+            let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
+            let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
+            return Ok(Self { model, params });
+        };
+        Self::load_with(base, directory, dtype, device, Ok)
+    }
+
+    /// [`Adapted::load`] with `change` made to what stands at the sites.
+    pub(super) fn load_with(
+        base: &Path,
+        directory: &Path,
+        dtype: DType,
+        device: &Device,
+        change: impl FnOnce(Attachments) -> Result<Attachments>,
+    ) -> Result<Self> {
+        let config = DecoderConfig::open(base)?;
+        let files = ModelFiles::open(base)?;
+        let method = ferrotune_lora::load(directory, &config.model_type)?;
+        let (attachments, mut params) = attach(&config, method.as_ref())?;
+        params.move_to(device);
+        let attachments = change(attachments)?;
+        let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
+        method.load(&mut params, directory)?;
+        Ok(Self { model, params })
+    }
+
+    pub(super) fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
+        let workspace = Workspace::on(self.model.device().clone(), batch.tokens());
+        let pass = Pass {
+            workspace: &workspace,
+            dtype,
+            mode: Mode::Eval,
+        };
+        let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
+        let (loss, grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
+        Ok(Recomputed {
+            logits,
+            loss,
+            grads,
+        })
+    }
+}
+
+/// A gradient and its recorded twin: `(name, ours, theirs)`.
+type GradientPair<'a> = (String, &'a [f32], Vec<f32>);
+
+/// What was recorded of one run: `logits`, `loss` and `grad.*` behind a prefix, at the places that are
+/// not padding.
+pub(super) struct Recorded<'a> {
+    pub(super) file: &'a SafetensorsFile,
+    pub(super) prefix: &'a str,
+    pub(super) padded: &'a PaddedBatch,
+    pub(super) places: &'a [usize],
+}
+
+impl Recorded<'_> {
+    pub(super) fn compare_f32(&self, c: &mut Comparison, ours: &Recomputed) -> Result<()> {
+        let name = |quantity| self.name(quantity);
+        let (logits, loss) = (self.logits()?, self.loss()?);
+        c.tensor(&name("logits"), "logits", &ours.logits, &logits, FORWARD);
+        c.number(&name("loss"), "loss", ours.loss, loss, FORWARD);
+        for (parameter, ours, theirs) in self.gradients(&ours.grads)? {
+            c.tensor(&name("grad"), &parameter, ours, &theirs, GRADIENT);
+        }
+        Ok(())
+    }
+
+    /// PyTorch recorded bf16 only: our f32 run stands for the exact result, and our bf16 run may be at
+    /// most twice as far from it as PyTorch's. That PyTorch's is near it bounds our f32 run itself.
+    pub(super) fn compare_bf16(
+        &self,
+        c: &mut Comparison,
+        ours: &Recomputed,
+        reference: &Recomputed,
+    ) -> Result<()> {
+        let mut judge =
+            |quantity: &str, name: &str, ours: &[f32], exact: &[f32], theirs: &[f32], bound| {
+                let quantity = self.name(quantity);
+                let theirs_error = relative_error(theirs, exact);
+                c.error(
+                    &format!("{quantity} (recorded against f32)"),
+                    name,
+                    theirs_error,
+                    bound,
+                );
+                let ours_error = relative_error(ours, exact);
+                c.beside_peer(&quantity, name, ours_error, theirs_error, BF16_FACTOR);
+            };
+        judge(
+            "logits",
+            "logits",
+            &ours.logits,
+            &reference.logits,
+            &self.logits()?,
+            BF16_FORWARD,
+        );
+        judge(
+            "loss",
+            "loss",
+            &[ours.loss as f32],
+            &[reference.loss as f32],
+            &[self.loss()? as f32],
+            BF16_FORWARD,
+        );
+        let exact = self.gradients(&reference.grads)?;
+        for ((name, ours, theirs), (_, exact, _)) in
+            self.gradients(&ours.grads)?.into_iter().zip(exact)
+        {
+            judge("grad", &name, ours, exact, &theirs, BF16_GRADIENT);
+        }
+        Ok(())
+    }
+
+    /// How far the logits of a run are from the recorded ones.
+    pub(super) fn logits_error(&self, ours: &Recomputed) -> Result<f64> {
+        Ok(relative_error(&ours.logits, &self.logits()?))
+    }
+
+    fn name(&self, quantity: &str) -> String {
+        format!("{}{quantity}", self.prefix)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        select(self.file, &self.name("logits"), self.padded, self.places)
+    }
+
+    fn loss(&self) -> Result<f64> {
+        scalar(self.file, &self.name("loss"))
+    }
+
+    /// The recorded gradients with ours.
+    fn gradients<'a>(&self, grads: &'a FlatBuffer) -> Result<Vec<GradientPair<'a>>> {
+        let prefix = self.name("grad.");
+        let names = self.file.names().filter_map(|n| n.strip_prefix(&prefix));
+        names
+            .map(|name| {
+                let id = grads.layout().find(name).ok_or_else(|| {
+                    let message = format!("`{prefix}{name}` names no trainable parameter");
+                    Error::data(self.file.path(), None, message)
+                })?;
+                let theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
+                Ok((name.to_owned(), grads.get(id), theirs))
+            })
+            .collect()
+    }
+}

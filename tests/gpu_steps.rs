@@ -1,0 +1,231 @@
+//! What a step on a GPU costs besides its kernels: nothing is allocated, the host waits once, and a
+//! micro-step that is replayed from a graph has the bits of one that is issued.
+
+mod common;
+
+use common::{Shape, Stored, examples, write_model};
+use ferrotune::core::data::{BatchSize, Example, PackedBatch};
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::DecoderConfig;
+use ferrotune::core::process_group::{ProcessGroup, Solo};
+use ferrotune::core::run_log::StepReport;
+use ferrotune::core::trainer::{Trainer, TrainerOptions};
+use ferrotune::dist::Local;
+use ferrotune::kernels::cuda::CudaDevice;
+use ferrotune::kernels::rng::{Stream, key_for};
+use ferrotune::kernels::{DType, Device, host_cuda};
+use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+const SEED: u64 = 9;
+const STEPS: usize = 6;
+
+/// A device of the test's own: nothing else may use it while a graph is recorded.
+fn gpu() -> Arc<CudaDevice> {
+    // Opening the shared one sets where libraries and kernels are.
+    CudaDevice::open(host_cuda::device().ordinal()).expect("a device opens twice")
+}
+
+fn base() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    write_model(directory.path(), &Shape::default(), Stored::F32, SEED);
+    directory
+}
+
+/// What differs from case to case.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    rank: usize,
+    cuda_graph: bool,
+}
+
+impl Case {
+    fn new(cuda_graph: bool) -> Self {
+        Self {
+            dtype: DType::Bf16,
+            rank: 8,
+            cuda_graph,
+        }
+    }
+
+    fn trainer(
+        self,
+        base: &Path,
+        device: &Arc<CudaDevice>,
+        group: Box<dyn ProcessGroup>,
+    ) -> Trainer {
+        let lora = LoraConfig {
+            rank: self.rank,
+            dropout: 0.2,
+            target_modules: Some(TargetModules::AllLinear),
+            ..LoraConfig::default()
+        };
+        let adapter = Box::new(LoraAdapter::new(lora, "llama").expect("valid"));
+        let options = TrainerOptions {
+            device: Device::Cuda(Arc::clone(device)),
+            weights: self.dtype.into(),
+            activation_dtype: self.dtype,
+            max_tokens: 200,
+            cuda_graph: self.cuda_graph,
+            ..TrainerOptions::default()
+        };
+        let config = DecoderConfig::open(base).expect("config");
+        let files = ModelFiles::open(base).expect("weights");
+        let mut trainer = Trainer::new(&config, &files, adapter, group, options).expect("trainer");
+        // A fresh B is zero, and so would the gradient of A be.
+        let mut stream = Stream::new(key_for(SEED, "adapter"));
+        for value in trainer.params_mut().as_mut_slice() {
+            *value += (stream.normal() * 0.05) as f32;
+        }
+        trainer
+    }
+}
+
+/// Micro-batches of a step: two of other lengths each time, one the same in every step.
+fn batches(step: usize) -> Vec<PackedBatch> {
+    let documents = examples(12, Shape::default().vocab, SEED);
+    let pack = |rows: &[usize]| {
+        let of = |&row: &usize| (row as u64, &documents[row % documents.len()]);
+        PackedBatch::pack(rows.iter().map(of).collect::<Vec<(u64, &Example)>>())
+    };
+    vec![
+        pack(&[step, step + 1, step + 2]),
+        pack(&[0, 4]),
+        pack(&[step + 5]),
+    ]
+}
+
+fn sizes() -> Vec<BatchSize> {
+    let all = (0..STEPS).flat_map(batches);
+    let size = |batch: PackedBatch| BatchSize {
+        tokens: batch.tokens(),
+        label_rows: batch.trained_tokens(),
+        documents: batch.sequences(),
+    };
+    all.map(size).collect()
+}
+
+fn train(trainer: &mut Trainer) -> (Vec<StepReport>, Vec<u32>) {
+    let step = |i| trainer.step(&batches(i), 1e-2).expect("step");
+    let reports = (0..STEPS).map(step).collect();
+    let params = trainer.params().as_slice();
+    (reports, params.iter().map(|v| v.to_bits()).collect())
+}
+
+#[test]
+fn a_step_allocates_nothing_and_waits_once() {
+    let base = base();
+    for cuda_graph in [false, true] {
+        let device = gpu();
+        let case = Case::new(cuda_graph);
+        let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
+        trainer.rehearse(&sizes()).expect("rehearses");
+        for step in 0..STEPS {
+            let before = (device.allocations(), device.waits());
+            trainer.step(&batches(step), 1e-2).expect("step");
+            let after = (device.allocations(), device.waits());
+            let cost = (after.0 - before.0, after.1 - before.1);
+            assert_eq!(cost, (0, 1), "step {step}, graphs {cuda_graph}");
+        }
+    }
+}
+
+#[test]
+fn a_rehearsal_changes_nothing_that_is_trained() {
+    let base = base();
+    let run = |rehearsed: &[BatchSize]| {
+        let mut trainer = Case::new(false).trainer(base.path(), &gpu(), Box::new(Solo));
+        trainer.rehearse(rehearsed).expect("rehearses");
+        train(&mut trainer)
+    };
+    assert_eq!(run(&[]), run(&sizes()));
+}
+
+#[test]
+fn a_replayed_step_has_the_bits_of_an_issued_one() {
+    let base = base();
+    for (dtype, rank) in [(DType::Bf16, 5), (DType::F32, 8)] {
+        let run = |cuda_graph| {
+            let device = gpu();
+            let case = Case {
+                dtype,
+                rank,
+                cuda_graph,
+            };
+            let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
+            let outcome = train(&mut trainer);
+            // The same again: now nothing is left to be recorded.
+            let before = device.launches();
+            let last = trainer.step(&batches(STEPS - 1), 1e-2).expect("step");
+            let launches = device.launches() - before;
+            (outcome, last, trainer.recorded_graphs(), launches)
+        };
+        let (issued, issued_last, none, many) = run(false);
+        let (replayed, replayed_last, graphs, few) = run(true);
+        assert_eq!(none, 0);
+        assert!(graphs >= 2, "{graphs} graphs");
+        assert_eq!(issued, replayed, "{dtype}");
+        assert_eq!(issued_last, replayed_last, "{dtype}");
+        assert!(few < many / 4, "{few} launches, {many} without graphs");
+        let distinct = |reports: &[StepReport]| {
+            let mut losses: Vec<u64> = reports.iter().map(|r| r.loss_sum.to_bits()).collect();
+            losses.sort_unstable();
+            losses.dedup();
+            losses.len()
+        };
+        assert_eq!(distinct(&replayed.0), STEPS, "each step has its own data");
+    }
+}
+
+#[test]
+fn values_that_are_replaced_from_outside_are_heeded_by_later_steps() {
+    let base = base();
+    let run = |cuda_graph| {
+        let mut trainer = Case::new(cuda_graph).trainer(base.path(), &gpu(), Box::new(Solo));
+        train(&mut trainer);
+        for value in trainer.params_mut().as_mut_slice() {
+            *value *= 0.5;
+        }
+        let mut reports = Vec::new();
+        for _ in 0..4 {
+            reports.push(trainer.step(&batches(1), 1e-2).expect("step"));
+            // A longer batch than the trainer was made for: the pool grows, its old buffers go.
+            let documents = examples(40, Shape::default().vocab, SEED);
+            let long = documents.iter().enumerate().map(|(i, d)| (i as u64, d));
+            reports.push(
+                trainer
+                    .step(&[PackedBatch::pack(long)], 1e-2)
+                    .expect("step"),
+            );
+        }
+        // The gradient is read through its own buffer, which a replay writes behind its back.
+        let gradient = trainer.grads().as_slice().to_vec();
+        reports.push(trainer.step(&batches(1), 1e-2).expect("step"));
+        let next = trainer.grads().as_slice().to_vec();
+        assert_ne!(gradient, next);
+        (reports, next)
+    };
+    assert_eq!(run(false), run(true));
+}
+
+#[test]
+fn several_ranks_issue_their_kernels() {
+    let base = base();
+    let groups = Local::group(2, Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        for (rank, group) in groups.into_iter().enumerate() {
+            let base = base.path();
+            scope.spawn(move || {
+                let case = Case::new(true);
+                let mut trainer = case.trainer(base, &gpu(), Box::new(group));
+                for _ in 0..3 {
+                    trainer.step(&batches(rank), 1e-2).expect("step");
+                }
+                assert_eq!(trainer.recorded_graphs(), 0);
+            });
+        }
+    });
+}

@@ -1,0 +1,125 @@
+//! Rows of padding change no bit of a loss or a gradient, whatever stands in them.
+
+mod common;
+
+use common::{Shape, Stored, examples, write_model};
+use ferrotune::core::adapter::Adapter;
+use ferrotune::core::data::PackedBatch;
+use ferrotune::core::full::FullFineTuning;
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::params::FlatBuffer;
+use ferrotune::core::trainer::attach;
+use ferrotune::kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune::kernels::rng::{Stream, key_for};
+use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
+use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use std::path::Path;
+
+const SEED: u64 = 5;
+
+fn lora() -> Box<dyn Adapter> {
+    let config = LoraConfig {
+        rank: 5,
+        dropout: 0.3,
+        target_modules: Some(TargetModules::AllLinear),
+        ..LoraConfig::default()
+    };
+    Box::new(LoraAdapter::new(config, "llama").expect("valid"))
+}
+
+/// Loss sums and bits of the gradient.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    sums: Sums,
+    gradient: Vec<u32>,
+}
+
+fn run(
+    directory: &Path,
+    adapter: &dyn Adapter,
+    on: (&Device, DType),
+    batch: &PackedBatch,
+) -> Outcome {
+    let (device, dtype) = on;
+    let config = DecoderConfig::open(directory).expect("config");
+    let files = ModelFiles::open(directory).expect("weights");
+    let (attachments, mut params) = attach(&config, adapter).expect("attaches");
+    params.move_to(device);
+    let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+    // A fresh B is zero, and so would the gradient of A be.
+    let layout = std::sync::Arc::clone(params.layout());
+    for (id, segment) in layout.by_name() {
+        let mut stream = Stream::new(key_for(SEED, &segment.spec.name));
+        for value in params.get_mut(id) {
+            *value += (stream.normal() * 0.15) as f32;
+        }
+    }
+    let workspace = Workspace::on(device.clone(), batch.rows());
+    let pass = Pass {
+        workspace: &workspace,
+        dtype,
+        mode: Mode::Train {
+            seed: SEED,
+            step: 2,
+        },
+    };
+    let mut grads = FlatBuffer::zeros_on(params.layout(), device);
+    let mut sums = Accumulator::new(device);
+    model
+        .loss_and_gradients(pass, &params, &mut grads, batch, &mut sums)
+        .expect("runs");
+    let sums = sums.read().expect("sums");
+    let eval = Pass {
+        mode: Mode::Eval,
+        ..pass
+    };
+    let evaluated = model.loss(eval, &params, batch).expect("runs");
+    assert_eq!(evaluated.count, sums.count);
+    Outcome {
+        sums,
+        gradient: grads.as_slice().iter().map(|g| g.to_bits()).collect(),
+    }
+}
+
+/// `batch` with `more` rows of padding, of the tokens from `token` on.
+fn padded(batch: &PackedBatch, more: usize, token: u32) -> PackedBatch {
+    let mut padded = batch.clone().padded_to(batch.rows() + more);
+    for (i, id) in padded.input_ids.iter_mut().enumerate().skip(batch.rows()) {
+        *id = token + i as u32 % 7;
+    }
+    padded
+}
+
+fn assert_same(device: &Device, method: fn() -> Box<dyn Adapter>) {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let shape = Shape::default();
+    write_model(directory.path(), &shape, Stored::F32, SEED);
+    let documents = examples(5, shape.vocab, SEED);
+    let batch = PackedBatch::pack(documents.iter().enumerate().map(|(i, d)| (i as u64, d)));
+    for dtype in [DType::F32, DType::Bf16] {
+        let run =
+            |batch: &PackedBatch| run(directory.path(), method().as_ref(), (device, dtype), batch);
+        let plain = run(&batch);
+        assert!(plain.gradient.iter().any(|g| f32::from_bits(*g) != 0.0));
+        for (more, token) in [(1, 0), (1, 3), (40, 9)] {
+            let other = run(&padded(&batch, more, token));
+            assert_eq!(other.sums, plain.sums, "{dtype}, {more} rows");
+            assert!(other.gradient == plain.gradient, "{dtype}, {more} rows");
+        }
+    }
+}
+
+#[test]
+fn padding_changes_no_bit_of_the_gradient_of_an_adapter() {
+    for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
+        assert_same(&device, lora);
+    }
+}
+
+#[test]
+fn padding_changes_no_bit_of_the_gradient_of_the_model() {
+    for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
+        assert_same(&device, || Box::new(FullFineTuning));
+    }
+}
