@@ -1,7 +1,7 @@
 //! Every suggestion is applied, the run prepared again, and the check that refused it repeated.
 
 use super::super::memory::{self, Base, Needs};
-use super::{Recipe, Rows, adapter, changes};
+use super::{Recipe, Rows, SPARE, adapter, changes};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::{Error, Result};
 use std::path::Path;
@@ -189,8 +189,8 @@ fn several_keys_together_are_suggested_where_none_alone_is_enough() {
     let one = pairs(&[("per_device_train_batch_size", "1")]);
     let recipe = prepared(root.path(), &keys);
     let smallest = needs(&prepared(root.path(), &[half, one].concat()));
-    // Room for one row in bf16, and for its weights in bf16 only.
-    let available = smallest.total() + smallest.total() / 8;
+    // Room for one row in bf16 with what a suggestion leaves free, and for its weights in bf16 only.
+    let available = smallest.total() + smallest.total() / (SPARE - 1) + SPARE;
     let suggested = changes_of(&recipe, available);
     assert_eq!(suggested.len(), 1, "{suggested:?}");
     let changes = parsed(&suggested[0]);
