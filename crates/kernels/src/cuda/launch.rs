@@ -94,6 +94,9 @@ impl Modules {
     }
 }
 
+/// Bytes of the header of a 64-bit ELF file, which a cubin is.
+const ELF_HEADER: usize = 64;
+
 impl CudaDevice {
     /// Launches `kernel` of `module` with `params` as its one argument.
     ///
@@ -197,10 +200,11 @@ impl CudaDevice {
     /// Loads a cubin or PTX text; both are copied by the driver.
     pub(super) fn load_image(&self, module: &Module, image: &[u8]) -> Result<Handle> {
         let mut handle: Raw = std::ptr::null_mut();
-        // PTX is text and needs its terminator.
+        // PTX is text and needs its terminator. No length is told: whatever begins like a cubin is
+        // read as far as the header of one.
         let mut terminated = image.to_vec();
-        terminated.push(0);
-        // SAFETY: a cubin carries its own length and PTX ends with the zero.
+        terminated.resize((image.len() + 1).max(ELF_HEADER), 0);
+        // SAFETY: a cubin carries its own length behind a whole header, and PTX ends with the zero.
         let status = unsafe { (self.driver.module_load)(&mut handle, terminated.as_ptr().cast()) };
         let op = format!("loading the kernels of {}", module.name);
         error::driver(self.driver, &op, status)?;
