@@ -127,7 +127,7 @@ pub(super) fn run(
             observers.push(Box::new(Progress::new()));
         }
         Voice::Machine => {
-            observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)))
+            observers.push(Box::new(JsonLines::new(std::io::stdout(), STANDARD_OUTPUT)));
         }
     }
     let group = group(found, &recipe, stop)?;

@@ -5,6 +5,7 @@ use super::{BAD_CONFIG, check, common, fault, untouched};
 use serde_json::json;
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of faults")]
 fn faults_of_the_configuration() {
     check(&[
         fault(

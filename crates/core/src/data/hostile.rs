@@ -63,6 +63,7 @@ fn check(name: &str, good: &str, bad: &[u8], template: &str, reason: &str) {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of rows")]
 fn rows_that_cannot_be_used_are_refused_or_skipped() {
     let deep = format!(
         r#"{{"text": {}1{}}}"#,

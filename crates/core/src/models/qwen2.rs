@@ -19,7 +19,10 @@ pub(super) fn windows(config: &HfConfig, layers: usize) -> Result<Vec<Option<usi
         true => layer_types::sliding_window(config, 4096)?,
         false => None,
     };
-    let first = match config.get("max_window_layers").and_then(|v| v.as_u64()) {
+    let first = match config
+        .get("max_window_layers")
+        .and_then(serde_json::Value::as_u64)
+    {
         // Zero is a number of layers too.
         Some(0) => 0,
         _ => config.size_or("max_window_layers", Some(28))?,

@@ -273,7 +273,7 @@ fn pestered_by_strangers(seed: u64) -> Outcome {
     for i in 0..100_u64 {
         let Ok(mut stream) = connect() else { continue };
         let noise: Vec<u8> = (0..256)
-            .map(|j| ((i * 31 + j) * 2_654_435_761 >> 7) as u8)
+            .map(|j| (((i * 31 + j) * 2_654_435_761) >> 7) as u8)
             .collect();
         let oversize = *b"FTRN\x01\0\0\0\xff\xff\xff\x7f";
         let bytes: &[u8] = if i % 2 == 0 { &noise } else { &oversize };

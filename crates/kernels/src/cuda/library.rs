@@ -413,7 +413,9 @@ mod tests {
             oldest: "CUDA 12",
             fix: "install it",
         };
-        let error = open(&wanted).err().expect("there is no such library");
+        let Err(error) = open(&wanted) else {
+            panic!("there is no such library");
+        };
         assert_eq!(error.kind(), ErrorKind::Environment);
         let text = error.to_string();
         assert!(text.starts_with("libmissing: not found; tried\n"), "{text}");

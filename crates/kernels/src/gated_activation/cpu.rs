@@ -8,7 +8,7 @@ use std::f32::consts::FRAC_1_SQRT_2;
 /// `1 / sqrt(2 pi)`.
 const INVERSE_ROOT_TWO_PI: f32 = 0.398_942_3;
 /// `2 sqrt(2 / pi)`, and that times 0.044715: `2 u(g) = g (TANH_LINEAR + TANH_CUBIC g^2)`.
-const TANH_LINEAR: f32 = 1.595_769_1;
+const TANH_LINEAR: f32 = 1.595_769;
 const TANH_CUBIC: f32 = 0.071_354_814;
 /// Beyond this gate `p'` is zero in f32, while its factor still grows.
 const TANH_FLAT: f32 = 20.0;
@@ -84,7 +84,7 @@ fn normal_share(x: f32) -> f32 {
     let p = 0.170_872_77_f32;
     let p = p.mul_add(t, -0.822_152_2);
     let p = p.mul_add(t, 1.488_515_9);
-    let p = p.mul_add(t, -1.135_203_98);
+    let p = p.mul_add(t, -1.135_204);
     let p = p.mul_add(t, 0.278_868_07);
     let p = p.mul_add(t, -0.186_288_06);
     let p = p.mul_add(t, 0.096_784_18);

@@ -213,7 +213,11 @@ fn turns_end_with_their_own_token_in_the_middle_and_at_the_end() {
     let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
     let turns = |n: usize| -> Vec<Value> {
         let turn = |i: usize| {
-            let role = if i % 2 == 0 { "user" } else { "assistant" };
+            let role = if i.is_multiple_of(2) {
+                "user"
+            } else {
+                "assistant"
+            };
             json!({"role": role, "content": format!("w{i}")})
         };
         (0..n).map(turn).collect()
