@@ -1,7 +1,7 @@
 //! Which rank a process is, by what its launcher left in the environment.
 //!
 //! Each launcher has a file with one pure function: variables, facts of the machine, files and flags
-//! in, a [`LaunchEnv`] or an [`EnvError`] out. [`detect`] asks them in the order of [`LAUNCHERS`],
+//! in, a [`LaunchEnv`] or an [`EnvError`] out. [`detect`] asks them in the order of `LAUNCHERS`,
 //! and the first one that recognises its variables answers. Nothing here writes to the environment.
 
 mod address;
