@@ -219,6 +219,7 @@ DEVICE void add_heads(const HeadNorm& p) {
 }
 
 KERNEL(qk_norm_forward_f32, 128, HeadNorm, forward<Packed<f32>>)
+// May spill on sm_120a: 24 bytes outside of its loops, one load and store a thread.
 KERNEL(qk_norm_forward_bf16, 128, HeadNorm, forward<Packed<bf16>>)
 KERNEL(qk_norm_forward_any, 128, HeadNorm, forward<Any>)
 KERNEL(qk_norm_backward_in_place_f32, 128, HeadNorm, backward_in_place<Packed<f32>>)
@@ -227,6 +228,7 @@ KERNEL(qk_norm_backward_in_place_any, 128, HeadNorm, backward_in_place<Any>)
 KERNEL(qk_norm_statistics_f32, 128, HeadNorm, statistics<Packed<f32>>)
 KERNEL(qk_norm_statistics_bf16, 128, HeadNorm, statistics<Packed<bf16>>)
 KERNEL(qk_norm_statistics_any, 128, HeadNorm, statistics<Any>)
+// May spill on sm_90a and sm_120a: 8 and 16 bytes of loop bounds, in a kernel of trained norms alone.
 KERNEL(qk_norm_backward_weight_f32_f32, 1024, HeadNorm, (backward_weight<f32, f32>))
 KERNEL(qk_norm_backward_weight_f32_bf16, 1024, HeadNorm, (backward_weight<f32, bf16>))
 KERNEL(qk_norm_backward_weight_bf16_f32, 1024, HeadNorm, (backward_weight<bf16, f32>))
