@@ -77,5 +77,6 @@ pub mod prelude;
 pub mod ranks;
 pub mod recipe;
 mod text_model;
+pub mod threads;
 
 pub use text_model::TextModel;

@@ -72,7 +72,8 @@ impl TextModel {
         let (model, params) = match adapter {
             Some(directory) => {
                 let method = ferrotune_lora::load(directory, &config.model_type)?;
-                let (attachments, mut params) = attach(&config, method.as_ref())?;
+                let (attachments, mut params) =
+                    attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);
                 let model = Model::load(&config, attachments, &files, &mut params, format)?;
                 method.load(&mut params, directory)?;

@@ -193,3 +193,36 @@ fn rows_are_cut_to_the_context_of_the_model_by_default() {
     let shorter = eval(&bench, "base", &["--max_length", "100"]);
     assert_eq!(shorter["eval_num_tokens"], 99);
 }
+
+#[test]
+fn an_adapter_that_does_not_fit_is_named_by_its_file() {
+    let bench = Workbench::new(8);
+    bench.train("adapter", &json!({"max_steps": 1})).expect(0);
+    let file = bench.path("adapter/adapter_config.json");
+    let config = read_json(&file);
+    for (key, value) in [
+        ("target_modules", json!(["nosuch"])),
+        ("alpha_pattern", json!({"nosuch": 8})),
+    ] {
+        let mut changed = config.clone();
+        changed[key] = value;
+        std::fs::write(&file, changed.to_string()).expect("writable");
+        let finished = ferrotune(&[
+            "eval",
+            "--model-name-or-path",
+            text(&bench.path("base")),
+            "--adapter",
+            text(&bench.path("adapter")),
+            "--data",
+            text(&bench.path("rows.jsonl")),
+        ])
+        .expect(65);
+        for part in ["adapter_config.json", key, "nosuch"] {
+            assert!(
+                finished.stderr.contains(part),
+                "{part}: {}",
+                finished.stderr
+            );
+        }
+    }
+}

@@ -466,11 +466,7 @@ fn the_ends_of_the_ranges_of_sampling_are_handled() {
     ];
     let most = usize::MAX.to_string();
     let refused = ferrotune(&[&ask[..], &["--max-new-tokens", &most]].concat()).expect(78);
-    assert!(
-        refused.stderr.contains("256 tokens"),
-        "{}",
-        refused.stderr
-    );
+    assert!(refused.stderr.contains("256 tokens"), "{}", refused.stderr);
     // Refused before a model is looked for.
     let nowhere = [
         "generate",

@@ -124,6 +124,7 @@ pub(crate) fn main() -> std::process::ExitCode {
 }
 
 fn run(command: Command) -> Outcome {
+    stop::outlive_full_files()?;
     // These stop by themselves, or pass signals on.
     let handles_signals = matches!(
         command,
@@ -131,6 +132,14 @@ fn run(command: Command) -> Outcome {
     );
     if !handles_signals {
         stop::leave_on_signal()?;
+    }
+    // Those that compute without a configuration of their own.
+    let computes = matches!(
+        command,
+        Command::Merge(_) | Command::Generate(_) | Command::Eval(_) | Command::Parity(_)
+    );
+    if computes {
+        ferrotune::threads::start(None)?;
     }
     match command {
         Command::Train(args) => train::train(&args),

@@ -1,7 +1,7 @@
 //! SIGTERM, Ctrl-C and a closed terminal: finish the step, save, leave. A second one leaves at once.
 
 use ferrotune::core::{Error, ExitCode, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::{Handle, Signals};
 use signal_hook::low_level;
 use std::ops::Deref;
@@ -55,6 +55,15 @@ pub(super) fn leave_on_signal() -> Result<()> {
         signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&always))
             .map_err(Error::read(PathBuf::from("signal handlers")))?;
     }
+    Ok(())
+}
+
+/// A file that reaches the limit on its size (`ulimit -f`) is a write that fails, with its temporary cleaned up,
+/// rather than the end of the process.
+pub(super) fn outlive_full_files() -> Result<()> {
+    let noted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGXFSZ, noted)
+        .map_err(Error::read(PathBuf::from("signal handlers")))?;
     Ok(())
 }
 

@@ -14,7 +14,6 @@ mod preflight;
 mod resume;
 mod run_plan;
 mod summary;
-mod threads;
 
 pub use adapter::adapter_of;
 pub use data::{EpochData, eval_batches, prepare_rows};
@@ -24,7 +23,7 @@ pub use preflight::{Preflight, ShownRow, prepare_data};
 use run_plan::run_plan;
 pub use summary::Summary;
 
-use crate::device;
+use crate::{device, threads};
 use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint;
@@ -131,7 +130,7 @@ impl Recipe {
         training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<data::Prepared>,
     ) -> Result<Self> {
         config.validate()?;
-        threads::set(&config, place)?;
+        threads::start(threads::share_of(place, config.runtime.num_threads))?;
         let device = device::open_for(config.runtime.device, place.local_rank)?;
         let base = base_directory(&config)?;
         if place.is_first() {

@@ -18,7 +18,6 @@ use ferrotune_core::{Error, Result};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Hugging Face's record of progress and log history.
@@ -216,9 +215,10 @@ pub(super) fn trainer_log(
         ),
         None => String::new(),
     };
-    let mut file = File::create(&path).map_err(Error::write(&path))?;
-    file.write_all(kept.as_bytes())
-        .map_err(Error::write(&path))?;
+    // In place of whatever is there, a link too; a process killed here has lost no row.
+    write_file(&path, kept.as_bytes())?;
+    let file = File::options().append(true).open(&path);
+    let file = file.map_err(Error::write(&path))?;
     Ok(TrainerLogJsonl::new(file, path))
 }
 

@@ -3,7 +3,6 @@
 use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::{Dataset, Decoding, Example, IGNORE_INDEX, Tokenizer};
-use ferrotune_core::process_group::Place;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -40,7 +39,7 @@ pub struct ShownRow {
 /// # Errors
 /// As [`super::Recipe::prepare`], as far as it concerns tokenizer and data.
 pub fn prepare_data(config: &TrainConfig) -> Result<(Tokenizer, Dataset)> {
-    super::threads::set(config, Place::SOLO)?;
+    crate::threads::start(config.runtime.num_threads)?;
     let base = super::base_directory(config)?;
     let tokenizer = super::data::tokenizer(config, &base)?;
     let (dataset, _) = super::data::training(config, &tokenizer)?;

@@ -151,6 +151,18 @@ impl Error {
         }
     }
 
+    /// The same fault where the value is that of a saved adapter in `directory`, not of a configuration.
+    #[must_use]
+    pub fn of_adapter(self, directory: &Path) -> Self {
+        match self {
+            Self::Config { key, message } => {
+                let file = directory.join("adapter_config.json");
+                Self::adapter(file, format!("`{key}`: {message}"))
+            }
+            other => other,
+        }
+    }
+
     /// The same fault where a row brought it to light, which is then what is named first.
     #[must_use]
     pub fn in_row(self, row_path: &Path, line: u64) -> Self {

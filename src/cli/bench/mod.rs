@@ -155,15 +155,10 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 /// Starts the worker threads, so that their memory counts as the runtime's.
 fn start_threads(threads: Option<usize>) -> Result<(), Failure> {
-    let mut pool = rayon::ThreadPoolBuilder::new();
-    if let Some(threads) = threads {
-        if threads == 0 {
-            return Err(Failure::Usage("--threads: expected 1 or more".into()));
-        }
-        pool = pool.num_threads(threads);
+    if threads == Some(0) {
+        return Err(Failure::Usage("--threads: expected 1 or more".into()));
     }
-    pool.build_global()
-        .map_err(|e| Failure::Usage(format!("--threads: {e}")))
+    Ok(ferrotune::threads::start(threads)?)
 }
 
 fn decoder(args: &Args, shape: Option<&Shape>) -> Result<DecoderConfig, Failure> {

@@ -167,7 +167,7 @@ impl Manifest {
                     dir,
                     format!(
                         "{MANIFEST} is missing: expected a checkpoint-N that this program wrote; give \
-                         the path of one, or start anew with resume_from_checkpoint: null"
+                         the path of one, or begin anew with overwrite_output_dir: true"
                     ),
                 ));
             }
@@ -182,7 +182,9 @@ impl Manifest {
     }
 
     fn parse(mut text: Vec<u8>) -> Result<Self, String> {
-        let damaged = || "is damaged: its sum is wrong; use an older checkpoint".to_owned();
+        let damaged = || {
+            "is damaged: its sum is wrong; use an older checkpoint, or begin anew with overwrite_output_dir: true".to_owned()
+        };
         let place = HEAD.len()..HEAD.len() + DIGITS;
         let Some(digits) = text.get_mut(place) else {
             return Err(damaged());
@@ -228,7 +230,7 @@ impl Manifest {
                 return Err(Error::checkpoint(
                     path,
                     format!(
-                        "is damaged: BLAKE3 {sum}, expected {}; use an older checkpoint",
+                        "is damaged: BLAKE3 {sum}, expected {}; use an older checkpoint, or begin anew with overwrite_output_dir: true",
                         record.blake3
                     ),
                 ));
@@ -248,7 +250,7 @@ fn check_length(path: &Path, expected: u64) -> Result<()> {
     };
     Err(Error::checkpoint(
         path,
-        format!("{fate}; use an older checkpoint"),
+        format!("{fate}; use an older checkpoint, or begin anew with overwrite_output_dir: true"),
     ))
 }
 

@@ -119,7 +119,10 @@ fn of_checkpoint(error: Error) -> Error {
     match error {
         Error::Model { path, message } => Error::Checkpoint { path, message },
         Error::Read { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
-            Error::checkpoint(path, "is missing; use an older checkpoint")
+            Error::checkpoint(
+                path,
+                "is missing; use an older checkpoint, or begin anew with overwrite_output_dir: true",
+            )
         }
         other => other,
     }

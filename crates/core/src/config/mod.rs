@@ -37,6 +37,7 @@ use section::Section;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read;
 use std::path::Path;
 
 /// Other names of keys, from TRL's and Transformers' earlier versions.
@@ -130,17 +131,22 @@ pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<TrainConfig> 
         let message = format!("cannot be read: {error}; expected a YAML file with TRL's keys");
         Error::config(&name, message)
     };
-    let size = std::fs::metadata(path).map_err(unreadable)?.len();
-    if size > parse::MAX_BYTES {
+    // Of a device the size is no news.
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    let size = file
+        .take(parse::MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if size as u64 > parse::MAX_BYTES {
         return Err(Error::config(
             &name,
             format!(
-                "{size} bytes; a configuration has at most {}",
+                "too large; a configuration has at most {} bytes",
                 parse::MAX_BYTES
             ),
         ));
     }
-    let bytes = std::fs::read(path).map_err(unreadable)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let line = 1 + error.as_bytes()[..valid]

@@ -298,6 +298,7 @@ fn ranges_and_combinations_are_checked() {
         ("learning_rate", "-1", "0 or more"),
         ("adam_beta2", "1", "below 1"),
         ("adam_epsilon", "0", "above 0"),
+        ("adam_epsilon", "1e-300", "a float holds"),
         ("warmup_steps", "2.5", "whole steps"),
         ("warmup_ratio", "1.5", "from 0 to 1"),
         ("max_steps", "0", "-1 to follow num_train_epochs"),

@@ -5,6 +5,12 @@ use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::{Error, Result};
 use std::fmt::Display;
 
+/// Whether a positive number stays one, and finite, as the f32 that kernels compute with.
+fn in_f32(value: f64) -> bool {
+    let value = value as f32;
+    value.is_normal() && value > 0.0
+}
+
 /// A week in seconds: nobody waits longer for a peer.
 const MAX_WAIT: u64 = 7 * 24 * 3600;
 /// More threads than any machine has cores; starting many more can bring the machine down.
@@ -145,8 +151,10 @@ impl TrainConfig {
             return Ok(());
         }
         self.at_least_one("lora_r", lora.lora_r)?;
-        self.require(lora.lora_alpha > 0.0, "lora_alpha", |value| {
-            format!("got {value}, expected a number above 0; twice lora_r is common")
+        self.require(in_f32(lora.lora_alpha), "lora_alpha", |value| {
+            format!(
+                "got {value}, expected a number above 0 that a float holds; twice lora_r is common"
+            )
         })?;
         self.require(
             (0.0..1.0).contains(&lora.lora_dropout),
@@ -164,9 +172,9 @@ impl TrainConfig {
         )?;
         let alphas = &lora.lora_alpha_pattern;
         self.require(
-            alphas.values().all(|a| *a > 0.0),
+            alphas.values().all(|a| in_f32(*a)),
             "lora_alpha_pattern",
-            |value| format!("got {value}, expected numbers above 0"),
+            |value| format!("got {value}, expected numbers above 0 that a float holds"),
         )
     }
 
@@ -183,8 +191,8 @@ impl TrainConfig {
                 format!("got {value}, expected a number from 0 to below 1")
             })?;
         }
-        self.require(optimizer.adam_epsilon > 0.0, "adam_epsilon", |value| {
-            format!("got {value}, expected a number above 0; 1e-8 is common")
+        self.require(in_f32(optimizer.adam_epsilon), "adam_epsilon", |value| {
+            format!("got {value}, expected a number above 0 that a float holds; 1e-8 is common")
         })?;
         self.require(
             (0.0..1.0).contains(&optimizer.label_smoothing_factor),

@@ -64,12 +64,28 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// A device or a pipe of that name is no file to put another one in place of.
+fn refuse_special(path: &Path) -> io::Result<()> {
+    match fs::metadata(path) {
+        Ok(about) if !about.is_file() => {
+            let what = if about.is_dir() {
+                "a directory"
+            } else {
+                "no regular file"
+            };
+            Err(io::Error::other(format!("is {what}; give another name")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes `path` through `fill`: temporary file, flush to disk, rename, flush of the directory.
 /// The permissions follow the umask. On error nothing is left behind and the old file stays.
 pub(super) fn write_file_with(
     path: &Path,
     fill: impl FnOnce(&mut File) -> io::Result<()>,
 ) -> Result<()> {
+    refuse_special(path).map_err(Error::write(path))?;
     let dir = parent_of(path);
     let (temporary, mut file) = create_temporary(dir, |p| {
         OpenOptions::new().write(true).create_new(true).open(p)

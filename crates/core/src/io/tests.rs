@@ -410,3 +410,25 @@ fn an_index_cannot_lead_out_of_its_directory() {
         assert!(text.contains("expected one plain name"), "{text}");
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_not_replaced_by_one() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let pipe = directory.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo runs").success());
+    let error = crate::io::write_file(&pipe, b"x").expect_err("a pipe");
+    assert_eq!(error.exit_code(), crate::ExitCode::CannotWrite, "{error}");
+    assert!(error.to_string().contains("no regular file"), "{error}");
+    let kind = std::fs::symlink_metadata(&pipe)
+        .expect("it is there")
+        .file_type();
+    assert!(!kind.is_file());
+    assert_eq!(
+        std::fs::read_dir(directory.path())
+            .expect("readable")
+            .count(),
+        1
+    );
+}

@@ -130,7 +130,7 @@ impl DecoderConfig {
             vocab_size: config.size("vocab_size")?,
             max_position_embeddings: config.size_or("max_position_embeddings", Some(2048))?,
             activation: activation(config)?,
-            rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
+            rms_norm_eps: rms_norm_eps(config)?,
             rope: RopeConfig::from_hf(config, head_dim)?,
             rope_layers: vec![true; layers],
             qk_norm: None,
@@ -198,6 +198,15 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
             ),
         )),
     }
+}
+
+fn rms_norm_eps(config: &HfConfig) -> Result<f32> {
+    let eps = config.number_or("rms_norm_eps", 1e-6)?;
+    if eps < 0.0 {
+        let message = format!("is {eps}; expected 0 or more, such as 1e-6");
+        return Err(config.error("rms_norm_eps", message));
+    }
+    Ok(eps as f32)
 }
 
 /// The activation that `hidden_act` names.

@@ -28,14 +28,16 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it is missing or not a JSON object.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let size = std::fs::metadata(path)
-            .map_err(|e| {
-                Error::model(
-                    path,
-                    format!("{e}; a Hugging Face model directory has a config.json"),
-                )
-            })?
-            .len();
+        let about = std::fs::metadata(path).map_err(|e| {
+            Error::model(
+                path,
+                format!("{e}; a Hugging Face model directory has a config.json"),
+            )
+        })?;
+        if !about.is_file() {
+            return Err(Error::model(path, "is no regular file"));
+        }
+        let size = about.len();
         if size > MAX_BYTES {
             return Err(Error::model(
                 path,

@@ -86,6 +86,10 @@ impl RopeConfig {
             "rope_theta",
             Some(config.number_or("rope_theta", 10_000.0)?),
         )?;
+        if theta.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
+            let message = format!("is {theta}; expected a number above 0, such as 10000");
+            return Err(config.error("rope_theta", message));
+        }
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(config.error(
                 "head_dim",
