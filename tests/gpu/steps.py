@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import failures
+import ranks
 import record
 import training
 from ledger import run_limited
@@ -75,8 +76,8 @@ def steps(pack):
     found = [Step(f"kernels/{op}", SECONDS_KERNELS, lambda p, limit, op=op: kernels(p, limit, op)) for op in ops(pack)]
     for group in ("arch", "adapters", "train"):
         found.append(Step(f"parity/{group}", SECONDS_PARITY, lambda p, limit, g=group: parity(p, limit, g)))
-    for name, check in (training.CHECKS | failures.CHECKS).items():
-        limit = SECONDS_TRAINING if name in training.CHECKS else SECONDS_FAILURE
+    for name, check in (training.CHECKS | ranks.CHECKS | failures.CHECKS).items():
+        limit = SECONDS_FAILURE if name in failures.CHECKS else SECONDS_TRAINING
         found.append(Step(name, limit, check))
     for tool in SANITIZERS:
         for op in ops(pack):
