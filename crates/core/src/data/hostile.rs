@@ -75,12 +75,13 @@ fn rows_that_cannot_be_used_are_refused_or_skipped() {
     let empty_list = chat("[]");
     let number_role = chat(r#"[{"role": 7, "content": "x"}]"#);
     let no_role = chat(r#"[{"content": "x"}]"#);
+    let no_content = chat(r#"[{"role": "user", "content": "q"}, {"role": "assistant"}]"#);
     let not_a_message = chat(r#"["x"]"#);
     let object = chat("{}");
     let bad_tools = r#"{"messages": [{"role": "user", "content": "x"}], "tools": "{"}"#;
     let bad_kwargs =
         r#"{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 1}"#;
-    let table: [(&str, &str, &[u8], &str); 22] = [
+    let table: [(&str, &str, &[u8], &str); 23] = [
         (
             "broken JSON",
             GOOD_TEXT,
@@ -155,6 +156,12 @@ fn rows_that_cannot_be_used_are_refused_or_skipped() {
             GOOD_CHAT,
             number_role.as_bytes(),
             "`role` must be a string",
+        ),
+        (
+            "a message that says nothing",
+            GOOD_CHAT,
+            no_content.as_bytes(),
+            "messages[1]",
         ),
         (
             "no role",

@@ -27,7 +27,7 @@ impl Message {
     /// A message from a JSON object.
     ///
     /// # Errors
-    /// What is wrong, when it is not an object with a string `role`.
+    /// What is wrong, when it is not an object with a string `role`, and `content` or `tool_calls`.
     pub fn from_json(value: &Value) -> Result<Self, String> {
         let Value::Object(fields) = value else {
             return Err(format!(
@@ -36,6 +36,10 @@ impl Message {
             ));
         };
         match fields.get("role") {
+            // A template would fail on it, or make an empty turn of it that is then trained.
+            Some(Value::String(role)) if says_nothing(fields) => Err(format!(
+                "`content` of a message by `{role}` is missing; expected text, or `tool_calls` in its place"
+            )),
             Some(Value::String(_)) => Ok(Self {
                 fields: fields.clone(),
             }),
@@ -332,6 +336,12 @@ pub(super) fn list(names: &[&str]) -> String {
     shown.join(", ") + &tail
 }
 
+/// Whether a message has neither content nor calls of tools.
+fn says_nothing(fields: &Map<String, Value>) -> bool {
+    let lacks = |key| fields.get(key).is_none_or(Value::is_null);
+    lacks("content") && lacks("tool_calls")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -396,15 +406,15 @@ mod tests {
                 "`role` is missing, found `from`",
             ),
             (
-                json!({"messages": [{"role": "u"}], "tools": "{"}),
+                json!({"messages": [{"role": "u", "content": "c"}], "tools": "{"}),
                 "`tools` is not JSON",
             ),
             (
-                json!({"messages": [{"role": "u"}], "tools": {}}),
+                json!({"messages": [{"role": "u", "content": "c"}], "tools": {}}),
                 "`tools` must be a list",
             ),
             (
-                json!({"messages": [{"role": "u"}], "chat_template_kwargs": 1}),
+                json!({"messages": [{"role": "u", "content": "c"}], "chat_template_kwargs": 1}),
                 "must be an object",
             ),
         ];

@@ -284,7 +284,7 @@ mod tests {
                 "`labels` holds -3",
             ),
             (
-                json!({"messages": [{"role": "user"}], "unmask": 1}),
+                json!({"messages": [{"role": "user", "content": "c"}], "unmask": 1}),
                 "`unmask` must be true or",
             ),
         ];
