@@ -1,418 +1,402 @@
-//! Ranks as processes: what they train, and how they end when one of them does.
-#![cfg(unix)]
+//! Several ranks train what one rank trains. Ranks are threads here; processes are in `launch.rs`.
 
 mod common;
 
-use common::{Finished, Workbench, command, entries, read, read_json, text};
+use common::{Shape, Workbench, entries, read, read_json, tensors};
+use ferrotune::core::config::{self, TrainConfig};
+use ferrotune::core::data::PackedBatch;
+use ferrotune::core::process_group::{Place, ProcessGroup, Solo};
+use ferrotune::core::trainer::{RunOutcome, StepData};
+use ferrotune::core::{Error, Result};
+use ferrotune::dist::Local;
+use ferrotune::recipe::{EpochData, Recipe};
 use serde_json::{Value, json};
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-/// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// The same four micro-batches a step, on one, two and four ranks.
+const SPLITS: [(usize, usize); 3] = [(1, 4), (2, 2), (4, 1)];
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("bound").port()
+fn load(bench: &Workbench, name: &str, changes: &Value) -> TrainConfig {
+    config::load(&bench.config(name, changes), &[]).expect("valid")
 }
 
-/// A process in which no launcher has said anything.
-fn plain(arguments: &[&str]) -> Command {
-    let mut command = command(arguments);
-    for (name, _) in std::env::vars() {
-        let said = [
-            "FERROTUNE_",
-            "OMPI_",
-            "PMI",
-            "SLURM_",
-            "PET_",
-            "TORCHELASTIC_",
-        ];
-        let named = [
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        ];
-        if said.iter().any(|p| name.starts_with(p)) || named.contains(&name.as_str()) {
-            command.env_remove(name);
-        }
-    }
-    command
-        .env("RAYON_NUM_THREADS", "1")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
-}
-
-/// The processes of one run, each killed with the value.
-struct Ranks(Vec<Option<Child>>);
-
-impl Ranks {
-    /// One process per configuration, joined on one port.
-    fn start(configs: &[&Path]) -> Self {
-        Self::start_with(configs, |_, _| {})
-    }
-
-    fn start_with(configs: &[&Path], change: impl Fn(usize, &mut Command)) -> Self {
-        let port = free_port().to_string();
-        let world = configs.len().to_string();
-        let start = |(rank, config): (usize, &&Path)| {
-            let mut command = plain(&["train", text(config)]);
-            let number = rank.to_string();
-            for (name, value) in [
-                ("RANK", number.as_str()),
-                ("LOCAL_RANK", &number),
-                ("WORLD_SIZE", &world),
-                ("LOCAL_WORLD_SIZE", &world),
-                ("MASTER_ADDR", "127.0.0.1"),
-                ("MASTER_PORT", &port),
-                ("TOKEN", "secret of this test"),
-            ] {
-                command.env(format!("FERROTUNE_{name}"), value);
-            }
-            change(rank, &mut command);
-            Some(command.spawn().expect("the binary starts"))
-        };
-        Self(configs.iter().enumerate().map(start).collect())
-    }
-
-    fn signal(&self, rank: usize, signal: &str) {
-        let child = self.0[rank].as_ref().expect("still there");
-        let pid = child.id().to_string();
-        let status = Command::new("kill").args([signal, &pid]).status();
-        assert!(status.expect("kill runs").success());
-    }
-
-    /// How `rank` ended.
-    fn end(&mut self, rank: usize) -> Finished {
-        let mut child = self.0[rank].take().expect("waited for once");
-        let begin = Instant::now();
-        while child.try_wait().expect("a child").is_none() {
-            if begin.elapsed() > PATIENCE {
-                child.kill().expect("killed");
-                let output = child.wait_with_output().expect("a child");
-                panic!(
-                    "rank {rank} did not end: {}",
-                    String::from_utf8_lossy(&output.stderr)
-                );
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        child.wait_with_output().expect("a child").into()
-    }
-}
-
-impl Drop for Ranks {
-    fn drop(&mut self) {
-        for child in self.0.iter_mut().flatten() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// The same micro-batches a step, in the same order, on `ranks`.
-fn on(ranks: usize, more: &Value) -> Value {
-    let mut changes = json!({
-        "deterministic_reduction": true,
-        "gradient_accumulation_steps": 2 / ranks,
-        "lora_dropout": 0.1,
-        "max_steps": 6,
-    });
+fn with(changes: &Value, more: &Value) -> Value {
+    let mut all = changes.clone();
     let more = more.as_object().expect("an object").clone();
-    changes.as_object_mut().expect("an object").extend(more);
-    changes
+    all.as_object_mut().expect("an object").extend(more);
+    all
 }
 
-/// A run that goes on until it is ended.
-fn endless() -> Value {
-    let steps = json!({"max_steps": 1_000_000, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 2});
-    on(2, &steps)
+/// `body` on every rank of `world`.
+fn on_ranks<R: Send>(
+    world: usize,
+    body: impl Fn(Place, Box<dyn ProcessGroup>) -> R + Sync,
+) -> Vec<R> {
+    let groups: Vec<Box<dyn ProcessGroup>> = if world == 1 {
+        vec![Box::new(Solo)]
+    } else {
+        let timeout = Duration::from_secs(120);
+        let groups = Local::group(world, timeout).into_iter();
+        groups
+            .map(|g| Box::new(g) as Box<dyn ProcessGroup>)
+            .collect()
+    };
+    let body = &body;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = groups
+            .into_iter()
+            .map(|group| {
+                let place = Place {
+                    rank: group.rank(),
+                    world_size: world,
+                    local_rank: group.rank(),
+                    local_world_size: 1,
+                };
+                scope.spawn(move || body(place, group))
+            })
+            .collect();
+        let joined = threads
+            .into_iter()
+            .map(|t| t.join().expect("a rank panicked"));
+        joined.collect()
+    })
 }
 
-/// Waits until the run in `output` has saved a checkpoint.
-fn wait_for_checkpoint(output: &Path) {
-    let begin = Instant::now();
-    while !entries(output).iter().any(|n| n.starts_with("checkpoint-")) {
+/// A whole run into `name` on `world` ranks.
+fn train(
+    bench: &Workbench,
+    name: &str,
+    world: usize,
+    changes: &Value,
+    stop: &AtomicBool,
+) -> Vec<Result<RunOutcome>> {
+    let config = load(bench, name, changes);
+    on_ranks(world, |place, group| {
+        Recipe::prepare_at(place, config.clone())?.train_with(group, &mut [], stop)
+    })
+}
+
+fn finish(bench: &Workbench, name: &str, world: usize, changes: &Value) {
+    for outcome in train(bench, name, world, changes, &AtomicBool::new(false)) {
         assert!(
-            begin.elapsed() < PATIENCE,
-            "no checkpoint in {}",
-            output.display()
+            matches!(outcome, Ok(RunOutcome::Finished(_))),
+            "{outcome:?}"
         );
-        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Gradient of the first step on each rank.
+fn first_gradient(bench: &Workbench, world: usize, changes: &Value) -> Vec<Vec<f32>> {
+    let config = load(bench, "gradient", changes);
+    on_ranks(world, |place, group| {
+        let recipe = Recipe::prepare_at(place, config.clone()).expect("sound");
+        let mut trainer = recipe.trainer_with(group).expect("trainer");
+        let hidden = recipe.decoder.hidden_size;
+        let mut data = EpochData::new(&recipe.config, &recipe.dataset, hidden, place);
+        let batches = data.step(0).expect("rows");
+        trainer.step(&batches, 1e-3).expect("step");
+        trainer.grads().as_slice().to_vec()
+    })
+}
+
+fn norm_relative<'a>(
+    a: impl IntoIterator<Item = &'a f32>,
+    b: impl IntoIterator<Item = &'a f32>,
+) -> f64 {
+    let (mut difference, mut size) = (0.0, 0.0);
+    for (a, b) in a.into_iter().zip(b) {
+        let (a, b) = (f64::from(*a), f64::from(*b));
+        difference += (a - b) * (a - b);
+        size += b * b;
+    }
+    (difference / size).sqrt()
+}
+
+fn changes() -> Value {
+    json!({
+        "lora_dropout": 0.1,
+        "lora_target_modules": "all-linear",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 3,
+        "max_steps": 20,
+        "replica_check_steps": 5,
+    })
+}
+
+fn bench() -> Workbench {
+    Workbench::of(
+        &Shape {
+            gain: 1.4,
+            ..Shape::default()
+        },
+        101,
+    )
+}
+
+#[test]
+fn one_two_and_four_ranks_train_the_same_adapter() {
+    let bench = bench();
+    let mut whole: Option<(Vec<f32>, Vec<f32>)> = None;
+    for (world, accumulation) in SPLITS {
+        let accumulate = json!({"gradient_accumulation_steps": accumulation});
+        let changes = with(&changes(), &accumulate);
+        let gradients = first_gradient(&bench, world, &changes);
+        let same = |g: &Vec<f32>| {
+            g.iter()
+                .zip(&gradients[0])
+                .all(|(a, b)| a.to_bits() == b.to_bits())
+        };
+        assert!(gradients.iter().all(same), "ranks hold different gradients");
+        let name = format!("ranks_{world}");
+        finish(&bench, &name, world, &changes);
+        let file = bench.path(&name).join("adapter_model.safetensors");
+        let adapter: Vec<f32> = tensors(&file).into_values().flatten().collect();
+        let (gradient, trained) =
+            whole.get_or_insert_with(|| (gradients[0].clone(), adapter.clone()));
+        let error = norm_relative(&gradients[0], &*gradient);
+        assert!(
+            error <= 1e-6,
+            "{world} ranks: first gradient differs by {error:.1e}"
+        );
+        let error = norm_relative(&adapter, &*trained);
+        assert!(
+            error <= 1e-4,
+            "{world} ranks: adapter differs by {error:.1e}"
+        );
+        assert_eq!(
+            read_json(&bench.path(&name).join("run.json"))["world_size"],
+            world
+        );
     }
 }
 
 #[test]
-fn processes_train_what_one_process_trains() {
-    let bench = Workbench::new(21);
-    bench.train("one", &on(1, &json!({}))).expect(0);
-    let config = bench.config("two", &on(2, &json!({})));
-    let mut ranks = Ranks::start(&[&config, &config]);
-    let first = ranks.end(0).expect(0);
-    let second = ranks.end(1).expect(0);
-    let adapter = |name: &str| read(&bench.path(name).join("adapter_model.safetensors"));
-    assert!(adapter("one") == adapter("two"));
+fn a_deterministic_reduction_gives_the_same_bytes_for_any_number_of_ranks() {
+    let bench = bench();
+    let changes = with(
+        &changes(),
+        &json!({"deterministic_reduction": true, "max_steps": 12}),
+    );
+    for (world, accumulation) in SPLITS {
+        let accumulate = json!({"gradient_accumulation_steps": accumulation});
+        finish(
+            &bench,
+            &format!("ranks_{world}"),
+            world,
+            &with(&changes, &accumulate),
+        );
+    }
+    let bytes = |world| {
+        let output = bench.path(&format!("ranks_{world}"));
+        read(&output.join("adapter_model.safetensors"))
+    };
+    assert!(bytes(1) == bytes(2) && bytes(1) == bytes(4));
+    let history = |world| {
+        let state = read_json(
+            &bench
+                .path(&format!("ranks_{world}"))
+                .join("trainer_state.json"),
+        );
+        let rows = state["log_history"].as_array().expect("a list").clone();
+        let kept = rows
+            .iter()
+            .map(|r| json!([r["loss"], r["grad_norm"], r["num_tokens"]]));
+        kept.collect::<Value>()
+    };
+    assert_eq!(history(1), history(4));
+}
+
+#[test]
+fn every_row_is_used_once_per_epoch_and_no_rank_runs_short() {
+    let bench = bench();
+    for (world, packing) in [(2, false), (3, false), (4, false), (3, true)] {
+        let changes = json!({
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 5,
+            "packing": packing,
+            "max_length": 64,
+        });
+        let config = load(&bench, "rows", &changes);
+        let per_rank = on_ranks(world, |place, _| {
+            let recipe = Recipe::prepare_at(place, config.clone()).expect("sound");
+            let hidden = recipe.decoder.hidden_size;
+            let mut data = EpochData::new(&recipe.config, &recipe.dataset, hidden, place);
+            let steps = recipe.plan.steps_per_epoch;
+            // Two epochs.
+            (0..2 * steps)
+                .map(|step| data.step(step).expect("rows"))
+                .collect::<Vec<Vec<PackedBatch>>>()
+        });
+        let steps = per_rank[0].len();
+        for epoch in [0..steps / 2, steps / 2..steps] {
+            let mut rows = 0;
+            for step in epoch {
+                let count = per_rank[0][step].len();
+                assert!(
+                    per_rank.iter().all(|r| r[step].len() == count),
+                    "step {step}"
+                );
+                let batches = per_rank.iter().flat_map(|r| &r[step]);
+                rows += batches.map(PackedBatch::sequences).sum::<usize>();
+            }
+            assert_eq!(rows, 101, "{world} ranks");
+        }
+    }
+}
+
+#[test]
+fn a_last_step_with_fewer_rows_than_ranks_trains_as_on_one_rank() {
+    let bench = Workbench::new(101);
+    // 101 rows in steps of 12: the last step of the epoch has 5 rows, one of four ranks none.
+    let changes = json!({"per_device_train_batch_size": 3, "num_train_epochs": 1, "max_steps": -1});
+    let accumulated = with(&changes, &json!({"gradient_accumulation_steps": 4}));
+    finish(&bench, "one", 1, &accumulated);
+    finish(&bench, "four", 4, &changes);
+    let state = |name: &str| read_json(&bench.path(name).join("trainer_state.json"));
+    assert_eq!(state("one")["global_step"], 9);
+    assert_eq!(state("four")["global_step"], 9);
     assert_eq!(
-        read_json(&bench.path("two").join("run.json"))["world_size"],
-        2
+        state("one")["num_input_tokens_seen"],
+        state("four")["num_input_tokens_seen"]
     );
-    assert!(
-        first.stdout.contains("\"world_size\":2"),
-        "{}",
-        first.stdout
-    );
-    assert_eq!(second.stdout, "", "rank 0 speaks for all");
-}
-
-#[test]
-fn the_launcher_starts_ranks_that_train_the_same() {
-    let bench = Workbench::new(21);
-    bench.train("one", &on(1, &json!({}))).expect(0);
-    let config = bench.config("two", &on(2, &json!({})));
-    let output = plain(&["launch", "--nproc", "2", "--", "train", text(&config)]).output();
-    let finished = Finished::from(output.expect("the binary starts")).expect(0);
-    let adapter = |name: &str| read(&bench.path(name).join("adapter_model.safetensors"));
-    assert!(adapter("one") == adapter("two"));
-    assert!(
-        finished.stdout.contains("\"world_size\":2"),
-        "{}",
-        finished.stdout
-    );
-}
-
-#[test]
-fn a_pod_with_two_processes_is_its_own_launcher() {
-    let bench = Workbench::new(21);
-    bench.train("one", &on(1, &json!({}))).expect(0);
-    let config = bench.config("two", &on(2, &json!({"device": "cpu"})));
-    let mut command = plain(&["train", text(&config)]);
-    let port = free_port().to_string();
-    for (name, value) in [
-        ("PET_NNODES", "1"),
-        ("PET_NODE_RANK", "0"),
-        ("PET_NPROC_PER_NODE", "2"),
-        ("PET_MASTER_ADDR", "127.0.0.1"),
-        ("PET_MASTER_PORT", &port),
-    ] {
-        command.env(name, value);
-    }
-    Finished::from(command.output().expect("the binary starts")).expect(0);
-    let adapter = |name: &str| read(&bench.path(name).join("adapter_model.safetensors"));
-    assert!(adapter("one") == adapter("two"));
-}
-
-#[test]
-fn a_killed_rank_ends_the_others_with_175_and_its_number() {
-    let bench = Workbench::new(21);
-    for victim in [0, 2] {
-        let name = format!("victim_{victim}");
-        let config = bench.config(&name, &endless());
-        let mut ranks = Ranks::start(&[&config, &config, &config]);
-        wait_for_checkpoint(&bench.path(&name));
-        ranks.signal(victim, "-KILL");
-        let begin = Instant::now();
-        for survivor in (0..3).filter(|r| *r != victim) {
-            let finished = ranks.end(survivor).expect(175);
-            let lost = format!("rank {victim}");
-            assert!(finished.stderr.contains(&lost), "{}", finished.stderr);
-        }
-        // A second each on a quiet machine; this one may be busy.
-        assert!(
-            begin.elapsed() < Duration::from_secs(20),
-            "{:?}",
-            begin.elapsed()
-        );
-    }
-}
-
-#[test]
-fn a_frozen_rank_ends_the_others_with_175() {
-    let bench = Workbench::new(21);
-    let mut changes = endless();
-    changes["peer_timeout"] = json!(2);
-    let config = bench.config("frozen", &changes);
-    let mut ranks = Ranks::start(&[&config, &config]);
-    wait_for_checkpoint(&bench.path("frozen"));
-    ranks.signal(1, "-STOP");
-    let finished = ranks.end(0).expect(175);
-    assert!(finished.stderr.contains("rank 1"), "{}", finished.stderr);
-    ranks.signal(1, "-CONT");
-    ranks.end(1).expect(175);
-}
-
-#[test]
-fn a_signal_to_one_rank_is_a_checkpoint_and_143_on_all() {
-    let bench = Workbench::new(21);
-    let config = bench.config("stopped", &endless());
-    let mut ranks = Ranks::start(&[&config, &config]);
-    wait_for_checkpoint(&bench.path("stopped"));
-    ranks.signal(1, "-TERM");
-    ranks.end(0).expect(143);
-    ranks.end(1).expect(143);
-}
-
-#[test]
-fn a_signal_to_the_launcher_is_a_checkpoint_and_143() {
-    let bench = Workbench::new(21);
-    let config = bench.config("stopped", &endless());
-    let child = plain(&["launch", "--nproc", "2", "--", "train", text(&config)]).spawn();
-    let mut launcher = Ranks(vec![Some(child.expect("the binary starts"))]);
-    wait_for_checkpoint(&bench.path("stopped"));
-    launcher.signal(0, "-TERM");
-    launcher.end(0).expect(143);
-}
-
-#[test]
-fn ranks_that_train_different_things_are_refused_by_what_differs() {
-    let bench = Workbench::new(21);
-    let here = bench.config("here", &on(2, &json!({})));
-    let other = bench.config("other", &on(2, &json!({"learning_rate": 0.02})));
-    let mut ranks = Ranks::start(&[&here, &other]);
-    let second = ranks.end(1).expect(78);
-    assert!(second.stderr.contains("optimizer"), "{}", second.stderr);
-    assert!(!second.stderr.contains("schedule"), "what differs alone");
-    assert_eq!(entries(&bench.path("other")), Vec::<String>::new());
-    // It waits for one that fits, which a pod that was started again may be.
-    ranks.signal(0, "-TERM");
-    let first = ranks.end(0).expect(174);
-    assert!(first.stderr.contains("optimizer"), "{}", first.stderr);
-    assert!(
-        first.stderr.contains("waiting for other ranks"),
-        "{}",
-        first.stderr
-    );
-}
-
-/// Processes that `pid` has started.
-fn children_of(pid: u32) -> Vec<String> {
-    let path = format!("/proc/{pid}/task/{pid}/children");
-    let children = std::fs::read_to_string(path).expect("the process is there");
-    children.split_whitespace().map(str::to_owned).collect()
-}
-
-fn kill(signal: &str, pids: &[String]) {
-    let status = Command::new("kill").arg(signal).args(pids).status();
-    assert!(status.expect("kill runs").success());
-}
-
-#[test]
-fn a_signal_to_all_processes_at_once_is_one_request() {
-    let bench = Workbench::new(21);
-    // As systemd and Slurm do: the launcher and its ranks, which get it from the launcher once more.
-    for whom in ["everyone", "rank 0"] {
-        let config = bench.config(whom, &endless());
-        let child = plain(&["launch", "--nproc", "2", "--", "train", text(&config)]).spawn();
-        let child = child.expect("the binary starts");
-        let launcher = child.id();
-        let mut group = Ranks(vec![Some(child)]);
-        wait_for_checkpoint(&bench.path(whom));
-        let mut pids = children_of(launcher);
-        assert_eq!(pids.len(), 2);
-        if whom == "everyone" {
-            pids.push(launcher.to_string());
-        } else {
-            pids.truncate(1);
-        }
-        kill("-TERM", &pids);
-        group.end(0).expect(143);
-    }
-}
-
-#[test]
-fn two_jobs_of_torchrun_on_one_host_do_not_mix() {
-    let bench = Workbench::new(21);
-    // Their stores look for a port among the sixteen above the master's: the same ones, nearly.
-    let port = loop {
-        let port = free_port();
-        let taken = |p: u16| TcpListener::bind(("127.0.0.1", p)).is_err();
-        if port < 60000 && !(port..port + 24).any(taken) {
-            break port;
-        }
+    let adapter = |name: &str| -> Vec<f32> {
+        let file = bench.path(name).join("adapter_model.safetensors");
+        tensors(&file).into_values().flatten().collect()
     };
-    let start = |job: u16, rank: usize, config: &Path| {
-        let mut command = plain(&["train", text(config)]);
-        for (name, value) in [
-            ("TORCHELASTIC_RUN_ID", "none".to_owned()),
-            ("TORCHELASTIC_USE_AGENT_STORE", "True".to_owned()),
-            ("RANK", rank.to_string()),
-            ("LOCAL_RANK", rank.to_string()),
-            ("GROUP_RANK", "0".to_owned()),
-            ("WORLD_SIZE", "2".to_owned()),
-            ("LOCAL_WORLD_SIZE", "2".to_owned()),
-            ("MASTER_ADDR", "127.0.0.1".to_owned()),
-            ("MASTER_PORT", (port + 3 * job).to_string()),
-        ] {
-            command.env(name, value);
-        }
-        command.spawn().expect("the binary starts")
-    };
-    let configs = [0, 1].map(|job| {
-        let more = json!({"learning_rate": ([0.01, 0.02][job]), "device": "cpu"});
-        bench.config(&format!("job_{job}"), &on(2, &more))
+    let error = norm_relative(&adapter("four"), &adapter("one"));
+    assert!(error <= 1e-4, "{error:.1e}");
+}
+
+#[test]
+fn evaluation_is_shared_and_counts_every_row_once() {
+    let bench = Workbench::new(23);
+    let changes = json!({
+        "eval_file": bench.path("rows.jsonl"),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 2,
+        "per_device_eval_batch_size": 2,
     });
-    let one = bench.path("one").join("adapter_model.safetensors");
-    bench
-        .train("one", &on(1, &json!({"learning_rate": 0.01})))
-        .expect(0);
-    let expected = [read(&one), {
-        bench
-            .train("other", &on(1, &json!({"learning_rate": 0.02})))
-            .expect(0);
-        read(&bench.path("other").join("adapter_model.safetensors"))
-    }];
-    // The follower of the first comes when only the second's store is there.
-    let mut first = Ranks(vec![None, Some(start(0, 1, &configs[0]))]);
-    let mut second = Ranks(vec![Some(start(1, 0, &configs[1])), None]);
-    std::thread::sleep(Duration::from_millis(500));
-    first.0[0] = Some(start(0, 0, &configs[0]));
-    second.0[1] = Some(start(1, 1, &configs[1]));
-    for rank in [0, 1] {
-        first.end(rank).expect(0);
-        second.end(rank).expect(0);
-    }
-    for job in [0, 1] {
-        let adapter = bench
-            .path(&format!("job_{job}"))
-            .join("adapter_model.safetensors");
-        assert!(read(&adapter) == expected[job], "job {job}");
-    }
+    let one = with(&changes, &json!({"gradient_accumulation_steps": 3}));
+    finish(&bench, "one", 1, &one);
+    finish(&bench, "three", 3, &changes);
+    let results = |name: &str| read_json(&bench.path(name).join("eval_results.json"));
+    let (one, three) = (results("one"), results("three"));
+    let loss = |v: &Value| v["eval_loss"].as_f64().expect("a number");
+    assert!(
+        (loss(&one) - loss(&three)).abs() <= 1e-5 * loss(&one),
+        "{one} {three}"
+    );
+    assert_eq!(one["eval_num_tokens"], three["eval_num_tokens"]);
 }
 
 #[test]
-fn ranks_with_other_rows_to_evaluate_are_refused() {
-    let bench = Workbench::new(21);
-    let rows = std::fs::read_to_string(bench.path("rows.jsonl")).expect("rows");
-    let lines: Vec<&str> = rows.lines().collect();
-    let evaluate = |name: &str, count: usize| {
-        let file = bench.path(&format!("{name}.jsonl"));
-        std::fs::write(&file, lines[..count].join("\n")).expect("writable");
-        bench.config(
-            name,
-            &on(2, &json!({"eval_file": file, "eval_strategy": "epoch"})),
+fn one_rank_asked_to_stop_stops_all_at_the_same_step_with_a_checkpoint() {
+    let bench = bench();
+    let changes = with(&changes(), &json!({"max_steps": 5000, "logging_steps": 1}));
+    let (stop, never) = (AtomicBool::new(false), AtomicBool::new(false));
+    let config = load(&bench, "stopped", &changes);
+    let outcomes = on_ranks(3, |place, group| {
+        let recipe = Recipe::prepare_at(place, config.clone()).expect("sound");
+        // Only the last rank is asked, after a while.
+        let flag = if place.rank == 2 { &stop } else { &never };
+        std::thread::scope(|scope| {
+            if place.rank == 2 {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_millis(300));
+                    stop.store(true, Ordering::SeqCst);
+                });
+            }
+            recipe.train_with(group, &mut [], flag)
+        })
+    });
+    let mut steps = Vec::new();
+    for outcome in outcomes {
+        let Ok(RunOutcome::Stopped {
+            step,
+            checkpoint: Some(path),
+        }) = outcome
+        else {
+            panic!("{outcome:?}");
+        };
+        assert!(path.join("adapter_model.safetensors").is_file());
+        steps.push(step);
+    }
+    assert!(steps.iter().all(|s| *s == steps[0]), "{steps:?}");
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks() {
+    let bench = bench();
+    let base = with(
+        &changes(),
+        &json!({
+            "deterministic_reduction": true,
+            "max_steps": 8,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "resume_from_checkpoint": "auto",
+        }),
+    );
+    let on =
+        |accumulation: usize| with(&base, &json!({"gradient_accumulation_steps": accumulation}));
+    finish(&bench, "whole", 1, &on(4));
+    // As if killed after the checkpoint of step 3.
+    let (from, to) = (bench.path("whole"), bench.path("moved"));
+    common::copy_dir(&from.join("checkpoint-3"), &to.join("checkpoint-3"));
+    finish(&bench, "moved", 4, &on(1));
+    let adapter = |name: &str| read(&bench.path(name).join("adapter_model.safetensors"));
+    assert!(adapter("whole") == adapter("moved"));
+
+    // Another number of micro-batches a step is another run, and says so.
+    let again = bench.path("refused");
+    common::copy_dir(&from.join("checkpoint-3"), &again.join("checkpoint-3"));
+    let refused = train(&bench, "refused", 2, &on(1), &AtomicBool::new(false));
+    let message = refused[0].as_ref().expect_err("refused").to_string();
+    assert!(message.contains("micro_batches_per_step"), "{message}");
+    assert!(matches!(refused[1], Err(Error::Transient { .. })));
+    assert_eq!(entries(&again), ["checkpoint-3"]);
+}
+
+#[test]
+fn parameters_that_differ_between_ranks_are_found() {
+    let bench = Workbench::new(8);
+    let config = load(&bench, "flipped", &json!({}));
+    let errors = on_ranks(3, |place, group| {
+        let recipe = Recipe::prepare_at(place, config.clone()).expect("sound");
+        let mut trainer = recipe.trainer_with(group).expect("trainer");
+        trainer.check_replicas().expect("equal at first");
+        if place.rank == 1 {
+            let values = trainer.params_mut().as_mut_slice();
+            values[5] = f32::from_bits(values[5].to_bits() ^ 1);
+        }
+        trainer
+            .check_replicas()
+            .expect_err("one bit differs")
+            .to_string()
+    });
+    assert!(
+        errors.iter().all(|e| e.contains("rank 1 differ")),
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn an_error_of_rank_0_ends_the_others() {
+    let bench = Workbench::new(8);
+    // Nothing can be written where a file is.
+    std::fs::write(bench.path("taken"), "a file").expect("writable");
+    let changes = json!({"output_dir": bench.path("taken").join("below")});
+    let config = load(&bench, "config", &changes);
+    let outcomes = on_ranks(2, |place, group| {
+        Recipe::prepare_at(place, config.clone())?.train_with(
+            group,
+            &mut [],
+            &AtomicBool::new(false),
         )
-    };
-    let mut ranks = Ranks::start(&[&evaluate("a", 8), &evaluate("b", 3)]);
-    let second = ranks.end(1).expect(78);
-    assert!(second.stderr.contains("eval_data"), "{}", second.stderr);
-}
-
-#[test]
-fn ranks_of_one_machine_share_its_memory() {
-    let bench = Workbench::new(21);
-    let config = bench.config("plan", &json!({"device": "cpu"}));
-    let available = |ranks: &str| {
-        let output = plain(&["plan", text(&config), "--nproc", ranks, "--json"]).output();
-        let plan = Finished::from(output.expect("the binary starts")).expect(0);
-        let plan: Value = serde_json::from_str(&plan.stdout).expect("a document");
-        plan["available_memory_bytes"].as_f64().expect("a number")
-    };
-    let share = available("4") / available("1");
-    // Others use memory meanwhile.
-    assert!((0.15..0.35).contains(&share), "{share}");
+    });
+    assert!(outcomes.iter().all(Result::is_err), "{outcomes:?}");
+    assert!(!Path::new(&bench.path("config")).exists());
 }
