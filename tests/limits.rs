@@ -48,8 +48,10 @@ fn threads_that_the_system_does_not_give_are_a_lack_of_memory() {
     let config = bench.config("threads", &json!({"max_steps": 2, "num_threads": 2000}));
     // Stacks of 2 MiB each.
     let finished = limited("ulimit -v 1500000", &config).expect(71);
+    // A thread that did start may fail for want of a signal stack before the one that did not is told of.
+    let told = ["num_threads", "Cannot allocate memory"];
     assert!(
-        finished.stderr.contains("num_threads"),
+        told.iter().any(|words| finished.stderr.contains(words)),
         "{}",
         finished.stderr
     );

@@ -194,12 +194,17 @@ fn either_spelling(word: OsString) -> OsString {
     }
 }
 
-/// A panic is an internal error like any other: message, place, code 70.
+/// A panic is an internal error like any other: message, place, code 70. A thread that finds no memory for its
+/// stack panics too, before any code of ours: 71.
 fn exit_on_panic() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         default(info);
-        std::process::exit(ExitCode::Internal as i32);
+        let code = match info.to_string().contains("Cannot allocate memory") {
+            true => ExitCode::OutOfMemory,
+            false => ExitCode::Internal,
+        };
+        std::process::exit(code as i32);
     }));
 }
 
