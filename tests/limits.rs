@@ -71,6 +71,28 @@ fn a_log_that_is_a_link_does_not_lead_elsewhere() {
 }
 
 #[test]
+fn what_a_result_cannot_replace_is_found_before_training() {
+    let bench = Workbench::new(8);
+    let long = json!({"max_steps": 1_000_000});
+    std::fs::create_dir_all(bench.path("blocked/adapter_model.safetensors")).expect("a directory");
+    let finished = bench.train("blocked", &long).expect(73);
+    assert!(
+        finished.stderr.contains("is a directory"),
+        "{}",
+        finished.stderr
+    );
+    std::fs::create_dir(bench.path("linked")).expect("a directory");
+    let checkpoint = bench.path("linked/checkpoint-6");
+    std::os::unix::fs::symlink(bench.path("base"), checkpoint).expect("a link");
+    let finished = bench.train("linked", &long).expect(73);
+    assert!(
+        finished.stderr.contains("checkpoint-6"),
+        "{}",
+        finished.stderr
+    );
+}
+
+#[test]
 fn a_configuration_without_an_end_is_refused() {
     ferrotune(&["plan", "/dev/zero"]).expect(78);
 }

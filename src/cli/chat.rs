@@ -50,7 +50,7 @@ pub(super) struct SamplingArgs {
     #[arg(long, default_value = "128", value_parser = at_least_one)]
     max_new_tokens: NonZeroUsize,
     /// 0 always takes the most likely token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Only the k most likely tokens
     #[arg(long)]

@@ -6,6 +6,16 @@ use ferrotune_core::io::probe_writable;
 use ferrotune_core::{Error, Result};
 use std::path::Path;
 
+/// Files of a result, at the top of the output directory.
+const RESULT: [&str; 6] = [
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "model.safetensors",
+    "config.json",
+    "run.json",
+    "trainer_log.jsonl",
+];
+
 /// Checks that a run may write to its output directory, and can. Leaves no new directory behind.
 ///
 /// # Errors
@@ -14,6 +24,7 @@ pub(super) fn check(config: &TrainConfig, base: &Path) -> Result<()> {
     let output = Path::new(&config.output.output_dir);
     refuse_a_file(output)?;
     refuse_the_base(output, base)?;
+    refuse_what_cannot_be_replaced(output)?;
     probe(output)?;
     refuse_to_overwrite(config, output)
 }
@@ -24,6 +35,28 @@ fn refuse_a_file(output: &Path) -> Result<()> {
     }
     let message = "it is a file, and output_dir must be a directory; choose another output_dir";
     Err(Error::write(output)(std::io::Error::other(message)))
+}
+
+/// A link to a checkpoint, which counts as none, and directories where files are to go: found at the end
+/// otherwise, when the training is done.
+fn refuse_what_cannot_be_replaced(output: &Path) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(output) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let path = entry.path();
+        let problem = if name.starts_with("checkpoint-") && path.is_symlink() {
+            "is a link, and a checkpoint is a directory; move its target here"
+        } else if path.is_dir() && RESULT.contains(&&*name) {
+            "is a directory, where a file of the result goes; move it away"
+        } else {
+            continue;
+        };
+        return Err(Error::write(&path)(std::io::Error::other(problem)));
+    }
+    Ok(())
 }
 
 /// The base must outlive the run: neither its weights nor the checkpoint it lies in may go.

@@ -62,7 +62,7 @@ pub(super) fn require_usable(
         return Err(Error::config(
             key,
             format!(
-                "{} exists and is not empty; choose a new directory or ask for it to be replaced",
+                "{} exists and is not empty; choose a new directory, or have it replaced (`--overwrite`)",
                 output.display()
             ),
         ));
