@@ -3,6 +3,7 @@
 use super::MpiOptions;
 use super::worker::{self, Request};
 use crate::agreement::Header;
+use crate::tcp::AbortHandle;
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::ProcessGroup;
 use ferrotune_core::{Error, Result};
@@ -73,7 +74,7 @@ impl Mpi {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if let Some(why) = self.options.peers.as_ref().and_then(|p| p.failure()) {
+            if let Some(why) = self.options.peers.as_ref().and_then(AbortHandle::failure) {
                 return Err(self.fail(why));
             }
             if begin.elapsed() >= self.options.timeout {
