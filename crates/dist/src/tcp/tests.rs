@@ -227,9 +227,16 @@ fn a_failed_group_stays_failed() {
         if group.rank() == 0 {
             group.abort_handle().abort("enough");
         }
+        // The other may see the end of a connection before it hears why.
+        let first = message(group.barrier());
+        let aborted = first.contains("enough");
+        assert!(
+            aborted || (group.rank() == 1 && first.contains("rank 0")),
+            "{first}"
+        );
         for _ in 0..3 {
-            assert!(message(group.barrier()).contains("enough"));
-            assert!(message(group.begin_step(0, false).map(drop)).contains("enough"));
+            assert_eq!(message(group.barrier()), first);
+            assert_eq!(message(group.begin_step(0, false).map(drop)), first);
         }
         // It leaves when the other has heard.
         group
