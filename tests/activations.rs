@@ -13,7 +13,6 @@ use ferrotune::core::model::{DecoderConfig, Keep, Mode, Model, Pass, StepShape, 
 use ferrotune::core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::linear_cross_entropy::Accumulator;
-use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Device, Tensor, View, ViewMut, Workspace, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use std::path::Path;
@@ -163,13 +162,7 @@ impl Subject {
         params.move_to(device);
         let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
         // A fresh B is zero, and so would the gradient of A be.
-        let layout = std::sync::Arc::clone(params.layout());
-        for (id, segment) in layout.by_name() {
-            let mut stream = Stream::new(key_for(SEED, &segment.spec.name));
-            for value in params.get_mut(id) {
-                *value += (stream.normal() * 0.15) as f32;
-            }
-        }
+        common::add_noise(&mut params, SEED);
         Self {
             config,
             model,

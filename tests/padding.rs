@@ -11,7 +11,6 @@ use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune::core::params::FlatBuffer;
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use std::path::Path;
@@ -48,13 +47,7 @@ fn run(
     params.move_to(device);
     let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
     // A fresh B is zero, and so would the gradient of A be.
-    let layout = std::sync::Arc::clone(params.layout());
-    for (id, segment) in layout.by_name() {
-        let mut stream = Stream::new(key_for(SEED, &segment.spec.name));
-        for value in params.get_mut(id) {
-            *value += (stream.normal() * 0.15) as f32;
-        }
-    }
+    common::add_noise(&mut params, SEED);
     let workspace = Workspace::on(device.clone(), batch.rows());
     let pass = Pass {
         workspace: &workspace,

@@ -13,7 +13,6 @@ use ferrotune::core::params::FlatBuffer;
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::dequantise::{FourBitFormat, FourBitType};
 use ferrotune::kernels::linear_cross_entropy::Accumulator;
-use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Device, Tensor, View, Workspace, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use serde_json::{Value, json};
@@ -68,13 +67,7 @@ impl Subject {
         let (attachments, mut params) = attach(&config, &adapter).expect("attaches");
         params.move_to(device);
         let model = Model::load(&config, attachments, &files, &mut params, format).expect("loads");
-        let layout = std::sync::Arc::clone(params.layout());
-        for (id, segment) in layout.by_name() {
-            let mut stream = Stream::new(key_for(SEED, &segment.spec.name));
-            for value in params.get_mut(id) {
-                *value += (stream.normal() * 0.15) as f32;
-            }
-        }
+        common::add_noise(&mut params, SEED);
         Self {
             config,
             model,

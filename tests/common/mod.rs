@@ -474,3 +474,14 @@ pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
         .map(|n| (n.to_owned(), file.read_f32(n).expect("readable")))
         .collect()
 }
+
+/// Moves every trained value, each tensor by its own draws: a fresh B is zero, and so would the gradient of A be.
+pub(crate) fn add_noise(params: &mut ferrotune::core::params::FlatBuffer, seed: u64) {
+    let layout = std::sync::Arc::clone(params.layout());
+    for (id, segment) in layout.by_name() {
+        let mut stream = Stream::new(key_for(seed, &segment.spec.name));
+        for value in params.get_mut(id) {
+            *value += (stream.normal() * 0.15) as f32;
+        }
+    }
+}
