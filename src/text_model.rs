@@ -75,7 +75,8 @@ impl TextModel {
                 let (attachments, mut params) =
                     attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);
-                let model = Model::load(&config, attachments, &files, &mut params, format)?;
+                let mut model = Model::load(&config, attachments, &files, &mut params, format)?;
+                method.prepare(&mut params, &mut model)?;
                 method.load(&mut params, directory)?;
                 (model, params)
             }

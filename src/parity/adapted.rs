@@ -68,7 +68,8 @@ impl Adapted {
         let (attachments, mut params) = attach(&config, method.as_ref())?;
         params.move_to(device);
         let attachments = change(attachments)?;
-        let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
+        let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
+        method.prepare(&mut params, &mut model)?;
         method.load(&mut params, directory)?;
         Ok(Self { model, params })
     }

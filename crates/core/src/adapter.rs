@@ -1,8 +1,12 @@
 //! The port that PEFT methods implement: where they attach and what they do there.
 
+mod update;
+
+pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
+
 use crate::Result;
 use crate::params::{FlatBuffer, ParamId, ParamLayoutBuilder};
-use ferrotune_kernels::{Tensor, View, ViewMut};
+use ferrotune_kernels::{Tensor, View};
 use std::fmt::Debug;
 use std::path::Path;
 
@@ -51,6 +55,10 @@ pub struct Site {
 pub enum Attachment {
     /// `y += scale * dropout(x) A^T B^T`, folded into the linear's own products.
     LowRank(LowRank),
+    /// A low-rank update whose factors the method makes of its parameters, folded in the same way.
+    Factors(Box<dyn LowRankFactors>),
+    /// The base weight is replaced by a function of it and of the method's parameters.
+    Weight(Box<dyn WeightUpdate>),
     /// The base weight (and bias) itself is trained, starting from the base's values.
     TrainBase {
         /// Weight, same shape as the base's.
@@ -75,36 +83,23 @@ pub struct LowRank {
     pub scale: f32,
     /// Probability that an element of x is dropped before A, in training.
     pub dropout: f32,
+    /// DoRA's m, `[out_features]`: row i of W + scale * B A is brought to the norm m\[i\].
+    pub magnitude: Option<ParamId>,
 }
 
-/// A method's own arithmetic on one linear. Parameters and gradients live in the flat buffers.
-pub trait CustomLinear: Debug + Send + Sync {
-    /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
-    ///
-    /// Returns what backward needs; x `[T, in]` need not be in it. The same operands must give the
-    /// same bits: where memory is short, backward calls this once more instead of keeping its results.
+/// The linears of a loaded base, as a method sees and changes them.
+pub trait BaseWeights {
+    /// W `[out_features, in_features]`, f32 in host memory.
     ///
     /// # Errors
-    /// If a kernel refuses its arguments.
-    fn forward(&self, params: &FlatBuffer, x: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>>;
+    /// [`crate::Error::Config`] if no frozen linear stands at the site.
+    fn read(&self, site: SiteId) -> Result<Tensor>;
 
-    /// `dy` `[T, out]` holds the gradient of the adapted output on entry and of the base output on
-    /// return; the linear turns that into its own share of `dx` afterwards.
-    ///
-    /// Direct contributions to the gradient of x are added to `dx` `[T, in]`, which is `None` when
-    /// nobody needs it. Parameter gradients are added to `grads`.
+    /// Replaces W, rounded or quantised to what the base is held in.
     ///
     /// # Errors
-    /// If a kernel refuses its arguments.
-    fn backward(
-        &self,
-        params: &FlatBuffer,
-        grads: &mut FlatBuffer,
-        x: View<'_>,
-        saved: &[Tensor],
-        dy: ViewMut<'_>,
-        dx: Option<ViewMut<'_>>,
-    ) -> Result<()>;
+    /// As [`BaseWeights::read`], or if the format cannot be made here.
+    fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()>;
 }
 
 /// A PEFT method over a whole model.
@@ -118,6 +113,16 @@ pub trait Adapter: Debug + Send + Sync {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>>;
+
+    /// Values that follow from the base's weights, and changes to the base that belong to the method.
+    /// Called once when the base is there: after [`Adapter::init`], before [`Adapter::load`].
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
+        let _ = (params, base);
+        Ok(())
+    }
 
     /// Fills the parameters with the method's initial values, a pure function of `seed`.
     ///

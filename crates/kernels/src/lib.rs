@@ -20,6 +20,7 @@ mod copy;
 pub mod cuda;
 pub mod dequantise;
 mod device;
+pub mod dora;
 pub mod dropout;
 pub mod embedding;
 mod error;

@@ -5,7 +5,7 @@
 //! which group: `create_loraplus_optimizer` of PEFT 0.21.
 
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::path::Path;
 
@@ -37,6 +37,10 @@ impl Adapter for LoraPlus {
             }
         }
         Ok(attachments)
+    }
+
+    fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
+        self.method.prepare(params, base)
     }
 
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {

@@ -3,6 +3,7 @@
 use crate::Result;
 use ferrotune_kernels::dequantise::FourBit;
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, Workspace};
+use std::ops::Range;
 
 /// A frozen matrix `[out, in]`.
 #[derive(Debug)]
@@ -55,6 +56,33 @@ impl FrozenWeight {
         let result = product(values.view());
         workspace.give_scratch(values.into_buffer());
         result
+    }
+
+    /// The values in host memory, f32.
+    pub(crate) fn to_host(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
+        self.with_values(scratch, workspace, |values| {
+            let [rows, cols] = values.shape();
+            Ok(Tensor::from_f32(values.to_f32_vec(), rows, cols))
+        })
+    }
+
+    /// Replaces the values of `rows`, rounded or quantised as they are held.
+    pub(crate) fn replace_rows(&mut self, rows: Range<usize>, values: View<'_>) -> Result<()> {
+        match self {
+            Self::Dense(held) => held.view_mut().row_range(rows).copy_from(values),
+            Self::FourBit(codes) => *codes = codes.requantise(values)?,
+            Self::Stacked(parts) => {
+                let mut first = 0;
+                for part in parts {
+                    let end = first + part.shape()[0];
+                    if first <= rows.start && rows.end <= end {
+                        return part.replace_rows(rows.start - first..rows.end - first, values);
+                    }
+                    first = end;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes the values to `out [out, in]`.

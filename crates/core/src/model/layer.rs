@@ -292,10 +292,23 @@ impl Layer {
         Ok(())
     }
 
+    /// The groups of linears, in the order of execution.
+    pub(crate) fn groups(&self) -> [&LinearGroup; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    pub(crate) fn groups_mut(&mut self) -> [&mut LinearGroup; 4] {
+        [
+            &mut self.qkv,
+            &mut self.o,
+            &mut self.gate_up,
+            &mut self.down,
+        ]
+    }
+
     /// Whether a method of its own computes in this layer.
     pub(crate) fn has_custom(&self) -> bool {
-        let groups = [&self.qkv, &self.o, &self.gate_up, &self.down];
-        groups.iter().any(|group| group.has_custom())
+        self.groups().iter().any(|group| group.has_custom())
     }
 
     /// Whether anything in this layer is trained.
@@ -303,9 +316,7 @@ impl Layer {
         self.input_norm.trained()
             || self.mlp_norm.trained()
             || self.qk_norms.as_ref().is_some_and(QkNorms::trained)
-            || [&self.qkv, &self.o, &self.gate_up, &self.down]
-                .iter()
-                .any(|g| g.trained())
+            || self.groups().iter().any(|group| group.trained())
     }
 }
 

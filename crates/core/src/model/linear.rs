@@ -3,12 +3,14 @@
 //! Forward of a part: `y = x W^T + b`, then its attachment. Backward computes no gradient of a
 //! frozen weight: only `dx = dy W` and what the attachments train.
 
+use super::attached::Norms;
+pub(crate) use super::attached::PartSaved;
 use super::frozen::{FrozenWeight, Scratch};
 use super::run::Run;
 use crate::Result;
-use crate::adapter::{Attachment, LowRank};
+use crate::adapter::Attachment;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, ViewMut, Workspace, bias, lora_linear, matmul};
+use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
 
 /// One or more linears over one input.
@@ -50,14 +52,6 @@ pub(crate) enum PartBias {
     Trained(ParamId),
 }
 
-/// What a part's attachment needs for backward.
-pub(crate) enum PartSaved {
-    None,
-    /// `dropout(x) A^T`, `[T, rank]` and room up to whole 16 bytes.
-    LowRank(Tensor),
-    Custom(Vec<Tensor>),
-}
-
 impl LinearGroup {
     /// Columns of the output.
     pub(crate) fn out_features(&self) -> usize {
@@ -71,36 +65,16 @@ impl LinearGroup {
         x: View<'_>,
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
+        let mut norms = Norms::default();
         self.each_product(run, |columns, weight| {
-            Ok(matmul::nt(
-                y.reborrow().columns(columns),
-                0.0,
-                1.0,
-                x,
-                weight,
-            )?)
+            norms.add(self, run, columns.clone(), weight)?;
+            let y = y.reborrow().columns(columns);
+            Ok(matmul::nt(y, 0.0, 1.0, x, weight)?)
         })?;
         let mut saved = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
-            let mut y = y.reborrow().columns(part.columns.clone());
-            if let Some(values) = part.bias(run.params) {
-                bias::add(y.reborrow(), values)?;
-            }
-            saved.push(match &part.attachment {
-                None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
-                Some(Attachment::LowRank(low_rank)) => {
-                    let update = update(run, part, low_rank);
-                    let dtype = update.a.dtype();
-                    let cols = Workspace::aligned(dtype, low_rank.rank);
-                    let mut s = run.workspace.take(dtype, x.rows(), cols);
-                    let rank = s.view_mut().columns(0..low_rank.rank);
-                    lora_linear::forward(x, &update, y, rank, run.workspace)?;
-                    PartSaved::LowRank(s)
-                }
-                Some(Attachment::Custom(custom)) => {
-                    PartSaved::Custom(custom.forward(run.params, x, y)?)
-                }
-            });
+            let y = y.reborrow().columns(part.columns.clone());
+            saved.push(part.forward(run, x, y, norms.take(part))?);
         }
         Ok(saved)
     }
@@ -115,7 +89,10 @@ impl LinearGroup {
         dy: View<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let custom = self.custom_backward(
+        for part in &self.parts {
+            part.bias_gradient(grads, dy.columns(part.columns.clone()))?;
+        }
+        let changed = self.output_backward(
             run,
             grads,
             x,
@@ -123,10 +100,10 @@ impl LinearGroup {
             dy,
             dx.as_mut().map(ViewMut::reborrow),
         )?;
-        let base_dy = custom.as_ref().map_or(dy, Tensor::view);
+        let base_dy = changed.as_ref().map_or(dy, Tensor::view);
         if let Some(dx) = &mut dx {
-            // After a custom method dx already holds its share.
-            let mut beta = if custom.is_some() { 1.0 } else { 0.0 };
+            // Where the output is changed, dx already holds what that adds to it.
+            let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
             self.each_product(run, |columns, weight| {
                 matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
                 beta = 1.0;
@@ -134,18 +111,12 @@ impl LinearGroup {
             })?;
         }
         for (part, saved) in self.parts.iter().zip(saved) {
-            let part_dy = base_dy.columns(part.columns.clone());
-            part.base_gradients(grads, x, part_dy)?;
-            if let (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank(s)) =
-                (&part.attachment, saved)
-            {
-                let update = update(run, part, low_rank);
-                let dx = dx.as_mut().map(ViewMut::reborrow);
-                low_rank_backward(run, grads, low_rank, &update, x, &s, part_dy, dx)?;
-                run.workspace.give(s);
-            }
+            let dy = base_dy.columns(part.columns.clone());
+            let dx = dx.as_mut().map(ViewMut::reborrow);
+            self.weight_gradient(run, grads, part, x, dy)?;
+            part.low_rank_backward(run, grads, x, saved, dy, dx)?;
         }
-        if let Some(tensor) = custom {
+        if let Some(tensor) = changed {
             run.workspace.give(tensor);
         }
         Ok(())
@@ -153,8 +124,11 @@ impl LinearGroup {
 
     /// Whether a method of its own computes here.
     pub(crate) fn has_custom(&self) -> bool {
-        let custom = |part: &Part| matches!(part.attachment, Some(Attachment::Custom(_)));
-        self.parts.iter().any(custom)
+        let on_host = |part: &Part| {
+            use Attachment::{Custom, Factors, Weight};
+            matches!(part.attachment, Some(Custom(_) | Factors(_) | Weight(_)))
+        };
+        self.parts.iter().any(on_host)
     }
 
     /// Whether anything here is trained.
@@ -162,8 +136,8 @@ impl LinearGroup {
         self.parts.iter().any(|p| p.attachment.is_some())
     }
 
-    /// The gradient of the base output where a custom method changes it, with `dx` begun.
-    fn custom_backward(
+    /// The gradient of the base output where methods change that, with `dx` begun.
+    fn output_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
@@ -172,7 +146,7 @@ impl LinearGroup {
         dy: View<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<Option<Tensor>> {
-        if !saved.iter().any(|s| matches!(s, PartSaved::Custom(_))) {
+        if !saved.iter().any(PartSaved::changes_output) {
             return Ok(None);
         }
         let mut base_dy = run.workspace.take(dy.dtype(), dy.rows(), dy.cols());
@@ -181,21 +155,35 @@ impl LinearGroup {
             dx.reborrow().fill(0.0);
         }
         for (part, saved) in self.parts.iter().zip(saved) {
-            if let (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) =
-                (&part.attachment, saved)
-            {
-                let dy = base_dy.view_mut().columns(part.columns.clone());
-                custom.backward(
-                    run.params,
-                    grads,
-                    x,
-                    saved,
-                    dy,
-                    dx.as_mut().map(ViewMut::reborrow),
-                )?;
-            }
+            let dy = base_dy.view_mut().columns(part.columns.clone());
+            let dx = dx.as_mut().map(ViewMut::reborrow);
+            part.output_backward(run, grads, x, saved, dy, dx)?;
         }
         Ok(Some(base_dy))
+    }
+
+    /// Gradients of a trained weight, or of what a method makes one of.
+    fn weight_gradient(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        part: &Part,
+        x: View<'_>,
+        dy: View<'_>,
+    ) -> Result<()> {
+        match (&part.weight, &part.attachment) {
+            (PartWeight::Trained(id), _) => matmul::tn(grads.view_mut(*id), 1.0, 1.0, dy, x)?,
+            (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
+                let base = weight.to_host(self.scratch, run.workspace)?;
+                let [rows, cols] = [dy.cols(), x.cols()];
+                let mut gradient = Tensor::empty(run.workspace.device(), DType::F32, rows, cols);
+                matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
+                let gradient = gradient.to_device(&Device::Cpu);
+                update.backward(run.params, grads, base.view(), gradient.view())?;
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Calls `product` for each product that makes the base output, with the columns of y and the
@@ -214,61 +202,18 @@ impl LinearGroup {
             let columns = part.columns.clone();
             match &part.weight {
                 PartWeight::Trained(id) => product(columns, run.params.view_as(*id, run.dtype))?,
-                PartWeight::Alone(weight) => {
-                    weight.with_values(scratch, workspace, |values| product(columns, values))?;
-                }
+                PartWeight::Alone(weight) => match &part.attachment {
+                    Some(Attachment::Weight(update)) => {
+                        let mut values = weight.to_host(scratch, workspace)?;
+                        update.apply(run.params, values.view_mut())?;
+                        let values = part.placed(run, &values);
+                        product(columns, values.view())?;
+                    }
+                    _ => weight.with_values(scratch, workspace, |v| product(columns, v))?,
+                },
                 PartWeight::InGroup => {}
             }
         }
         Ok(())
     }
-}
-
-fn update<'a>(run: &'a Run<'_>, part: &Part, low_rank: &LowRank) -> lora_linear::LowRank<'a> {
-    lora_linear::LowRank {
-        a: run.params.view_as(low_rank.a, run.dtype),
-        b: run.params.view_as(low_rank.b, run.dtype),
-        scale: low_rank.scale,
-        dropout: run.dropout(part.site, low_rank),
-    }
-}
-
-impl Part {
-    fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<View<'a>> {
-        self.bias.as_ref().map(|bias| match bias {
-            PartBias::Frozen(values) => values.view(),
-            PartBias::Trained(id) => params.view(*id),
-        })
-    }
-
-    /// Gradients of a trained base weight and bias.
-    fn base_gradients(&self, grads: &mut FlatBuffer, x: View<'_>, dy: View<'_>) -> Result<()> {
-        if let PartWeight::Trained(id) = self.weight {
-            matmul::tn(grads.view_mut(id), 1.0, 1.0, dy, x)?;
-        }
-        if let Some(PartBias::Trained(id)) = self.bias {
-            bias::backward(dy, grads.view_mut(id))?;
-        }
-        Ok(())
-    }
-}
-
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one call of one kernel, spelled out"
-)]
-fn low_rank_backward(
-    run: &Run<'_>,
-    grads: &mut FlatBuffer,
-    low_rank: &LowRank,
-    update: &lora_linear::LowRank<'_>,
-    x: View<'_>,
-    s: &Tensor,
-    dy: View<'_>,
-    dx: Option<ViewMut<'_>>,
-) -> Result<()> {
-    let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
-    let s = s.view().columns(0..low_rank.rank);
-    lora_linear::backward(x, update, s, dy, dx, d_a, d_b, run.workspace)?;
-    Ok(())
 }

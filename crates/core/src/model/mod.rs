@@ -4,6 +4,8 @@
 //! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
 
 mod angles;
+mod attached;
+mod base;
 mod config;
 mod decode;
 mod frozen;

@@ -2,7 +2,6 @@
 
 use super::inputs::Inputs;
 use crate::Result;
-use crate::adapter::LowRank;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Indices, Tensor, Workspace, dropout, embedding, rng};
 
@@ -75,17 +74,13 @@ impl<'a> Run<'a> {
         self.workspace.give(self.sin);
     }
 
-    /// The mask of a low-rank update's dropout at site `site`, if one applies.
-    pub(crate) fn dropout(
-        &self,
-        site: usize,
-        low_rank: &LowRank,
-    ) -> Option<(dropout::Key, &Indices<'a>)> {
+    /// The mask of a low-rank update's dropout with probability `p` at site `site`, if one applies.
+    pub(crate) fn dropout(&self, site: usize, p: f32) -> Option<(dropout::Key, &Indices<'a>)> {
         match self.mode {
-            Mode::Train { seed, .. } if low_rank.dropout > 0.0 => {
+            Mode::Train { seed, .. } if p > 0.0 => {
                 let key = dropout::Key {
                     seed: rng::mix(rng::key_for(seed, "dropout"), site as u64),
-                    p: low_rank.dropout,
+                    p,
                 };
                 Some((key, &self.inputs.draws))
             }

@@ -89,8 +89,17 @@ impl GateUpSaved {
 fn release_parts(parts: Vec<PartSaved>, workspace: &Workspace) {
     for part in parts {
         match part {
-            PartSaved::LowRank(s) => workspace.give(s),
+            PartSaved::LowRank { s, scaled } => {
+                workspace.give(s);
+                for tensor in scaled
+                    .into_iter()
+                    .flat_map(|scaled| [scaled.u, scaled.norms])
+                {
+                    workspace.give(tensor);
+                }
+            }
             // A method of its own allocates for itself: the pool would grow by it in every pass.
+            PartSaved::Factors { s, .. } => workspace.give(s),
             PartSaved::None | PartSaved::Custom(_) => {}
         }
     }

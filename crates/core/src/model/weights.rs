@@ -244,10 +244,11 @@ impl Builder<'_> {
 
     fn linears(&mut self, ids: &[SiteId]) -> Result<LinearGroup> {
         let plan = self.plan;
-        let trains = |b: &Self, id: SiteId| {
-            matches!(b.attachments.get(&id), Some(Attachment::TrainBase { .. }))
+        let apart = |b: &Self, id: SiteId| {
+            use Attachment::{TrainBase, Weight};
+            matches!(b.attachments.get(&id), Some(TrainBase { .. } | Weight(_)))
         };
-        let frozen = if ids.iter().any(|&id| trains(self, id)) {
+        let frozen = if ids.iter().any(|&id| apart(self, id)) {
             None
         } else {
             Some(self.frozen_group(ids)?)

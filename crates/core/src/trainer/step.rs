@@ -133,6 +133,7 @@ impl Trainer {
         model.set_keep(&options.keep);
         model.set_label_smoothing(options.label_smoothing);
         adapter.init(&mut params, options.seed)?;
+        adapter.prepare(&mut params, &mut model)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());

@@ -13,6 +13,7 @@ static MODULES: &[&Module] = &[
     &crate::bias::cuda::MODULE,
     &crate::copy::cuda::MODULE,
     &crate::dequantise::cuda::MODULE,
+    &crate::dora::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,
     &crate::gated_activation::cuda::MODULE,

@@ -32,6 +32,11 @@ pub(super) struct FourBitMemory {
 }
 
 impl FourBitMemory {
+    /// Whether the scales are quantised too.
+    pub(super) fn nested(&self) -> bool {
+        self.indices != 0
+    }
+
     pub(super) fn new(device: &Arc<CudaDevice>, packed: &Packed, code: &[f32; 16]) -> Self {
         let code = bytemuck::bytes_of(code);
         let (parts, offset): ([&[u8]; 5], f32) = match &packed.absmax {

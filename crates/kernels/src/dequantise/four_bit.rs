@@ -137,6 +137,19 @@ impl FourBit {
         Self::new(values.shape(), block, code, packed, absmax)
     }
 
+    /// `values` in the same codes and blocks, where `self` is.
+    ///
+    /// # Errors
+    /// If a value is not finite.
+    pub fn requantise(&self, values: View<'_>) -> Result<Self> {
+        let (nested, device) = match &self.storage {
+            Storage::Host(packed) => (matches!(packed.absmax, Absmax::Nested { .. }), Device::Cpu),
+            Storage::Cuda(memory) => (memory.nested(), Device::Cuda(memory.device().clone())),
+        };
+        let codes = Self::quantise(values, self.block, self.code, nested)?;
+        Ok(codes.to_device(&device))
+    }
+
     /// `[rows, cols]`.
     #[must_use]
     pub fn shape(&self) -> [usize; 2] {

@@ -147,6 +147,7 @@ fn declare(
         rank,
         scale: config.scale(rank, target.alpha),
         dropout: config.dropout as f32,
+        magnitude: None,
     }
 }
 

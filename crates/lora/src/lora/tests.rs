@@ -57,8 +57,9 @@ fn shapes_scale_and_order_follow_the_site() {
         rank,
         scale,
         dropout,
+        magnitude,
     } = attachments[0];
-    assert_eq!((rank, scale, dropout), (4, 2.5, 0.25));
+    assert_eq!((rank, scale, dropout, magnitude), (4, 2.5, 0.25, None));
     let (a, b) = (
         &params.layout().segment(a).spec,
         &params.layout().segment(b).spec,

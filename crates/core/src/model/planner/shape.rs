@@ -62,7 +62,11 @@ fn method(attachment: &Attachment) -> Method {
             dropout: low_rank.dropout > 0.0,
         },
         Attachment::TrainBase { .. } => Method::TrainBase,
-        Attachment::Custom(_) => Method::Custom,
+        Attachment::Factors(method) => Method::LowRank {
+            rank: method.rank(),
+            dropout: method.dropout() > 0.0,
+        },
+        Attachment::Custom(_) | Attachment::Weight(_) => Method::Custom,
     }
 }
 

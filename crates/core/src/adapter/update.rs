@@ -1,0 +1,113 @@
+//! What a method computes on one linear, beyond a plain low-rank update.
+//!
+//! A method implements the narrowest of these that holds it: [`LowRankFactors`] costs what LoRA does,
+//! [`WeightUpdate`] one more product per backward, and [`CustomLinear`] what it pleases. All of them
+//! compute in host memory, in f32; a base on a GPU is brought there and back.
+
+use crate::params::FlatBuffer;
+use crate::{Error, Result};
+use ferrotune_kernels::{Tensor, View, ViewMut};
+use std::fmt::Debug;
+
+/// `y += scale * dropout(x) A^T B^T` with A and B made of the method's parameters.
+pub trait LowRankFactors: Debug + Send + Sync {
+    /// Rows of A.
+    fn rank(&self) -> usize;
+
+    /// Factor of the update.
+    fn scale(&self) -> f32 {
+        1.0
+    }
+
+    /// Probability that an element of x is dropped before A, in training.
+    fn dropout(&self) -> f32 {
+        0.0
+    }
+
+    /// A `[rank, in_features]` and B `[out_features, rank]`, in host memory, f32.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]>;
+
+    /// Adds the parameters' gradients to `grads`, from those of A and B.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        d_a: View<'_>,
+        d_b: View<'_>,
+    ) -> Result<()>;
+}
+
+/// `y = x f(W)^T + b`: the method gives f and its vector-Jacobian product, the linear does the rest.
+pub trait WeightUpdate: Debug + Send + Sync {
+    /// Turns W `[out_features, in_features]`, f32 in host memory, into f(W).
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()>;
+
+    /// Adds the parameters' gradients to `grads`, from W and the gradient of f(W), both
+    /// `[out_features, in_features]`.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()>;
+}
+
+/// A method's own arithmetic on one linear. Parameters and gradients live in the flat buffers.
+pub trait CustomLinear: Debug + Send + Sync {
+    /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
+    ///
+    /// Returns what backward needs; x `[T, in]` need not be in it. The same operands must give the
+    /// same bits: where memory is short, backward calls this once more instead of keeping its results.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn forward(&self, params: &FlatBuffer, x: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>>;
+
+    /// `dy` `[T, out]` holds the gradient of the adapted output on entry and of the base output on
+    /// return; the linear turns that into its own share of `dx` afterwards.
+    ///
+    /// Direct contributions to the gradient of x are added to `dx` `[T, in]`, which is `None` when
+    /// nobody needs it. Parameter gradients are added to `grads`.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: &[Tensor],
+        dy: ViewMut<'_>,
+        dx: Option<ViewMut<'_>>,
+    ) -> Result<()>;
+
+    /// Folds the method into the base: weight `[out, in]` and bias `[1, out]`, f32 in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the method is no function of the weight; so too by default.
+    fn merge(
+        &self,
+        params: &FlatBuffer,
+        weight: ViewMut<'_>,
+        bias: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let _ = (params, weight, bias);
+        Err(Error::config(
+            "peft_type",
+            "this method cannot be merged into the base",
+        ))
+    }
+}

@@ -1,0 +1,315 @@
+//! One linear of a group with what is attached to it: what comes after the base product, and before it
+//! on the way back.
+
+use super::linear::{LinearGroup, Part, PartBias};
+use super::run::Run;
+use crate::Result;
+use crate::adapter::{Attachment, LowRank, LowRankFactors};
+use crate::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{
+    DType, Device, Tensor, View, ViewMut, Workspace, bias, dora, lora_linear, matmul,
+};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// What a part's attachment needs for backward.
+pub(crate) enum PartSaved {
+    None,
+    /// `dropout(x) A^T`, `[T, rank]` and room up to whole 16 bytes, and what DoRA adds.
+    LowRank {
+        s: Tensor,
+        scaled: Option<Scaled>,
+    },
+    /// The same, with the factors that a method made.
+    Factors {
+        s: Tensor,
+        factors: [Tensor; 2],
+    },
+    Custom(Vec<Tensor>),
+}
+
+/// What DoRA keeps: the output before it is scaled, without bias, `[T, out]`, and the norms of the rows
+/// of W + scale * B A, `[1, out]`.
+pub(crate) struct Scaled {
+    pub(crate) u: Tensor,
+    pub(crate) norms: Tensor,
+}
+
+impl PartSaved {
+    /// Whether the gradient of the base output is another than that of the output.
+    pub(crate) fn changes_output(&self) -> bool {
+        matches!(
+            self,
+            Self::Custom(_)
+                | Self::LowRank {
+                    scaled: Some(_),
+                    ..
+                }
+        )
+    }
+}
+
+/// Norms of the rows of W + scale * B A for the parts that need them, taken while W is at hand.
+#[derive(Default)]
+pub(crate) struct Norms(BTreeMap<usize, Tensor>);
+
+impl Norms {
+    /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`.
+    pub(crate) fn add(
+        &mut self,
+        group: &LinearGroup,
+        run: &Run<'_>,
+        columns: Range<usize>,
+        weight: View<'_>,
+    ) -> Result<()> {
+        for part in &group.parts {
+            let Some(Attachment::LowRank(low_rank)) = &part.attachment else {
+                continue;
+            };
+            if low_rank.magnitude.is_none()
+                || part.columns.start < columns.start
+                || part.columns.end > columns.end
+            {
+                continue;
+            }
+            let rows = part.columns.start - columns.start..part.columns.end - columns.start;
+            let norms = row_norms(run, low_rank, weight.row_range(rows))?;
+            self.0.insert(part.site, norms);
+        }
+        Ok(())
+    }
+
+    /// Those of `part`.
+    pub(crate) fn take(&mut self, part: &Part) -> Option<Tensor> {
+        self.0.remove(&part.site)
+    }
+}
+
+/// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made.
+fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tensor> {
+    let (workspace, [out, rank]) = (run.workspace, [weight.rows(), low_rank.rank]);
+    let [a, b] = [low_rank.a, low_rank.b].map(|id| run.params.view_as(id, run.dtype));
+    let mut cross = workspace.take(DType::F32, rank, out);
+    matmul::nt(cross.view_mut(), 0.0, 1.0, a, weight)?;
+    let mut gram = workspace.take(b.dtype(), rank, rank);
+    matmul::nt(gram.view_mut(), 0.0, 1.0, a, a)?;
+    let mut spread = workspace.take(DType::F32, rank, out);
+    matmul::nt(spread.view_mut(), 0.0, 1.0, gram.view(), b)?;
+    let mut norms = workspace.take(DType::F32, 1, out);
+    let of = dora::Operands {
+        weight,
+        b: run.params.view(low_rank.b),
+        cross: cross.view(),
+        spread: spread.view(),
+        scale: low_rank.scale,
+    };
+    dora::row_norms(&of, norms.view_mut())?;
+    [cross, gram, spread]
+        .into_iter()
+        .for_each(|t| workspace.give(t));
+    Ok(norms)
+}
+
+impl Part {
+    /// Adds bias and attachment to `y` `[T, out]`, which holds the base product.
+    pub(crate) fn forward(
+        &self,
+        run: &Run<'_>,
+        x: View<'_>,
+        mut y: ViewMut<'_>,
+        norms: Option<Tensor>,
+    ) -> Result<PartSaved> {
+        let bias = self.bias(run.params);
+        match &self.attachment {
+            Some(Attachment::LowRank(low_rank)) => {
+                let update = update(run, self, low_rank);
+                let s = low_rank_forward(run, x, &update, y.reborrow())?;
+                let scaled = match (low_rank.magnitude, norms) {
+                    (Some(magnitude), Some(norms)) => {
+                        Some(scale(run, magnitude, norms, y.reborrow())?)
+                    }
+                    _ => None,
+                };
+                add(y, bias)?;
+                Ok(PartSaved::LowRank { s, scaled })
+            }
+            Some(Attachment::Factors(method)) => {
+                let factors = method.factors(run.params)?.map(|t| self.placed(run, &t));
+                let update = self.factors_update(run, method.as_ref(), &factors);
+                let s = low_rank_forward(run, x, &update, y.reborrow())?;
+                add(y, bias)?;
+                Ok(PartSaved::Factors { s, factors })
+            }
+            Some(Attachment::Custom(custom)) => {
+                add(y.reborrow(), bias)?;
+                Ok(PartSaved::Custom(custom.forward(run.params, x, y)?))
+            }
+            None | Some(Attachment::TrainBase { .. } | Attachment::Weight(_)) => {
+                add(y, bias)?;
+                Ok(PartSaved::None)
+            }
+        }
+    }
+
+    /// Turns `dy` from the gradient of the output into that of the base output, where a method makes a
+    /// difference.
+    pub(crate) fn output_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: &PartSaved,
+        dy: ViewMut<'_>,
+        dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        match (&self.attachment, saved) {
+            (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) => {
+                custom.backward(run.params, grads, x, saved, dy, dx)
+            }
+            (
+                Some(Attachment::LowRank(LowRank {
+                    magnitude: Some(id),
+                    ..
+                })),
+                PartSaved::LowRank {
+                    scaled: Some(scaled),
+                    ..
+                },
+            ) => {
+                let norms = scaled.norms.view();
+                dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(*id))?;
+                Ok(dora::scale(dy, run.params.view(*id), norms)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gradients of a low-rank update's factors; what it adds to `dx`. `dy` is the gradient of the base
+    /// output.
+    pub(crate) fn low_rank_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: PartSaved,
+        dy: View<'_>,
+        dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        match (&self.attachment, saved) {
+            (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank { s, scaled }) => {
+                let update = update(run, self, low_rank);
+                let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
+                let rank = s.view().columns(0..low_rank.rank);
+                lora_linear::backward(x, &update, rank, dy, dx, d_a, d_b, run.workspace)?;
+                run.workspace.give(s);
+                for tensor in scaled
+                    .into_iter()
+                    .flat_map(|scaled| [scaled.u, scaled.norms])
+                {
+                    run.workspace.give(tensor);
+                }
+            }
+            (Some(Attachment::Factors(method)), PartSaved::Factors { s, factors }) => {
+                let update = self.factors_update(run, method.as_ref(), &factors);
+                let zeros = |t: &Tensor| {
+                    let mut gradient = Tensor::empty(&t.device(), DType::F32, t.rows(), t.cols());
+                    gradient.view_mut().fill(0.0);
+                    gradient
+                };
+                let [mut d_a, mut d_b] = [zeros(&factors[0]), zeros(&factors[1])];
+                let rank = s.view().columns(0..method.rank());
+                lora_linear::backward(
+                    x,
+                    &update,
+                    rank,
+                    dy,
+                    dx,
+                    d_a.view_mut(),
+                    d_b.view_mut(),
+                    run.workspace,
+                )?;
+                run.workspace.give(s);
+                let [d_a, d_b] = [d_a, d_b].map(|t| t.to_device(&Device::Cpu));
+                method.backward(run.params, grads, d_a.view(), d_b.view())?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(crate) fn bias_gradient(&self, grads: &mut FlatBuffer, dy: View<'_>) -> Result<()> {
+        if let Some(PartBias::Trained(id)) = self.bias {
+            bias::backward(dy, grads.view_mut(id))?;
+        }
+        Ok(())
+    }
+
+    /// What a method made in host memory, where products read it, in the dtype they read.
+    pub(crate) fn placed(&self, run: &Run<'_>, tensor: &Tensor) -> Tensor {
+        match run.workspace.device() {
+            Device::Cpu => tensor.to_dtype(DType::F32),
+            device => tensor.to_dtype(run.dtype).to_device(device),
+        }
+    }
+
+    fn factors_update<'a>(
+        &self,
+        run: &'a Run<'_>,
+        method: &dyn LowRankFactors,
+        [a, b]: &'a [Tensor; 2],
+    ) -> lora_linear::LowRank<'a> {
+        lora_linear::LowRank {
+            a: a.view(),
+            b: b.view(),
+            scale: method.scale(),
+            dropout: run.dropout(self.site, method.dropout()),
+        }
+    }
+
+    fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<View<'a>> {
+        self.bias.as_ref().map(|bias| match bias {
+            PartBias::Frozen(values) => values.view(),
+            PartBias::Trained(id) => params.view(*id),
+        })
+    }
+}
+
+fn add(y: ViewMut<'_>, values: Option<View<'_>>) -> Result<()> {
+    match values {
+        Some(values) => Ok(bias::add(y, values)?),
+        None => Ok(()),
+    }
+}
+
+fn update<'a>(run: &'a Run<'_>, part: &Part, low_rank: &LowRank) -> lora_linear::LowRank<'a> {
+    lora_linear::LowRank {
+        a: run.params.view_as(low_rank.a, run.dtype),
+        b: run.params.view_as(low_rank.b, run.dtype),
+        scale: low_rank.scale,
+        dropout: run.dropout(part.site, low_rank.dropout),
+    }
+}
+
+/// Adds the update to `y` and returns `dropout(x) A^T`.
+fn low_rank_forward(
+    run: &Run<'_>,
+    x: View<'_>,
+    update: &lora_linear::LowRank<'_>,
+    y: ViewMut<'_>,
+) -> Result<Tensor> {
+    let (dtype, rank) = (update.a.dtype(), update.a.rows());
+    let mut s = run
+        .workspace
+        .take(dtype, x.rows(), Workspace::aligned(dtype, rank));
+    let columns = s.view_mut().columns(0..rank);
+    lora_linear::forward(x, update, y, columns, run.workspace)?;
+    Ok(s)
+}
+
+/// DoRA's scaling of `y`, and what it keeps.
+fn scale(run: &Run<'_>, magnitude: ParamId, norms: Tensor, y: ViewMut<'_>) -> Result<Scaled> {
+    let mut u = run.workspace.take(y.dtype(), y.rows(), y.cols());
+    u.view_mut().copy_from(y.as_view());
+    dora::scale(y, run.params.view(magnitude), norms.view())?;
+    Ok(Scaled { u, norms })
+}

@@ -1,0 +1,71 @@
+//! The linears of a loaded model, to read and to replace.
+
+use super::Model;
+use super::frozen::FrozenWeight;
+use super::layer::Layer;
+use super::linear::{LinearGroup, PartWeight};
+use crate::adapter::{BaseWeights, SiteId};
+use crate::{Error, Result};
+use ferrotune_kernels::{Tensor, View, Workspace};
+use std::ops::Range;
+
+impl BaseWeights for Model {
+    fn read(&self, site: SiteId) -> Result<Tensor> {
+        let groups = self.layers.iter().flat_map(Layer::groups);
+        for group in groups {
+            if let Some((weight, rows)) = frozen_rows(group, site) {
+                let workspace = Workspace::on(self.device.clone(), 0);
+                return weight.with_values(group.scratch, &workspace, |values| {
+                    let values = values.row_range(rows).to_f32_vec();
+                    let cols = group.in_features;
+                    Ok(Tensor::from_f32(values, group.rows_of(site), cols))
+                });
+            }
+        }
+        Err(no_linear(site))
+    }
+
+    fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
+        let groups = self.layers.iter_mut().flat_map(Layer::groups_mut);
+        for group in groups {
+            if let Some((_, rows)) = frozen_rows(group, site) {
+                return group.frozen_mut(site).map_or_else(
+                    || Err(no_linear(site)),
+                    |frozen| frozen.replace_rows(rows, weight),
+                );
+            }
+        }
+        Err(no_linear(site))
+    }
+}
+
+/// The frozen matrix that holds the weight of `site`, and its rows there.
+fn frozen_rows(group: &LinearGroup, site: SiteId) -> Option<(&FrozenWeight, Range<usize>)> {
+    let part = group.parts.iter().find(|part| part.site == site.0)?;
+    match &part.weight {
+        PartWeight::InGroup => Some((group.frozen.as_ref()?, part.columns.clone())),
+        PartWeight::Alone(weight) => Some((weight, 0..part.columns.len())),
+        PartWeight::Trained(_) => None,
+    }
+}
+
+impl LinearGroup {
+    fn rows_of(&self, site: SiteId) -> usize {
+        let part = self.parts.iter().find(|part| part.site == site.0);
+        part.map_or(0, |part| part.columns.len())
+    }
+
+    fn frozen_mut(&mut self, site: SiteId) -> Option<&mut FrozenWeight> {
+        let part = self.parts.iter_mut().find(|part| part.site == site.0)?;
+        match &mut part.weight {
+            PartWeight::InGroup => self.frozen.as_mut(),
+            PartWeight::Alone(weight) => Some(weight),
+            PartWeight::Trained(_) => None,
+        }
+    }
+}
+
+fn no_linear(site: SiteId) -> Error {
+    let message = format!("site {} is no frozen linear of a layer", site.0);
+    Error::config("target_modules", message)
+}

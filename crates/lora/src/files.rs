@@ -1,0 +1,116 @@
+//! The two files of an adapter, as PEFT writes and reads them.
+
+use ferrotune_core::io::{self, SafetensorsFile, TensorData};
+use ferrotune_core::{Error, Result, suggest};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Configuration of an adapter.
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+/// Tensors of an adapter.
+pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// Tensors of an adapter as a pickle, which is never read.
+const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// Writes both files. The configuration comes last: with it the adapter is complete.
+pub(crate) fn write(directory: &Path, tensors: &BTreeMap<String, TensorData<'_>>, config: &str) -> Result<()> {
+    std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    io::write_safetensors(&directory.join(WEIGHTS_FILE), tensors, &metadata)?;
+    io::write_file(&directory.join(CONFIG_FILE), config.as_bytes())
+}
+
+/// The weights file, open.
+pub(crate) struct Weights {
+    pub(crate) path: PathBuf,
+    pub(crate) file: SafetensorsFile,
+}
+
+impl Weights {
+    /// Opens the tensors of the adapter in `directory`.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if there is a pickle instead, or the file is damaged; [`Error::Read`].
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        let path = directory.join(WEIGHTS_FILE);
+        if !path.exists() && directory.join(PICKLE_FILE).exists() {
+            return Err(Error::adapter(
+                directory.join(PICKLE_FILE),
+                format!(
+                    "is a pickle, which can run code when read, and `{WEIGHTS_FILE}` is missing; \
+                     save the adapter again with PEFT, which writes safetensors"
+                ),
+            ));
+        }
+        let file = SafetensorsFile::open(&path).map_err(as_adapter)?;
+        Ok(Self { path, file })
+    }
+
+    /// A finite tensor of a known shape.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming the tensor.
+    pub(crate) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let meta = self
+            .file
+            .meta(name)
+            .ok_or_else(|| Error::adapter(&self.path, format!("`{name}` is missing")))?;
+        if meta.shape != shape {
+            return Err(Error::adapter(
+                &self.path,
+                format!("`{name}` has shape {:?}, expected {shape:?}", meta.shape),
+            ));
+        }
+        let values = self.file.read_f32(name).map_err(as_adapter)?;
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(at) => Err(Error::adapter(
+                &self.path,
+                format!(
+                    "`{name}` holds {} at element {at}: the adapter is damaged or its training diverged",
+                    values[at]
+                ),
+            )),
+        }
+    }
+
+    /// Refuses a file that lacks a tensor, or holds one that has no place.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming the first such tensor, with the nearest name.
+    pub(crate) fn require_same_names(&self, expected: &BTreeSet<String>) -> Result<()> {
+        let present: BTreeSet<&str> = self.file.names().collect();
+        let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| !present.contains(name)).collect();
+        let extra: Vec<&str> = present.iter().copied().filter(|name| !expected.contains(*name)).collect();
+        if let Some(name) = missing.first() {
+            return Err(Error::adapter(
+                &self.path,
+                format!(
+                    "{} of {} expected tensors are missing, the first is `{name}`{}",
+                    missing.len(),
+                    expected.len(),
+                    suggest::did_you_mean(name, extra.iter().copied()),
+                ),
+            ));
+        }
+        if let Some(name) = extra.first() {
+            return Err(Error::adapter(
+                &self.path,
+                format!(
+                    "{} tensors have no place in this model and configuration, the first is `{name}`{}",
+                    extra.len(),
+                    suggest::did_you_mean(name, expected.iter().map(String::as_str)),
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with the weights of an adapter is no fault of the model.
+fn as_adapter(error: Error) -> Error {
+    match error {
+        Error::Model { path, message } => Error::Adapter { path, message },
+        other => other,
+    }
+}

@@ -1,0 +1,94 @@
+//! What methods other than LoRA have in common: configuration, targets, files, start.
+//!
+//! A method says what it trains at one linear and what it computes there ([`Method`]);
+//! [`MethodAdapter`] does the rest. Adding one is a file in `methods/` and a line in its list.
+
+mod adapter;
+mod common;
+mod files;
+mod init;
+mod keys;
+mod shared;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub(crate) use adapter::{Configured, MethodAdapter, configure};
+pub(crate) use common::Common;
+pub(crate) use init::Init;
+pub(crate) use keys::{Keys, Patterned, Source};
+pub(crate) use shared::Frozen;
+
+use crate::target::{TargetModules, default_target_modules};
+use ferrotune_core::Result;
+use ferrotune_core::adapter::{Attachment, Site};
+use ferrotune_core::params::ParamId;
+use serde_json::{Map, Value};
+use std::fmt::Debug;
+
+/// A tensor that a method trains.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TensorSpec {
+    /// Its name behind the module's, such as `vera_lambda_b`.
+    pub(crate) ending: &'static str,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    pub(crate) fn new(ending: &'static str, shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        Self { ending, shape }
+    }
+}
+
+/// A PEFT method on linears.
+pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
+    /// `peft_type` in `adapter_config.json`.
+    const PEFT_TYPE: &'static str;
+
+    /// Reads the method's own keys; absent ones take PEFT's defaults.
+    fn read(keys: &mut Keys<'_>) -> Result<Self>;
+
+    /// Writes them.
+    fn write(&self, keys: &mut Map<String, Value>);
+
+    /// One line for logs, such as `VeRA r=256`.
+    fn describe(&self) -> String;
+
+    /// PEFT's targets where none are given.
+    fn default_targets(model_type: &str) -> Option<TargetModules> {
+        default_target_modules(model_type)
+    }
+
+    /// Refuses what does not fit the model: patterns that match no target, ranks out of range.
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let _ = targets;
+        Ok(())
+    }
+
+    /// What all targets share: trained tensors, whose names have no module.
+    fn shared(&self) -> Vec<TensorSpec> {
+        Vec::new()
+    }
+
+    /// What all targets share and nobody trains, a function of the configuration and the shapes.
+    fn frozen(&self, targets: &[&Site]) -> Result<Frozen> {
+        let _ = targets;
+        Ok(Frozen::default())
+    }
+
+    /// What is trained at `site`.
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>>;
+
+    /// How a tensor starts.
+    fn init(&self, ending: &str, shape: &[usize]) -> Init;
+
+    /// What is computed at `site` with the tensors of [`Method::tensors`], in their order.
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment>;
+}
+
+/// The tensors of one site.
+pub(crate) struct Place<'a> {
+    pub(crate) ids: &'a [ParamId],
+    pub(crate) shared: &'a [ParamId],
+    pub(crate) frozen: &'a Frozen,
+}
