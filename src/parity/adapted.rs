@@ -64,7 +64,7 @@ impl Adapted {
     ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
-        let method = ferrotune_lora::load(directory, &config.model_type)?;
+        let method = ferrotune_lora::load_as_peft(directory, &config.model_type)?;
         let (attachments, mut params) = attach(&config, method.as_ref())?;
         params.move_to(device);
         let attachments = change(attachments)?;

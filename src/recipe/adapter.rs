@@ -5,7 +5,7 @@ use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
-    ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, LoraPlus, TargetModules,
+    ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, LoraPlus, PeftConfig, TargetModules,
 };
 use std::path::Path;
 
@@ -20,6 +20,13 @@ pub fn adapter_of(
 ) -> Result<Box<dyn Adapter>> {
     if !config.lora.use_peft {
         return Ok(Box::new(FullFineTuning));
+    }
+    if let Some(keys) = &config.lora.peft_config {
+        let object = keys.clone().into_iter().collect();
+        let method = PeftConfig::from_config("peft_config", &object)?.for_base(base);
+        return method
+            .into_adapter(&decoder.model_type)
+            .map_err(|e| in_peft_config(config, e));
     }
     let lora = lora_config(config, base)?;
     let adapter = LoraAdapter::new(lora, &decoder.model_type);
@@ -113,6 +120,17 @@ fn in_trl_names(config: &TrainConfig, error: Error) -> Error {
         message += &format!(" ({origin})");
     }
     Error::config(key, message)
+}
+
+/// An error of a method that `peft_config` configures, with where that stands.
+fn in_peft_config(config: &TrainConfig, error: Error) -> Error {
+    let Error::Config { key, mut message } = error else {
+        return error;
+    };
+    if let Some(origin) = config.origin("peft_config") {
+        message += &format!(" ({origin})");
+    }
+    Error::config(format!("peft_config.{key}"), message)
 }
 
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {

@@ -1,5 +1,6 @@
 //! The port that PEFT methods implement: where they attach and what they do there.
 
+mod merge;
 mod update;
 
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};

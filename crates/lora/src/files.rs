@@ -13,7 +13,11 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
 
 /// Writes both files. The configuration comes last: with it the adapter is complete.
-pub(crate) fn write(directory: &Path, tensors: &BTreeMap<String, TensorData<'_>>, config: &str) -> Result<()> {
+pub(crate) fn write(
+    directory: &Path,
+    tensors: &BTreeMap<String, TensorData<'_>>,
+    config: &str,
+) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     io::write_safetensors(&directory.join(WEIGHTS_FILE), tensors, &metadata)?;
@@ -74,14 +78,43 @@ impl Weights {
         }
     }
 
-    /// Refuses a file that lacks a tensor, or holds one that has no place.
+    /// A finite tensor of `len` elements in whatever shape.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming the tensor.
+    pub(crate) fn read_flat(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let shape = self
+            .file
+            .meta(name)
+            .map_or_else(Vec::new, |meta| meta.shape.clone());
+        let values = self.read(name, &shape)?;
+        if values.len() == len {
+            return Ok(values);
+        }
+        let message = format!("`{name}` has shape {shape:?}, expected {len} elements");
+        Err(Error::adapter(&self.path, message))
+    }
+
+    /// Refuses a file that lacks a tensor, or holds one that has no place and is not `optional`.
     ///
     /// # Errors
     /// [`Error::Adapter`] naming the first such tensor, with the nearest name.
-    pub(crate) fn require_same_names(&self, expected: &BTreeSet<String>) -> Result<()> {
+    pub(crate) fn require_same_names(
+        &self,
+        expected: &BTreeSet<String>,
+        optional: impl Fn(&str) -> bool,
+    ) -> Result<()> {
         let present: BTreeSet<&str> = self.file.names().collect();
-        let missing: Vec<&str> = expected.iter().map(String::as_str).filter(|name| !present.contains(name)).collect();
-        let extra: Vec<&str> = present.iter().copied().filter(|name| !expected.contains(*name)).collect();
+        let missing: Vec<&str> = expected
+            .iter()
+            .map(String::as_str)
+            .filter(|name| !present.contains(name))
+            .collect();
+        let extra: Vec<&str> = present
+            .iter()
+            .copied()
+            .filter(|name| !expected.contains(*name) && !optional(name))
+            .collect();
         if let Some(name) = missing.first() {
             return Err(Error::adapter(
                 &self.path,

@@ -45,9 +45,12 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::print_stdout)]
 
+mod files;
 pub mod lora;
 mod lora_plus;
 pub mod merge;
+mod method;
+mod methods;
 mod registry;
 pub mod target;
 #[cfg(test)]
@@ -56,5 +59,5 @@ mod testing;
 pub use lora::{InitLoraWeights, LoraAdapter, LoraConfig};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
-pub use registry::{PeftConfig, load};
+pub use registry::{OtherConfig, PeftConfig, load, load_as_peft};
 pub use target::{ExcludeModules, TargetModules};

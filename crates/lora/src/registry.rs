@@ -3,6 +3,8 @@
 mod absent;
 
 use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
+use crate::method::{Configured, Source};
+use crate::methods::METHODS;
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
@@ -15,26 +17,15 @@ const NOT_SUPPORTED: &[&str] = &[
     "ADAMSS",
     "ADAPTION_PROMPT",
     "BEFT",
-    "BOFT",
-    "C3A",
     "CARTRIDGE",
     "CPT",
     "DEFT",
-    "DELORA",
-    "FOURIERFT",
     "FROD",
     "GLORA",
     "GRALORA",
-    "HIRA",
-    "HRA",
-    "IA3",
     "LILY",
     "LN_TUNING",
-    "LOHA",
-    "LOKR",
-    "MISS",
     "MULTITASK_PROMPT_TUNING",
-    "OFT",
     "OSF",
     "PEANUT",
     "POLY",
@@ -43,15 +34,11 @@ const NOT_SUPPORTED: &[&str] = &[
     "PSOFT",
     "PVERA",
     "P_TUNING",
-    "RANDLORA",
-    "ROAD",
     "SHIRA",
     "SUPERTUNING",
     "TINYLORA",
     "TRAINABLE_TOKENS",
     "UNILORA",
-    "VBLORA",
-    "VERA",
     "WAVEFT",
     "XLORA",
 ];
@@ -60,11 +47,23 @@ const NOT_SUPPORTED: &[&str] = &[
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A method with its configuration.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum PeftConfig {
     /// `LORA`.
     Lora(LoraConfig),
+    /// Any other method.
+    Other(OtherConfig),
+}
+
+/// The configuration of a method other than LoRA.
+#[derive(Debug)]
+pub struct OtherConfig(Box<dyn Configured>);
+
+impl Clone for OtherConfig {
+    fn clone(&self) -> Self {
+        Self(self.0.clone_box())
+    }
 }
 
 impl PeftConfig {
@@ -74,6 +73,10 @@ impl PeftConfig {
     /// [`Error::Adapter`] if there is none (saying what is there), it is no such file, its method is
     /// not supported, or it switches on a feature that is not; [`Error::Read`].
     pub fn load(directory: &Path) -> Result<Self> {
+        Self::read(directory, false)
+    }
+
+    fn read(directory: &Path, as_peft: bool) -> Result<Self> {
         let path = directory.join(CONFIG_FILE);
         if !path.exists() {
             return Err(absent::no_adapter(directory));
@@ -87,7 +90,56 @@ impl PeftConfig {
         };
         match peft_type {
             "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
-            other => Err(not_supported(&path, other)),
+            other => match METHODS.iter().find(|(name, _)| *name == other) {
+                Some((_, configure)) => {
+                    let source = if as_peft {
+                        Source::FileAsPeft
+                    } else {
+                        Source::File
+                    };
+                    let config = configure(source(&path), &object)?;
+                    Ok(Self::Other(OtherConfig(config)))
+                }
+                None => Err(not_supported(&path, other)),
+            },
+        }
+    }
+
+    /// Reads the object that a training configuration holds under `key`: PEFT's keys, of any method but
+    /// LoRA, which has keys of its own there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key, for an unknown method or key too.
+    pub fn from_config(key: &'static str, object: &Map<String, Value>) -> Result<Self> {
+        let at = || format!("{key}.peft_type");
+        let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
+            let message = format!("is missing; one of {}", names(&[]).join(", "));
+            return Err(Error::config(at(), message));
+        };
+        let peft_type = peft_type.to_uppercase();
+        if peft_type == "LORA" {
+            let message =
+                "LoRA is configured by lora_r, lora_alpha and its other keys, without this one";
+            return Err(Error::config(at(), message));
+        }
+        match METHODS.iter().find(|(name, _)| *name == peft_type) {
+            Some((_, configure)) => Ok(Self::Other(OtherConfig(configure(
+                Source::Config(key),
+                object,
+            )?))),
+            None => Err(Error::config(at(), unknown(&peft_type, &names(&[])))),
+        }
+    }
+
+    /// The method for a base of this path or name, which its files will say.
+    #[must_use]
+    pub fn for_base(self, base: &Path) -> Self {
+        match self {
+            Self::Lora(mut config) => {
+                config.base_model_name_or_path = Some(base.display().to_string());
+                Self::Lora(config)
+            }
+            Self::Other(OtherConfig(config)) => Self::Other(OtherConfig(config.for_base(base))),
         }
     }
 
@@ -96,6 +148,7 @@ impl PeftConfig {
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         match self {
             Self::Lora(config) => config.base_model_name_or_path.as_deref(),
+            Self::Other(config) => config.0.common().base_model_name_or_path.as_deref(),
         }
     }
 
@@ -106,6 +159,7 @@ impl PeftConfig {
     pub fn into_adapter(self, model_type: &str) -> Result<Box<dyn Adapter>> {
         match self {
             Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?)),
+            Self::Other(config) => config.0.into_adapter(model_type),
         }
     }
 }
@@ -117,6 +171,16 @@ impl PeftConfig {
 /// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`].
 pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
     PeftConfig::load(directory)?.into_adapter(model_type)
+}
+
+/// [`load`] for comparisons with PEFT: computes what PEFT computes where that is wrong.
+///
+/// C3A's gradient of its input alone differs: PEFT convolves with the kernel where it should correlate.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_as_peft(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
+    PeftConfig::read(directory, true)?.into_adapter(model_type)
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
@@ -145,16 +209,25 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
     }
 }
 
+/// The methods there are, after `first`.
+fn names(first: &[&'static str]) -> Vec<&'static str> {
+    let others = METHODS.iter().map(|(name, _)| *name);
+    first.iter().copied().chain(others).collect()
+}
+
 fn not_supported(path: &Path, peft_type: &str) -> Error {
-    let message = if NOT_SUPPORTED.contains(&peft_type) {
-        format!(
-            "`peft_type` is {peft_type}: this method of PEFT is not supported yet; supported: LORA"
-        )
-    } else {
-        format!(
-            "`peft_type` is \"{peft_type}\", which is no method of PEFT{}; supported: LORA",
-            suggest::did_you_mean(peft_type, ["LORA"])
-        )
-    };
-    Error::adapter(path, message)
+    let message = unknown(peft_type, &names(&["LORA"]));
+    Error::adapter(path, format!("`peft_type` {message}"))
+}
+
+/// What to say about a method that is not among `supported`.
+fn unknown(peft_type: &str, supported: &[&str]) -> String {
+    let list = supported.join(", ");
+    if NOT_SUPPORTED.contains(&peft_type) {
+        return format!(
+            "is {peft_type}: this method of PEFT is not supported yet; supported: {list}"
+        );
+    }
+    let near = suggest::did_you_mean(peft_type, supported.iter().copied());
+    format!("is \"{peft_type}\", which is no method of PEFT{near}; supported: {list}")
 }

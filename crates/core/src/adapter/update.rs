@@ -51,6 +51,15 @@ pub trait WeightUpdate: Debug + Send + Sync {
     /// If a kernel refuses its arguments.
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()>;
 
+    /// Turns W into what the gradient of x is computed with: f(W), but for comparisons with software that
+    /// computes another.
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn apply_for_input_gradient(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        self.apply(params, weight)
+    }
+
     /// Adds the parameters' gradients to `grads`, from W and the gradient of f(W), both
     /// `[out_features, in_features]`.
     ///

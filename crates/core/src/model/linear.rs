@@ -52,6 +52,13 @@ pub(crate) enum PartBias {
     Trained(ParamId),
 }
 
+/// What the products with a weight make.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Product {
+    Output,
+    InputGradient,
+}
+
 impl LinearGroup {
     /// Columns of the output.
     pub(crate) fn out_features(&self) -> usize {
@@ -66,7 +73,7 @@ impl LinearGroup {
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
         let mut norms = Norms::default();
-        self.each_product(run, |columns, weight| {
+        self.each_product(run, Product::Output, |columns, weight| {
             norms.add(self, run, columns.clone(), weight)?;
             let y = y.reborrow().columns(columns);
             Ok(matmul::nt(y, 0.0, 1.0, x, weight)?)
@@ -104,7 +111,7 @@ impl LinearGroup {
         if let Some(dx) = &mut dx {
             // Where the output is changed, dx already holds what that adds to it.
             let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
-            self.each_product(run, |columns, weight| {
+            self.each_product(run, Product::InputGradient, |columns, weight| {
                 matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
                 beta = 1.0;
                 Ok(())
@@ -191,6 +198,7 @@ impl LinearGroup {
     fn each_product(
         &self,
         run: &Run<'_>,
+        of: Product,
         mut product: impl FnMut(Range<usize>, View<'_>) -> Result<()>,
     ) -> Result<()> {
         let (scratch, workspace) = (self.scratch, run.workspace);
@@ -205,7 +213,12 @@ impl LinearGroup {
                 PartWeight::Alone(weight) => match &part.attachment {
                     Some(Attachment::Weight(update)) => {
                         let mut values = weight.to_host(scratch, workspace)?;
-                        update.apply(run.params, values.view_mut())?;
+                        match of {
+                            Product::Output => update.apply(run.params, values.view_mut())?,
+                            Product::InputGradient => {
+                                update.apply_for_input_gradient(run.params, values.view_mut())?;
+                            }
+                        }
                         let values = part.placed(run, &values);
                         product(columns, values.view())?;
                     }

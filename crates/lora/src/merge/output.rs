@@ -78,6 +78,11 @@ pub(super) struct BaseConfig {
 }
 
 impl BaseConfig {
+    /// Where the base lies.
+    pub(super) fn directory(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
     pub(super) fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(CONFIG_FILE);
         let bytes = std::fs::read(&path).map_err(Error::read(&path))?;

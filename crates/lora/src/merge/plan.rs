@@ -1,20 +1,36 @@
 //! Which tensors of the checkpoint change, and by what. Everything is checked before any output.
 
 use super::output::BaseConfig;
-use crate::PeftConfig;
 use crate::lora::{CONFIG_FILE, Factors, LoraConfig, read_factors};
 use crate::target::{self, TargetModules};
-use ferrotune_core::adapter::{Site, SiteId, SiteKind};
+use crate::{PeftConfig, registry};
+use ferrotune_core::adapter::{Attachment, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
+use ferrotune_core::params::FlatBuffer;
+use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result, suggest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 /// The update of one tensor.
 #[derive(Debug)]
-pub(super) struct Update {
-    pub(super) factors: Factors,
-    pub(super) scale: f32,
+pub(super) enum Update {
+    /// `scale * B A` is added.
+    LowRank { factors: Factors, scale: f32 },
+    /// The weight, or the bias, of a linear with a method attached.
+    Attached(Attached),
+}
+
+/// A tensor of a linear that a method changes.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) attachment: Arc<Attachment>,
+    pub(super) params: Arc<FlatBuffer>,
+    /// `[out, in]` of the linear.
+    pub(super) shape: [usize; 2],
+    pub(super) bias: bool,
 }
 
 /// The updates by tensor name, checked against the checkpoint.
@@ -23,7 +39,10 @@ pub(super) fn updates(
     base_config: &BaseConfig,
     adapter_directory: &Path,
 ) -> Result<BTreeMap<String, Update>> {
-    let PeftConfig::Lora(config) = PeftConfig::load(adapter_directory)?;
+    let config = match PeftConfig::load(adapter_directory)? {
+        PeftConfig::Lora(config) => config,
+        PeftConfig::Other(_) => return attached_updates(base, base_config, adapter_directory),
+    };
     let config = config.with_default_targets(base_config.model_type())?;
     let factors = read_factors(adapter_directory)?;
     require_targets_present(&config, base, &factors, adapter_directory)?;
@@ -44,9 +63,46 @@ pub(super) fn updates(
                 ));
             }
             let scale = config.scale(rank, alpha);
-            Ok((weight_name(&module), Update { factors, scale }))
+            Ok((weight_name(&module), Update::LowRank { factors, scale }))
         })
         .collect()
+}
+
+/// The updates of a method that attaches to the sites of a model.
+fn attached_updates(
+    base: &ModelFiles,
+    base_config: &BaseConfig,
+    adapter_directory: &Path,
+) -> Result<BTreeMap<String, Update>> {
+    let decoder = DecoderConfig::open(base_config.directory())?;
+    let adapter = registry::load(adapter_directory, base_config.model_type())?;
+    let (attachments, mut params) =
+        attach(&decoder, adapter.as_ref()).map_err(|error| error.of_adapter(adapter_directory))?;
+    adapter.load(&mut params, adapter_directory)?;
+    let (plan, params) = (ModelPlan::new(&decoder), Arc::new(params));
+    let mut updates = BTreeMap::new();
+    for (site, attachment) in attachments {
+        let site = plan.site(site);
+        let attachment = Arc::new(attachment);
+        let shape = [site.out_features, site.in_features];
+        let mut add = |name: String, bias: bool| {
+            if base.meta(&name).is_some() {
+                let (attachment, params) = (Arc::clone(&attachment), Arc::clone(&params));
+                let attached = Attached {
+                    attachment,
+                    params,
+                    shape,
+                    bias,
+                };
+                updates.insert(name, Update::Attached(attached));
+            }
+        };
+        add(weight_name(&site.name), false);
+        if matches!(*attachment, Attachment::Custom(_)) {
+            add(format!("{}.bias", site.name), true);
+        }
+    }
+    Ok(updates)
 }
 
 fn weight_name(module: &str) -> String {

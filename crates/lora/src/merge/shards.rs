@@ -1,6 +1,6 @@
 //! One file of the checkpoint at a time.
 
-use super::plan::Update;
+use super::plan::{Attached, Update};
 use super::{MergeDType, MergedTensor};
 use crate::lora::Factors;
 use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
@@ -111,7 +111,11 @@ fn merged(
     }
     let to = output_dtype(from, dtype);
     let mut weight = file.read_f32(name)?;
-    let (lost, norm) = add_rounded(&mut weight, &delta(update)?, to);
+    let delta = match update {
+        Update::LowRank { factors, scale } => low_rank_delta(factors, *scale)?,
+        Update::Attached(attached) => attached.delta(&weight)?,
+    };
+    let (lost, norm) = add_rounded(&mut weight, &delta, to);
     if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
         return Err(Error::Numeric {
             message: format!(
@@ -164,23 +168,41 @@ fn add_rounded(weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64
 }
 
 /// `scale * B A`, `[out_features, in_features]`, in f32.
-fn delta(update: &Update) -> Result<Vec<f32>> {
+fn low_rank_delta(factors: &Factors, scale: f32) -> Result<Vec<f32>> {
     let Factors {
         a,
         b,
         rank,
         in_features,
         out_features,
-    } = &update.factors;
+    } = factors;
     let mut delta = vec![0.0_f32; out_features * in_features];
     matmul::nn(
         ViewMut::from_f32(&mut delta, *out_features, *in_features),
         0.0,
-        update.scale,
+        scale,
         View::from_f32(b, *out_features, *rank),
         View::from_f32(a, *rank, *in_features),
     )?;
     Ok(delta)
+}
+
+impl Attached {
+    /// What the method adds to `base`, the weight or the bias of its linear.
+    fn delta(&self, base: &[f32]) -> Result<Vec<f32>> {
+        let [out, inputs] = self.shape;
+        let mut changed = base.to_vec();
+        if self.bias {
+            let mut weight = vec![0.0; out * inputs];
+            let weight = ViewMut::from_f32(&mut weight, out, inputs);
+            let bias = Some(ViewMut::from_f32(&mut changed, 1, out));
+            self.attachment.merge(&self.params, weight, bias)?;
+        } else {
+            let weight = ViewMut::from_f32(&mut changed, out, inputs);
+            self.attachment.merge(&self.params, weight, None)?;
+        }
+        Ok(changed.iter().zip(base).map(|(c, b)| c - b).collect())
+    }
 }
 
 /// Rounds to nearest even; types other than the two short floats do not round.

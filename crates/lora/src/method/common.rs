@@ -1,7 +1,7 @@
 //! The keys that every method's configuration has.
 
-use super::keys::Keys;
 use super::Method;
+use super::keys::Keys;
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
@@ -20,7 +20,13 @@ pub(crate) struct Common {
 }
 
 /// Keys without effect on the arithmetic.
-const IGNORED: [&str; 5] = ["auto_mapping", "inference_mode", "peft_type", "peft_version", "runtime_config"];
+const IGNORED: [&str; 5] = [
+    "auto_mapping",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "runtime_config",
+];
 
 impl Common {
     pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Self> {
@@ -88,10 +94,20 @@ impl Common {
         };
         let entries = [
             ("auto_mapping", Value::Null),
-            ("base_model_name_or_path", json!(self.base_model_name_or_path)),
+            (
+                "base_model_name_or_path",
+                json!(self.base_model_name_or_path),
+            ),
             ("exclude_modules", excluded),
             ("inference_mode", json!(true)),
-            ("layers_pattern", if self.layers_pattern.is_empty() { Value::Null } else { json!(self.layers_pattern) }),
+            (
+                "layers_pattern",
+                if self.layers_pattern.is_empty() {
+                    Value::Null
+                } else {
+                    json!(self.layers_pattern)
+                },
+            ),
             ("layers_to_transform", json!(self.layers_to_transform)),
             ("modules_to_save", Value::Null),
             ("peft_type", json!(peft_type)),
@@ -101,7 +117,9 @@ impl Common {
         ];
         // Keys that are off are left out: some methods of PEFT have no such field.
         let always = ["base_model_name_or_path", "target_modules", "task_type"];
-        let told = entries.into_iter().filter(|(key, value)| !value.is_null() || always.contains(key));
+        let told = entries
+            .into_iter()
+            .filter(|(key, value)| !value.is_null() || always.contains(key));
         keys.extend(told.map(|(key, value)| (key.to_owned(), value)));
     }
 }

@@ -1,6 +1,7 @@
 //! `adapter_config.json` and `adapter_model.safetensors` of a method.
 
-use super::{Common, Frozen, Method};
+use super::adapter::Attached;
+use super::{Common, Method};
 use crate::files::{CONFIG_FILE, Weights, write};
 use crate::target::TargetModules;
 use ferrotune_core::io::{FileDType, TensorData};
@@ -24,17 +25,10 @@ pub(super) fn shared_name(ending: &str) -> String {
     format!("{SHARED_PREFIX}{ending}")
 }
 
-/// The last part of a name that a method gave: what stands behind the module's path.
-pub(super) fn ending_of<'a>(name: &str, endings: &[&'a str]) -> Option<&'a str> {
-    let rest = name.strip_prefix(SHARED_PREFIX)?;
-    let matches = |ending: &&&str| rest == **ending || rest.strip_suffix(**ending).is_some_and(|head| head.ends_with('.'));
-    endings.iter().find(matches).copied()
-}
-
 pub(super) fn save<M: Method>(
     method: &M,
     common: &Common,
-    frozen: &Frozen,
+    attached: &Attached,
     params: &FlatBuffer,
     directory: &Path,
 ) -> Result<()> {
@@ -47,18 +41,19 @@ pub(super) fn save<M: Method>(
         };
         tensors.insert(segment.spec.name.clone(), data);
     }
-    for (ending, tensor) in frozen.to_save() {
+    for ending in method.saved_frozen() {
+        let tensor = attached.frozen.get(ending);
         let values = tensor.to_f32_vec();
         let data = TensorData {
             dtype: FileDType::F32,
-            shape: vec![tensor.rows(), tensor.cols()],
+            shape: method.frozen_shape(ending, [tensor.rows(), tensor.cols()]),
             bytes: Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
         };
         tensors.insert(shared_name(ending), data);
     }
     let mut common = common.clone();
     if common.target_modules == Some(TargetModules::AllLinear) {
-        common.target_modules = Some(TargetModules::List(modules(params)));
+        common.target_modules = Some(TargetModules::List(attached.names.clone()));
     }
     let mut keys = Map::new();
     common.write(M::PEFT_TYPE, &mut keys);
@@ -68,35 +63,42 @@ pub(super) fn save<M: Method>(
     write(directory, &tensors, &format!("{:#}", Value::Object(object)))
 }
 
-/// The last segments of the paths of the adapted modules.
-fn modules(params: &FlatBuffer) -> Vec<String> {
-    let names = params.layout().by_name().filter_map(|(_, segment)| {
-        let path = segment.spec.name.strip_prefix(MODULE_PREFIX)?;
-        let is_layer = |part: &&str| part.contains("_proj") || part.contains("_attn") || part.contains("_fc");
-        let parts: Vec<&str> = path.split('.').collect();
-        parts.iter().rev().find(|part| is_layer(part)).map(|part| (*part).to_owned())
-    });
-    names.collect::<BTreeSet<String>>().into_iter().collect()
-}
-
-/// Reads every trained tensor, strictly; the frozen ones must be those of this run.
-pub(super) fn load(frozen: Option<&Frozen>, saves_frozen: &[&'static str], params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+/// Reads every tensor of the method, strictly. Frozen ones must be those of this run, which are known
+/// once the adapter is attached.
+pub(super) fn load<M: Method>(
+    method: &M,
+    attached: Option<&Attached>,
+    params: &mut FlatBuffer,
+    directory: &Path,
+) -> Result<()> {
     let file = Weights::open(directory)?;
     let layout = params.layout().clone();
-    let mut expected: BTreeSet<String> = layout.by_name().map(|(_, s)| s.spec.name.clone()).collect();
-    expected.extend(saves_frozen.iter().map(|ending| shared_name(ending)));
-    file.require_same_names(&expected)?;
+    let mut expected: BTreeSet<String> =
+        layout.by_name().map(|(_, s)| s.spec.name.clone()).collect();
+    let saved = method.saved_frozen();
+    expected.extend(saved.iter().map(|ending| shared_name(ending)));
+    // PEFT repeats a shared tensor under each module that uses it.
+    let copies = |name: &str| {
+        saved
+            .iter()
+            .any(|ending| name.starts_with(MODULE_PREFIX) && name.ends_with(&format!(".{ending}")))
+    };
+    file.require_same_names(&expected, copies)?;
     for (id, segment) in layout.by_name() {
         let values = file.read(&segment.spec.name, &segment.spec.shape)?;
         params.get_mut(id).copy_from_slice(&values);
     }
-    for (ending, tensor) in frozen.into_iter().flat_map(Frozen::to_save) {
-        let name = shared_name(ending);
-        let values = file.read(&name, &[tensor.rows(), tensor.cols()])?;
-        if values != tensor.to_f32_vec() {
+    for (attached, ending) in attached
+        .into_iter()
+        .flat_map(|a| saved.iter().map(move |e| (a, e)))
+    {
+        let (name, tensor) = (shared_name(ending), attached.frozen.get(ending));
+        if file.read_flat(&name, tensor.rows() * tensor.cols())? != tensor.to_f32_vec() {
             return Err(Error::adapter(
                 directory.join(CONFIG_FILE),
-                format!("`{name}` has other values than this run: the same trained tensors would give a different model"),
+                format!(
+                    "`{name}` has other values than this run: the same trained tensors would give a different model"
+                ),
             ));
         }
     }

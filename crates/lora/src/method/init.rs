@@ -24,7 +24,9 @@ impl Init {
 
     /// Fills the tensor called `name`.
     pub(crate) fn fill(self, params: &mut FlatBuffer, name: &str, seed: u64) {
-        let Some(id) = params.layout().find(name) else { return };
+        let Some(id) = params.layout().find(name) else {
+            return;
+        };
         let mut stream = Stream::new(key_for(seed, name));
         let mut uniform = |bound: f64| ((2.0 * stream.uniform() - 1.0) * bound) as f32;
         let values = params.get_mut(id);

@@ -11,6 +11,8 @@ use std::path::Path;
 pub(crate) enum Source<'a> {
     /// In a file of PEFT's, which may be newer and have keys nobody here knows.
     File(&'a Path),
+    /// The same, for a comparison with PEFT, faults included.
+    FileAsPeft(&'a Path),
     /// Under this key of a training configuration, where an unknown key is a mistake.
     Config(&'static str),
 }
@@ -25,15 +27,24 @@ pub(crate) struct Keys<'a> {
 impl<'a> Keys<'a> {
     pub(crate) fn new(source: Source<'a>, object: &'a Map<String, Value>) -> Self {
         let known = BTreeSet::new();
-        Self { source, object, known }
+        Self {
+            source,
+            object,
+            known,
+        }
     }
 
     /// The directory of the adapter, if the object is read from one.
     pub(crate) fn directory(&self) -> Option<&'a Path> {
         match self.source {
-            Source::File(path) => path.parent(),
+            Source::File(path) | Source::FileAsPeft(path) => path.parent(),
             Source::Config(_) => None,
         }
+    }
+
+    /// Whether PEFT's known faults are wanted too.
+    pub(crate) fn as_peft(&self) -> bool {
+        matches!(self.source, Source::FileAsPeft(_))
     }
 
     /// The value of `key`, `None` if absent or null.
@@ -45,7 +56,9 @@ impl<'a> Keys<'a> {
     pub(crate) fn error(&self, key: &str, message: impl Into<String>) -> Error {
         let message = message.into();
         match self.source {
-            Source::File(path) => Error::adapter(path, format!("`{key}` {message}")),
+            Source::File(path) | Source::FileAsPeft(path) => {
+                Error::adapter(path, format!("`{key}` {message}"))
+            }
             Source::Config(parent) => Error::config(format!("{parent}.{key}"), message),
         }
     }
@@ -69,7 +82,10 @@ impl<'a> Keys<'a> {
     /// A whole number of at least 1.
     pub(crate) fn positive(&mut self, key: &'static str, default: usize) -> Result<usize> {
         match self.integer(key, default)? {
-            0 => Err(self.error(key, format!("is 0, expected at least 1; {default} is PEFT's default"))),
+            0 => Err(self.error(
+                key,
+                format!("is 0, expected at least 1; {default} is PEFT's default"),
+            )),
             number => Ok(number),
         }
     }
@@ -112,15 +128,23 @@ impl<'a> Keys<'a> {
     }
 
     /// One of `choices`, the first by default.
-    pub(crate) fn choice(&mut self, key: &'static str, choices: &[&'static str]) -> Result<&'static str> {
+    pub(crate) fn choice(
+        &mut self,
+        key: &'static str,
+        choices: &[&'static str],
+    ) -> Result<&'static str> {
         let Some(value) = self.get(key) else {
             return Ok(choices.first().copied().unwrap_or_default());
         };
         let text = value.as_str().unwrap_or_default();
-        choices.iter().copied().find(|choice| *choice == text).ok_or_else(|| {
-            let near = suggest::did_you_mean(text, choices.iter().copied());
-            self.wrong(key, value, &format!("one of {}{near}", choices.join(", ")))
-        })
+        choices
+            .iter()
+            .copied()
+            .find(|choice| *choice == text)
+            .ok_or_else(|| {
+                let near = suggest::did_you_mean(text, choices.iter().copied());
+                self.wrong(key, value, &format!("one of {}{near}", choices.join(", ")))
+            })
     }
 
     /// Refuses a feature that is on and not there: anything but null, false, 0, an empty list, object or
@@ -162,7 +186,11 @@ impl<'a> Keys<'a> {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(TargetModules::from_text(text))),
             Some(value @ Value::Array(_)) => Ok(Some(TargetModules::List(self.names(key, value)?))),
-            Some(value) => Err(self.wrong(key, value, "a list of names, a regular expression, \"all-linear\" or null")),
+            Some(value) => Err(self.wrong(
+                key,
+                value,
+                "a list of names, a regular expression, \"all-linear\" or null",
+            )),
         }
     }
 
@@ -173,8 +201,12 @@ impl<'a> Keys<'a> {
             Some(Value::String(text)) if text.is_empty() => Ok(None),
             Some(Value::String(text)) => Ok(Some(ExcludeModules::Regex(text.clone()))),
             Some(Value::Array(items)) if items.is_empty() => Ok(None),
-            Some(value @ Value::Array(_)) => Ok(Some(ExcludeModules::List(self.names(key, value)?))),
-            Some(value) => Err(self.wrong(key, value, "a list of names, a regular expression or null")),
+            Some(value @ Value::Array(_)) => {
+                Ok(Some(ExcludeModules::List(self.names(key, value)?)))
+            }
+            Some(value) => {
+                Err(self.wrong(key, value, "a list of names, a regular expression or null"))
+            }
         }
     }
 
@@ -203,23 +235,48 @@ impl<'a> Keys<'a> {
     }
 
     /// A whole number, at least 1, with other values for some modules.
-    pub(crate) fn patterned(&mut self, key: &'static str, default: usize, pattern_key: &'static str) -> Result<Patterned<usize>> {
+    pub(crate) fn patterned(
+        &mut self,
+        key: &'static str,
+        default: usize,
+        pattern_key: &'static str,
+    ) -> Result<Patterned<usize>> {
         let default = self.positive(key, default)?;
         let pattern = self.pattern(pattern_key, Self::as_integer)?;
         if let Some((name, _)) = pattern.iter().find(|(_, value)| *value == 0) {
-            return Err(self.error(pattern_key, format!("gives `{name}` 0, expected at least 1")));
+            return Err(self.error(
+                pattern_key,
+                format!("gives `{name}` 0, expected at least 1"),
+            ));
         }
-        Ok(Patterned { default, key: pattern_key, pattern })
+        Ok(Patterned {
+            default,
+            key: pattern_key,
+            pattern,
+        })
     }
 
     /// A number with other values for some modules.
-    pub(crate) fn patterned_number(&mut self, key: &'static str, default: f64, pattern_key: &'static str) -> Result<Patterned<f64>> {
+    pub(crate) fn patterned_number(
+        &mut self,
+        key: &'static str,
+        default: f64,
+        pattern_key: &'static str,
+    ) -> Result<Patterned<f64>> {
         let default = self.number(key, default)?;
         let pattern = self.pattern(pattern_key, Self::as_number)?;
-        Ok(Patterned { default, key: pattern_key, pattern })
+        Ok(Patterned {
+            default,
+            key: pattern_key,
+            pattern,
+        })
     }
 
-    fn pattern<T>(&mut self, key: &'static str, convert: impl Fn(&Self, &str, &Value) -> Result<T>) -> Result<PatternMap<T>> {
+    fn pattern<T>(
+        &mut self,
+        key: &'static str,
+        convert: impl Fn(&Self, &str, &Value) -> Result<T>,
+    ) -> Result<PatternMap<T>> {
         match self.get(key) {
             None => Ok(PatternMap::new()),
             Some(Value::Object(entries)) => entries
@@ -237,7 +294,7 @@ impl<'a> Keys<'a> {
                 continue;
             }
             match self.source {
-                Source::File(path) => tracing::warn!(
+                Source::File(path) | Source::FileAsPeft(path) => tracing::warn!(
                     path = %path.display(),
                     key,
                     %value,
@@ -274,5 +331,16 @@ impl<T: Copy> Patterned<T> {
     /// Refuses a pattern that matches none of `modules`.
     pub(crate) fn require_used(&self, modules: &[&str]) -> Result<()> {
         Patterns::compile(self.key, &self.pattern)?.require_all_used(modules)
+    }
+}
+
+impl<T: serde::Serialize> Patterned<T> {
+    /// The pattern as PEFT writes it, its entries in their order.
+    pub(crate) fn to_json(&self) -> Value {
+        let entries = self
+            .pattern
+            .iter()
+            .map(|(name, value)| (name.clone(), serde_json::json!(value)));
+        Value::Object(entries.collect())
     }
 }

@@ -9,10 +9,8 @@ mod files;
 mod init;
 mod keys;
 mod shared;
-#[cfg(test)]
-pub(crate) mod testing;
 
-pub(crate) use adapter::{Configured, MethodAdapter, configure};
+pub(crate) use adapter::{Configured, configure};
 pub(crate) use common::Common;
 pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
@@ -22,6 +20,7 @@ use crate::target::{TargetModules, default_target_modules};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site};
 use ferrotune_core::params::ParamId;
+use ferrotune_kernels::View;
 use serde_json::{Map, Value};
 use std::fmt::Debug;
 
@@ -31,12 +30,24 @@ pub(crate) struct TensorSpec {
     /// Its name behind the module's, such as `vera_lambda_b`.
     pub(crate) ending: &'static str,
     pub(crate) shape: Vec<usize>,
+    /// False for what belongs to the adapter and stays as it started.
+    pub(crate) trained: bool,
 }
 
 impl TensorSpec {
     pub(crate) fn new(ending: &'static str, shape: impl Into<Vec<usize>>) -> Self {
-        let shape = shape.into();
-        Self { ending, shape }
+        Self {
+            ending,
+            shape: shape.into(),
+            trained: true,
+        }
+    }
+
+    pub(crate) fn fixed(ending: &'static str, shape: impl Into<Vec<usize>>) -> Self {
+        Self {
+            trained: false,
+            ..Self::new(ending, shape)
+        }
     }
 }
 
@@ -76,11 +87,34 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
         Ok(Frozen::default())
     }
 
+    /// The names of the frozen tensors that are written with the adapter.
+    fn saved_frozen(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// The shape in files of a frozen tensor that is held as a matrix of `shape`.
+    fn frozen_shape(&self, ending: &str, shape: [usize; 2]) -> Vec<usize> {
+        let _ = ending;
+        shape.to_vec()
+    }
+
     /// What is trained at `site`.
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>>;
 
-    /// How a tensor starts.
-    fn init(&self, ending: &str, shape: &[usize]) -> Init;
+    /// How the tensor called `name` starts; `name` ends as its [`TensorSpec`] says.
+    fn init(&self, name: &str, shape: &[usize]) -> Init;
+
+    /// Whether [`Method::from_base`] has something to say.
+    fn uses_base(&self) -> bool {
+        false
+    }
+
+    /// Values that follow from W `[out, in]` of the base at `site`: one list per tensor of
+    /// [`Method::tensors`], `None` for those that keep their start.
+    fn from_base(&self, site: &Site, weight: View<'_>) -> Result<Vec<Option<Vec<f32>>>> {
+        let _ = (site, weight);
+        Ok(Vec::new())
+    }
 
     /// What is computed at `site` with the tensors of [`Method::tensors`], in their order.
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment>;

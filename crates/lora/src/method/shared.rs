@@ -8,14 +8,13 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Frozen {
     tensors: BTreeMap<&'static str, Arc<Tensor>>,
-    /// Whether they are written with the adapter.
-    pub(crate) saved: bool,
 }
 
 impl Frozen {
-    pub(crate) fn new(saved: bool, tensors: impl IntoIterator<Item = (&'static str, Arc<Tensor>)>) -> Self {
-        let tensors = tensors.into_iter().collect();
-        Self { tensors, saved }
+    pub(crate) fn new(tensors: impl IntoIterator<Item = (&'static str, Arc<Tensor>)>) -> Self {
+        Self {
+            tensors: tensors.into_iter().collect(),
+        }
     }
 
     /// The tensor called `name`.
@@ -23,12 +22,10 @@ impl Frozen {
     /// # Panics
     /// If the method did not make it.
     pub(crate) fn get(&self, name: &str) -> Arc<Tensor> {
-        Arc::clone(self.tensors.get(name).expect("a method asks for what it made"))
-    }
-
-    /// Those written with the adapter.
-    pub(crate) fn to_save(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let tensors = self.tensors.iter().filter(|_| self.saved);
-        tensors.map(|(name, tensor)| (*name, tensor.as_ref()))
+        Arc::clone(
+            self.tensors
+                .get(name)
+                .expect("a method asks for what it made"),
+        )
     }
 }

@@ -1,4 +1,4 @@
-use super::source::{PEFT, TRL_MODEL};
+use super::source::{OURS, PEFT, TRL_MODEL};
 use crate::config::section::section;
 use crate::config::value::{KeyValue, Names, choices};
 use serde_json::{Value, json};
@@ -75,6 +75,9 @@ section! {
     LoraArguments, "lora" {
         /// Train an adapter; false trains every weight of the base.
         use_peft: bool = false, TRL_MODEL;
+        /// A method of PEFT with its own keys, as in adapter_config.json, such as {peft_type: VERA,
+        /// r: 256}; null for LoRA as the keys below say.
+        peft_config: Option<BTreeMap<String, Value>> = None, OURS;
         /// Rank of the update.
         lora_r: usize = 16, TRL_MODEL;
         /// The update is scaled by lora_alpha / lora_r.

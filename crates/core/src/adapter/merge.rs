@@ -1,0 +1,77 @@
+//! Folding an attachment into the weight it stands at.
+
+use super::{Attachment, LowRank};
+use crate::params::FlatBuffer;
+use crate::{Error, Result};
+use ferrotune_kernels::{View, ViewMut, matmul};
+
+impl Attachment {
+    /// Turns weight `[out, in]` and bias `[1, out]` of a linear, f32 in host memory, into those of the
+    /// adapted linear.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the method cannot be folded in.
+    pub fn merge(
+        &self,
+        params: &FlatBuffer,
+        mut weight: ViewMut<'_>,
+        bias: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        match self {
+            Self::LowRank(low_rank) => low_rank.merge(params, weight),
+            Self::Factors(method) => {
+                let [a, b] = method.factors(params)?;
+                Ok(matmul::nn(weight, 1.0, method.scale(), b.view(), a.view())?)
+            }
+            Self::Weight(method) => method.apply(params, weight),
+            Self::Custom(method) => method.merge(params, weight, bias),
+            Self::TrainBase {
+                weight: id,
+                bias: bias_id,
+            } => {
+                let copy = |id, to: ViewMut<'_>| {
+                    let [rows, cols] = to.shape();
+                    to.copy_from(View::from_f32(params.get(id), rows, cols));
+                };
+                copy(*id, weight.reborrow());
+                if let (Some(id), Some(to)) = (bias_id, bias) {
+                    copy(*id, to);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl LowRank {
+    /// `W + scale * B A`, with its rows brought to the trained norms for DoRA.
+    fn merge(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
+        let [out, inputs] = weight.shape();
+        let a = View::from_f32(params.get(self.a), self.rank, inputs);
+        let b = View::from_f32(params.get(self.b), out, self.rank);
+        matmul::nn(weight.reborrow(), 1.0, self.scale, b, a)?;
+        let Some(magnitude) = self.magnitude else {
+            return Ok(());
+        };
+        let magnitude = params.get(magnitude);
+        if magnitude.len() != out {
+            let message = format!(
+                "a magnitude of {} values for {out} outputs",
+                magnitude.len()
+            );
+            return Err(Error::config("use_dora", message));
+        }
+        let mut values = weight.as_view().to_f32_vec();
+        for (row, m) in values.chunks_exact_mut(inputs.max(1)).zip(magnitude) {
+            let norm = row
+                .iter()
+                .map(|w| f64::from(*w).powi(2))
+                .sum::<f64>()
+                .sqrt();
+            row.iter_mut()
+                .for_each(|w| *w = (f64::from(*w) * f64::from(*m) / norm) as f32);
+        }
+        weight.copy_from(View::from_f32(&values, out, inputs));
+        Ok(())
+    }
+}

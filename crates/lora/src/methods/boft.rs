@@ -1,0 +1,214 @@
+//! BOFT with one butterfly factor: inputs rotated in blocks, outputs scaled.
+//!
+//! `W' = s ⊙ (W R^T)`, R block-diagonal with the Cayley transforms of the skew parts of
+//! `boft_R [1, blocks, b, b]`, s `[out, 1]`.
+//!
+//! # Source
+//! Liu et al.: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (2023); PEFT's
+//! `tuners/boft`, which has more than one factor with its CUDA extension only.
+
+use super::cayley::Rotation;
+use super::matrix::{elements, tn, update};
+use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use serde_json::{Map, Value, json};
+
+/// BOFT's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Boft {
+    /// 0 where the number of blocks is given.
+    block_size: usize,
+    block_num: usize,
+    init_weights: bool,
+}
+
+impl Boft {
+    /// Size and number of blocks.
+    fn blocks(&self, site: &Site) -> Result<[usize; 2]> {
+        let inputs = site.in_features;
+        let by_size = self.block_size > 0;
+        let (key, given) = if by_size {
+            ("boft_block_size", self.block_size)
+        } else {
+            ("boft_block_num", self.block_num)
+        };
+        if given > inputs || !inputs.is_multiple_of(given) {
+            let message = format!(
+                "is {given}, but `{}` has {inputs} inputs, which it must divide",
+                site.name
+            );
+            return Err(Error::config(key, message));
+        }
+        Ok(if by_size {
+            [given, inputs / given]
+        } else {
+            [inputs / given, given]
+        })
+    }
+}
+
+impl Method for Boft {
+    const PEFT_TYPE: &'static str = "BOFT";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        keys.require_off("boft_dropout")?;
+        let factor = keys.positive("boft_n_butterfly_factor", 1)?;
+        if factor > 1 {
+            return Err(keys.error(
+                "boft_n_butterfly_factor",
+                format!("is {factor}, expected 1: more factors need PEFT's CUDA extension"),
+            ));
+        }
+        let (block_size, block_num) = (
+            keys.integer("boft_block_size", 4)?,
+            keys.integer("boft_block_num", 0)?,
+        );
+        if (block_size == 0) == (block_num == 0) {
+            let message = format!(
+                "is {block_size} and `boft_block_num` is {block_num}: one of them must be 0"
+            );
+            return Err(keys.error("boft_block_size", message));
+        }
+        Ok(Self {
+            block_size,
+            block_num,
+            init_weights: keys.boolean("init_weights", true)?,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("boft_block_size".into(), json!(self.block_size));
+        keys.insert("boft_block_num".into(), json!(self.block_num));
+        keys.insert("boft_n_butterfly_factor".into(), json!(1));
+        keys.insert("boft_dropout".into(), json!(0.0));
+        keys.insert("init_weights".into(), json!(self.init_weights));
+        keys.insert("bias".into(), json!("none"));
+        keys.insert("fan_in_fan_out".into(), json!(false));
+    }
+
+    fn describe(&self) -> String {
+        match self.block_size {
+            0 => format!("BOFT with {} blocks", self.block_num),
+            size => format!("BOFT block size {size}"),
+        }
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let [size, count] = self.blocks(site)?;
+        Ok(vec![
+            TensorSpec::new("boft_R", [1, count, size, size]),
+            TensorSpec::new("boft_s", [site.out_features, 1]),
+        ])
+    }
+
+    fn init(&self, name: &str, _: &[usize]) -> Init {
+        let mean = if name.ends_with("boft_s") { 1.0 } else { 0.0 };
+        if self.init_weights {
+            Init::Constant(mean as f32)
+        } else {
+            Init::Normal { mean, std: 0.1 }
+        }
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        let [size, count] = self.blocks(site)?;
+        Ok(Attachment::Weight(Box::new(Butterfly {
+            r: at.ids[0],
+            s: at.ids[1],
+            size,
+            count,
+        })))
+    }
+}
+
+/// BOFT on one linear.
+#[derive(Debug)]
+struct Butterfly {
+    r: ParamId,
+    s: ParamId,
+    size: usize,
+    count: usize,
+}
+
+impl Butterfly {
+    /// The skew part of a block.
+    fn skew(&self, params: &FlatBuffer, block: usize) -> Vec<f64> {
+        let n = self.size;
+        let m = &params.get(self.r)[block * n * n..(block + 1) * n * n];
+        (0..n * n)
+            .map(|i| 0.5 * f64::from(m[i] - m[i % n * n + i / n]))
+            .collect()
+    }
+
+    /// `W R^T`.
+    fn rotated(&self, params: &FlatBuffer, weight: View<'_>) -> Result<Tensor> {
+        let n = self.size;
+        let mut out = Tensor::zeros(ferrotune_kernels::DType::F32, weight.rows(), weight.cols());
+        for block in 0..self.count {
+            let columns = block * n..(block + 1) * n;
+            let rotation = Rotation::Cayley.of(&self.skew(params, block), n);
+            let rotation: Vec<f32> = rotation.iter().map(|v| *v as f32).collect();
+            let part = out.view_mut().columns(columns.clone());
+            matmul::nt(
+                part,
+                0.0,
+                1.0,
+                weight.columns(columns),
+                View::from_f32(&rotation, n, n),
+            )?;
+        }
+        Ok(out)
+    }
+}
+
+impl WeightUpdate for Butterfly {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let rotated = self.rotated(params, weight.as_view())?.to_f32_vec();
+        let (s, cols) = (params.get(self.s), weight.cols());
+        update(weight, |r, c, _| rotated[r * cols + c] * s[r]);
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let (n, [rows, cols]) = (self.size, weight.shape());
+        let rotated = self.rotated(params, weight)?.to_f32_vec();
+        let mut d = elements(d_weight);
+        let d_s = grads.get_mut(self.s);
+        for ((d_s, d), rotated) in d_s
+            .iter_mut()
+            .zip(d.chunks_exact(cols))
+            .zip(rotated.chunks_exact(cols))
+        {
+            *d_s += d.iter().zip(rotated).map(|(d, r)| d * r).sum::<f32>();
+        }
+        let s = params.get(self.s);
+        d.chunks_exact_mut(cols)
+            .zip(s)
+            .for_each(|(row, s)| row.iter_mut().for_each(|d| *d *= s));
+        let d = View::from_f32(&d, rows, cols);
+        for block in 0..self.count {
+            let columns = block * n..(block + 1) * n;
+            let d_rotation = tn(d.columns(columns.clone()), weight.columns(columns))?;
+            let d_rotation: Vec<f64> = d_rotation
+                .to_f32_vec()
+                .iter()
+                .map(|v| f64::from(*v))
+                .collect();
+            let d_skew = Rotation::Cayley.backward(&self.skew(params, block), &d_rotation, n);
+            let target = &mut grads.get_mut(self.r)[block * n * n..(block + 1) * n * n];
+            for (i, target) in target.iter_mut().enumerate() {
+                *target += (0.5 * (d_skew[i] - d_skew[i % n * n + i / n])) as f32;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,157 @@
+//! HiRA: the weight times one plus a low-rank matrix, element by element.
+//!
+//! `W' = W + W ⊙ (B A)`.
+//!
+//! # Source
+//! Huang et al.: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models"
+//! (2025); PEFT's `tuners/hira`.
+
+use super::matrix::{elements, grad, nn, param, update};
+use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
+use ferrotune_core::Result;
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{View, ViewMut, matmul};
+use serde_json::{Map, Value, json};
+
+/// How A and B start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// A uniform, B zero.
+    Kaiming,
+    /// A normal, B zero.
+    Gaussian,
+    /// Both normal.
+    Random,
+}
+
+/// HiRA's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Hira {
+    rank: Patterned<usize>,
+    start: Start,
+}
+
+impl Method for Hira {
+    const PEFT_TYPE: &'static str = "HIRA";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        keys.require_off("hira_dropout")?;
+        let start = match keys.get("init_weights") {
+            None | Some(Value::Bool(true)) => Start::Kaiming,
+            Some(Value::Bool(false)) => Start::Random,
+            Some(Value::String(text)) if text == "gaussian" => Start::Gaussian,
+            Some(value) => {
+                return Err(keys.error(
+                    "init_weights",
+                    format!("is {value}, expected true, false or \"gaussian\""),
+                ));
+            }
+        };
+        Ok(Self {
+            rank: keys.patterned("r", 32, "rank_pattern")?,
+            start,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("r".into(), json!(self.rank.default));
+        keys.insert("rank_pattern".into(), self.rank.to_json());
+        let start = match self.start {
+            Start::Kaiming => json!(true),
+            Start::Gaussian => json!("gaussian"),
+            Start::Random => json!(false),
+        };
+        keys.insert("init_weights".into(), start);
+        keys.insert("hira_dropout".into(), json!(0.0));
+        keys.insert("fan_in_fan_out".into(), json!(false));
+    }
+
+    fn describe(&self) -> String {
+        format!("HiRA r={}", self.rank.default)
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
+        self.rank.require_used(&names)
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let rank = self.rank.of(&site.name)?;
+        Ok(vec![
+            TensorSpec::new("hira_A", [rank, site.in_features]),
+            TensorSpec::new("hira_B", [site.out_features, rank]),
+        ])
+    }
+
+    fn init(&self, name: &str, shape: &[usize]) -> Init {
+        match (name.ends_with('A'), self.start) {
+            (true, Start::Kaiming) => Init::kaiming(shape[1]),
+            (true, Start::Gaussian) => Init::Normal {
+                mean: 0.0,
+                std: 1.0 / shape[0] as f64,
+            },
+            (_, Start::Random) => Init::Normal {
+                mean: 0.0,
+                std: 1.0,
+            },
+            (false, _) => Init::Constant(0.0),
+        }
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        let rank = self.rank.of(&site.name)?;
+        let shape = [site.out_features, rank, site.in_features];
+        Ok(Attachment::Weight(Box::new(Update {
+            a: at.ids[0],
+            b: at.ids[1],
+            shape,
+        })))
+    }
+}
+
+/// HiRA on one linear.
+#[derive(Debug)]
+struct Update {
+    a: ParamId,
+    b: ParamId,
+    /// out, rank, in.
+    shape: [usize; 3],
+}
+
+impl Update {
+    fn factors<'a>(&self, params: &'a FlatBuffer) -> [View<'a>; 2] {
+        let [out, rank, inputs] = self.shape;
+        [
+            param(params, self.a, rank, inputs),
+            param(params, self.b, out, rank),
+        ]
+    }
+}
+
+impl WeightUpdate for Update {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let [a, b] = self.factors(params);
+        let (product, cols) = (nn(b, a)?.to_f32_vec(), weight.cols());
+        update(weight, |r, c, w| w + w * product[r * cols + c]);
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let ([a, b], [out, rank, inputs]) = (self.factors(params), self.shape);
+        let d: Vec<f32> = elements(weight)
+            .iter()
+            .zip(elements(d_weight))
+            .map(|(w, d)| w * d)
+            .collect();
+        let d = View::from_f32(&d, out, inputs);
+        matmul::tn(grad(grads, self.a, rank, inputs), 1.0, 1.0, b, d)?;
+        Ok(matmul::nt(grad(grads, self.b, out, rank), 1.0, 1.0, d, a)?)
+    }
+}

@@ -1,0 +1,243 @@
+//! HRA: the weight behind a chain of trained Householder reflections.
+//!
+//! `W' = W H_1 H_2 ... H_r`, `H_i = I - 2 u_i u_i^T / |u_i|^2`, u_i the columns of `hra_u [in, r]`. With
+//! `apply_GS` the columns are made orthogonal first, and `W' = W (I - 2 U U^T)`.
+//!
+//! # Source
+//! Yuan et al.: "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
+//! Adaptation" (2024); PEFT's `tuners/hra`.
+
+use super::matrix::elements;
+use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::Result;
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{View, ViewMut};
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+/// HRA's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Hra {
+    rank: usize,
+    orthogonal: bool,
+    init_weights: bool,
+}
+
+impl Method for Hra {
+    const PEFT_TYPE: &'static str = "HRA";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        Ok(Self {
+            rank: keys.positive("r", 8)?,
+            orthogonal: keys.boolean("apply_GS", false)?,
+            init_weights: keys.boolean("init_weights", true)?,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("r".into(), json!(self.rank));
+        keys.insert("apply_GS".into(), json!(self.orthogonal));
+        keys.insert("init_weights".into(), json!(self.init_weights));
+        keys.insert("bias".into(), json!("none"));
+    }
+
+    fn describe(&self) -> String {
+        format!("HRA r={}", self.rank)
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        Ok(vec![TensorSpec::new(
+            "hra_u",
+            [site.in_features, self.rank],
+        )])
+    }
+
+    /// Pairs of equal columns: two equal reflections are none.
+    fn init(&self, _: &str, shape: &[usize]) -> Init {
+        if self.init_weights && self.rank.is_multiple_of(2) {
+            let bound = 1.0 / ((self.rank / 2) as f64).sqrt();
+            return Init::UniformPairs {
+                bound,
+                columns: self.rank,
+            };
+        }
+        Init::kaiming(shape[1])
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        Ok(Attachment::Weight(Box::new(Reflections {
+            u: at.ids[0],
+            rank: self.rank,
+            inputs: site.in_features,
+            orthogonal: self.orthogonal,
+        })))
+    }
+}
+
+/// HRA on one linear.
+#[derive(Debug)]
+struct Reflections {
+    u: ParamId,
+    rank: usize,
+    inputs: usize,
+    orthogonal: bool,
+}
+
+type Vectors = Vec<Vec<f64>>;
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// `v / |v|` and `|v|`.
+fn unit(v: &[f64]) -> (Vec<f64>, f64) {
+    let norm = dot(v, v).sqrt();
+    (v.iter().map(|x| x / norm).collect(), norm)
+}
+
+/// The gradient of `v` from that of `unit = v / norm`.
+fn unit_backward(unit: &[f64], norm: f64, d_unit: &[f64]) -> Vec<f64> {
+    let along = dot(unit, d_unit);
+    unit.iter()
+        .zip(d_unit)
+        .map(|(u, d)| (d - along * u) / norm)
+        .collect()
+}
+
+impl Reflections {
+    fn columns(&self, params: &FlatBuffer) -> Vectors {
+        let u = params.get(self.u);
+        let column = |i: usize| {
+            (0..self.inputs)
+                .map(|r| f64::from(u[r * self.rank + i]))
+                .collect()
+        };
+        (0..self.rank).map(column).collect()
+    }
+
+    /// The directions that are reflected, with what made them: vectors before normalisation.
+    fn directions(&self, params: &FlatBuffer) -> (Vectors, Vectors) {
+        let raw = self.columns(params);
+        let (mut directions, mut before): (Vectors, Vectors) = (Vec::new(), Vec::new());
+        for mut v in raw {
+            if self.orthogonal {
+                for q in &directions {
+                    let along = dot(q, &v);
+                    v.iter_mut().zip(q).for_each(|(v, q)| *v -= along * q);
+                }
+            }
+            directions.push(unit(&v).0);
+            before.push(v);
+        }
+        (directions, before)
+    }
+
+    /// Adds the gradients of the directions, as those of `u`.
+    fn directions_backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        directions: &Vectors,
+        before: &Vectors,
+        mut d: Vectors,
+    ) {
+        let raw = self.columns(params);
+        let mut d_raw: Vectors = vec![Vec::new(); self.rank];
+        for i in (0..self.rank).rev() {
+            let norm = dot(&before[i], &before[i]).sqrt();
+            let mut d_v = unit_backward(&directions[i], norm, &d[i]);
+            if self.orthogonal {
+                // v_{j+1} = v_j - (q_j . v_j) q_j, from the last j to the first.
+                let mut steps: Vectors = vec![raw[i].clone()];
+                for q in &directions[..i] {
+                    let v = &steps[steps.len() - 1];
+                    let along = dot(q, v);
+                    steps.push(v.iter().zip(q).map(|(v, q)| v - along * q).collect());
+                }
+                for j in (0..i).rev() {
+                    let (q, v) = (directions[j].clone(), &steps[j]);
+                    let (along, back) = (dot(&q, v), dot(&d_v, &q));
+                    for ((d_q, d), v) in d[j].iter_mut().zip(&d_v).zip(v) {
+                        *d_q -= back * v + along * d;
+                    }
+                    d_v.iter_mut().zip(&q).for_each(|(d, q)| *d -= back * q);
+                }
+            }
+            d_raw[i] = d_v;
+        }
+        let target = grads.get_mut(self.u);
+        for (i, d) in d_raw.iter().enumerate() {
+            for (r, d) in d.iter().enumerate() {
+                target[r * self.rank + i] += *d as f32;
+            }
+        }
+    }
+}
+
+/// `row -= 2 (row . u) u`.
+fn reflect(row: &mut [f64], u: &[f64]) {
+    let along = 2.0 * dot(row, u);
+    row.iter_mut().zip(u).for_each(|(r, u)| *r -= along * u);
+}
+
+impl WeightUpdate for Reflections {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let (directions, _) = self.directions(params);
+        let [rows, cols] = weight.shape();
+        let mut values = elements(weight.as_view());
+        // Orthogonal directions reflect one by one as they do together.
+        values.par_chunks_exact_mut(cols).for_each(|row| {
+            let mut wide: Vec<f64> = row.iter().map(|&w| f64::from(w)).collect();
+            directions.iter().for_each(|u| reflect(&mut wide, u));
+            row.iter_mut().zip(wide).for_each(|(w, v)| *w = v as f32);
+        });
+        weight.copy_from(View::from_f32(&values, rows, cols));
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let (directions, before) = self.directions(params);
+        let cols = weight.cols();
+        let (weight, gradient) = (elements(weight), elements(d_weight));
+        // d/du of -2 (row . u) u: -2 ((row . u) g + (g . u) row), row and g as of that reflection.
+        let rows = weight
+            .par_chunks_exact(cols)
+            .zip(gradient.par_chunks_exact(cols));
+        let per_row: Vec<Vectors> = rows
+            .map(|(row, gradient)| {
+                let mut states: Vectors = vec![row.iter().map(|&w| f64::from(w)).collect()];
+                for u in &directions {
+                    let mut next = states[states.len() - 1].clone();
+                    reflect(&mut next, u);
+                    states.push(next);
+                }
+                let mut g: Vec<f64> = gradient.iter().map(|&g| f64::from(g)).collect();
+                let mut d: Vectors = vec![Vec::new(); directions.len()];
+                for (i, u) in directions.iter().enumerate().rev() {
+                    let (along, back) = (dot(&states[i], u), dot(&g, u));
+                    let terms = g.iter().zip(&states[i]);
+                    d[i] = terms
+                        .map(|(g, row)| -2.0 * (along * g + back * row))
+                        .collect();
+                    reflect(&mut g, u);
+                }
+                d
+            })
+            .collect();
+        let mut d: Vectors = vec![vec![0.0; self.inputs]; self.rank];
+        for row in per_row {
+            for (sum, part) in d.iter_mut().zip(row) {
+                sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+            }
+        }
+        self.directions_backward(params, grads, &directions, &before, d);
+        Ok(())
+    }
+}

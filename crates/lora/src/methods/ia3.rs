@@ -1,0 +1,226 @@
+//! (IA)³: a trained factor per output of a linear, or per input of a feed-forward one.
+//!
+//! `y = l ⊙ (x W^T + b)`, or `y = (l ⊙ x) W^T + b`.
+//!
+//! # Source
+//! Liu et al.: "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+//! Learning" (2022); PEFT's `tuners/ia3`.
+
+use super::matrix::{elements, update};
+use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use crate::target::{self, Selection, TargetModules};
+use ferrotune_core::adapter::{Attachment, CustomLinear, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::{Tensor, View, ViewMut};
+use serde_json::{Map, Value, json};
+
+const L: &str = "ia3_l";
+
+/// (IA)³'s configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Ia3 {
+    /// Modules whose inputs are scaled.
+    feedforward: Option<TargetModules>,
+    init_weights: bool,
+}
+
+/// PEFT's targets by model type, and which of them are feed-forward.
+const DEFAULTS: [(&[&str], &[&str]); 3] = [
+    (
+        &[
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "granite",
+            "olmo2",
+        ],
+        &["k_proj", "v_proj", "down_proj"],
+    ),
+    (&["gpt2"], &["c_attn", "mlp.c_proj"]),
+    (&["phi3"], &["qkv_proj", "down_proj"]),
+];
+/// The ends of the names of feed-forward modules among them.
+const FEEDFORWARD: [&str; 2] = ["down_proj", "mlp.c_proj"];
+
+impl Ia3 {
+    fn scales_inputs(&self, site: &Site) -> Result<bool> {
+        let Some(modules) = &self.feedforward else {
+            return Ok(FEEDFORWARD.iter().any(|end| site.name.ends_with(end)));
+        };
+        if *modules == TargetModules::List(Vec::new()) {
+            return Ok(false);
+        }
+        let one = [site.clone()];
+        let selection = Selection {
+            target_modules: modules,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: &[],
+        };
+        Ok(target::select(&one, &selection).is_ok_and(|selected| !selected.is_empty()))
+    }
+}
+
+impl Method for Ia3 {
+    const PEFT_TYPE: &'static str = "IA3";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        Ok(Self {
+            feedforward: keys.target_modules("feedforward_modules")?,
+            init_weights: keys.boolean("init_ia3_weights", true)?,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        let modules = match &self.feedforward {
+            None => json!(FEEDFORWARD),
+            Some(TargetModules::List(names)) => json!(names),
+            Some(TargetModules::Regex(source)) => json!(source),
+            Some(TargetModules::AllLinear) => json!("all-linear"),
+        };
+        keys.insert("feedforward_modules".into(), modules);
+        keys.insert("init_ia3_weights".into(), json!(self.init_weights));
+        keys.insert("fan_in_fan_out".into(), json!(false));
+    }
+
+    fn describe(&self) -> String {
+        "(IA)³".into()
+    }
+
+    fn default_targets(model_type: &str) -> Option<TargetModules> {
+        let found = DEFAULTS
+            .iter()
+            .find(|(types, _)| types.contains(&model_type));
+        found.map(|(_, names)| TargetModules::List(names.iter().map(|&n| n.into()).collect()))
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        if self.feedforward.is_none() || self.feedforward == Some(TargetModules::List(Vec::new())) {
+            return Ok(());
+        }
+        for site in targets {
+            if self.scales_inputs(site)? {
+                return Ok(());
+            }
+        }
+        Err(Error::config(
+            "feedforward_modules",
+            "none of them is targeted: they must be a part of `target_modules`",
+        ))
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let shape = if self.scales_inputs(site)? {
+            [1, site.in_features]
+        } else {
+            [site.out_features, 1]
+        };
+        Ok(vec![TensorSpec::new(L, shape)])
+    }
+
+    fn init(&self, _: &str, _: &[usize]) -> Init {
+        if self.init_weights {
+            Init::Constant(1.0)
+        } else {
+            Init::Normal {
+                mean: 0.0,
+                std: 1.0,
+            }
+        }
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        Ok(if self.scales_inputs(site)? {
+            Attachment::Weight(Box::new(Inputs(at.ids[0])))
+        } else {
+            Attachment::Custom(Box::new(Outputs(at.ids[0])))
+        })
+    }
+}
+
+/// A factor per output.
+#[derive(Debug)]
+struct Outputs(ParamId);
+
+impl CustomLinear for Outputs {
+    fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
+        let [rows, cols] = y.shape();
+        let base = Tensor::from_f32(elements(y.as_view()), rows, cols);
+        let l = params.get(self.0);
+        update(y, |_, c, v| v * l[c]);
+        Ok(vec![base])
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        _: View<'_>,
+        saved: &[Tensor],
+        dy: ViewMut<'_>,
+        _: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let (base, gradient) = (saved[0].to_f32_vec(), elements(dy.as_view()));
+        let d_l = grads.get_mut(self.0);
+        let cols = d_l.len();
+        for (gradient, base) in gradient.chunks_exact(cols).zip(base.chunks_exact(cols)) {
+            for (d, (g, b)) in d_l.iter_mut().zip(gradient.iter().zip(base)) {
+                *d += g * b;
+            }
+        }
+        let l = params.get(self.0);
+        update(dy, |_, c, v| v * l[c]);
+        Ok(())
+    }
+
+    fn merge(
+        &self,
+        params: &FlatBuffer,
+        weight: ViewMut<'_>,
+        bias: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let l = params.get(self.0);
+        update(weight, |r, _, w| w * l[r]);
+        if let Some(bias) = bias {
+            update(bias, |_, c, b| b * l[c]);
+        }
+        Ok(())
+    }
+}
+
+/// A factor per input, which is one per column of the weight.
+#[derive(Debug)]
+struct Inputs(ParamId);
+
+impl WeightUpdate for Inputs {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let l = params.get(self.0);
+        update(weight, |_, c, w| w * l[c]);
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        _: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let (weight, gradient) = (elements(weight), elements(d_weight));
+        let d_l = grads.get_mut(self.0);
+        let cols = d_l.len();
+        for (weight, gradient) in weight.chunks_exact(cols).zip(gradient.chunks_exact(cols)) {
+            for (d, (w, g)) in d_l.iter_mut().zip(weight.iter().zip(gradient)) {
+                *d += w * g;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+//! LoHa: the elementwise product of two low-rank matrices.
+//!
+//! `W' = W + alpha / r * (w1_a w1_b) ⊙ (w2_a w2_b)`.
+//!
+//! # Source
+//! Hyeon-Woo et al.: "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
+//! Learning" (2021); PEFT's `tuners/loha`.
+
+use super::matrix::{elements, grad, nn, param, update};
+use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
+use ferrotune_core::Result;
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use serde_json::{Map, Value, json};
+
+/// LoHa's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Loha {
+    rank: Patterned<usize>,
+    alpha: Patterned<f64>,
+    init_weights: bool,
+}
+
+impl Method for Loha {
+    const PEFT_TYPE: &'static str = "LOHA";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        for key in ["rank_dropout", "module_dropout", "use_effective_conv2d"] {
+            keys.require_off(key)?;
+        }
+        Ok(Self {
+            rank: keys.patterned("r", 8, "rank_pattern")?,
+            alpha: keys.patterned_number("alpha", 8.0, "alpha_pattern")?,
+            init_weights: keys.boolean("init_weights", true)?,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("r".into(), json!(self.rank.default));
+        keys.insert("alpha".into(), json!(self.alpha.default));
+        keys.insert("rank_pattern".into(), self.rank.to_json());
+        keys.insert("alpha_pattern".into(), self.alpha.to_json());
+        keys.insert("init_weights".into(), json!(self.init_weights));
+    }
+
+    fn describe(&self) -> String {
+        format!("LoHa r={} alpha={}", self.rank.default, self.alpha.default)
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
+        self.rank.require_used(&names)?;
+        self.alpha.require_used(&names)
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let rank = self.rank.of(&site.name)?;
+        let (a, b) = ([site.out_features, rank], [rank, site.in_features]);
+        let shapes = [
+            ("hada_w1_a", a),
+            ("hada_w1_b", b),
+            ("hada_w2_a", a),
+            ("hada_w2_b", b),
+        ];
+        Ok(shapes
+            .map(|(ending, shape)| TensorSpec::new(ending, shape))
+            .into())
+    }
+
+    fn init(&self, name: &str, shape: &[usize]) -> Init {
+        if self.init_weights && name.ends_with("w2_b") {
+            return Init::Constant(0.0);
+        }
+        Init::kaiming(shape[1])
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        let rank = self.rank.of(&site.name)?;
+        Ok(Attachment::Weight(Box::new(Update {
+            factors: [[at.ids[0], at.ids[1]], [at.ids[2], at.ids[3]]],
+            shape: [site.out_features, rank, site.in_features],
+            scale: (self.alpha.of(&site.name)? / rank as f64) as f32,
+        })))
+    }
+}
+
+/// LoHa on one linear.
+#[derive(Debug)]
+struct Update {
+    factors: [[ParamId; 2]; 2],
+    /// out, rank, in.
+    shape: [usize; 3],
+    scale: f32,
+}
+
+impl Update {
+    fn factors<'a>(&self, params: &'a FlatBuffer, [a, b]: [ParamId; 2]) -> [View<'a>; 2] {
+        let [out, rank, inputs] = self.shape;
+        [param(params, a, out, rank), param(params, b, rank, inputs)]
+    }
+
+    /// `w1_a w1_b` and `w2_a w2_b`.
+    fn products(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
+        let [first, second] = self.factors.map(|ids| self.factors(params, ids));
+        Ok([nn(first[0], first[1])?, nn(second[0], second[1])?])
+    }
+}
+
+impl WeightUpdate for Update {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let [first, second] = self.products(params)?.map(|t| t.to_f32_vec());
+        let cols = weight.cols();
+        update(weight, |r, c, w| {
+            w + self.scale * first[r * cols + c] * second[r * cols + c]
+        });
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        _: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let ([out, rank, inputs], products) = (self.shape, self.products(params)?);
+        let gradient = elements(d_weight);
+        for (ids, other) in self.factors.into_iter().zip(products.iter().rev()) {
+            let other = other.to_f32_vec();
+            let d: Vec<f32> = gradient
+                .iter()
+                .zip(other)
+                .map(|(g, o)| self.scale * g * o)
+                .collect();
+            let d = View::from_f32(&d, out, inputs);
+            let [a, b] = self.factors(params, ids);
+            matmul::nt(grad(grads, ids[0], out, rank), 1.0, 1.0, d, b)?;
+            matmul::tn(grad(grads, ids[1], rank, inputs), 1.0, 1.0, a, d)?;
+        }
+        Ok(())
+    }
+}

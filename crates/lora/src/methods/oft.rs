@@ -1,0 +1,243 @@
+//! OFT: inputs rotated in blocks, by rotations that are trained.
+//!
+//! `W' = W R^T`, R block-diagonal, each block a rotation made of a skew-symmetric matrix whose upper
+//! triangle is a row of `oft_R.weight [blocks, b (b - 1) / 2]`.
+//!
+//! # Source
+//! Qiu et al.: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (2023) and "Orthogonal
+//! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
+
+use super::cayley::Rotation;
+use super::matrix::tn;
+use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::{View, ViewMut, matmul};
+use serde_json::{Map, Value, json};
+
+/// OFT's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Oft {
+    /// Number of blocks; 0 where their size is given.
+    rank: usize,
+    block_size: usize,
+    /// Constrained: how far a block may go from the identity.
+    constraint: Option<f64>,
+    eps: f64,
+    block_share: bool,
+    neumann: bool,
+    terms: usize,
+    init_weights: bool,
+}
+
+impl Oft {
+    /// Size and number of blocks.
+    fn blocks(&self, site: &Site) -> Result<[usize; 2]> {
+        let inputs = site.in_features;
+        let (key, given) = if self.block_size > 0 {
+            ("oft_block_size", self.block_size)
+        } else {
+            ("r", self.rank)
+        };
+        if given > inputs || !inputs.is_multiple_of(given) {
+            let message = format!(
+                "is {given}, but `{}` has {inputs} inputs, which it must divide",
+                site.name
+            );
+            return Err(Error::config(key, message));
+        }
+        let other = inputs / given;
+        Ok(if self.block_size > 0 {
+            [given, other]
+        } else {
+            [other, given]
+        })
+    }
+}
+
+impl Method for Oft {
+    const PEFT_TYPE: &'static str = "OFT";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        keys.require_off("module_dropout")?;
+        let (rank, block_size) = (keys.integer("r", 0)?, keys.integer("oft_block_size", 32)?);
+        if (rank == 0) == (block_size == 0) {
+            return Err(keys.error(
+                "oft_block_size",
+                format!("is {block_size} and `r` is {rank}: one of them must be 0"),
+            ));
+        }
+        let (coft, eps) = (keys.boolean("coft", false)?, keys.number("eps", 6e-5)?);
+        Ok(Self {
+            rank,
+            block_size,
+            constraint: coft.then_some(eps),
+            eps,
+            block_share: keys.boolean("block_share", false)?,
+            neumann: keys.boolean("use_cayley_neumann", true)?,
+            terms: keys.positive("num_cayley_neumann_terms", 5)?,
+            init_weights: keys.boolean("init_weights", true)?,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("r".into(), json!(self.rank));
+        keys.insert("oft_block_size".into(), json!(self.block_size));
+        keys.insert("coft".into(), json!(self.constraint.is_some()));
+        keys.insert("eps".into(), json!(self.eps));
+        keys.insert("block_share".into(), json!(self.block_share));
+        keys.insert("use_cayley_neumann".into(), json!(self.neumann));
+        keys.insert("num_cayley_neumann_terms".into(), json!(self.terms));
+        keys.insert("init_weights".into(), json!(self.init_weights));
+        keys.insert("module_dropout".into(), json!(0.0));
+        keys.insert("bias".into(), json!("none"));
+        keys.insert("fan_in_fan_out".into(), json!(false));
+    }
+
+    fn describe(&self) -> String {
+        match self.block_size {
+            0 => format!("OFT r={}", self.rank),
+            size => format!("OFT block size {size}"),
+        }
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let [size, count] = self.blocks(site)?;
+        let rows = if self.block_share { 1 } else { count };
+        Ok(vec![TensorSpec::new(
+            "oft_R.weight",
+            [rows, size * (size - 1) / 2],
+        )])
+    }
+
+    fn init(&self, _: &str, shape: &[usize]) -> Init {
+        if self.init_weights {
+            Init::Constant(0.0)
+        } else {
+            Init::kaiming(shape[1])
+        }
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        let [size, count] = self.blocks(site)?;
+        Ok(Attachment::Weight(Box::new(Rotations {
+            weight: at.ids[0],
+            size,
+            count,
+            shared: self.block_share,
+            constraint: self.constraint,
+            rotation: if self.neumann {
+                Rotation::Neumann(self.terms)
+            } else {
+                Rotation::Cayley
+            },
+        })))
+    }
+}
+
+/// OFT on one linear.
+#[derive(Debug)]
+struct Rotations {
+    weight: ParamId,
+    size: usize,
+    count: usize,
+    shared: bool,
+    constraint: Option<f64>,
+    rotation: Rotation,
+}
+
+impl Rotations {
+    /// The skew-symmetric matrices, projected where they are constrained.
+    fn skew(&self, params: &FlatBuffer) -> Vec<Vec<f64>> {
+        let n = self.size;
+        let vectors = params.get(self.weight);
+        let rows = if self.shared { 1 } else { self.count };
+        let len = vectors.len() / rows;
+        (0..rows)
+            .map(|row| {
+                let mut matrix = vec![0.0; n * n];
+                let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
+                for ((i, j), v) in pairs.zip(&vectors[row * len..(row + 1) * len]) {
+                    matrix[i * n + j] = f64::from(*v);
+                    matrix[j * n + i] = -f64::from(*v);
+                }
+                if let Some(eps) = self.constraint {
+                    project(&mut matrix, eps / (rows as f64).sqrt());
+                }
+                matrix
+            })
+            .collect()
+    }
+
+    /// The rotations as f32 matrices, one behind the other.
+    fn rotations(&self, params: &FlatBuffer) -> Vec<Vec<f32>> {
+        let skew = self.skew(params);
+        skew.iter()
+            .map(|s| {
+                self.rotation
+                    .of(s, self.size)
+                    .iter()
+                    .map(|v| *v as f32)
+                    .collect()
+            })
+            .collect()
+    }
+
+    fn row(&self, block: usize) -> usize {
+        if self.shared { 0 } else { block }
+    }
+}
+
+/// Shortens a matrix to norm `limit`.
+fn project(matrix: &mut [f64], limit: f64) {
+    let norm = matrix.iter().map(|v| v * v).sum::<f64>().sqrt();
+    if norm > limit {
+        matrix.iter_mut().for_each(|v| *v *= limit / norm);
+    }
+}
+
+impl WeightUpdate for Rotations {
+    fn apply(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
+        let (rotations, n) = (self.rotations(params), self.size);
+        for block in 0..self.count {
+            let columns = block * n..(block + 1) * n;
+            let rotation = View::from_f32(&rotations[self.row(block)], n, n);
+            let mut part = weight.reborrow().columns(columns);
+            let before = part.as_view().to_f32_vec();
+            let before = View::from_f32(&before, part.rows(), n);
+            matmul::nt(part.reborrow(), 0.0, 1.0, before, rotation)?;
+        }
+        Ok(())
+    }
+
+    /// A constraint is a projection of the parameters, whose gradients are taken where they end up.
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let (skew, n) = (self.skew(params), self.size);
+        let mut d_rotations = vec![vec![0.0_f64; n * n]; skew.len()];
+        for block in 0..self.count {
+            let columns = block * n..(block + 1) * n;
+            let d = tn(d_weight.columns(columns.clone()), weight.columns(columns))?;
+            let sum = &mut d_rotations[self.row(block)];
+            sum.iter_mut()
+                .zip(d.to_f32_vec())
+                .for_each(|(sum, d)| *sum += f64::from(d));
+        }
+        let len = n * (n - 1) / 2;
+        let target = grads.get_mut(self.weight);
+        for (row, (skew, d)) in skew.iter().zip(&d_rotations).enumerate() {
+            let d = self.rotation.backward(skew, d, n);
+            let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
+            for ((i, j), target) in pairs.zip(&mut target[row * len..(row + 1) * len]) {
+                *target += (d[i * n + j] - d[j * n + i]) as f32;
+            }
+        }
+        Ok(())
+    }
+}

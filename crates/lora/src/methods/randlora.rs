@@ -1,0 +1,339 @@
+//! RandLoRA: full-rank updates as sums of random low-rank ones, weighted by trained diagonals.
+//!
+//! With `A [r, 1, min]` and `B [max, bases, r]` random and shared (min and max the smaller and the larger
+//! dimension), λ `[r, bases]` and γ `[bases, min]` trained, `M = B' A'`: B' `[max, bases r]` is B with its
+//! last two dimensions as one, A' `[r bases, min]` has the rows `λ[k, b] A[k] ⊙ γ[b]`, k first. (So PEFT
+//! pairs them; the paper has the same order on both sides.) `W' = W + alpha / r * M`, or its transpose
+//! where the outputs are fewer than the inputs.
+//!
+//! # Source
+//! Albert et al.: "RandLoRA: Full-rank parameter-efficient fine-tuning of large models" (2025); PEFT's
+//! `tuners/randlora`.
+
+use super::matrix::{elements, tn, update};
+use crate::files::Weights;
+use crate::method::{Frozen, Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::rng::{Stream, key_for};
+use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::sync::Arc;
+
+const A: &str = "randlora_A";
+const B: &str = "randlora_B";
+
+/// How many of the projections' elements are not zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Density {
+    Dense,
+    /// One in three.
+    Sparse,
+    /// One in √(smaller dimension).
+    VerySparse,
+}
+
+/// RandLoRA's configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct RandLora {
+    rank: usize,
+    alpha: f64,
+    key: u64,
+    density: Density,
+    init_weights: bool,
+    /// From the file of the adapter.
+    projections: Option<[Arc<Tensor>; 2]>,
+}
+
+/// The larger and the smaller dimension.
+fn dimensions(site: &Site) -> [usize; 2] {
+    let [out, inputs] = [site.out_features, site.in_features];
+    [out.max(inputs), out.min(inputs)]
+}
+
+impl Method for RandLora {
+    const PEFT_TYPE: &'static str = "RANDLORA";
+
+    fn read(keys: &mut Keys<'_>) -> Result<Self> {
+        keys.require_off("randlora_dropout")?;
+        let rank = keys.positive("r", 32)?;
+        let density = match (
+            keys.boolean("sparse", false)?,
+            keys.boolean("very_sparse", false)?,
+        ) {
+            (_, true) => Density::VerySparse,
+            (true, false) => Density::Sparse,
+            (false, false) => Density::Dense,
+        };
+        if !keys.boolean("save_projection", true)? {
+            let message = "is false: the projections could only be made again by the version of PyTorch that made them";
+            return Err(keys.error("save_projection", message));
+        }
+        let projections = keys
+            .directory()
+            .map(|directory| read_projections(directory, rank))
+            .transpose()?;
+        Ok(Self {
+            rank,
+            alpha: keys.number("randlora_alpha", 640.0)?,
+            key: keys.integer("projection_prng_key", 0)? as u64,
+            density,
+            init_weights: keys.boolean("init_weights", true)?,
+            projections,
+        })
+    }
+
+    fn write(&self, keys: &mut Map<String, Value>) {
+        keys.insert("r".into(), json!(self.rank));
+        keys.insert("randlora_alpha".into(), json!(self.alpha));
+        keys.insert("projection_prng_key".into(), json!(self.key));
+        keys.insert("save_projection".into(), json!(true));
+        keys.insert("sparse".into(), json!(self.density == Density::Sparse));
+        keys.insert(
+            "very_sparse".into(),
+            json!(self.density == Density::VerySparse),
+        );
+        keys.insert("randlora_dropout".into(), json!(0.0));
+        keys.insert("init_weights".into(), json!(self.init_weights));
+        keys.insert("bias".into(), json!("none"));
+        keys.insert("fan_in_fan_out".into(), json!(false));
+    }
+
+    fn describe(&self) -> String {
+        format!("RandLoRA r={} alpha={}", self.rank, self.alpha)
+    }
+
+    /// A `[r, min]`, B `[max, bases r]`.
+    fn frozen(&self, targets: &[&Site]) -> Result<Frozen> {
+        let largest =
+            |of: fn(&Site) -> usize| targets.iter().map(|site| of(site)).max().unwrap_or(0);
+        let (out, inputs) = (largest(|s| s.out_features), largest(|s| s.in_features));
+        let [max, min] = [out.max(inputs), out.min(inputs)];
+        let bases = min.div_ceil(self.rank);
+        let [a, b] = match &self.projections {
+            Some(projections) => projections.clone(),
+            None => [
+                Arc::new(self.draw(A, min, self.rank, min)),
+                Arc::new(self.draw(B, min, max, bases * self.rank)),
+            ],
+        };
+        if a.rows() != self.rank || a.cols() < min || b.rows() < max || b.cols() < bases * self.rank
+        {
+            let message = format!(
+                "is {}, but {A} is {:?} and {B} {:?}, expected at least [{}, {min}] and [{max}, {}]",
+                self.rank,
+                [a.rows(), a.cols()],
+                [b.rows(), b.cols()],
+                self.rank,
+                bases * self.rank
+            );
+            return Err(Error::config("r", message));
+        }
+        Ok(Frozen::new([(A, a), (B, b)]))
+    }
+
+    fn saved_frozen(&self) -> Vec<&'static str> {
+        vec![A, B]
+    }
+
+    fn frozen_shape(&self, ending: &str, [rows, cols]: [usize; 2]) -> Vec<usize> {
+        if ending == A {
+            vec![rows, 1, cols]
+        } else {
+            vec![rows, cols / self.rank, self.rank]
+        }
+    }
+
+    fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
+        let [_, min] = dimensions(site);
+        let bases = min.div_ceil(self.rank);
+        Ok(vec![
+            TensorSpec::new("randlora_lambda", [self.rank, bases]),
+            TensorSpec::new("randlora_gamma", [bases, min]),
+        ])
+    }
+
+    fn init(&self, name: &str, shape: &[usize]) -> Init {
+        match (name.ends_with("gamma"), self.init_weights) {
+            (true, _) => Init::Constant(1.0 / shape.iter().copied().max().unwrap_or(1) as f32),
+            (false, true) => Init::Constant(0.0),
+            (false, false) => Init::Normal {
+                mean: 0.0,
+                std: 1.0,
+            },
+        }
+    }
+
+    fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
+        let ([max, min], rank) = (dimensions(site), self.rank);
+        let (a, b) = (at.frozen.get(A), at.frozen.get(B));
+        let bases = min.div_ceil(rank);
+        Ok(Attachment::Weight(Box::new(Bases {
+            lambda: at.ids[0],
+            gamma: at.ids[1],
+            a: elements(a.view().columns(0..min)),
+            b: Tensor::from_f32(
+                elements(b.view().row_range(0..max).columns(0..bases * rank)),
+                max,
+                bases * rank,
+            ),
+            rank,
+            bases,
+            min,
+            transposed: site.out_features < site.in_features,
+            scale: (self.alpha / rank as f64) as f32,
+        })))
+    }
+}
+
+impl RandLora {
+    /// A projection: uniform, or sparse signs; divided by its standard deviation.
+    fn draw(&self, name: &str, min: usize, rows: usize, cols: usize) -> Tensor {
+        let mut stream = Stream::new(key_for(self.key, name));
+        let one_in = match self.density {
+            Density::Dense => None,
+            Density::Sparse => Some(3.0),
+            Density::VerySparse => Some((min as f64).sqrt()),
+        };
+        let mut value = || {
+            let unit = stream.uniform();
+            match one_in {
+                None => 2.0 * unit - 1.0,
+                Some(n) if unit < 0.5 / n => -1.0,
+                Some(n) if unit > 1.0 - 0.5 / n => 1.0,
+                Some(_) => 0.0,
+            }
+        };
+        let values: Vec<f64> = (0..rows * cols).map(|_| value()).collect();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>()
+            / (values.len() - 1).max(1) as f64;
+        let std = variance.sqrt().max(f64::MIN_POSITIVE);
+        Tensor::from_f32(
+            values.iter().map(|v| (v / std) as f32).collect(),
+            rows,
+            cols,
+        )
+    }
+}
+
+fn read_projections(directory: &Path, rank: usize) -> Result<[Arc<Tensor>; 2]> {
+    let weights = Weights::open(directory)?;
+    let read = |ending: &str| -> Result<Arc<Tensor>> {
+        let name = format!("base_model.{ending}");
+        let shape = weights
+            .file
+            .meta(&name)
+            .map_or_else(Vec::new, |meta| meta.shape.clone());
+        let values = weights.read(&name, &shape)?;
+        match shape[..] {
+            [rows, 1, cols] if ending == A && rows == rank => {
+                Ok(Arc::new(Tensor::from_f32(values, rows, cols)))
+            }
+            [rows, bases, last] if ending == B && last == rank => {
+                Ok(Arc::new(Tensor::from_f32(values, rows, bases * last)))
+            }
+            _ => Err(Error::adapter(
+                &weights.path,
+                format!("`{name}` has shape {shape:?}, which is none for rank {rank}"),
+            )),
+        }
+    };
+    Ok([read(A)?, read(B)?])
+}
+
+/// RandLoRA on one linear.
+#[derive(Debug)]
+struct Bases {
+    lambda: ParamId,
+    gamma: ParamId,
+    /// `[r, min]`.
+    a: Vec<f32>,
+    /// `[max, bases r]`.
+    b: Tensor,
+    rank: usize,
+    bases: usize,
+    min: usize,
+    transposed: bool,
+    scale: f32,
+}
+
+impl Bases {
+    /// A', `[r bases, min]`.
+    fn scaled(&self, params: &FlatBuffer) -> Vec<f32> {
+        let (lambda, gamma) = (params.get(self.lambda), params.get(self.gamma));
+        let mut scaled = vec![0.0; self.bases * self.rank * self.min];
+        for (row, scaled) in scaled.chunks_exact_mut(self.min).enumerate() {
+            let (k, b) = (row / self.bases, row % self.bases);
+            let factor = lambda[k * self.bases + b];
+            let terms = self.a[k * self.min..].iter().zip(&gamma[b * self.min..]);
+            scaled
+                .iter_mut()
+                .zip(terms)
+                .for_each(|(s, (a, g))| *s = factor * a * g);
+        }
+        scaled
+    }
+
+    /// `[max, min]`.
+    fn oriented(&self, values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
+        if !self.transposed {
+            return values.to_vec();
+        }
+        (0..rows * cols)
+            .map(|i| values[i % rows * cols + i / rows])
+            .collect()
+    }
+}
+
+impl WeightUpdate for Bases {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let scaled = self.scaled(params);
+        let mut sum = Tensor::zeros(ferrotune_kernels::DType::F32, self.b.rows(), self.min);
+        let scaled = View::from_f32(&scaled, self.bases * self.rank, self.min);
+        matmul::nn(sum.view_mut(), 0.0, self.scale, self.b.view(), scaled)?;
+        let sum = sum.to_f32_vec();
+        let min = self.min;
+        if self.transposed {
+            update(weight, |r, c, w| w + sum[c * min + r]);
+        } else {
+            update(weight, |r, c, w| w + sum[r * min + c]);
+        }
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        _: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let d = self.oriented(&elements(d_weight), d_weight.shape());
+        let d_scaled = tn(self.b.view(), View::from_f32(&d, self.b.rows(), self.min))?.to_f32_vec();
+        let (lambda, gamma) = (
+            params.get(self.lambda).to_vec(),
+            params.get(self.gamma).to_vec(),
+        );
+        for (row, d) in d_scaled.chunks_exact(self.min).enumerate() {
+            let (k, b) = (row / self.bases, row % self.bases);
+            let a = &self.a[k * self.min..(k + 1) * self.min];
+            let g = &gamma[b * self.min..(b + 1) * self.min];
+            let sum: f32 = d
+                .iter()
+                .zip(a.iter().zip(g))
+                .map(|(d, (a, g))| d * a * g)
+                .sum();
+            grads.get_mut(self.lambda)[k * self.bases + b] += self.scale * sum;
+            let factor = self.scale * lambda[k * self.bases + b];
+            let target = &mut grads.get_mut(self.gamma)[b * self.min..(b + 1) * self.min];
+            target
+                .iter_mut()
+                .zip(d.iter().zip(a))
+                .for_each(|(t, (d, a))| *t += factor * d * a);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,387 @@
+//! Every method beside LoRA, trained on a recorded base: starts, files, merges.
+
+mod common;
+
+use ferrotune::core::adapter::Adapter;
+use ferrotune::core::data::{Example, PackedBatch};
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::params::FlatBuffer;
+use ferrotune::core::trainer::{Trainer, TrainerOptions, attach};
+use ferrotune::kernels::{DType, Workspace};
+use ferrotune::lora::{MergeOptions, PeftConfig, load, merge};
+use ferrotune::prelude::Solo;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+
+/// Whether the adapter does nothing before it is trained.
+#[derive(Clone, Copy, PartialEq)]
+enum Start {
+    Nothing,
+    Something,
+}
+
+/// A configuration of every method and variant.
+fn configurations() -> Vec<(Value, Start)> {
+    use Start::{Nothing, Something};
+    let of = |peft_type: &str, keys: Value| {
+        let mut object =
+            json!({"peft_type": peft_type, "target_modules": ["q_proj", "v_proj", "down_proj"]});
+        let map = object.as_object_mut().expect("an object");
+        map.extend(keys.as_object().expect("an object").clone());
+        object
+    };
+    vec![
+        (of("BOFT", json!({"boft_block_size": 4})), Nothing),
+        (
+            of("C3A", json!({"block_size": 8, "init_weights": true})),
+            Nothing,
+        ),
+        (
+            of(
+                "C3A",
+                json!({"block_size": 8, "block_size_pattern": {"v_proj": 16}}),
+            ),
+            Something,
+        ),
+        (of("DELORA", json!({"r": 4})), Nothing),
+        (
+            of(
+                "FOURIERFT",
+                json!({"n_frequency": 30, "init_weights": true}),
+            ),
+            Nothing,
+        ),
+        (of("FOURIERFT", json!({"n_frequency": 30})), Something),
+        (
+            of("HIRA", json!({"r": 4, "rank_pattern": {"v_proj": 2}})),
+            Nothing,
+        ),
+        (of("HRA", json!({"r": 4})), Nothing),
+        (of("HRA", json!({"r": 3, "apply_GS": true})), Something),
+        (
+            of("IA3", json!({"feedforward_modules": ["down_proj"]})),
+            Nothing,
+        ),
+        (of("LOHA", json!({"r": 3})), Nothing),
+        (of("LOKR", json!({"r": 2})), Nothing),
+        (
+            of(
+                "LOKR",
+                json!({"r": 2, "decompose_both": true, "init_weights": "lycoris"}),
+            ),
+            Nothing,
+        ),
+        (of("MISS", json!({"r": 8})), Nothing),
+        (of("MISS", json!({"r": 6})), Nothing),
+        (of("MISS", json!({"r": 8, "init_weights": "bat"})), Nothing),
+        (
+            of("MISS", json!({"r": 8, "mini_r": 4, "init_weights": "mini"})),
+            Nothing,
+        ),
+        (of("OFT", json!({"oft_block_size": 8})), Nothing),
+        (
+            of(
+                "OFT",
+                json!({"oft_block_size": 0, "r": 4, "use_cayley_neumann": false}),
+            ),
+            Nothing,
+        ),
+        (
+            of(
+                "OFT",
+                json!({"oft_block_size": 4, "block_share": true, "coft": true, "eps": 10.0}),
+            ),
+            Nothing,
+        ),
+        (of("RANDLORA", json!({"r": 5})), Nothing),
+        (of("RANDLORA", json!({"r": 8, "sparse": true})), Nothing),
+        (of("ROAD", json!({"group_size": 8})), Nothing),
+        (
+            of("ROAD", json!({"group_size": 4, "variant": "road_2"})),
+            Nothing,
+        ),
+        (
+            of("ROAD", json!({"group_size": 8, "variant": "road_4"})),
+            Nothing,
+        ),
+        (
+            of(
+                "VBLORA",
+                json!({"r": 2, "vector_length": 8, "num_vectors": 12}),
+            ),
+            Something,
+        ),
+        (of("VERA", json!({"r": 8, "vera_dropout": 0.1})), Nothing),
+        (
+            of(
+                "VERA",
+                json!({"r": 8, "save_projection": false, "projection_prng_key": 3}),
+            ),
+            Nothing,
+        ),
+    ]
+}
+
+fn base() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters/_bases/llama")
+}
+
+fn adapter(keys: &Value) -> Box<dyn Adapter> {
+    let object: Map<String, Value> = keys.as_object().expect("an object").clone();
+    let config = PeftConfig::from_config("peft_config", &object).expect("a known method");
+    config
+        .for_base(&base())
+        .into_adapter("llama")
+        .expect("a llama has defaults")
+}
+
+fn batch() -> PackedBatch {
+    let rows: Vec<Example> = [11, 7]
+        .map(|len| {
+            let ids: Vec<u32> = (0..len).map(|i| (i * 37 + len) % 250).collect();
+            Example {
+                labels: ids.iter().map(|&id| id as i32).collect(),
+                input_ids: ids,
+                ..Example::default()
+            }
+        })
+        .into();
+    PackedBatch::pack((0..).zip(&rows))
+}
+
+fn logits(model: &Model, params: &FlatBuffer) -> Vec<f32> {
+    let workspace = Workspace::new(0);
+    let pass = Pass {
+        workspace: &workspace,
+        dtype: DType::F32,
+        mode: Mode::Eval,
+    };
+    model
+        .logits(pass, params, &batch())
+        .expect("runs")
+        .to_f32_vec()
+}
+
+/// The logits of a directory's model with an adapter from disk, or alone.
+fn logits_of(directory: &Path, from: Option<&Path>) -> Vec<f32> {
+    let config = DecoderConfig::open(directory).expect("a config");
+    let files = ModelFiles::open(directory).expect("weights");
+    let Some(from) = from else {
+        let mut none = FlatBuffer::zeros(&Default::default());
+        let model = Model::load(&config, Vec::new(), &files, &mut none, DType::F32).expect("loads");
+        return logits(&model, &none);
+    };
+    let method = load(from, &config.model_type).expect("an adapter");
+    let (attachments, mut params) = attach(&config, method.as_ref()).expect("fits");
+    let mut model =
+        Model::load(&config, attachments, &files, &mut params, DType::F32).expect("loads");
+    method
+        .prepare(&mut params, &mut model)
+        .expect("base values");
+    method.load(&mut params, from).expect("tensors");
+    logits(&model, &params)
+}
+
+fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    let square = |v: f64| v * v;
+    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+    let size: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
+    (apart / size).sqrt()
+}
+
+fn trainer(keys: &Value) -> Trainer {
+    let config = DecoderConfig::open(&base()).expect("a config");
+    let files = ModelFiles::open(&base()).expect("weights");
+    let options = TrainerOptions::default();
+    Trainer::new(&config, &files, adapter(keys), Box::new(Solo), options).expect("fits")
+}
+
+#[test]
+fn adapters_start_as_they_say_and_learn() {
+    let plain = logits_of(&base(), None);
+    for (keys, start) in configurations() {
+        let mut trainer = trainer(&keys);
+        let error = relative_error(&logits(trainer.model(), trainer.params()), &plain);
+        match start {
+            Start::Nothing => assert!(error < 1e-5, "{keys}: starts {error} away from the base"),
+            Start::Something => assert!(error > 1e-6, "{keys}: starts at the base"),
+        }
+        let before = trainer.evaluate(&[batch()]).expect("runs").loss;
+        for _ in 0..8 {
+            trainer.step(&[batch()], 1e-2).expect("a step");
+        }
+        let after = trainer.evaluate(&[batch()]).expect("runs").loss;
+        assert!(after < before, "{keys}: {before} before, {after} after");
+    }
+}
+
+#[test]
+fn what_is_saved_is_what_was_trained_and_merges_to_the_same_model() {
+    for (keys, _) in configurations() {
+        let mut trainer = trainer(&keys);
+        for _ in 0..3 {
+            trainer.step(&[batch()], 1e-2).expect("a step");
+        }
+        let trained = logits(trainer.model(), trainer.params());
+        let place = tempfile::tempdir().expect("temporary directory");
+        let [saved, again, merged] =
+            ["saved", "again", "merged"].map(|name| place.path().join(name));
+        trainer
+            .adapter()
+            .save(trainer.params(), &saved)
+            .expect("saved");
+        assert_eq!(
+            logits_of(&base(), Some(&saved)),
+            trained,
+            "{keys}: reads back differently"
+        );
+
+        let method = load(&saved, "llama").expect("an adapter");
+        let (_, mut params) = attach(
+            &DecoderConfig::open(&base()).expect("a config"),
+            method.as_ref(),
+        )
+        .expect("fits");
+        method.load(&mut params, &saved).expect("tensors");
+        method.save(&params, &again).expect("saved");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            let [first, second] =
+                [&saved, &again].map(|d| std::fs::read(d.join(file)).expect("written"));
+            assert!(
+                first == second,
+                "{keys}: {file} is other bytes after a round trip"
+            );
+        }
+
+        merge(&base(), &saved, &merged, &MergeOptions::default()).expect("merges");
+        let error = relative_error(&logits_of(&merged, None), &trained);
+        assert!(error < 1e-5, "{keys}: merged, {error} away");
+    }
+}
+
+/// Along the gradient the loss grows as the gradient says.
+#[test]
+fn gradients_are_slopes_of_the_loss() {
+    for (keys, _) in configurations() {
+        let mut trainer = trainer(&keys);
+        // Away from the start, where many gradients are zero.
+        for _ in 0..3 {
+            trainer.step(&[batch()], 1e-2).expect("a step");
+        }
+        let tokens = trainer.evaluate(&[batch()]).expect("runs").label_tokens as f64;
+        let params = trainer.params().clone();
+        // A step at rate 0 leaves the gradient of these parameters behind.
+        trainer.step(&[batch()], 0.0).expect("a step");
+        let grads = trainer.grads().clone();
+        let norm = grads
+            .as_slice()
+            .iter()
+            .map(|g| f64::from(*g).powi(2))
+            .sum::<f64>()
+            .sqrt()
+            / tokens;
+        let mut loss_at = |distance: f64| {
+            let moved = params.as_slice().iter().zip(grads.as_slice());
+            let moved: Vec<f32> = moved
+                .map(|(p, g)| (f64::from(*p) + distance * f64::from(*g) / tokens / norm) as f32)
+                .collect();
+            trainer.params_mut().as_mut_slice().copy_from_slice(&moved);
+            trainer.evaluate(&[batch()]).expect("runs").loss
+        };
+        let step = 2e-3;
+        let slope = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+        assert!(
+            (slope - norm).abs() < 0.02 * norm,
+            "{keys}: slope {slope}, gradient {norm}"
+        );
+    }
+}
+
+#[test]
+fn mistakes_in_a_configuration_are_named() {
+    let sites = |keys: Value| -> String {
+        let object: Map<String, Value> = keys.as_object().expect("an object").clone();
+        let config = DecoderConfig::open(&base()).expect("a config");
+        let attached = PeftConfig::from_config("peft_config", &object)
+            .and_then(|c| c.into_adapter("llama"))
+            .and_then(|a| attach(&config, a.as_ref()).map(|_| ()));
+        attached.expect_err("refused").to_string()
+    };
+    let cases = [
+        (json!({}), "peft_type"),
+        (json!({"peft_type": "VERRA"}), "VERA"),
+        (json!({"peft_type": "XLORA"}), "not supported yet"),
+        (json!({"peft_type": "LORA"}), "lora_r"),
+        (json!({"peft_type": "VERA", "rank": 3}), "rank"),
+        (json!({"peft_type": "VERA", "r": 0}), "at least 1"),
+        (json!({"peft_type": "VERA", "r": "eight"}), "a whole number"),
+        (
+            json!({"peft_type": "VERA", "vera_dropout": 1.5}),
+            "probability",
+        ),
+        (json!({"peft_type": "VERA", "bias": "all"}), "not supported"),
+        (
+            json!({"peft_type": "VERA", "target_modules": ["q_prog"]}),
+            "q_proj",
+        ),
+        (
+            json!({"peft_type": "VERA", "target_modules": ["input_layernorm"]}),
+            "a norm",
+        ),
+        (
+            json!({"peft_type": "VERA", "target_modules": ["lm_head"]}),
+            "output head",
+        ),
+        (
+            json!({"peft_type": "LOHA", "rank_pattern": {"nope": 4}}),
+            "nope",
+        ),
+        (
+            json!({"peft_type": "LOKR", "decompose_factor": 0}),
+            "decompose_factor",
+        ),
+        (
+            json!({"peft_type": "LOKR", "init_weights": "zero"}),
+            "lycoris",
+        ),
+        (
+            json!({"peft_type": "LOHA", "module_dropout": 0.1}),
+            "module_dropout",
+        ),
+        (
+            json!({"peft_type": "OFT", "oft_block_size": 7}),
+            "must divide",
+        ),
+        (json!({"peft_type": "OFT", "r": 4}), "one of them must be 0"),
+        (
+            json!({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}),
+            "butterfly",
+        ),
+        (json!({"peft_type": "C3A", "block_size": 5}), "must divide"),
+        (json!({"peft_type": "MISS", "r": 1000}), "more than"),
+        (
+            json!({"peft_type": "VBLORA", "vector_length": 7}),
+            "must divide",
+        ),
+        (json!({"peft_type": "VBLORA", "topk": 300}), "num_vectors"),
+        (json!({"peft_type": "ROAD", "group_size": 3}), "even"),
+        (json!({"peft_type": "ROAD", "variant": "road_3"}), "road_2"),
+        (
+            json!({"peft_type": "FOURIERFT", "n_frequency": 1_000_000}),
+            "more than",
+        ),
+        (
+            json!({"peft_type": "IA3", "feedforward_modules": ["gate_proj"]}),
+            "target_modules",
+        ),
+        (
+            json!({"peft_type": "RANDLORA", "save_projection": false}),
+            "PyTorch",
+        ),
+    ];
+    for (keys, part) in cases {
+        let message = sites(keys.clone());
+        assert!(message.contains(part), "{keys}: {message}");
+    }
+}
