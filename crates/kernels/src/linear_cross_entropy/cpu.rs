@@ -1,5 +1,5 @@
-use super::softmax::{Lane, means, statistics, to_gradients};
-use super::{Gradients, Labels, Sums};
+use super::softmax::{Lane, Loss, cap, means, statistics, to_gradients};
+use super::{Gradients, Head, Labels, Sums};
 use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
 use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
@@ -12,19 +12,19 @@ const CHUNK_ROWS: usize = 256;
 /// `count` label rows stand before the padding.
 pub(super) fn run(
     hidden: View<'_>,
-    head: View<'_>,
+    head: Head<'_>,
     labels: Labels<'_>,
     count: usize,
     mut gradients: Option<Gradients<'_>>,
     workspace: &Workspace,
 ) -> Result<Sums> {
     let (rows, targets) = (&labels.rows[..count], &labels.targets[..count]);
-    let smoothing = labels.smoothing;
+    let (smoothing, weight) = (labels.smoothing, head.weight);
     if let Some(gradients) = &mut gradients {
         gradients.d_hidden.reborrow().fill(0.0);
     }
     let mut sums = Sums::default();
-    let ([vocabulary, width], limit) = (head.shape(), chunk_rows(head.rows()));
+    let ([vocabulary, width], limit) = (weight.shape(), chunk_rows(weight.rows()));
     if rows.is_empty() {
         return Ok(sums);
     }
@@ -34,22 +34,38 @@ pub(super) fn run(
         gather(hidden, rows, &mut selected);
         let transposed = transpose(&selected, workspace);
         let mut logits = Tensor::from_buffer(buffer, vocabulary, rows.len());
-        matmul::nn(logits.view_mut(), 0.0, 1.0, head, transposed.view())?;
+        matmul::nn(
+            logits.view_mut(),
+            0.0,
+            head.scale,
+            weight,
+            transposed.view(),
+        )?;
         // In the shape it was taken in: the pool goes by columns.
         let transposed = Tensor::from_buffer(transposed.into_buffer(), rows.len(), width);
         workspace.give(transposed);
+        if let Some(softcap) = head.softcap {
+            cap(logits.view_mut(), softcap);
+        }
         let lanes = statistics(logits.view());
         add_sums(&mut sums, &lanes, &logits, targets);
         if smoothing > 0.0 {
             smooth(&mut sums, &logits, targets, smoothing);
         }
         if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
-            to_gradients(logits.view_mut(), &lanes, targets, smoothing);
+            let loss = Loss {
+                targets,
+                smoothing,
+                softcap: head.softcap,
+            };
+            to_gradients(logits.view_mut(), &lanes, loss);
             if let Some(d_head) = d_head {
-                matmul::nn(d_head.reborrow(), 1.0, 1.0, logits.view(), selected.view())?;
+                let d_head = d_head.reborrow();
+                matmul::nn(d_head, 1.0, head.scale, logits.view(), selected.view())?;
             }
             // The hidden rows are not needed any more: their gradient takes their place.
-            matmul::tn(selected.view_mut(), 0.0, 1.0, logits.view(), head)?;
+            let d_selected = selected.view_mut();
+            matmul::tn(d_selected, 0.0, head.scale, logits.view(), weight)?;
             scatter_add(&selected, rows, d_hidden.reborrow());
         }
         buffer = logits.into_buffer();

@@ -8,7 +8,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use super::{Accumulator, Gradients, Labels, PADDING};
+use super::{Accumulator, Gradients, Head, Labels, PADDING};
 use crate::cuda::rows::count;
 use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
@@ -37,6 +37,9 @@ struct Run<'a> {
     device: &'a CudaDevice,
     hidden: View<'a>,
     head: View<'a>,
+    /// Factor and bound of the logits.
+    scale: f32,
+    softcap: Option<f32>,
     /// Label rows and targets on the GPU.
     rows: u64,
     targets: u64,
@@ -57,7 +60,7 @@ struct Buffers {
 
 pub(super) fn run(
     device: &Arc<CudaDevice>,
-    [hidden, head]: [View<'_>; 2],
+    (hidden, head): (View<'_>, Head<'_>),
     labels: Labels<'_>,
     mut gradients: Option<Gradients<'_>>,
     sums: &mut Accumulator,
@@ -65,6 +68,7 @@ pub(super) fn run(
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy";
     let (rows, targets) = (labels.rows, labels.targets);
+    let (scale, softcap, head) = (head.scale, head.softcap, head.weight);
     check_dtype(
         OP,
         "hidden, to be multiplied by the head,",
@@ -92,6 +96,8 @@ pub(super) fn run(
         device,
         hidden,
         head,
+        scale,
+        softcap,
         rows: rows.ptr(),
         targets: targets.ptr(),
         total,
@@ -208,11 +214,15 @@ impl Run<'_> {
             vocabulary: count(self.head.rows()),
             padding: PADDING,
             smoothing: self.smoothing,
-            unused: 0,
+            softcap: self.softcap.unwrap_or(0.0),
         };
+        let capped = self.softcap.map_or("", |_| "capped_");
         let kernel = match gradient {
-            true => format!("linear_cross_entropy_gradient_{}", self.head.dtype()),
-            false => "linear_cross_entropy_loss".into(),
+            true => format!(
+                "linear_cross_entropy_{capped}gradient_{}",
+                self.head.dtype()
+            ),
+            false => format!("linear_cross_entropy_{capped}loss"),
         };
         let grid = Grid::new(count(len), SOFTMAX_THREADS);
         self.device.launch(&MODULE, &kernel, grid, &params)?;
@@ -297,7 +307,7 @@ impl Run<'_> {
             m,
             n,
             k,
-            alpha: 1.0,
+            alpha: self.scale,
             beta: product.beta,
             a: product.a,
             b: product.b,
@@ -350,7 +360,7 @@ struct Softmax {
     vocabulary: u32,
     padding: u32,
     smoothing: f32,
-    unused: u32,
+    softcap: f32,
 }
 
 /// As in kernel.cu.

@@ -1,11 +1,13 @@
 //! The output projection and the cross-entropy of its logits, without ever holding all logits.
 //!
 //! ```text
-//! z = hidden[row] head^T                       logits of one label row, [V]
+//! u = scale hidden[row] head^T                 logits of one label row, [V]
+//! z = u, or with a softcap c: c tanh(u / c)
 //! loss    = logZ - z[target]                   logZ = ln sum_v exp z_v
 //!           + smoothing (z[target] - mean_v z_v)
 //! entropy = logZ - sum_v p_v z_v               p = softmax(z)
-//! d_hidden[row] = (p - q) head                 d_head += sum over rows (p - q)^T hidden[row]
+//! d_u = (p - q) dz/du                          dz/du = 1, or with a softcap: 1 - (z / c)^2
+//! d_hidden[row] = scale d_u head               d_head += scale sum over rows d_u^T hidden[row]
 //! q = (1 - smoothing) onehot(target) + smoothing / V
 //! ```
 //!
@@ -30,6 +32,8 @@ mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+#[cfg(test)]
+mod loss_tests;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -43,6 +47,27 @@ use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 
 /// What stands in `rows` and `targets` for no row.
 pub const PADDING: u32 = u32::MAX;
+
+/// What turns hidden states into logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// `[V,D]`.
+    pub weight: View<'a>,
+    /// Factor of the logits.
+    pub scale: f32,
+    /// Bound c of the logits, which become `c * tanh(logit / c)`.
+    pub softcap: Option<f32>,
+}
+
+impl<'a> From<View<'a>> for Head<'a> {
+    fn from(weight: View<'a>) -> Self {
+        Self {
+            weight,
+            scale: 1.0,
+            softcap: None,
+        }
+    }
+}
 
 /// What the logits should say.
 #[derive(Clone, Copy, Debug)]
@@ -60,23 +85,24 @@ pub struct Labels<'a> {
 /// # Errors
 /// If a shape or length does not fit, or a row or target lies outside its table; on a GPU also if
 /// `hidden` and `head` differ in dtype.
-pub fn forward(
+pub fn forward<'a>(
     hidden: View<'_>,
-    head: View<'_>,
+    head: impl Into<Head<'a>>,
     labels: Labels<'_>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
+    let head = head.into();
     let count = check(OP, hidden, head, labels)?;
     let devices = [
         hidden.device(),
-        head.device(),
+        head.weight.device(),
         labels.rows.device(),
         labels.targets.device(),
     ];
     if let Some(device) = common(OP, &devices)? {
-        return cuda::run(device, [hidden, head], labels, None, sums, workspace);
+        return cuda::run(device, (hidden, head), labels, None, sums, workspace);
     }
     sums.add(cpu::run(hidden, head, labels, count, None, workspace)?);
     Ok(())
@@ -89,9 +115,9 @@ pub fn forward(
 ///
 /// # Errors
 /// As [`forward`].
-pub fn forward_backward(
+pub fn forward_backward<'a>(
     hidden: View<'_>,
-    head: View<'_>,
+    head: impl Into<Head<'a>>,
     labels: Labels<'_>,
     d_hidden: ViewMut<'_>,
     d_head: Option<ViewMut<'_>>,
@@ -99,15 +125,16 @@ pub fn forward_backward(
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
+    let head = head.into();
     let count = check(OP, hidden, head, labels)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
     if let Some(d_head) = &d_head {
-        check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
+        check_shape(OP, "d_head [V,D]", head.weight.shape(), d_head.shape())?;
     }
     let d_head_device = d_head.as_ref().map_or(hidden.device(), ViewMut::device);
     let devices = [
         hidden.device(),
-        head.device(),
+        head.weight.device(),
         labels.rows.device(),
         labels.targets.device(),
         d_hidden.device(),
@@ -117,7 +144,7 @@ pub fn forward_backward(
     if let Some(device) = common(OP, &devices)? {
         return cuda::run(
             device,
-            [hidden, head],
+            (hidden, head),
             labels,
             Some(gradients),
             sums,
@@ -162,7 +189,7 @@ struct Gradients<'a> {
 }
 
 /// The number of rows before the padding.
-fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>) -> Result<usize> {
+fn check(op: &'static str, hidden: View<'_>, head: Head<'_>, labels: Labels<'_>) -> Result<usize> {
     let Labels {
         rows,
         targets,
@@ -172,6 +199,13 @@ fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>)
         let message = format!("label smoothing is {smoothing}, expected 0 to below 1");
         return Err(Error::Invalid { op, message });
     }
+    if let Some(softcap) = head.softcap
+        && !(softcap > 0.0 && softcap.is_finite())
+    {
+        let message = format!("a softcap of {softcap}; it must be positive and finite");
+        return Err(Error::Invalid { op, message });
+    }
+    let head = head.weight;
     let expected = [head.rows(), hidden.cols()];
     check_shape(op, "head [V,D]", expected, head.shape())?;
     check_len(op, "targets", rows.len(), targets.len())?;
