@@ -231,7 +231,11 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let read = || -> Result<Box<dyn Adapter>> {
         let adapter = ferrotune_lora::load(&initial, &config.model_type)?;
         Ok(match lr_ratio {
-            Some(ratio) => Box::new(LoraPlus::new(adapter, ratio)),
+            Some(ratio) => {
+                // PEFT's default of loraplus_lr_embedding, which the recorded runs leave alone.
+                let embedding = 1e-6 / number("lr", 0.0);
+                Box::new(LoraPlus::new(adapter, ratio, embedding))
+            }
             None => adapter,
         })
     };
@@ -300,8 +304,14 @@ fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) ->
         let id = params
             .layout()
             .find(name.strip_prefix("final.").unwrap_or(name));
-        let ours = id.map(|id| params.get(id)).unwrap_or_default();
-        comparison.tensor("final weights", name, ours, &file.read_f32(name)?, GRADIENT);
+        let ours = id.map(|id| params.file_values(id)).unwrap_or_default();
+        comparison.tensor(
+            "final weights",
+            name,
+            &ours,
+            &file.read_f32(name)?,
+            GRADIENT,
+        );
     }
     Ok(())
 }

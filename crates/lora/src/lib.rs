@@ -45,6 +45,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::print_stdout)]
 
+mod base_copies;
 pub mod lora;
 mod lora_plus;
 pub mod merge;
@@ -53,7 +54,8 @@ pub mod target;
 #[cfg(test)]
 mod testing;
 
-pub use lora::{InitLoraWeights, LoraAdapter, LoraConfig};
+pub use base_copies::check as check_base_copies;
+pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use registry::{PeftConfig, load};

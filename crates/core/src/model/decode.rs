@@ -62,9 +62,7 @@ impl Model {
         let inputs = Inputs::new(self, pass, &batch, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
-        let mut stream = workspace.take(run.dtype, run.rows, self.config.hidden_size);
-        let table = self.embedding.view(params, run.dtype);
-        ferrotune_kernels::embedding::forward(table, &inputs.ids, stream.view_mut())?;
+        let mut stream = self.embedding.forward(&run, self.config.hidden_size)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(&run, &stream)?;
         for (i, layer) in self.layers.iter().enumerate() {

@@ -7,6 +7,7 @@ mod angles;
 mod config;
 mod decode;
 mod frozen;
+mod head;
 mod hf_config;
 mod inputs;
 mod keep;
@@ -19,6 +20,7 @@ mod qk_norm;
 mod rope;
 mod run;
 mod saved;
+mod vocabulary;
 mod weight_format;
 mod weights;
 
@@ -37,22 +39,24 @@ pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::params::{FlatBuffer, ParamId};
+use crate::params::FlatBuffer;
 use angles::AngleTable;
-use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
-use ferrotune_kernels::{DType, Device, Indices, Tensor, View, embedding, matmul};
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Tensor};
+use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
 use run::Run;
 use saved::LayerSaved;
 use std::collections::BTreeMap;
+use vocabulary::Embedding;
 
 /// A decoder with its frozen weights.
 #[derive(Debug)]
 pub struct Model {
     config: DecoderConfig,
     device: Device,
-    embedding: Table,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -61,20 +65,6 @@ pub struct Model {
     keep: Vec<Keep>,
     label_smoothing: f32,
     angles: AngleTable,
-}
-
-/// A matrix `[V, D]`, frozen or trained.
-#[derive(Debug)]
-enum Table {
-    Frozen(Tensor),
-    Trained(ParamId),
-}
-
-#[derive(Debug)]
-enum Head {
-    /// The embedding.
-    Tied,
-    Own(Table),
 }
 
 /// What forward keeps for backward.
@@ -106,11 +96,18 @@ impl Model {
         format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
-        let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
+        let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
+        for (site, attachment) in attachments {
+            match attachment {
+                Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
+                other => drop(alone.insert(site, other)),
+            }
+        }
         weights::Builder {
             config,
             plan: &plan,
-            attachments,
+            attachments: alone,
+            trained_biases,
             source,
             params,
             format: format.into(),
@@ -222,31 +219,10 @@ impl Model {
             stream,
             rstd,
         };
-        let mut d_hidden = pass
-            .workspace
-            .take(pass.dtype, run.rows, self.config.hidden_size);
-        let d_head = self.head_param().map(|id| grads.view_mut(id));
-        linear_cross_entropy::forward_backward(
-            hidden.view(),
-            self.head_weight(&run),
-            self.labels(&inputs.label_rows, &inputs.targets),
-            d_hidden.view_mut(),
-            d_head,
-            sums,
-            pass.workspace,
-        )?;
-        pass.workspace.give(hidden);
+        let d_hidden = self.head_backward(&run, grads, hidden, sums)?;
         self.backward(&run, grads, saved, d_hidden, layer_done)?;
         run.end();
         Ok(())
-    }
-
-    fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
-        Labels {
-            rows,
-            targets,
-            smoothing: self.label_smoothing,
-        }
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -257,13 +233,10 @@ impl Model {
         let inputs = self.inputs(pass, batch);
         let run = Run::new(params, pass, &inputs)?;
         let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
-        let (rows, targets) = (&inputs.label_rows, &inputs.targets);
         let mut sums = Accumulator::new(pass.workspace.device());
-        let (head, workspace) = (self.head_weight(&run), pass.workspace);
-        let labels = self.labels(rows, targets);
-        linear_cross_entropy::forward(hidden.view(), head, labels, &mut sums, workspace)?;
+        self.head_loss(&run, &hidden, &mut sums)?;
         for tensor in [hidden, stream, rstd] {
-            workspace.give(tensor);
+            pass.workspace.give(tensor);
         }
         run.end();
         Ok(sums.read()?)
@@ -323,20 +296,6 @@ impl Model {
         self.project(pass, params, hidden.view())
     }
 
-    /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
-    fn project(&self, pass: Pass<'_>, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
-        let device = pass.workspace.device();
-        let vocabulary = self.config.vocab_size;
-        let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        let head = self.head_as(params, pass.dtype);
-        matmul::nt(logits.view_mut(), 0.0, 1.0, hidden, head)?;
-        if device.is_cuda() {
-            logits = logits.to_device(&Device::Cpu);
-            device.synchronize()?;
-        }
-        Ok(logits)
-    }
-
     /// Hidden states after the final norm, the residual stream before it, and its statistics.
     fn decoder(
         &self,
@@ -344,14 +303,7 @@ impl Model {
         mut keep: Option<&mut Vec<LayerSaved>>,
         mut states: Option<&mut Vec<Tensor>>,
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        let mut stream = run
-            .workspace
-            .take(run.dtype, run.rows, self.config.hidden_size);
-        embedding::forward(
-            self.embedding.view(run.params, run.dtype),
-            &run.inputs.ids,
-            stream.view_mut(),
-        )?;
+        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(run, &stream)?;
         let reached = self.first_reached();
@@ -398,60 +350,22 @@ impl Model {
         let reached = self.first_reached();
         while let Some(saved) = layers.pop() {
             let index = reached + layers.len();
-            let needs_input = embedding.is_some() || index > reached;
+            let needs_input = embedding || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
-        if let Some(id) = embedding {
-            embedding::backward(d_stream.view(), &run.inputs.ids, grads.view_mut(id))?;
-        }
+        self.embedding.backward(run, grads, d_stream.view())?;
         run.workspace.give(d_stream);
         Ok(())
     }
 
     /// The first layer that backward reaches: before it nothing is trained.
     fn first_reached(&self) -> usize {
-        if self.embedding.trained().is_some() {
+        if self.embedding.trained() {
             return 0;
         }
         let trained = self.layers.iter().position(Layer::trained);
         trained.unwrap_or(self.layers.len())
-    }
-
-    fn head_weight<'a>(&'a self, run: &Run<'a>) -> View<'a> {
-        self.head_as(run.params, run.dtype)
-    }
-
-    /// The head, in `dtype` where it is trained.
-    fn head_as<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match &self.head {
-            Head::Tied => self.embedding.view(params, dtype),
-            Head::Own(table) => table.view(params, dtype),
-        }
-    }
-
-    fn head_param(&self) -> Option<ParamId> {
-        let table = match &self.head {
-            Head::Tied => &self.embedding,
-            Head::Own(table) => table,
-        };
-        table.trained()
-    }
-}
-
-impl Table {
-    fn view<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match self {
-            Self::Frozen(tensor) => tensor.view(),
-            Self::Trained(id) => params.view_as(*id, dtype),
-        }
-    }
-
-    fn trained(&self) -> Option<ParamId> {
-        match self {
-            Self::Trained(id) => Some(*id),
-            Self::Frozen(_) => None,
-        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! From `adapter_config.json`.
 
-use super::{InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
@@ -12,19 +12,14 @@ const MUST_BE_OFF: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "loftq_config",
-    "lora_bias",
     "lora_ga_config",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_dora",
     "use_qalora",
@@ -99,7 +94,12 @@ impl LoraConfig {
             "task_type" => self.task_type = field.task_type()?,
             "base_model_name_or_path" => self.base_model_name_or_path = field.text()?,
             "revision" => self.revision = field.text()?,
-            "bias" => field.bias()?,
+            "bias" => self.bias = field.bias()?,
+            "lora_bias" => self.lora_bias = field.boolean()?,
+            "modules_to_save" => self.modules_to_save = field.one_or_more()?,
+            "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
+            "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
+            "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
             key => tracing::warn!(
                 path = %field.path.display(),
                 key,
@@ -148,11 +148,42 @@ impl Field<'_> {
         ))
     }
 
-    fn bias(&self) -> Result<()> {
-        if self.value.is_null() || self.value == "none" {
-            return Ok(());
+    fn bias(&self) -> Result<LoraBias> {
+        let all = [LoraBias::None, LoraBias::All, LoraBias::LoraOnly];
+        let name = self.value.as_str().unwrap_or_default();
+        if self.value.is_null() {
+            return Ok(LoraBias::None);
         }
-        Err(self.wrong("\"none\": training the base's biases is not supported yet"))
+        all.into_iter()
+            .find(|bias| bias.as_str() == name)
+            .ok_or_else(|| {
+                let nearest = suggest::did_you_mean(name, all.map(LoraBias::as_str));
+                self.wrong(&format!("\"none\", \"all\" or \"lora_only\"{nearest}"))
+            })
+    }
+
+    fn tokens(&self, value: &Value) -> Result<Vec<u32>> {
+        let token = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+        let tokens = value
+            .as_array()
+            .map(|items| items.iter().map(token).collect());
+        tokens.flatten().ok_or_else(|| {
+            self.wrong("a list of token ids, or an object from modules to such lists")
+        })
+    }
+
+    fn token_indices(&self) -> Result<Option<TokenIndices>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::Array(items) if items.is_empty() => Ok(None),
+            Value::Object(modules) if modules.is_empty() => Ok(None),
+            Value::Object(modules) => {
+                let modules = modules.iter();
+                let modules = modules.map(|(name, ids)| Ok((name.clone(), self.tokens(ids)?)));
+                Ok(Some(TokenIndices::Modules(modules.collect::<Result<_>>()?)))
+            }
+            list => Ok(Some(TokenIndices::Embedding(self.tokens(list)?))),
+        }
     }
 
     fn integer(&self, value: &Value) -> Result<usize> {
