@@ -98,7 +98,9 @@ fn compare_rates(
         let theirs = rate.as_f64().unwrap_or(f64::NAN);
         let members = group.get("params").and_then(Value::as_array);
         for member in members.into_iter().flatten().filter_map(Value::as_str) {
-            let member = member.replace(".default", "");
+            let member = member
+                .replace(".modules_to_save", "")
+                .replace(".default", "");
             let id = layout.find(&member);
             let scale = id.map_or(f64::NAN, |id| layout.segment(id).spec.lr_scale);
             let label = format!("{name} {member}");
@@ -292,15 +294,21 @@ fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) ->
         case.path("final_adapter").join("adapter_model.safetensors")
     };
     let file = SafetensorsFile::open(&path)?;
+    if !full(case) {
+        // Beside an adapted table PEFT saves the base's, which training must have left alone.
+        let base = ModelFiles::open(&case.base()?)?;
+        ferrotune_lora::check_base_copies(&case.path("final_adapter"), &base)?;
+    }
+    let names = || file.names().filter(|n| !n.ends_with(".base_layer.weight"));
     let params = trainer.params();
     comparison.number(
         "tensors",
         "final",
         params.layout().by_name().count() as f64,
-        file.names().count() as f64,
+        names().count() as f64,
         0.0,
     );
-    for name in file.names() {
+    for name in names() {
         let id = params
             .layout()
             .find(name.strip_prefix("final.").unwrap_or(name));
