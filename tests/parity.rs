@@ -47,6 +47,7 @@ fn is_known(case: &Path) -> bool {
     match group {
         Some("arch") => {
             let families = [
+                "gemma",
                 "llama",
                 "mistral",
                 "qwen2_swa",
@@ -146,7 +147,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 52, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 55, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

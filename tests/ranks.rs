@@ -293,6 +293,30 @@ fn evaluation_is_shared_and_counts_every_row_once() {
 }
 
 #[test]
+fn ranks_lose_patience_together() {
+    let bench = Workbench::new(23);
+    // More loss is better, and training makes less of it.
+    let changes = json!({
+        "eval_file": bench.path("rows.jsonl"),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 9,
+        "learning_rate": 1e-2,
+        "greater_is_better": true,
+        "early_stopping_patience": 2,
+        "load_best_model_at_end": true,
+    });
+    for outcome in train(&bench, "three", 3, &changes, &AtomicBool::new(false)) {
+        let Ok(RunOutcome::Finished(finished)) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(finished.step, 3);
+    }
+    let state = read_json(&bench.path("three").join("trainer_state.json"));
+    assert_eq!(state["best_global_step"], 1);
+}
+
+#[test]
 fn one_rank_asked_to_stop_stops_all_at_the_same_step_with_a_checkpoint() {
     let bench = bench();
     let changes = with(&changes(), &json!({"max_steps": 5000, "logging_steps": 1}));

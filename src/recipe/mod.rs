@@ -248,7 +248,7 @@ impl Recipe {
         let mut trainer = self.trainer_with(group)?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
-            None => (TrainerState::new(), LogWindow::new(0)),
+            None => (self.new_state(), LogWindow::new(0)),
         };
         trainer.follow_first_rank()?;
         trainer.rehearse(&self.workload.sizes)?;
@@ -256,7 +256,8 @@ impl Recipe {
         if from.is_none() {
             self.start_over(output)?;
         }
-        if trainer.steps_done() < self.plan.total_steps {
+        let goes_on = !(self.plan.can_end_early && state.has_lost_patience());
+        if goes_on && trainer.steps_done() < self.plan.total_steps {
             outputs::withdraw_result(output)?;
         }
         // Only now: what fails before this leaves the log of an earlier run as it is.
@@ -272,10 +273,11 @@ impl Recipe {
             let mut data = self.epoch_data();
             let files = CheckpointFiles::new(self);
             let keep = self.config.output.save_total_limit;
+            let keeps_best = self.config.output.load_best_model_at_end;
             let mut save = |trainer: &Trainer, state: &TrainerState, window: &LogWindow| {
                 let path = files.write(output, trainer, state, window)?;
                 if let Some(keep) = keep {
-                    checkpoint::rotate(output, keep)?;
+                    checkpoint::rotate(output, keep, state.best_step().filter(|_| keeps_best))?;
                 }
                 Ok(path)
             };
@@ -299,6 +301,9 @@ impl Recipe {
         {
             let evaluated = observer.evaluated.as_ref();
             outputs::withdraw_result(output)?;
+            if self.config.output.load_best_model_at_end {
+                resume::go_back_to_best(self, output, &state, &mut trainer)?;
+            }
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         // Whoever returns knows that what the run leaves behind is whole.
@@ -321,7 +326,7 @@ impl Recipe {
             data: &mut self.epoch_data(),
             eval_batches: &eval_batches,
             observer: &mut Silent,
-            state: &mut TrainerState::new(),
+            state: &mut self.new_state(),
             window: LogWindow::new(0),
             resumed_from: None,
             stop,
@@ -330,6 +335,10 @@ impl Recipe {
         let outcome = run.run(&mut trainer, started)?;
         trainer.group_mut().barrier()?;
         Ok(outcome)
+    }
+
+    fn new_state(&self) -> TrainerState {
+        TrainerState::new().with_selection(self.config.output.selection())
     }
 
     fn eval_batches(&self) -> Vec<PackedBatch> {

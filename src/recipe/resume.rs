@@ -20,7 +20,7 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 34] = [
+const FREE_KEYS: [&str; 37] = [
     "chat_template_path",
     "cuda_graph",
     "dataset_name",
@@ -29,12 +29,15 @@ const FREE_KEYS: [&str; 34] = [
     "ddp_backend",
     "ddp_timeout",
     "device",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "eval_file",
     "eval_packing",
     "eval_steps",
     "eval_strategy",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "load_best_model_at_end",
     "logging_first_step",
     "logging_steps",
     "logging_strategy",
@@ -209,9 +212,37 @@ pub(super) fn restore(
     };
     let (text, path) = read(STATE)?;
     let state = TrainerState::from_json(&text, &path)?;
+    let state = state.with_selection(recipe.config.output.selection());
     let (text, path) = read(RUN_STATE)?;
     let window = LogWindow::from_json(&text, &path)?;
     Ok((state, window))
+}
+
+/// Gives the trainer the weights of the best evaluation, for the result.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the checkpoint made then is not whole any more.
+pub(super) fn go_back_to_best(
+    recipe: &Recipe,
+    output: &Path,
+    state: &TrainerState,
+    trainer: &mut Trainer,
+) -> Result<()> {
+    let metric = recipe.config.output.selection().metric;
+    let Some((step, best)) = state.best() else {
+        tracing::warn!(
+            "no evaluation had a number as eval_{metric}, so the result is the last step's"
+        );
+        return Ok(());
+    };
+    if step != trainer.steps_done() {
+        let checkpoint = Checkpoint::verify(&checkpoint::path_of(output, step))?;
+        recipe
+            .adapter()?
+            .load(trainer.params_mut(), checkpoint.path())?;
+    }
+    tracing::info!("the result is that of step {step}, whose eval_{metric} of {best} is the best");
+    Ok(())
 }
 
 /// Uses the algorithms of the run so far, as far as this GPU and its library are those.

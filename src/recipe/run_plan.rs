@@ -35,6 +35,8 @@ pub(super) fn run_plan(
         log_first: output.logging_first_step,
         save_every: every(output.save_strategy, output.save_interval(total_steps)),
         eval_every: every(output.eval_strategy, output.eval_interval(total_steps)),
+        save_best: output.load_best_model_at_end,
+        can_end_early: output.early_stopping_patience.is_some(),
         check_replicas_every: Some(config.runtime.replica_check_steps).filter(|steps| *steps > 0),
         flops_per_token,
     })

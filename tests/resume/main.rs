@@ -1,6 +1,7 @@
 //! A run that was stopped and resumed is the run that was not, to the last bit.
 #![cfg(unix)]
 
+mod best;
 #[path = "../common/mod.rs"]
 mod common;
 mod refusals;

@@ -29,7 +29,7 @@ fn save(dir: &Path, step: u64) -> Result<()> {
         }
         Ok(())
     })?;
-    rotate(dir, 2).map(|_| ())
+    rotate(dir, 2, None).map(|_| ())
 }
 
 /// The child. Run by hand it has nothing to do.

@@ -71,7 +71,8 @@ pub fn latest_valid(output_dir: &Path) -> Result<Option<(Checkpoint, Vec<String>
     ))
 }
 
-/// Deletes all but the `keep` newest checkpoints (at least one), and returns what it deleted.
+/// Deletes all but the `keep` newest checkpoints (at least one), and returns what it deleted. The one of
+/// step `best` stays too and counts as one of them, beside at least the newest.
 ///
 /// They are counted from the newest that verifies. It always stays, and if none verifies all stay; one
 /// that is newer but does not verify is left for inspection. A directory is renamed to a hidden name
@@ -79,7 +80,7 @@ pub fn latest_valid(output_dir: &Path) -> Result<Option<(Checkpoint, Vec<String>
 ///
 /// # Errors
 /// [`Error::Write`] if one cannot be deleted, [`Error::Read`].
-pub fn rotate(output_dir: &Path, keep: usize) -> Result<Vec<PathBuf>> {
+pub fn rotate(output_dir: &Path, keep: usize, best: Option<u64>) -> Result<Vec<PathBuf>> {
     let mut checkpoints = list(output_dir)?;
     let excess = |n: usize| n.saturating_sub(keep.max(1));
     if excess(checkpoints.len()) == 0 {
@@ -91,7 +92,10 @@ pub fn rotate(output_dir: &Path, keep: usize) -> Result<Vec<PathBuf>> {
         }
         checkpoints.pop();
     }
-    checkpoints.truncate(excess(checkpoints.len()));
+    let excess = excess(checkpoints.len());
+    checkpoints.pop();
+    checkpoints.retain(|(step, _)| Some(*step) != best);
+    checkpoints.truncate(excess);
     let mut removed = Vec::with_capacity(checkpoints.len());
     for (_, path) in checkpoints {
         remove_dir(&path).map_err(Error::write(&path))?;

@@ -308,7 +308,7 @@ fn rotation_keeps_the_newest_whole_ones() {
     for step in 1..=5 {
         save(dir.path(), step);
     }
-    let removed = rotate(dir.path(), 3).expect("removable");
+    let removed = rotate(dir.path(), 3, None).expect("removable");
     assert_eq!(
         removed,
         [
@@ -321,14 +321,32 @@ fn rotation_keeps_the_newest_whole_ones() {
         ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     );
     fs::remove_file(dir.path().join("checkpoint-5/empty")).expect("removable");
-    rotate(dir.path(), 1).expect("removable");
+    rotate(dir.path(), 1, None).expect("removable");
     assert_eq!(steps(dir.path()), [4, 5], "5 is damaged, so 4 must stay");
     fs::remove_file(dir.path().join("checkpoint-4/empty")).expect("removable");
-    assert!(rotate(dir.path(), 1).expect("nothing to do").is_empty());
+    assert!(
+        rotate(dir.path(), 1, None)
+            .expect("nothing to do")
+            .is_empty()
+    );
     assert_eq!(steps(dir.path()), [4, 5], "none verifies, so all stay");
     save(dir.path(), 6);
-    rotate(dir.path(), 0).expect("removable");
+    rotate(dir.path(), 0, None).expect("removable");
     assert_eq!(steps(dir.path()), [6], "the newest whole one always stays");
+}
+
+#[test]
+fn rotation_keeps_the_best_beside_the_newest() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for step in 1..=5 {
+        save(dir.path(), step);
+    }
+    rotate(dir.path(), 3, Some(2)).expect("removable");
+    assert_eq!(steps(dir.path()), [2, 4, 5]);
+    rotate(dir.path(), 1, Some(2)).expect("removable");
+    assert_eq!(steps(dir.path()), [2, 5], "the newest stays to go on from");
+    rotate(dir.path(), 1, Some(5)).expect("removable");
+    assert_eq!(steps(dir.path()), [5]);
 }
 
 #[test]

@@ -259,9 +259,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("eval_use_gather_object", OFF, NoEffect(METRICS)),
     key("include_for_metrics", EMPTY, NoEffect(METRICS)),
     key("batch_eval_metrics", OFF, NoEffect(METRICS)),
-    key("load_best_model_at_end", OFF, NotYet("")),
-    key("metric_for_best_model", &["null"], NotYet("")),
-    key("greater_is_better", &["null", "false"], NotYet("")),
     // Checkpoints
     key(
         "save_only_model",

@@ -2,6 +2,8 @@
 
 use super::{IntervalStrategy, TrainConfig};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
+use crate::run_log::METRICS;
+use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use std::fmt::Display;
 
@@ -299,7 +301,37 @@ impl TrainConfig {
         let evaluates = output.eval_strategy != IntervalStrategy::No;
         self.require(!(evaluates && no_rows), "eval_strategy", |value| {
             format!("{value} needs rows to evaluate on; set eval_file or test_split_size, or eval_strategy to no")
-        })
+        })?;
+        self.check_selection(evaluates)
+    }
+
+    /// The best evaluation, what becomes of it, and how long is waited for a better one.
+    fn check_selection(&self, evaluates: bool) -> Result<()> {
+        let output = &self.output;
+        let metric = output.selection().metric;
+        self.require(
+            METRICS.contains(&metric.as_str()),
+            "metric_for_best_model",
+            |value| {
+                let hint = did_you_mean(&metric, METRICS);
+                format!("got {value}, expected {}{hint}", METRICS.join(", "))
+            },
+        )?;
+        self.require(
+            output.early_stopping_patience != Some(0),
+            "early_stopping_patience",
+            |_| "got 0, expected 1 or more evaluations, or null to run to the end".to_owned(),
+        )?;
+        self.not_negative("early_stopping_threshold", output.early_stopping_threshold)?;
+        let waits = output.early_stopping_patience.is_some();
+        self.require(evaluates || !waits, "early_stopping_patience", |_| {
+            "counts evaluations; set eval_strategy to steps or epoch".to_owned()
+        })?;
+        self.require(
+            evaluates || !output.load_best_model_at_end,
+            "load_best_model_at_end",
+            |_| "true needs evaluations; set eval_strategy to steps or epoch".to_owned(),
+        )
     }
 
     fn check_runtime(&self) -> Result<()> {

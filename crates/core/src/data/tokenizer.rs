@@ -3,6 +3,7 @@
 mod files;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use crate::data::chat_template::ChatTemplate;
 use crate::{Error, Result};
@@ -10,6 +11,8 @@ use files::Settings;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use words::Words;
 
 /// Whether encoding adds the tokens that the model expects around a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,10 +49,24 @@ enum Edge {
     Remove,
 }
 
+impl Edge {
+    /// Adds to a list, or takes from it, what stands at `at`: 0, or its end.
+    fn apply<T>(self, list: &mut Vec<T>, at: usize, of: impl Fn(u32) -> T) {
+        match self {
+            Self::Keep => {}
+            Self::Add(id) => list.insert(at, of(id)),
+            Self::Remove if at == 0 => drop(list.remove(0)),
+            Self::Remove => drop(list.pop()),
+        }
+    }
+}
+
 /// A tokenizer with its special tokens, chat templates and files.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, for those whose words are known.
+    words: Option<Arc<Words>>,
     path: PathBuf,
     special_tokens: BTreeMap<String, String>,
     chat_templates: BTreeMap<String, ChatTemplate>,
@@ -86,6 +103,7 @@ impl Tokenizer {
             back: Edge::Keep,
             appends_eos: false,
             special_tokens: settings.special_tokens,
+            words: Words::of(&inner).map(Arc::new),
             inner,
             path,
             chat_templates,
@@ -123,11 +141,24 @@ impl Tokenizer {
     }
 
     fn encode_inner(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        if let Some(encoded) = self.by_words(text, special, false)? {
+            return Ok(encoded.ids);
+        }
         let encoding = self
             .inner
             .encode_fast(text, special)
             .map_err(|e| self.error(&e))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    fn by_words(&self, text: &str, special: bool, offsets: bool) -> Result<Option<Encoded>> {
+        let Some(words) = &self.words else {
+            return Ok(None);
+        };
+        let encoded = words
+            .encode(&self.inner, text, special, offsets)
+            .map_err(|e| self.error(&e))?;
+        Ok(encoded)
     }
 
     fn error(&self, error: &tokenizers::Error) -> Error {
@@ -141,16 +172,9 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>> {
         let mut ids = self.encode_inner(text, special == SpecialTokens::Add)?;
         if special == SpecialTokens::Add {
-            match self.front {
-                Edge::Keep => {}
-                Edge::Add(id) => ids.insert(0, id),
-                Edge::Remove => drop(ids.remove(0)),
-            }
-            match self.back {
-                Edge::Keep => {}
-                Edge::Add(id) => ids.push(id),
-                Edge::Remove => drop(ids.pop()),
-            }
+            self.front.apply(&mut ids, 0, |id| id);
+            let end = ids.len();
+            self.back.apply(&mut ids, end, |id| id);
         }
         Ok(ids)
     }
@@ -173,37 +197,24 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Model`] when the tokenizer refuses the text.
     pub fn encode_with_offsets(&self, text: &str, special: SpecialTokens) -> Result<Encoded> {
-        let encoding = self
-            .inner
-            .encode(text, special == SpecialTokens::Add)
-            .map_err(|e| self.error(&e))?;
-        let mut encoded = Encoded {
-            ids: encoding.get_ids().to_vec(),
-            offsets: encoding.get_offsets().to_vec(),
+        let add = special == SpecialTokens::Add;
+        let mut encoded = match self.by_words(text, add, true)? {
+            Some(encoded) => encoded,
+            None => {
+                let encoding = self.inner.encode(text, add).map_err(|e| self.error(&e))?;
+                Encoded {
+                    ids: encoding.get_ids().to_vec(),
+                    offsets: encoding.get_offsets().to_vec(),
+                }
+            }
         };
-        if special == SpecialTokens::Add {
-            match self.front {
-                Edge::Keep => {}
-                Edge::Add(id) => {
-                    encoded.ids.insert(0, id);
-                    encoded.offsets.insert(0, (0, 0));
-                }
-                Edge::Remove => {
-                    encoded.ids.remove(0);
-                    encoded.offsets.remove(0);
-                }
-            }
-            match self.back {
-                Edge::Keep => {}
-                Edge::Add(id) => {
-                    encoded.ids.push(id);
-                    encoded.offsets.push((0, 0));
-                }
-                Edge::Remove => {
-                    encoded.ids.pop();
-                    encoded.offsets.pop();
-                }
-            }
+        if add {
+            let Encoded { ids, offsets } = &mut encoded;
+            self.front.apply(ids, 0, |id| id);
+            self.front.apply(offsets, 0, |_| (0, 0));
+            let end = ids.len();
+            self.back.apply(ids, end, |id| id);
+            self.back.apply(offsets, end, |_| (0, 0));
         }
         Ok(encoded)
     }

@@ -10,6 +10,7 @@ use ferrotune_kernels::linear_cross_entropy::{
     self, Accumulator, Head as Projection, HeadGradients, Labels, Update, UpdateGradients,
 };
 use ferrotune_kernels::{DType, Device, Tensor, View, Workspace, lora_linear, matmul};
+use rayon::prelude::*;
 
 #[derive(Debug)]
 pub(super) struct Head {
@@ -27,17 +28,17 @@ impl Model {
     }
 
     /// Adds the losses of the labels of `run` to `sums`, and the gradients of what is trained of the
-    /// head to `grads`; gives back `hidden` `[T, D]` and returns its gradient.
+    /// head to `grads`; returns that of `hidden` `[T, D]`.
     pub(super) fn head_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        hidden: Tensor,
+        hidden: View<'_>,
         sums: &mut Accumulator,
     ) -> Result<Tensor> {
         let (workspace, rows) = (run.workspace, hidden.rows());
         let mut d_hidden = workspace.take(run.dtype, rows, hidden.cols());
-        let s = self.head_down(run, &hidden)?;
+        let s = self.head_down(run, hidden)?;
         let projection = self.projection(run.params, run.dtype, s.as_ref());
         let mut d_s = s
             .as_ref()
@@ -64,7 +65,7 @@ impl Model {
             gradients.update = Some(UpdateGradients { s, b });
         }
         linear_cross_entropy::forward_backward(
-            hidden.view(),
+            hidden,
             projection,
             self.labels(run),
             d_hidden.view_mut(),
@@ -77,11 +78,10 @@ impl Model {
             let ds = d_s.view().columns(0..update.rank);
             let dx = Some(d_hidden.view_mut());
             let factors = factors(run, self.head.site, update);
-            lora_linear::down_backward(hidden.view(), &factors, ds, dx, d_a, workspace)?;
+            lora_linear::down_backward(hidden, &factors, ds, dx, d_a, workspace)?;
             workspace.give(s);
             workspace.give(d_s);
         }
-        workspace.give(hidden);
         Ok(d_hidden)
     }
 
@@ -89,13 +89,13 @@ impl Model {
     pub(super) fn head_loss(
         &self,
         run: &Run<'_>,
-        hidden: &Tensor,
+        hidden: View<'_>,
         sums: &mut Accumulator,
     ) -> Result<()> {
         let s = self.head_down(run, hidden)?;
         let projection = self.projection(run.params, run.dtype, s.as_ref());
         let labels = self.labels(run);
-        linear_cross_entropy::forward(hidden.view(), projection, labels, sums, run.workspace)?;
+        linear_cross_entropy::forward(hidden, projection, labels, sums, run.workspace)?;
         s.into_iter().for_each(|s| run.workspace.give(s));
         Ok(())
     }
@@ -110,13 +110,14 @@ impl Model {
         let device = pass.workspace.device();
         let vocabulary = self.config.vocab_size;
         let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
+        let scale = self.config.logits_scale;
         let (weight, tail) = self.head_table().pieces(params, pass.dtype);
         let first = weight.rows();
         let to = logits.view_mut().columns(0..first);
-        matmul::nt(to, 0.0, 1.0, hidden, weight)?;
+        matmul::nt(to, 0.0, scale, hidden, weight)?;
         if let Some(tail) = tail {
             let to = logits.view_mut().columns(first..vocabulary);
-            matmul::nt(to, 0.0, 1.0, hidden, tail)?;
+            matmul::nt(to, 0.0, scale, hidden, tail)?;
         }
         if let Some(update) = &self.head.update {
             let [a, b] = [update.a, update.b].map(|id| params.view_as(id, pass.dtype));
@@ -124,12 +125,18 @@ impl Model {
             let mut s = pass.workspace.take(a.dtype(), hidden.rows(), cols);
             matmul::nt(s.view_mut().columns(0..update.rank), 0.0, 1.0, hidden, a)?;
             let s_rank = s.view().columns(0..update.rank);
-            matmul::nt(logits.view_mut(), 1.0, update.scale, s_rank, b)?;
+            matmul::nt(logits.view_mut(), 1.0, scale * update.scale, s_rank, b)?;
             pass.workspace.give(s);
         }
         if device.is_cuda() {
             logits = logits.to_device(&Device::Cpu);
             device.synchronize()?;
+        }
+        let softcap = self.config.logits_softcap;
+        if let (Some(softcap), Some(mut rows)) = (softcap, logits.view_mut().typed::<f32>()) {
+            rows.data_mut()
+                .par_iter_mut()
+                .for_each(|z| *z = softcap * (*z / softcap).tanh());
         }
         Ok(self.in_order_of_tokens(logits))
     }
@@ -156,7 +163,7 @@ impl Model {
     }
 
     /// `dropout(hidden) A^T` of the head's update, `[T, rank]` and room up to whole 16 bytes.
-    fn head_down(&self, run: &Run<'_>, hidden: &Tensor) -> Result<Option<Tensor>> {
+    fn head_down(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Option<Tensor>> {
         let Some(update) = &self.head.update else {
             return Ok(None);
         };
@@ -165,7 +172,7 @@ impl Model {
         let cols = Workspace::aligned(dtype, update.rank);
         let mut s = run.workspace.take(dtype, hidden.rows(), cols);
         let to = s.view_mut().columns(0..update.rank);
-        lora_linear::down(hidden.view(), &factors, to, run.workspace)?;
+        lora_linear::down(hidden, &factors, to, run.workspace)?;
         Ok(Some(s))
     }
 
@@ -185,6 +192,8 @@ impl Model {
             weight,
             tail,
             update,
+            scale: self.config.logits_scale,
+            softcap: self.config.logits_softcap,
         }
     }
 }

@@ -13,10 +13,12 @@ mod inputs;
 mod keep;
 mod layer;
 mod linear;
+mod modules;
 mod norm;
 mod plan;
 mod planner;
 mod qk_norm;
+mod residual;
 mod rope;
 mod run;
 mod saved;
@@ -24,11 +26,12 @@ mod vocabulary;
 mod weight_format;
 mod weights;
 
-pub use config::{DecoderConfig, QkNorm};
+pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
+pub use modules::ModuleNames;
 pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
@@ -42,12 +45,12 @@ use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune_kernels::{DType, Device, Tensor};
+use ferrotune_kernels::{DType, Device, Tensor, axpby};
 use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
 use run::Run;
-use saved::LayerSaved;
+use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
 use vocabulary::Embedding;
 
@@ -71,9 +74,8 @@ pub struct Model {
 struct Saved {
     /// Of the layers that backward reaches, in order.
     layers: Vec<LayerSaved>,
-    /// Residual stream after the last layer, `[T, D]`, and the final norm's statistics.
-    stream: Tensor,
-    rstd: Tensor,
+    /// After the last layer, before the final norm.
+    stream: Stream,
 }
 
 /// Told during backward, from the last layer to the first that is trained: the gradients of this layer
@@ -172,7 +174,7 @@ impl Model {
     /// Why a pass cannot be recorded once and replayed on other micro-batches of its shape, if it cannot.
     #[must_use]
     pub fn replay_obstacle(&self) -> Option<&'static str> {
-        if self.config.rope.depends_on_length() {
+        if self.config.ropes.iter().any(RopeConfig::depends_on_length) {
             return Some("the angles of RoPE depend on the lengths of documents");
         }
         let own = self.layers.iter().any(Layer::has_custom);
@@ -213,13 +215,12 @@ impl Model {
     ) -> Result<()> {
         let run = Run::new(params, pass, inputs)?;
         let mut layers = Vec::with_capacity(self.layers.len());
-        let (hidden, stream, rstd) = self.decoder(&run, Some(&mut layers), None)?;
-        let saved = Saved {
-            layers,
-            stream,
-            rstd,
-        };
+        let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
+        let stream = Stream { x, statistics };
+        let hidden = Normed::read(&y, &stream.x);
         let d_hidden = self.head_backward(&run, grads, hidden, sums)?;
+        run.give(y);
+        let saved = Saved { layers, stream };
         self.backward(&run, grads, saved, d_hidden, layer_done)?;
         run.end();
         Ok(())
@@ -232,12 +233,10 @@ impl Model {
     pub fn loss(&self, pass: Pass<'_>, params: &FlatBuffer, batch: &PackedBatch) -> Result<Sums> {
         let inputs = self.inputs(pass, batch);
         let run = Run::new(params, pass, &inputs)?;
-        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
+        let (stream, Normed { y, statistics }) = self.decoder(&run, None, None)?;
         let mut sums = Accumulator::new(pass.workspace.device());
-        self.head_loss(&run, &hidden, &mut sums)?;
-        for tensor in [hidden, stream, rstd] {
-            pass.workspace.give(tensor);
-        }
+        self.head_loss(&run, Normed::read(&y, &stream), &mut sums)?;
+        run.give(y.into_iter().chain(statistics).chain([stream]));
         run.end();
         Ok(sums.read()?)
     }
@@ -254,10 +253,8 @@ impl Model {
     ) -> Result<Tensor> {
         let inputs = Inputs::new(self, pass, batch, false);
         let run = Run::new(params, pass, &inputs)?;
-        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
-        for tensor in [stream, rstd] {
-            pass.workspace.give(tensor);
-        }
+        let (stream, normed) = self.decoder(&run, None, None)?;
+        let hidden = normed.into_read(&run, stream);
         run.end();
         Ok(hidden)
     }
@@ -276,9 +273,9 @@ impl Model {
         let inputs = Inputs::new(self, pass, batch, false);
         let run = Run::new(params, pass, &inputs)?;
         let mut states = Vec::new();
-        let (hidden, _, _) = self.decoder(&run, None, Some(&mut states))?;
+        let (stream, normed) = self.decoder(&run, None, Some(&mut states))?;
         states.pop();
-        states.push(hidden);
+        states.push(normed.into_read(&run, stream));
         Ok(states)
     }
 
@@ -296,14 +293,14 @@ impl Model {
         self.project(pass, params, hidden.view())
     }
 
-    /// Hidden states after the final norm, the residual stream before it, and its statistics.
+    /// The residual stream after the last layer, and its norm.
     fn decoder(
         &self,
         run: &Run<'_>,
         mut keep: Option<&mut Vec<LayerSaved>>,
         mut states: Option<&mut Vec<Tensor>>,
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+    ) -> Result<(Tensor, Normed)> {
+        let mut stream = self.embed(run)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(run, &stream)?;
         let reached = self.first_reached();
@@ -320,8 +317,32 @@ impl Model {
                 states.push(stream.clone());
             }
         }
-        let Normed { y, rstd } = normed;
-        Ok((y, stream, rstd))
+        Ok((stream, normed))
+    }
+
+    /// The stream before the first layer.
+    fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
+        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+        if let Some(scale) = self.config.embedding_scale {
+            axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
+        }
+        Ok(stream)
+    }
+
+    /// Adds the gradients of what is trained of the embedding, given that of the stream.
+    fn embed_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        d_stream: &mut Tensor,
+    ) -> Result<()> {
+        if !self.embedding.trained() {
+            return Ok(());
+        }
+        if let Some(scale) = self.config.embedding_scale {
+            axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
+        }
+        self.embedding.backward(run, grads, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
@@ -333,19 +354,13 @@ impl Model {
         d_hidden: Tensor,
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
-        let Saved {
-            mut layers,
-            stream,
-            rstd,
-        } = saved;
+        let Saved { mut layers, stream } = saved;
         let mut d_stream = run
             .workspace
             .take_zeroed(run.dtype, run.rows, self.config.hidden_size);
-        self.norm
-            .backward(run, grads, &d_hidden, &stream, &rstd, d_stream.view_mut())?;
-        for tensor in [d_hidden, stream, rstd] {
-            run.workspace.give(tensor);
-        }
+        stream.norm_backward(run, grads, &self.norm, &d_hidden, &mut d_stream)?;
+        run.workspace.give(d_hidden);
+        stream.release(run.workspace);
         let embedding = self.embedding.trained();
         let reached = self.first_reached();
         while let Some(saved) = layers.pop() {
@@ -354,7 +369,7 @@ impl Model {
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
-        self.embedding.backward(run, grads, d_stream.view())?;
+        self.embed_backward(run, grads, &mut d_stream)?;
         run.workspace.give(d_stream);
         Ok(())
     }

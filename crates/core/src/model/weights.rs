@@ -1,14 +1,15 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
 use super::angles::AngleTable;
-use super::config::{DecoderConfig, QkNorm};
+use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
 use super::head::Head;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
-use super::norm::{Norm, NormWeight};
+use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
 use super::qk_norm::QkNorms;
+use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
 use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
@@ -179,7 +180,7 @@ impl Builder<'_> {
         for (index, layer) in plan.layers.iter().enumerate() {
             layers.push(self.layer(index, layer)?);
         }
-        let norm = self.norm(plan.norm)?;
+        let norm = self.norm(Some(plan.norm))?;
         let head = self.head(&embedding)?;
         let left = (self.attachments.keys()).chain(self.trained_biases.keys());
         if let Some(site) = left.min() {
@@ -203,40 +204,46 @@ impl Builder<'_> {
         let config = self.config;
         Ok(Layer {
             input_norm: self.norm(layer.input_norm)?,
-            qkv: self.linears(&[layer.q, layer.k, layer.v])?,
-            qk_norms: self.qk_norms(layer)?,
+            qkv: self.linears(&layer.qkv)?,
+            qk_norms: self.qk_norms(index, layer)?,
             o: self.linears(&[layer.o])?,
+            attention_residual: self.residual(layer.attention_norm)?,
             mlp_norm: self.norm(layer.mlp_norm)?,
-            gate_up: self.linears(&[layer.gate, layer.up])?,
+            gate_up: self.linears(&layer.gate_up)?,
             activation: config.activation,
             down: self.linears(&[layer.down])?,
+            mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
                 scale: config.attention_scale,
                 window: config.sliding_windows[index],
-                softcap: None,
+                softcap: config.attention_softcap,
             },
-            rotary_dim: if config.rope_layers[index] {
-                config.rope.rotary_dim
-            } else {
-                0
-            },
+            rope: config.layer_ropes[index],
         })
     }
 
-    fn qk_norms(&mut self, layer: &LayerPlan) -> Result<Option<QkNorms>> {
-        let (Some([q, k]), Some(kind)) = (layer.qk_norm, self.config.qk_norm) else {
+    fn residual(&mut self, norm: Option<SiteId>) -> Result<Residual> {
+        Ok(Residual {
+            norm: self.norm(norm)?,
+            scale: self.config.residual_scale,
+        })
+    }
+
+    fn qk_norms(&mut self, index: usize, layer: &LayerPlan) -> Result<Option<QkNorms>> {
+        let Some([q, k]) = layer.qk_norm else {
             return Ok(None);
         };
+        let Some(rope) = self.config.layer_ropes[index] else {
+            let message = format!("layer {index} norms q and k but does not rotate them");
+            return Err(Error::config("model_name_or_path", message));
+        };
         Ok(Some(QkNorms {
-            q: self.norm(q)?,
-            k: self.norm(k)?,
-            offset: match kind {
-                QkNorm::Weight => 0.0,
-                QkNorm::OnePlusWeight => 1.0,
-            },
+            q: self.rms_norm(q)?,
+            k: self.rms_norm(k)?,
+            rope,
         }))
     }
 
@@ -355,22 +362,51 @@ impl Builder<'_> {
         )?)))
     }
 
-    fn norm(&mut self, id: SiteId) -> Result<Norm> {
-        let site = self.plan.site(id);
-        let weight = match self.attachments.remove(&id) {
-            None => NormWeight::Frozen(
-                self.vector(&format!("{}.weight", site.name), site.out_features)?,
-            ),
-            Some(Attachment::TrainBase { weight, .. }) => {
-                self.read_param(site, weight, "weight")?;
-                NormWeight::Trained(weight)
-            }
-            Some(_) => return Err(unsupported(site)),
+    /// The norm at a site, or none.
+    fn norm(&mut self, id: Option<SiteId>) -> Result<Norm> {
+        let Some(id) = id else {
+            return Ok(Norm::Identity);
         };
-        Ok(Norm {
-            weight,
-            eps: self.config.rms_norm_eps,
+        if self.config.norm != NormKind::Layer {
+            return Ok(Norm::Rms(self.rms_norm(id)?));
+        }
+        let (site, [weight, bias]) = (self.plan.site(id), self.trained_norm(id)?);
+        Ok(Norm::Layer(LayerNorm {
+            weight: self.parameter(site, "weight", weight)?,
+            bias: self.parameter(site, "bias", bias)?,
+            eps: self.config.norm_eps,
+        }))
+    }
+
+    fn rms_norm(&mut self, id: SiteId) -> Result<RmsNorm> {
+        let (site, [weight, _]) = (self.plan.site(id), self.trained_norm(id)?);
+        Ok(RmsNorm {
+            weight: self.parameter(site, "weight", weight)?,
+            offset: match self.config.norm {
+                NormKind::Rms | NormKind::Layer => 0.0,
+                NormKind::RmsOnePlus => 1.0,
+            },
+            eps: self.config.norm_eps,
         })
+    }
+
+    /// Weight and bias of a norm, as far as they are trained.
+    fn trained_norm(&mut self, id: SiteId) -> Result<[Option<ParamId>; 2]> {
+        match self.attachments.remove(&id) {
+            None => Ok([None, self.trained_biases.remove(&id)]),
+            Some(Attachment::TrainBase { weight, bias }) => Ok([Some(weight), bias]),
+            Some(_) => Err(unsupported(self.plan.site(id))),
+        }
+    }
+
+    /// The vector `suffix` of a site, into its parameter if it is trained.
+    fn parameter(&mut self, site: &Site, suffix: &str, trained: Option<ParamId>) -> Result<Vector> {
+        if let Some(id) = trained {
+            self.read_param(site, id, suffix)?;
+            return Ok(Vector::Trained(id));
+        }
+        let name = format!("{}.{suffix}", site.name);
+        Ok(Vector::Frozen(self.vector(&name, site.out_features)?))
     }
 
     fn embedding(&mut self) -> Result<Embedding> {

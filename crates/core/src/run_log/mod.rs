@@ -9,6 +9,7 @@ mod json;
 mod json_lines;
 mod log_window;
 mod results;
+mod selection;
 mod trainer_log;
 mod trainer_state;
 
@@ -19,5 +20,6 @@ pub use json::{json_number, number_from_json};
 pub use json_lines::JsonLines;
 pub use log_window::{LogWindow, StepReport};
 pub use results::{all_results, eval_results, train_results};
+pub use selection::{METRICS, Selection};
 pub use trainer_log::{TrainerLogJsonl, rows_up_to};
 pub use trainer_state::TrainerState;

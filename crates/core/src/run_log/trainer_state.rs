@@ -1,5 +1,6 @@
 use super::json::{Row, json_number, number_from_json, row};
 use super::results::{eval_row, train_row};
+use super::selection::{CALLBACK, Selection};
 use super::{Event, LogRow, Observer};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,8 @@ pub struct TrainerState {
     train_batch_size: Option<u64>,
     trial_name: Option<String>,
     trial_params: Option<Value>,
+    #[serde(skip)]
+    selection: Selection,
 }
 
 impl TrainerState {
@@ -49,6 +52,14 @@ impl TrainerState {
             is_world_process_zero: true,
             ..Self::default()
         }
+    }
+
+    /// Sets how evaluations are judged. It is not part of the file: whoever goes on from one says it
+    /// again.
+    #[must_use]
+    pub fn with_selection(mut self, selection: Selection) -> Self {
+        self.selection = selection;
+        self
     }
 
     /// Reads the text of a `trainer_state.json` at `path`.
@@ -95,11 +106,41 @@ impl TrainerState {
         &self.log_history
     }
 
-    /// The lowest evaluation loss so far, and the step it was at.
+    /// The metric of the best evaluation so far, and the step it was at.
     #[must_use]
     pub fn best(&self) -> Option<(u64, f64)> {
         let metric = self.best_metric.as_ref().and_then(number_from_json)?;
         Some((self.best_global_step?, metric))
+    }
+
+    /// The step of the best evaluation so far.
+    #[must_use]
+    pub fn best_step(&self) -> Option<u64> {
+        self.best_global_step
+    }
+
+    /// Whether so many evaluations in a row were no better that the run is to end.
+    #[must_use]
+    pub fn has_lost_patience(&self) -> bool {
+        let count = Selection::saved(self.stateful_callbacks.get(CALLBACK));
+        self.selection
+            .patience
+            .is_some_and(|patience| count >= patience)
+    }
+
+    fn judge(&mut self, step: u64, row: &Row) {
+        let (value, best) = (self.selection.value(row), self.best().map(|(_, best)| best));
+        if self.selection.patience.is_some() {
+            let before = Selection::saved(self.stateful_callbacks.get(CALLBACK));
+            let count = self.selection.count(before, value, best);
+            let saved = self.selection.save(count);
+            self.stateful_callbacks.insert(CALLBACK.to_owned(), saved);
+        }
+        let is_better = |value: f64| best.is_none_or(|best| self.selection.is_better(value, best));
+        if let Some(value) = value.filter(|value| is_better(*value)) {
+            self.best_metric = Some(json_number(value));
+            self.best_global_step = Some(step);
+        }
     }
 
     /// Sets progress between log rows, for a checkpoint at a step that is not logged.
@@ -145,12 +186,9 @@ impl Observer for TrainerState {
                 self.push(log.step, log.epoch, log_row(log));
             }
             Event::Evaluated(result) => {
-                let better = self.best().is_none_or(|(_, best)| result.loss < best);
-                if better && !result.loss.is_nan() {
-                    self.best_metric = Some(json_number(result.loss));
-                    self.best_global_step = Some(result.step);
-                }
-                self.push(result.step, result.epoch, eval_row(result));
+                let row = eval_row(result);
+                self.judge(result.step, &row);
+                self.push(result.step, result.epoch, row);
             }
             Event::CheckpointSaved(checkpoint) => {
                 if self.best_global_step == Some(checkpoint.step) {
@@ -255,6 +293,61 @@ mod tests {
         }
         assert_eq!(state.best(), Some((3, 1.5)));
         assert!(state.to_json().contains("out/checkpoint-3"));
+    }
+
+    #[test]
+    fn a_metric_may_be_better_when_it_is_greater() {
+        let mut state = TrainerState::new().with_selection(Selection {
+            metric: "mean_token_accuracy".into(),
+            greater_is_better: true,
+            ..Selection::default()
+        });
+        for (step, mean_token_accuracy) in [(1, 0.5), (2, 0.7), (3, 0.6)] {
+            let result = Evaluated {
+                step,
+                mean_token_accuracy,
+                ..Evaluated::default()
+            };
+            state.on(&Event::Evaluated(result)).unwrap();
+        }
+        assert_eq!(state.best(), Some((2, 0.7)));
+        assert!(!state.has_lost_patience());
+    }
+
+    #[test]
+    fn patience_counts_evaluations_that_are_not_better_by_the_threshold_over_a_resume() {
+        let selection = Selection {
+            patience: Some(2),
+            threshold: 0.1,
+            ..Selection::default()
+        };
+        let mut state = TrainerState::new().with_selection(selection.clone());
+        // A better one by less than the threshold is the best and does not renew patience.
+        for (step, loss, lost) in [
+            (1, 2.0, false),
+            (2, 1.95, false),
+            (3, 1.5, false),
+            (4, f64::NAN, false),
+        ] {
+            state.on(&evaluated(step, loss)).unwrap();
+            assert_eq!(state.has_lost_patience(), lost, "step {step}");
+        }
+        let json: Value = serde_json::from_str(&state.to_json()).unwrap();
+        let callback = &json["stateful_callbacks"]["EarlyStoppingCallback"];
+        assert_eq!(callback["args"]["early_stopping_patience"], 2);
+        assert_eq!(callback["attributes"]["early_stopping_patience_counter"], 1);
+        let path = Path::new("trainer_state.json");
+        let resumed = TrainerState::from_json(&state.to_json(), path).unwrap();
+        let mut resumed = resumed.with_selection(selection);
+        resumed.on(&evaluated(5, 1.45)).unwrap();
+        assert!(resumed.has_lost_patience());
+        assert_eq!(resumed.best(), Some((5, 1.45)));
+        // More patience than before goes on.
+        let more = Selection {
+            patience: Some(3),
+            ..Selection::default()
+        };
+        assert!(!resumed.with_selection(more).has_lost_patience());
     }
 
     #[test]

@@ -43,6 +43,10 @@ pub struct RunPlan {
     pub save_every: Option<u64>,
     /// Steps between evaluations.
     pub eval_every: Option<u64>,
+    /// Whether a step whose evaluation is the best so far gets a checkpoint, whatever the interval.
+    pub save_best: bool,
+    /// Whether [`TrainerState::has_lost_patience`] ends the run.
+    pub can_end_early: bool,
     /// Steps between comparisons of the parameters over ranks.
     pub check_replicas_every: Option<u64>,
     /// FLOPs of one step's token, for `total_flos`.
@@ -107,7 +111,8 @@ impl Run<'_> {
         self.emit(&Event::RunStarted(started))?;
         let mut totals = Totals::default();
         let mut saved = self.resumed_from.take().map(|p| (trainer.steps_done(), p));
-        while trainer.steps_done() < self.plan.total_steps {
+        let spent = self.loses_patience(trainer)?;
+        while !spent && trainer.steps_done() < self.plan.total_steps {
             let step = trainer.steps_done();
             let stop = self.stop.load(Ordering::SeqCst);
             if trainer.group_mut().begin_step(step, stop)? {
@@ -116,15 +121,19 @@ impl Run<'_> {
             let batches = self.data.step(step)?;
             let report = trainer.step(&batches, self.schedule.lr(step))?;
             totals.add(&report);
-            self.after_step(trainer, &report, &begin)?;
+            let early = self.after_step(trainer, &report, &begin)?;
             let done = trainer.steps_done();
-            let last = done == self.plan.total_steps;
+            let last = early || done == self.plan.total_steps;
             let due = |every: Option<u64>| every.is_some_and(|n| done.is_multiple_of(n) || last);
             if due(self.plan.check_replicas_every) {
                 trainer.check_replicas()?;
             }
-            if due(self.plan.save_every) {
+            let best = self.plan.save_best && self.state.best_step() == Some(done);
+            if due(self.plan.save_every) || best {
                 saved = Some((done, self.checkpoint(trainer)?));
+            }
+            if early {
+                break;
             }
         }
         let finished = self.finished(trainer, &totals, begin.elapsed().as_secs_f64());
@@ -132,12 +141,13 @@ impl Run<'_> {
         Ok(RunOutcome::Finished(finished))
     }
 
+    /// Logs and evaluates what is due; whether the run is to end early.
     fn after_step(
         &mut self,
         trainer: &mut Trainer,
         report: &StepReport,
         begin: &Instant,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let done = trainer.steps_done();
         let epoch = self.epoch(done);
         self.window.add(report);
@@ -157,8 +167,21 @@ impl Run<'_> {
             .is_some_and(|n| done.is_multiple_of(n) || last)
         {
             self.evaluate(trainer)?;
+            return self.loses_patience(trainer);
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// Whether evaluations have not become better for as long as the run may wait, as rank 0 has it: it alone
+    /// knows those before a resume.
+    fn loses_patience(&mut self, trainer: &mut Trainer) -> Result<bool> {
+        if !self.plan.can_end_early {
+            return Ok(false);
+        }
+        let lost = trainer
+            .group_mut()
+            .all_gather(&[u8::from(self.state.has_lost_patience())])?;
+        Ok(lost.first().is_some_and(|word| word == &[1]))
     }
 
     fn evaluate(&mut self, trainer: &mut Trainer) -> Result<()> {

@@ -1,4 +1,4 @@
-use super::softmax::{Lane, means, statistics, to_gradients};
+use super::softmax::{Lane, Loss, cap, means, statistics, to_gradients};
 use super::{Gradients, Head, HeadGradients, Labels, Sums, Update, UpdateGradients};
 use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
@@ -42,20 +42,28 @@ pub(super) fn run(
         // In the shape it was taken in: the pool goes by columns.
         let transposed = Tensor::from_buffer(transposed.into_buffer(), rows.len(), width);
         workspace.give(transposed);
+        if let Some(softcap) = head.softcap {
+            cap(logits.view_mut(), softcap);
+        }
         let lanes = statistics(logits.view());
         add_sums(&mut sums, &lanes, &logits, targets);
         if smoothing > 0.0 {
             smooth(&mut sums, &logits, targets, smoothing);
         }
         if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
-            to_gradients(logits.view_mut(), &lanes, targets, smoothing);
+            let loss = Loss {
+                targets,
+                smoothing,
+                softcap: head.softcap,
+            };
+            to_gradients(logits.view_mut(), &lanes, loss);
             back(head, &logits, &mut selected, d_head)?;
             scatter_add(&selected, rows, d_hidden.reborrow());
         }
         if let (Some(s), Some(update)) = (updated, head.update) {
             let d_update = gradients.as_mut().and_then(|g| g.d_head.update.as_mut());
             if let Some(d_update) = d_update {
-                back_update(update, &logits, rows, &s, d_update, workspace)?;
+                back_update(head.scale, update, &logits, rows, &s, d_update, workspace)?;
             }
             workspace.give(s);
         }
@@ -77,17 +85,18 @@ fn project(
 ) -> Result<Option<Tensor>> {
     let [vocabulary, first] = [logits.rows(), head.weight.rows()];
     let to = logits.view_mut().row_range(0..first);
-    matmul::nn(to, 0.0, 1.0, head.weight, transposed)?;
+    matmul::nn(to, 0.0, head.scale, head.weight, transposed)?;
     if let Some(tail) = head.tail {
         let to = logits.view_mut().row_range(first..vocabulary);
-        matmul::nn(to, 0.0, 1.0, tail, transposed)?;
+        matmul::nn(to, 0.0, head.scale, tail, transposed)?;
     }
     let Some(update) = head.update else {
         return Ok(None);
     };
     let mut s = workspace.take(DType::F32, rows.len(), update.s.cols());
     gather(update.s, rows, &mut s);
-    matmul::nt(logits.view_mut(), 1.0, update.scale, update.b, s.view())?;
+    let scale = head.scale * update.scale;
+    matmul::nt(logits.view_mut(), 1.0, scale, update.b, s.view())?;
     Ok(Some(s))
 }
 
@@ -106,18 +115,20 @@ fn back(
         .zip(pieces)
     {
         if let Some(d) = d {
-            matmul::nn(d.reborrow(), 1.0, 1.0, piece, selected.view())?;
+            matmul::nn(d.reborrow(), 1.0, head.scale, piece, selected.view())?;
         }
     }
-    matmul::tn(selected.view_mut(), 0.0, 1.0, pieces[0], head.weight)?;
+    let scale = head.scale;
+    matmul::tn(selected.view_mut(), 0.0, scale, pieces[0], head.weight)?;
     if let Some(tail) = head.tail {
-        matmul::tn(selected.view_mut(), 1.0, 1.0, pieces[1], tail)?;
+        matmul::tn(selected.view_mut(), 1.0, scale, pieces[1], tail)?;
     }
     Ok(())
 }
 
 /// The same to that of an update's factors; `s` `[rows, R]` are the label rows of its own.
 fn back_update(
+    head_scale: f32,
     update: Update<'_>,
     logits: &Tensor,
     rows: &[u32],
@@ -125,7 +136,7 @@ fn back_update(
     gradients: &mut UpdateGradients<'_>,
     workspace: &Workspace,
 ) -> Result<()> {
-    let (d_b, scale) = (gradients.b.reborrow(), update.scale);
+    let (d_b, scale) = (gradients.b.reborrow(), head_scale * update.scale);
     matmul::nn(d_b, 1.0, scale, logits.view(), s.view())?;
     let mut d_s = workspace.take(DType::F32, s.rows(), s.cols());
     matmul::tn(d_s.view_mut(), 0.0, scale, logits.view(), update.b)?;

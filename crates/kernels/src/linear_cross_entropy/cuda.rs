@@ -241,11 +241,15 @@ impl Run<'_> {
             vocabulary: count(self.head.vocabulary()),
             padding: PADDING,
             smoothing: self.smoothing,
-            unused: 0,
+            softcap: self.head.softcap.unwrap_or(0.0),
         };
+        let capped = self.head.softcap.map_or("", |_| "capped_");
         let kernel = match gradient {
-            true => format!("linear_cross_entropy_gradient_{}", self.hidden.dtype()),
-            false => "linear_cross_entropy_loss".into(),
+            true => format!(
+                "linear_cross_entropy_{capped}gradient_{}",
+                self.hidden.dtype()
+            ),
+            false => format!("linear_cross_entropy_{capped}loss"),
         };
         let grid = Grid::new(count(len), SOFTMAX_THREADS);
         self.device.launch(&MODULE, &kernel, grid, &params)?;
@@ -359,7 +363,7 @@ impl Run<'_> {
             m,
             n,
             k,
-            alpha: product.alpha,
+            alpha: self.head.scale * product.alpha,
             beta: product.beta,
             a: product.a,
             b: product.b,
@@ -430,7 +434,7 @@ struct Softmax {
     vocabulary: u32,
     padding: u32,
     smoothing: f32,
-    unused: u32,
+    softcap: f32,
 }
 
 /// As in kernel.cu.

@@ -1,9 +1,10 @@
 //! The output projection: one matrix, or one in two pieces with a low-rank update.
 
 use crate::error::{check_dtype, check_shape};
-use crate::{DType, Result, View, ViewMut};
+use crate::{DType, Error, Result, View, ViewMut};
 
-/// `z = hidden W^T + scale s B^T`, with W the rows of `weight` and then those of `tail`.
+/// What turns hidden states into logits: `scale (hidden W^T + r s B^T)`, with W the rows of `weight` and
+/// then those of `tail`, and r the factor of the update.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     /// `[V - N, D]`.
@@ -12,16 +13,20 @@ pub struct Head<'a> {
     pub tail: Option<View<'a>>,
     /// What is added to the product with W.
     pub update: Option<Update<'a>>,
+    /// Factor of the logits.
+    pub scale: f32,
+    /// Bound c of the logits, which become `c * tanh(logit / c)`.
+    pub softcap: Option<f32>,
 }
 
-/// `scale s B^T`.
+/// `r s B^T`.
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
     /// `[T, R]`, in one dtype with `b`.
     pub s: View<'a>,
     /// `[V, R]`.
     pub b: View<'a>,
-    /// Factor of the product.
+    /// r.
     pub scale: f32,
 }
 
@@ -52,6 +57,8 @@ impl<'a> From<View<'a>> for Head<'a> {
             weight,
             tail: None,
             update: None,
+            scale: 1.0,
+            softcap: None,
         }
     }
 }
@@ -72,6 +79,12 @@ impl Head<'_> {
     }
 
     pub(super) fn check(&self, op: &'static str, hidden: View<'_>) -> Result<()> {
+        if let Some(softcap) = self.softcap
+            && !(softcap > 0.0 && softcap.is_finite())
+        {
+            let message = format!("a softcap of {softcap}; it must be positive and finite");
+            return Err(Error::Invalid { op, message });
+        }
         let width = hidden.cols();
         for piece in std::iter::once(self.weight).chain(self.tail) {
             check_shape(op, "head [V,D]", [piece.rows(), width], piece.shape())?;

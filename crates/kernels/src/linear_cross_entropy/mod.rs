@@ -1,11 +1,13 @@
 //! The output projection and the cross-entropy of its logits, without ever holding all logits.
 //!
 //! ```text
-//! z = hidden[row] head^T                       logits of one label row, [V]
+//! u = scale hidden[row] head^T                 logits of one label row, [V]
+//! z = u, or with a softcap c: c tanh(u / c)
 //! loss    = logZ - z[target]                   logZ = ln sum_v exp z_v
 //!           + smoothing (z[target] - mean_v z_v)
 //! entropy = logZ - sum_v p_v z_v               p = softmax(z)
-//! d_hidden[row] = (p - q) head                 d_head += sum over rows (p - q)^T hidden[row]
+//! d_u = (p - q) dz/du                          dz/du = 1, or with a softcap: 1 - (z / c)^2
+//! d_hidden[row] = scale d_u head               d_head += scale sum over rows d_u^T hidden[row]
 //! q = (1 - smoothing) onehot(target) + smoothing / V
 //! ```
 //!
@@ -34,6 +36,8 @@ pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
 mod head;
+#[cfg(test)]
+mod loss_tests;
 mod softmax;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@ use super::schedule::steps_or_ratio;
 use super::source::{OURS, TRANSFORMERS, TRL_SFT};
 use crate::config::section::section;
 use crate::config::value::{KeyValue, choices};
+use crate::run_log::Selection;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -84,6 +85,16 @@ section! {
         eval_strategy: IntervalStrategy = IntervalStrategy::No, TRANSFORMERS;
         /// Steps between evaluations, below 1 a share of all steps; null for logging_steps.
         eval_steps: Option<f64> = None, TRANSFORMERS;
+        /// What evaluations are judged by: loss, entropy or mean_token_accuracy (also with eval_ before it).
+        metric_for_best_model: Option<String> = None, TRANSFORMERS;
+        /// Whether more of that metric is better; null for what its name says.
+        greater_is_better: Option<bool> = None, TRANSFORMERS;
+        /// At the end, go back to the best evaluation; each that is the best so far is saved for that.
+        load_best_model_at_end: bool = false, TRANSFORMERS;
+        /// Evaluations in a row without a better one that end the run; null for none.
+        early_stopping_patience: Option<u64> = None, OURS;
+        /// By how much an evaluation must be better to count for early_stopping_patience.
+        early_stopping_threshold: f64 = 0.0, OURS;
         /// Start from a checkpoint: auto (the last one, if any), true (the last one), a path, or
         /// null.
         resume_from_checkpoint: Resume = Resume::Never, TRANSFORMERS;
@@ -103,6 +114,21 @@ impl OutputArguments {
     #[must_use]
     pub fn save_interval(&self, total_steps: u64) -> u64 {
         steps_or_ratio(self.save_steps, total_steps).max(1)
+    }
+
+    /// How evaluations are judged.
+    #[must_use]
+    pub fn selection(&self) -> Selection {
+        let metric = self.metric_for_best_model.as_deref().unwrap_or("loss");
+        let metric = metric.strip_prefix("eval_").unwrap_or(metric);
+        Selection {
+            metric: metric.to_owned(),
+            greater_is_better: self
+                .greater_is_better
+                .unwrap_or(metric == "mean_token_accuracy"),
+            patience: self.early_stopping_patience,
+            threshold: self.early_stopping_threshold,
+        }
     }
 
     /// Steps between evaluations in a run of `total_steps`.
