@@ -46,6 +46,7 @@
 #![warn(clippy::print_stdout)]
 
 mod base_copies;
+pub mod inspect;
 pub mod lora;
 mod lora_plus;
 pub mod merge;

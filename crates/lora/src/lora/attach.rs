@@ -1,5 +1,8 @@
 //! What a LoRA trains where: its updates, and the parts of the base that it trains beside them.
 
+#[cfg(test)]
+mod tests;
+
 use super::config::LoraBias;
 use super::names::{self, Part};
 use super::{LoraConfig, files, saved, tokens};
