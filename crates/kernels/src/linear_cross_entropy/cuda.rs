@@ -204,7 +204,7 @@ impl Run<'_> {
                 beta: 0.0,
                 a: operand(buffers.selected.view()),
                 b: operand(weight),
-                dst: operand(buffers.logits.view()).from_column(start),
+                dst: operand(buffers.logits.view()).at_column(start),
             })?;
         }
         let (Some(Update { s, b, scale }), Some(updated)) = (self.head.update, &buffers.updated)
@@ -290,7 +290,7 @@ impl Run<'_> {
                 sizes: [d.rows(), width, len],
                 alpha: 1.0,
                 beta: 1.0,
-                a: d_logits.from_column(start),
+                a: d_logits.at_column(start),
                 b: operand(buffers.selected.view()),
                 dst: operand(d.as_view()),
             })?;
@@ -302,7 +302,7 @@ impl Run<'_> {
                 sizes: [len, width, weight.rows()],
                 alpha: 1.0,
                 beta: if start == 0 { 0.0 } else { 1.0 },
-                a: d_logits.from_column(start),
+                a: d_logits.at_column(start),
                 b: operand(weight),
                 dst: operand(buffers.selected.view()),
             })?;

@@ -90,7 +90,7 @@ fn a_difference_names_keys_modules_and_how_far_they_are_apart() {
     let copy = copy_of("lora_qv");
     // Twice the B at half the scale is the same update; three times is 3/2 of it.
     edit(copy.path(), B0, |values| {
-        values.iter_mut().for_each(|v| *v *= 3.0)
+        values.iter_mut().for_each(|v| *v *= 3.0);
     });
     edit_config(copy.path(), "lora_alpha", serde_json::json!(5));
     edit_config(

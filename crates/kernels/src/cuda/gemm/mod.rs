@@ -38,7 +38,7 @@ pub(crate) struct Operand {
 
 impl Operand {
     /// The matrix from one of its columns on.
-    pub(crate) fn from_column(self, column: usize) -> Self {
+    pub(crate) fn at_column(self, column: usize) -> Self {
         Self {
             ptr: self.ptr + (column * self.dtype.bytes()) as u64,
             ..self
