@@ -50,6 +50,7 @@ pub mod inspect;
 pub mod lora;
 mod lora_plus;
 pub mod merge;
+mod parts;
 mod registry;
 pub mod target;
 #[cfg(test)]
@@ -59,5 +60,6 @@ pub use base_copies::check as check_base_copies;
 pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
+pub use parts::{PartsAdapter, PartsConfig};
 pub use registry::{PeftConfig, load};
 pub use target::{ExcludeModules, TargetModules};

@@ -95,7 +95,12 @@ pub(super) fn require_expressible(sites: &[Site], targets: &[Target<'_>]) -> Res
 /// Reads both files into `params`, strictly.
 pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
     let config_path = directory.join(CONFIG_FILE);
-    let PeftConfig::Lora(saved) = PeftConfig::load(directory)?;
+    let PeftConfig::Lora(saved) = PeftConfig::load(directory)? else {
+        return Err(Error::adapter(
+            config_path,
+            "is of another method than LORA",
+        ));
+    };
     if let Some((key, ours, theirs)) = config.difference(&saved) {
         return Err(Error::adapter(
             config_path,

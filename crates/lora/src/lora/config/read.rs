@@ -4,7 +4,9 @@ use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// Features of PEFT's LoRA that are not implemented here. Their keys are fine while they are off:
 /// null, false, 0, or empty.
@@ -100,15 +102,24 @@ impl LoraConfig {
             "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
             "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
             "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
-            key => tracing::warn!(
+            key if is_news(field.path, key) => tracing::warn!(
                 path = %field.path.display(),
                 key,
                 value = %field.value,
                 "unknown key ignored; it may come from a newer PEFT"
             ),
+            _ => {}
         }
         Ok(())
     }
+}
+
+/// Whether this process has said nothing of `key` in this file yet: a file is read more than once.
+fn is_news(path: &Path, key: &str) -> bool {
+    static SAID: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
+    let said = (path.to_path_buf(), key.to_owned());
+    // A poisoned lock costs one more note at most.
+    SAID.lock().map_or(true, |mut all| all.insert(said))
 }
 
 /// A key with its value and the file that holds them.
@@ -308,5 +319,18 @@ impl Field<'_> {
             )));
         }
         Ok(task)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_news_once_per_file() {
+        let (a, b) = (Path::new("a/adapter_config.json"), Path::new("b/adapter_config.json"));
+        let asked = [(a, "x"), (a, "x"), (a, "y"), (b, "x"), (b, "x")];
+        let news = asked.map(|(path, key)| is_news(path, key));
+        assert_eq!(news, [true, false, true, true, false]);
     }
 }
