@@ -328,7 +328,10 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_news_once_per_file() {
-        let (a, b) = (Path::new("a/adapter_config.json"), Path::new("b/adapter_config.json"));
+        let (a, b) = (
+            Path::new("a/adapter_config.json"),
+            Path::new("b/adapter_config.json"),
+        );
         let asked = [(a, "x"), (a, "x"), (a, "y"), (b, "x"), (b, "x")];
         let news = asked.map(|(path, key)| is_news(path, key));
         assert_eq!(news, [true, false, true, true, false]);
