@@ -49,11 +49,42 @@ pub(super) fn attach(
     let attachments = adapter_of(config, base, decoder)?
         .attach(&sites, &mut builder)
         .map_err(|e| in_trl_names(config, e))?;
+    require_biases(config, &attachments)?;
     Ok(Attached {
         trainable: builder.build()?.trainable(),
         notes: rank_notes(&sites, &attachments),
         attachments,
     })
+}
+
+/// Refuses a `lora_bias` that trains nothing.
+fn require_biases(config: &TrainConfig, attachments: &[(SiteId, Attachment)]) -> Result<()> {
+    let lora = &config.lora;
+    let trains = |(_, a): &(SiteId, Attachment)| {
+        // What is trained as a whole has its bias with it.
+        matches!(
+            a,
+            Attachment::TrainBias(_) | Attachment::TrainBase { bias: Some(_), .. }
+        )
+    };
+    if !lora.use_peft || lora.lora_bias == Bias::None || attachments.iter().any(trains) {
+        return Ok(());
+    }
+    let of = match lora.lora_bias {
+        Bias::LoraOnly => "no adapted layer of this base has one",
+        _ => "this base has none",
+    };
+    let place = config
+        .origin("lora_bias")
+        .map(|origin| format!(" ({origin})"));
+    Err(Error::config(
+        "lora_bias",
+        format!(
+            "{} trains biases, and {of}; set it to none{}",
+            lora.lora_bias.as_str(),
+            place.unwrap_or_default()
+        ),
+    ))
 }
 
 /// A method on the shape of a base, before there is room for it.
