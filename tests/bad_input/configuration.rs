@@ -155,6 +155,19 @@ fn faults_of_the_adapter_are_told_in_the_names_of_the_file() {
             &["`lora_layers_to_transform`", "needs `lora_target_modules`"],
         ),
         fault(
+            "rank 0",
+            json!({"lora_r": 0}),
+            untouched,
+            BAD_CONFIG,
+            &["lora_r", "1 or more"],
+        ),
+    ]);
+}
+
+#[test]
+fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
+    check(&[
+        fault(
             "unmatched pattern of an alpha",
             json!({"lora_alpha_pattern": {"v_porj": 2}}),
             untouched,
@@ -234,13 +247,6 @@ fn faults_of_the_adapter_are_told_in_the_names_of_the_file() {
             untouched,
             BAD_CONFIG,
             &["`use_dora`", "not supported yet"],
-        ),
-        fault(
-            "rank 0",
-            json!({"lora_r": 0}),
-            untouched,
-            BAD_CONFIG,
-            &["lora_r", "1 or more"],
         ),
     ]);
 }
