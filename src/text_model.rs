@@ -78,6 +78,7 @@ impl TextModel {
                 let mut model = Model::load(&config, attachments, &files, &mut params, format)?;
                 method.prepare(&mut params, &mut model)?;
                 method.load(&mut params, directory)?;
+                ferrotune_lora::check_base_copies(directory, &files)?;
                 (model, params)
             }
             None => {

@@ -5,6 +5,7 @@ mod absent;
 use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
+use crate::parts::{PartsAdapter, PartsConfig};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
@@ -24,7 +25,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "GLORA",
     "GRALORA",
     "LILY",
-    "LN_TUNING",
     "MULTITASK_PROMPT_TUNING",
     "OSF",
     "PEANUT",
@@ -37,7 +37,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "SHIRA",
     "SUPERTUNING",
     "TINYLORA",
-    "TRAINABLE_TOKENS",
     "UNILORA",
     "WAVEFT",
     "XLORA",
@@ -52,6 +51,8 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 pub enum PeftConfig {
     /// `LORA`.
     Lora(LoraConfig),
+    /// `LN_TUNING` and `TRAINABLE_TOKENS`.
+    Parts(PartsConfig),
     /// Any other method.
     Other(OtherConfig),
 }
@@ -100,7 +101,9 @@ impl PeftConfig {
                     let config = configure(source(&path), &object)?;
                     Ok(Self::Other(OtherConfig(config)))
                 }
-                None => Err(not_supported(&path, other)),
+                None => PartsConfig::from_json(&path, other, &object)?
+                    .map(Self::Parts)
+                    .ok_or_else(|| not_supported(&path, other)),
             },
         }
     }
@@ -139,6 +142,7 @@ impl PeftConfig {
                 config.base_model_name_or_path = Some(base.display().to_string());
                 Self::Lora(config)
             }
+            Self::Parts(config) => Self::Parts(config),
             Self::Other(OtherConfig(config)) => Self::Other(OtherConfig(config.for_base(base))),
         }
     }
@@ -149,6 +153,7 @@ impl PeftConfig {
         match self {
             Self::Lora(config) => config.base_model_name_or_path.as_deref(),
             Self::Other(config) => config.0.common().base_model_name_or_path.as_deref(),
+            Self::Parts(config) => config.base_model_name_or_path(),
         }
     }
 
@@ -160,6 +165,7 @@ impl PeftConfig {
         match self {
             Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?)),
             Self::Other(config) => config.0.into_adapter(model_type),
+            Self::Parts(config) => Ok(Box::new(PartsAdapter::new(config, model_type)?)),
         }
     }
 }
@@ -216,7 +222,10 @@ fn names(first: &[&'static str]) -> Vec<&'static str> {
 }
 
 fn not_supported(path: &Path, peft_type: &str) -> Error {
-    let message = unknown(peft_type, &names(&["LORA"]));
+    let message = unknown(
+        peft_type,
+        &names(&["LORA", "LN_TUNING", "TRAINABLE_TOKENS"]),
+    );
     Error::adapter(path, format!("`peft_type` {message}"))
 }
 

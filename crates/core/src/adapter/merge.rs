@@ -14,7 +14,7 @@ impl Attachment {
     pub fn merge(
         &self,
         params: &FlatBuffer,
-        mut weight: ViewMut<'_>,
+        weight: ViewMut<'_>,
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
         match self {
@@ -25,19 +25,12 @@ impl Attachment {
             }
             Self::Weight(method) => method.apply(params, weight),
             Self::Custom(method) => method.merge(params, weight, bias),
-            Self::TrainBase {
-                weight: id,
-                bias: bias_id,
-            } => {
-                let copy = |id, to: ViewMut<'_>| {
-                    let [rows, cols] = to.shape();
-                    to.copy_from(View::from_f32(params.get(id), rows, cols));
-                };
-                copy(*id, weight.reborrow());
-                if let (Some(id), Some(to)) = (bias_id, bias) {
-                    copy(*id, to);
-                }
-                Ok(())
+            Self::TrainBase { .. }
+            | Self::TrainBias(_)
+            | Self::TrainRows { .. }
+            | Self::KeepBase => {
+                let message = "a trained part of the base replaces it and is no function of it";
+                Err(Error::config("modules_to_save", message))
             }
         }
     }

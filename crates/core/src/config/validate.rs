@@ -163,9 +163,6 @@ impl TrainConfig {
             "lora_dropout",
             |value| format!("got {value}, expected a probability from 0 to below 1"),
         )?;
-        self.require(!lora.use_dora, "use_dora", |_| {
-            "true is not supported yet; set it to false".to_owned()
-        })?;
         let ranks = &lora.lora_rank_pattern;
         self.require(
             ranks.values().all(|r| *r > 0),
@@ -206,6 +203,7 @@ impl TrainConfig {
             "loraplus_lr_ratio",
             |value| format!("got {value}, expected a number above 0; 16 is common"),
         )?;
+        self.not_negative("loraplus_lr_embedding", optimizer.loraplus_lr_embedding)?;
         self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,

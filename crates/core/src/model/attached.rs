@@ -119,9 +119,12 @@ impl Part {
         mut y: ViewMut<'_>,
         norms: Option<Tensor>,
     ) -> Result<PartSaved> {
-        let bias = self.bias(run.params);
+        let base_bias = self.bias(run.params);
         match &self.attachment {
             Some(Attachment::LowRank(low_rank)) => {
+                if let Some(id) = low_rank.bias {
+                    bias::add_scaled(y.reborrow(), low_rank.scale, run.params.view(id))?;
+                }
                 let update = update(run, self, low_rank);
                 let s = low_rank_forward(run, x, &update, y.reborrow())?;
                 let scaled = match (low_rank.magnitude, norms) {
@@ -130,22 +133,22 @@ impl Part {
                     }
                     _ => None,
                 };
-                add(y, bias)?;
+                add(y, base_bias)?;
                 Ok(PartSaved::LowRank { s, scaled })
             }
             Some(Attachment::Factors(method)) => {
                 let factors = method.factors(run.params)?.map(|t| self.placed(run, &t));
                 let update = self.factors_update(run, method.as_ref(), &factors);
                 let s = low_rank_forward(run, x, &update, y.reborrow())?;
-                add(y, bias)?;
+                add(y, base_bias)?;
                 Ok(PartSaved::Factors { s, factors })
             }
             Some(Attachment::Custom(custom)) => {
-                add(y.reborrow(), bias)?;
+                add(y.reborrow(), base_bias)?;
                 Ok(PartSaved::Custom(custom.forward(run.params, x, y)?))
             }
-            None | Some(Attachment::TrainBase { .. } | Attachment::Weight(_)) => {
-                add(y, bias)?;
+            _ => {
+                add(y, base_bias)?;
                 Ok(PartSaved::None)
             }
         }
@@ -197,6 +200,9 @@ impl Part {
     ) -> Result<()> {
         match (&self.attachment, saved) {
             (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank { s, scaled }) => {
+                if let Some(id) = low_rank.bias {
+                    bias::backward_scaled(dy, low_rank.scale, grads.view_mut(id))?;
+                }
                 let update = update(run, self, low_rank);
                 let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
                 let rank = s.view().columns(0..low_rank.rank);

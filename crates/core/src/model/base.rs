@@ -1,15 +1,21 @@
 //! The linears of a loaded model, to read and to replace.
 
-use super::Model;
 use super::frozen::FrozenWeight;
 use super::layer::Layer;
 use super::linear::{LinearGroup, PartWeight};
+use super::{Model, ModelPlan};
 use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
 use ferrotune_kernels::{Tensor, View, Workspace};
 use std::ops::Range;
 
 impl BaseWeights for Model {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        let sites = ModelPlan::new(&self.config).sites;
+        let found = sites.iter().find(|site| site.name == name);
+        found.map(|site| site.id)
+    }
+
     fn read(&self, site: SiteId) -> Result<Tensor> {
         let groups = self.layers.iter().flat_map(Layer::groups);
         for group in groups {

@@ -140,7 +140,10 @@ impl LinearGroup {
 
     /// Whether anything here is trained.
     pub(crate) fn trained(&self) -> bool {
-        self.parts.iter().any(|p| p.attachment.is_some())
+        let trains = |part: &Part| {
+            part.attachment.is_some() || matches!(part.bias, Some(PartBias::Trained(_)))
+        };
+        self.parts.iter().any(trains)
     }
 
     /// The gradient of the base output where methods change that, with `dx` begun.

@@ -9,6 +9,7 @@ mod base;
 mod config;
 mod decode;
 mod frozen;
+mod head;
 mod hf_config;
 mod inputs;
 mod keep;
@@ -23,6 +24,7 @@ mod residual;
 mod rope;
 mod run;
 mod saved;
+mod vocabulary;
 mod weight_format;
 mod weights;
 
@@ -42,23 +44,24 @@ pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::params::{FlatBuffer, ParamId};
+use crate::params::FlatBuffer;
 use angles::AngleTable;
-use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
-use ferrotune_kernels::{DType, Device, Indices, Tensor, View, axpby, embedding, matmul};
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Tensor, axpby};
+use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
-use rayon::prelude::*;
 use run::Run;
 use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
+use vocabulary::Embedding;
 
 /// A decoder with its frozen weights.
 #[derive(Debug)]
 pub struct Model {
     config: DecoderConfig,
     device: Device,
-    embedding: Table,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -67,20 +70,6 @@ pub struct Model {
     keep: Vec<Keep>,
     label_smoothing: f32,
     angles: AngleTable,
-}
-
-/// A matrix `[V, D]`, frozen or trained.
-#[derive(Debug)]
-enum Table {
-    Frozen(Tensor),
-    Trained(ParamId),
-}
-
-#[derive(Debug)]
-enum Head {
-    /// The embedding.
-    Tied,
-    Own(Table),
 }
 
 /// What forward keeps for backward.
@@ -111,11 +100,18 @@ impl Model {
         format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
-        let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
+        let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
+        for (site, attachment) in attachments {
+            match attachment {
+                Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
+                other => drop(alone.insert(site, other)),
+            }
+        }
         weights::Builder {
             config,
             plan: &plan,
-            attachments,
+            attachments: alone,
+            trained_biases,
             source,
             params,
             format: format.into(),
@@ -223,32 +219,13 @@ impl Model {
         let mut layers = Vec::with_capacity(self.layers.len());
         let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
         let stream = Stream { x, statistics };
-        let mut d_hidden = pass
-            .workspace
-            .take(pass.dtype, run.rows, self.config.hidden_size);
-        let d_head = self.head_param().map(|id| grads.view_mut(id));
-        linear_cross_entropy::forward_backward(
-            Normed::read(&y, &stream.x),
-            self.projection(params, run.dtype),
-            self.labels(&inputs.label_rows, &inputs.targets),
-            d_hidden.view_mut(),
-            d_head,
-            sums,
-            pass.workspace,
-        )?;
+        let hidden = Normed::read(&y, &stream.x);
+        let d_hidden = self.head_backward(&run, grads, hidden, sums)?;
         run.give(y);
         let saved = Saved { layers, stream };
         self.backward(&run, grads, saved, d_hidden, layer_done)?;
         run.end();
         Ok(())
-    }
-
-    fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
-        Labels {
-            rows,
-            targets,
-            smoothing: self.label_smoothing,
-        }
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -259,11 +236,8 @@ impl Model {
         let inputs = self.inputs(pass, batch);
         let run = Run::new(params, pass, &inputs)?;
         let (stream, Normed { y, statistics }) = self.decoder(&run, None, None)?;
-        let (rows, targets) = (&inputs.label_rows, &inputs.targets);
         let mut sums = Accumulator::new(pass.workspace.device());
-        let (head, workspace) = (self.projection(params, run.dtype), pass.workspace);
-        let (hidden, labels) = (Normed::read(&y, &stream), self.labels(rows, targets));
-        linear_cross_entropy::forward(hidden, head, labels, &mut sums, workspace)?;
+        self.head_loss(&run, Normed::read(&y, &stream), &mut sums)?;
         run.give(y.into_iter().chain(statistics).chain([stream]));
         run.end();
         Ok(sums.read()?)
@@ -321,25 +295,6 @@ impl Model {
         self.project(pass, params, hidden.view())
     }
 
-    /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
-    fn project(&self, pass: Pass<'_>, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
-        let device = pass.workspace.device();
-        let vocabulary = self.config.vocab_size;
-        let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        let head = self.projection(params, pass.dtype);
-        matmul::nt(logits.view_mut(), 0.0, head.scale, hidden, head.weight)?;
-        if device.is_cuda() {
-            logits = logits.to_device(&Device::Cpu);
-            device.synchronize()?;
-        }
-        if let (Some(softcap), Some(mut rows)) = (head.softcap, logits.view_mut().typed::<f32>()) {
-            rows.data_mut()
-                .par_iter_mut()
-                .for_each(|z| *z = softcap * (*z / softcap).tanh());
-        }
-        Ok(logits)
-    }
-
     /// The residual stream after the last layer, and its norm.
     fn decoder(
         &self,
@@ -369,31 +324,27 @@ impl Model {
 
     /// The stream before the first layer.
     fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
-        let (workspace, width) = (run.workspace, self.config.hidden_size);
-        let mut stream = workspace.take(run.dtype, run.rows, width);
-        let table = self.embedding.view(run.params, run.dtype);
-        embedding::forward(table, &run.inputs.ids, stream.view_mut())?;
+        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
         Ok(stream)
     }
 
-    /// Adds the gradient of the embedding, if it is trained, given that of the stream.
+    /// Adds the gradients of what is trained of the embedding, given that of the stream.
     fn embed_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         d_stream: &mut Tensor,
     ) -> Result<()> {
-        let Some(id) = self.embedding.trained() else {
+        if !self.embedding.trained() {
             return Ok(());
-        };
+        }
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
         }
-        embedding::backward(d_stream.view(), &run.inputs.ids, grads.view_mut(id))?;
-        Ok(())
+        self.embedding.backward(run, grads, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
@@ -416,7 +367,7 @@ impl Model {
         let reached = self.first_reached();
         while let Some(saved) = layers.pop() {
             let index = reached + layers.len();
-            let needs_input = embedding.is_some() || index > reached;
+            let needs_input = embedding || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
@@ -427,51 +378,11 @@ impl Model {
 
     /// The first layer that backward reaches: before it nothing is trained.
     fn first_reached(&self) -> usize {
-        if self.embedding.trained().is_some() {
+        if self.embedding.trained() {
             return 0;
         }
         let trained = self.layers.iter().position(Layer::trained);
         trained.unwrap_or(self.layers.len())
-    }
-
-    /// From hidden states to logits, in `dtype` where the head is trained.
-    fn projection<'a>(
-        &'a self,
-        params: &'a FlatBuffer,
-        dtype: DType,
-    ) -> linear_cross_entropy::Head<'a> {
-        linear_cross_entropy::Head {
-            weight: match &self.head {
-                Head::Tied => self.embedding.view(params, dtype),
-                Head::Own(table) => table.view(params, dtype),
-            },
-            scale: self.config.logits_scale,
-            softcap: self.config.logits_softcap,
-        }
-    }
-
-    fn head_param(&self) -> Option<ParamId> {
-        let table = match &self.head {
-            Head::Tied => &self.embedding,
-            Head::Own(table) => table,
-        };
-        table.trained()
-    }
-}
-
-impl Table {
-    fn view<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match self {
-            Self::Frozen(tensor) => tensor.view(),
-            Self::Trained(id) => params.view_as(*id, dtype),
-        }
-    }
-
-    fn trained(&self) -> Option<ParamId> {
-        match self {
-            Self::Trained(id) => Some(*id),
-            Self::Frozen(_) => None,
-        }
     }
 }
 
