@@ -100,7 +100,8 @@ fn compare_rates(
         for member in members.into_iter().flatten().filter_map(Value::as_str) {
             let member = member
                 .replace(".modules_to_save", "")
-                .replace(".default", "");
+                .replace(".default", "")
+                .replace("_magnitude_vector.weight", "_magnitude_vector");
             let id = layout.find(&member);
             let scale = id.map_or(f64::NAN, |id| layout.segment(id).spec.lr_scale);
             let label = format!("{name} {member}");
