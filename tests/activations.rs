@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Shape, Stored, examples, write_model};
+use common::{Family, Shape, Stored, examples, write_model};
 use ferrotune::core::Result;
 use ferrotune::core::adapter::{Adapter, Attachment, CustomLinear, Site, SiteId};
 use ferrotune::core::data::{Example, PackedBatch};
@@ -274,6 +274,44 @@ fn assert_same_bits(device: &Device, method: fn() -> Box<dyn Adapter>) {
                     let predicted = subject.predicted(&keep, &batch);
                     assert_eq!(other.pooled as u64, predicted, "{label}");
                 }
+            }
+        }
+    }
+}
+
+/// Every architecture, in bf16 with the policies mixed: the bytes that its own buffers take.
+#[test]
+fn every_architecture_takes_the_memory_that_is_predicted() {
+    let methods: [fn() -> Box<dyn Adapter>; 2] = [lora_with_dropout, || Box::new(FullFineTuning)];
+    for (family, device) in Family::ALL
+        .into_iter()
+        .flat_map(|family| [(family, Device::Cpu), (family, gpu())])
+    {
+        let shape = Shape {
+            family,
+            layers: LAYERS,
+            tied: true,
+            ..Shape::default()
+        };
+        let directory = tempfile::tempdir().expect("temporary directory");
+        write_model(directory.path(), &shape, Stored::F32, SEED);
+        let batch = batch(&examples(4, shape.vocab, SEED));
+        for method in methods {
+            let mut subject = Subject::new(directory.path(), method(), &device, DType::Bf16);
+            let all = subject.run(&[], &batch);
+            assert!(all.gradients.iter().any(|g| f32::from_bits(*g) != 0.0));
+            assert_eq!(
+                all.pooled as u64,
+                subject.predicted(&[], &batch),
+                "{family:?}"
+            );
+            for keep in &policies()[2..3] {
+                let other = subject.run(keep, &batch);
+                let label = format!("{family:?} on {device:?}, {keep:?}");
+                assert_eq!(other.loss, all.loss, "loss of {label}");
+                assert!(other.gradients == all.gradients, "gradients of {label}");
+                let predicted = subject.predicted(keep, &batch);
+                assert_eq!(other.pooled as u64, predicted, "{label}");
             }
         }
     }

@@ -3,12 +3,12 @@
 mod common;
 
 use common::oracle::{LowRank, Oracle, variable};
-use common::{Shape, Stored, examples, read, write_model};
+use common::{Family, Shape, Stored, examples, read, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::full::FullFineTuning;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, QkNorm};
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune::core::process_group::Solo;
 use ferrotune::core::trainer::{Trainer, TrainerOptions, attach};
@@ -21,16 +21,12 @@ use std::path::Path;
 const SEED: u64 = 11;
 
 /// Grouped heads with and without biases and a tied head, a head wider than hidden / heads, one key
-/// head for all, other activations, and norms of q and k.
-fn shapes() -> [Shape; 6] {
+/// head for all, other activations, and every architecture.
+fn shapes() -> Vec<Shape> {
     let plain = Shape::default();
-    [
+    let llamas = [
         Shape {
             bias: true,
-            ..plain.clone()
-        },
-        Shape {
-            tied: true,
             ..plain.clone()
         },
         Shape {
@@ -44,21 +40,17 @@ fn shapes() -> [Shape; 6] {
         Shape {
             kv_heads: 4,
             layers: 1,
-            ..plain.clone()
-        },
-        Shape {
             hidden_act: "gelu",
-            qk_norm: Some(QkNorm::Weight),
             ..plain.clone()
         },
-        Shape {
-            hidden_act: "gelu_pytorch_tanh",
-            qk_norm: Some(QkNorm::OnePlusWeight),
-            head_dim: 12,
-            bias: true,
-            ..plain
-        },
-    ]
+    ];
+    let families = Family::ALL.map(|family| Shape {
+        family,
+        hidden_act: "gelu_pytorch_tanh",
+        tied: family != Family::Llama,
+        ..plain.clone()
+    });
+    llamas.into_iter().chain(families).collect()
 }
 
 fn lora(config: LoraConfig) -> Box<dyn Adapter> {
@@ -80,17 +72,7 @@ struct Subject {
 
 impl Subject {
     fn new(directory: &Path, adapter: &dyn Adapter, dtype: DType) -> Self {
-        Self::with_qk_norm(directory, adapter, dtype, None)
-    }
-
-    fn with_qk_norm(
-        directory: &Path,
-        adapter: &dyn Adapter,
-        dtype: DType,
-        qk_norm: Option<QkNorm>,
-    ) -> Self {
-        let mut config = DecoderConfig::open(directory).expect("config");
-        config.qk_norm = qk_norm;
+        let config = DecoderConfig::open(directory).expect("config");
         let files = ModelFiles::open(directory).expect("weights");
         let (attachments, mut params) = attach(&config, adapter).expect("attaches");
         let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
@@ -208,8 +190,7 @@ fn gradients_of_random_adapters_equal_candles_autograd() {
                 use_rslora,
                 ..LoraConfig::default()
             });
-            let (adapter, norm) = (adapter.as_ref(), shape.qk_norm);
-            let mut subject = Subject::with_qk_norm(directory.path(), adapter, DType::F32, norm);
+            let mut subject = Subject::new(directory.path(), adapter.as_ref(), DType::F32);
             randomise(&mut subject.params);
             let factors = subject.params.layout().by_name().count();
             assert_eq!(factors, 7 * 2 * shape.layers, "all linears of all layers");
@@ -220,7 +201,7 @@ fn gradients_of_random_adapters_equal_candles_autograd() {
             };
             let mut oracle = Oracle::new(shape, SEED);
             mirror(&mut oracle, &subject.params, scale);
-            let label = format!("shape {i}, rslora {use_rslora}");
+            let label = format!("shape {i}, {:?}, rslora {use_rslora}", shape.family);
             let documents = examples(5, shape.vocab, SEED + i as u64);
             assert_equals_oracle(&subject, &oracle, &documents, &label);
         }
@@ -232,8 +213,7 @@ fn gradients_of_full_fine_tuning_equal_candles_autograd() {
     for (i, shape) in shapes().iter().enumerate() {
         let directory = tempfile::tempdir().expect("temporary directory");
         write_model(directory.path(), shape, Stored::F32, SEED);
-        let (dtype, norm) = (DType::F32, shape.qk_norm);
-        let subject = Subject::with_qk_norm(directory.path(), &FullFineTuning, dtype, norm);
+        let subject = Subject::new(directory.path(), &FullFineTuning, DType::F32);
         let names: Vec<_> = subject.params.layout().by_name().collect();
         assert_eq!(
             names.len(),
@@ -242,7 +222,12 @@ fn gradients_of_full_fine_tuning_equal_candles_autograd() {
         );
         let documents = examples(5, shape.vocab, SEED + i as u64);
         let oracle = Oracle::new(shape, SEED);
-        assert_equals_oracle(&subject, &oracle, &documents, &format!("shape {i}"));
+        assert_equals_oracle(
+            &subject,
+            &oracle,
+            &documents,
+            &format!("shape {i}, {:?}", shape.family),
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use super::padded::PaddedBatch;
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
-use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::model::{DecoderConfig, HfConfig, Mode, Model, Pass};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
@@ -27,6 +27,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let ours = Recomputed::new(case, &padded)?;
     complete::arch(case, &expected, ours.grads.layout())?;
     let mut comparison = Comparison::default();
+    compare_generations(&mut comparison, case)?;
     let judge = Judge {
         expected: &expected,
         case,
@@ -34,6 +35,17 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     judge.tensor(&mut comparison, "logits", "logits", &padded, &ours)?;
     judge.numbers(&mut comparison, &ours)?;
     Ok(comparison)
+}
+
+/// The same model in the keys of Transformers 4, where the case has them.
+fn compare_generations(comparison: &mut Comparison, case: &Case) -> Result<()> {
+    let older = case.path("config_v4.json");
+    if older.is_file() {
+        let [newer, older] = [case.path("config.json"), older]
+            .map(|path| DecoderConfig::from_hf(&HfConfig::open_file(&path)?));
+        comparison.exact("config", "config_v4.json", newer? == older?);
+    }
+    Ok(())
 }
 
 /// What our engine makes of the case.

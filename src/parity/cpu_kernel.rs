@@ -10,7 +10,7 @@
 
 use ferrotune_core::adapter::{Attachment, CustomLinear, LowRank, SiteId};
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::ModelPlan;
+use ferrotune_core::model::{LayerPlan, ModelPlan};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, Workspace, lora_linear, matmul};
@@ -55,16 +55,8 @@ pub(super) fn in_front(
 
 /// The linears before the output of `first` comes in.
 fn without_gradient(plan: &ModelPlan, first: SiteId) -> Vec<SiteId> {
-    let groups = plan.layers.iter().flat_map(|l| {
-        [
-            vec![l.q, l.k, l.v],
-            vec![l.o],
-            vec![l.gate, l.up],
-            vec![l.down],
-        ]
-    });
     let mut before = Vec::new();
-    for group in groups {
+    for group in plan.layers.iter().flat_map(LayerPlan::groups) {
         let last = group.contains(&first);
         before.extend(group);
         if last {

@@ -5,11 +5,13 @@
     reason = "every test file compiles this and uses a part of it"
 )]
 
+pub(crate) mod family;
 pub(crate) mod oracle;
+
+pub(crate) use family::Family;
 
 use ferrotune::core::data::{Example, IGNORE_INDEX};
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
-use ferrotune::core::model::QkNorm;
 use ferrotune::kernels::rng::{Stream, key_for};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -26,7 +28,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
     {{ message.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-/// Dimensions of a tiny Llama.
+/// Architecture and dimensions of a tiny model.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     pub(crate) hidden: usize,
@@ -40,8 +42,7 @@ pub(crate) struct Shape {
     pub(crate) tied: bool,
     pub(crate) bias: bool,
     pub(crate) hidden_act: &'static str,
-    /// No key of a Llama's config: for a decoder made in code.
-    pub(crate) qk_norm: Option<QkNorm>,
+    pub(crate) family: Family,
     /// Standard deviation of a weight times the root of its columns.
     pub(crate) gain: f64,
 }
@@ -60,7 +61,7 @@ impl Default for Shape {
             tied: false,
             bias: false,
             hidden_act: "silu",
-            qk_norm: None,
+            family: Family::Llama,
             gain: 1.4,
         }
     }
@@ -68,9 +69,9 @@ impl Default for Shape {
 
 impl Shape {
     pub(crate) fn config(&self) -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let mut config = json!({
+            "architectures": ["TinyForCausalLM"],
+            "model_type": self.family.model_type(),
             "hidden_act": self.hidden_act,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -87,7 +88,13 @@ impl Shape {
             "tie_word_embeddings": self.tied,
             "bos_token_id": 1,
             "eos_token_id": 2,
-        })
+        });
+        if let (Some(config), Value::Object(keys)) =
+            (config.as_object_mut(), self.family.keys(self.hidden_act))
+        {
+            config.extend(keys);
+        }
+        config
     }
 
     /// Names and shapes of the weights, written down independently of the engine.
@@ -106,10 +113,10 @@ impl Shape {
         }
         for layer in 0..self.layers {
             let at = |name: &str| format!("model.layers.{layer}.{name}");
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
+            for norm in self.family.norms().into_iter().flatten() {
                 tensors.push((at(&format!("{norm}.weight")), vec![hidden]));
             }
-            if self.qk_norm.is_some() {
+            if self.family.has_qk_norm() {
                 for norm in ["q_norm", "k_norm"] {
                     tensors.push((at(&format!("self_attn.{norm}.weight")), vec![self.head_dim]));
                 }
@@ -134,6 +141,7 @@ impl Shape {
 
     /// Random values, large enough that a wrong mask, scale or rotation shows.
     pub(crate) fn weights(&self, seed: u64) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+        let mean = 1.0 - self.family.norm_offset();
         let draw = |(name, shape): (String, Vec<usize>)| {
             let mut stream = Stream::new(key_for(seed, &name));
             let norm = name.contains("norm");
@@ -143,7 +151,7 @@ impl Shape {
                 _ => 1.0,
             };
             let values = (0..shape.iter().product::<usize>())
-                .map(|_| (stream.normal() * std + if norm { 1.0 } else { 0.0 }) as f32);
+                .map(|_| (stream.normal() * std + if norm { mean } else { 0.0 }) as f32);
             (name, (shape.clone(), values.collect()))
         };
         self.tensors().into_iter().map(draw).collect()

@@ -5,7 +5,6 @@
 use super::Shape;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use ferrotune::core::data::{Example, IGNORE_INDEX};
-use ferrotune::core::model::QkNorm;
 use std::collections::BTreeMap;
 
 /// A low-rank update of one linear: `scale * x A^T B^T`.
@@ -15,7 +14,7 @@ pub(crate) struct LowRank {
     pub(crate) scale: f64,
 }
 
-/// A Llama whose every weight is a variable.
+/// A model whose every weight is a variable.
 pub(crate) struct Oracle {
     shape: Shape,
     weights: BTreeMap<String, Var>,
@@ -85,16 +84,17 @@ impl Oracle {
         let shape = &self.shape;
         let ids = Tensor::new(ids, &Device::Cpu)?;
         let table = self.weight("model.embed_tokens.weight");
-        let mut stream = table.index_select(&ids, 0)?;
+        let mut stream =
+            (table.index_select(&ids, 0)? * shape.family.embedding_scale(shape.hidden))?;
         for layer in 0..shape.layers {
-            let at = |name: &str| format!("model.layers.{layer}.{name}");
-            let normed = self.norm(&at("input_layernorm"), &stream)?;
-            stream = (&stream + self.attention(&at("self_attn"), &normed)?)?;
-            let normed = self.norm(&at("post_attention_layernorm"), &stream)?;
-            let gate = self.linear(&at("mlp.gate_proj"), &normed)?;
-            let up = self.linear(&at("mlp.up_proj"), &normed)?;
-            let hidden = (activate(shape.hidden_act, &gate)? * up)?;
-            stream = (&stream + self.linear(&at("mlp.down_proj"), &hidden)?)?;
+            let [before_attention, behind_attention, before_mlp, behind_mlp] =
+                shape.family.norms().map(|name| (layer, name));
+            let normed = self.layer_norm(before_attention, &stream)?;
+            let output = self.attention(layer, &normed)?;
+            stream = (stream + self.layer_norm(behind_attention, &output)?)?;
+            let normed = self.layer_norm(before_mlp, &stream)?;
+            let output = self.mlp(layer, &normed)?;
+            stream = (stream + self.layer_norm(behind_mlp, &output)?)?;
         }
         let hidden = self.norm("model.norm", &stream)?;
         let head = if shape.tied {
@@ -102,7 +102,16 @@ impl Oracle {
         } else {
             self.weight("lm_head.weight")
         };
-        hidden.matmul(&head.t()?)
+        let logits = hidden.matmul(&head.t()?)?;
+        cap(logits, shape.family.softcaps()[1])
+    }
+
+    fn mlp(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let at = |name: &str| format!("model.layers.{layer}.mlp.{name}");
+        let gate = self.linear(&at("gate_proj"), x)?;
+        let up = self.linear(&at("up_proj"), x)?;
+        let hidden = (activate(self.shape.hidden_act, &gate)? * up)?;
+        self.linear(&at("down_proj"), &hidden)
     }
 
     fn loss(&self, document: &Example) -> Result<Tensor> {
@@ -121,8 +130,9 @@ impl Oracle {
         rows.gather(&targets, 1)?.sum_all()?.neg()
     }
 
-    fn attention(&self, name: &str, x: &Tensor) -> Result<Tensor> {
+    fn attention(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
         let shape = &self.shape;
+        let (family, name) = (shape.family, format!("model.layers.{layer}.self_attn"));
         let (tokens, width) = (x.dim(0)?, shape.head_dim);
         let heads = |part: &str, count: usize| -> Result<Tensor> {
             let heads = self
@@ -130,21 +140,13 @@ impl Oracle {
                 .reshape((tokens, count, width))?
                 .transpose(0, 1)?
                 .contiguous()?;
-            match (shape.qk_norm, part) {
-                (None, _) | (_, "v") => Ok(heads),
-                (Some(kind), _) => {
-                    let weight = self.weight(&format!("{name}.{part}_norm.weight"));
-                    let normed = root_mean_square(&heads)?;
-                    let offset = if kind == QkNorm::OnePlusWeight {
-                        1.0
-                    } else {
-                        0.0
-                    };
-                    normed.broadcast_mul(&(weight + offset)?)
-                }
+            if part == "v" || !family.has_qk_norm() {
+                return Ok(heads);
             }
+            self.norm(&format!("{name}.{part}_norm"), &heads)
         };
-        let q = rotate(&heads("q", shape.heads)?)?;
+        let rope = family.rope(layer);
+        let q = rotate(&heads("q", shape.heads)?, rope)?;
         let group = shape.heads / shape.kv_heads;
         let spread = |t: Tensor| -> Result<Tensor> {
             t.unsqueeze(1)?
@@ -152,11 +154,23 @@ impl Oracle {
                 .contiguous()?
                 .reshape((shape.heads, tokens, width))
         };
-        let k = spread(rotate(&heads("k", shape.kv_heads)?)?)?;
+        let k = spread(rotate(&heads("k", shape.kv_heads)?, rope)?)?;
         let v = spread(heads("v", shape.kv_heads)?)?;
-        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
+        let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?;
+        let scores = cap(
+            (scores * family.attention_scale(width))?,
+            family.softcaps()[0],
+        )?;
+        let window = family.window(layer);
+        let sees = |query: usize, key: usize| key <= query && query - key < window;
         let mask: Vec<f64> = (0..tokens * tokens)
-            .map(|i| if i % tokens <= i / tokens { 0.0 } else { -1e30 })
+            .map(|i| {
+                if sees(i / tokens, i % tokens) {
+                    0.0
+                } else {
+                    -1e30
+                }
+            })
             .collect();
         let mask = Tensor::from_vec(mask, (tokens, tokens), &Device::Cpu)?;
         let scores = scores.broadcast_add(&mask)?;
@@ -186,8 +200,18 @@ impl Oracle {
         y + (update * low_rank.scale)?
     }
 
+    /// A norm of a layer, where there is one.
+    fn layer_norm(&self, (layer, name): (usize, Option<&str>), x: &Tensor) -> Result<Tensor> {
+        match name {
+            None => Ok(x.clone()),
+            Some(name) => self.norm(&format!("model.layers.{layer}.{name}"), x),
+        }
+    }
+
     fn norm(&self, name: &str, x: &Tensor) -> Result<Tensor> {
-        root_mean_square(x)?.broadcast_mul(self.weight(&format!("{name}.weight")))
+        let weight = self.weight(&format!("{name}.weight"));
+        let weight = (weight + self.shape.family.norm_offset())?;
+        root_mean_square(x)?.broadcast_mul(&weight)
     }
 
     fn weight(&self, name: &str) -> &Tensor {
@@ -218,12 +242,23 @@ fn activate(name: &str, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Rotate-half RoPE with base 10000 over `[heads, T, width]`.
-fn rotate(x: &Tensor) -> Result<Tensor> {
+/// `softcap * tanh(x / softcap)`.
+fn cap(x: Tensor, softcap: Option<f64>) -> Result<Tensor> {
+    match softcap {
+        None => Ok(x),
+        Some(softcap) => (x / softcap)?.tanh()? * softcap,
+    }
+}
+
+/// Rotate-half RoPE over `[heads, T, width]`, with a base and a divisor of positions.
+fn rotate(x: &Tensor, [base, divisor]: [f64; 2]) -> Result<Tensor> {
     let (_, tokens, width) = x.dims3()?;
     let half = width / 2;
     let angles: Vec<f64> = (0..tokens * half)
-        .map(|i| (i / half) as f64 / 10_000_f64.powf((2 * (i % half)) as f64 / width as f64))
+        .map(|i| {
+            let position = (i / half) as f64 / divisor;
+            position / base.powf((2 * (i % half)) as f64 / width as f64)
+        })
         .collect();
     let table = |f: fn(f64) -> f64| {
         let values = angles.iter().copied().map(f).collect::<Vec<f64>>();

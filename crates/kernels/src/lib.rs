@@ -12,6 +12,7 @@
 pub mod adamw;
 mod allocator;
 pub mod attention;
+pub mod axpby;
 pub mod bias;
 mod candle;
 mod copy;

@@ -17,49 +17,54 @@ pub(crate) struct Angles {
     pub(crate) sin: Tensor,
 }
 
-/// The angles of every position up to the last that was asked for: they are made once, not for every
-/// micro-batch.
+/// The angles of every position up to the last that was asked for, of each rope: they are made once,
+/// not for every micro-batch.
 #[derive(Debug, Default)]
 pub(crate) struct AngleTable {
-    made: Mutex<Option<Arc<Angles>>>,
+    made: Mutex<Arc<Vec<Angles>>>,
 }
 
 impl AngleTable {
-    /// A table whose row is the position, of at least `positions` rows on `device`.
+    /// Tables whose row is the position, of at least `positions` rows on `device`.
     pub(crate) fn up_to(
         &self,
-        rope: &RopeConfig,
+        ropes: &[RopeConfig],
         device: &Device,
         positions: usize,
-    ) -> Arc<Angles> {
+    ) -> Arc<Vec<Angles>> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*made {
-            Some(table) if table.cos.rows() >= positions => Arc::clone(table),
-            _ => {
-                let rows: Vec<u32> = (0..positions.next_power_of_two() as u32).collect();
+        let is_missing = |table: &Angles| table.cos.rows() < positions;
+        if made.len() < ropes.len() || made.iter().any(is_missing) {
+            let rows: Vec<u32> = (0..positions.next_power_of_two() as u32).collect();
+            let table = |rope: &RopeConfig| {
                 let frequencies = rope.inverse_frequencies(0);
                 let mut angles = Host::zeros(rope, rows.len());
                 angles.fill(rope, &frequencies, &rows, 0);
-                Arc::clone(made.insert(Arc::new(angles.on(device))))
-            }
+                angles.on(device)
+            };
+            *made = Arc::new(ropes.iter().map(table).collect());
         }
+        Arc::clone(&made)
     }
 }
 
 /// The angles of every row of `batch`, where they depend on the lengths of documents.
-pub(crate) fn by_row(rope: &RopeConfig, batch: &PackedBatch, device: &Device) -> Angles {
-    let mut by_length = BTreeMap::new();
-    let mut angles = Host::zeros(rope, batch.rows());
-    for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
-        let length = batch.rope_lengths[s];
-        let frequencies = by_length
-            .entry(length)
-            .or_insert_with(|| rope.inverse_frequencies(length));
-        let rows = bounds[0] as usize..bounds[1] as usize;
-        let first = rows.start;
-        angles.fill(rope, frequencies, &batch.position_ids[rows], first);
-    }
-    angles.on(device)
+pub(crate) fn by_row(ropes: &[RopeConfig], batch: &PackedBatch, device: &Device) -> Vec<Angles> {
+    let table = |rope: &RopeConfig| {
+        let mut by_length = BTreeMap::new();
+        let mut angles = Host::zeros(rope, batch.rows());
+        for (s, bounds) in batch.cu_seqlens.windows(2).enumerate() {
+            let length = batch.rope_lengths[s];
+            let frequencies = by_length
+                .entry(length)
+                .or_insert_with(|| rope.inverse_frequencies(length));
+            let rows = bounds[0] as usize..bounds[1] as usize;
+            let first = rows.start;
+            angles.fill(rope, frequencies, &batch.position_ids[rows], first);
+        }
+        angles.on(device)
+    };
+    ropes.iter().map(table).collect()
 }
 
 /// Tables in host memory.

@@ -1,8 +1,10 @@
 //! What a decoder is, in numbers: everything the engine needs to know of an architecture.
 
 use super::hf_config::HfConfig;
+use super::modules::ModuleNames;
 use super::rope::RopeConfig;
 use crate::{Error, Result, models, suggest};
+use ferrotune_kernels::DType;
 use ferrotune_kernels::gated_activation::Activation;
 use serde_json::Value;
 use std::path::Path;
@@ -17,13 +19,51 @@ const ACTIVATIONS: [(&str, Activation); 3] = [
     ("gelu_pytorch_tanh", Activation::GeluTanh),
 ];
 
-/// RMSNorm over each head of q and of k, with a weight `[head_dim]` each.
+/// What every norm of a model computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// RMSNorm.
+    Rms,
+    /// RMSNorm whose weights are stored as their distance from 1, as in Gemma.
+    RmsOnePlus,
+    /// LayerNorm, with a bias.
+    Layer,
+}
+
+impl NormKind {
+    /// Columns of the statistics that one keeps.
+    pub(crate) fn statistics(self) -> usize {
+        match self {
+            Self::Rms | Self::RmsOnePlus => 1,
+            Self::Layer => 2,
+        }
+    }
+}
+
+/// Which norm q and k have before RoPE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
-    /// Times the weight, as in Qwen 3.
-    Weight,
-    /// Times one plus the weight, as in Gemma 3.
-    OnePlusWeight,
+    /// Over each head, with one weight `[head_dim]` for all of them, as in Qwen 3.
+    PerHead,
+}
+
+/// Factor of the rows of the embedding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingScale {
+    /// The factor.
+    pub factor: f32,
+    /// Whether it is rounded to the dtype of activations first, as in Gemma.
+    pub rounded: bool,
+}
+
+impl EmbeddingScale {
+    /// The factor of embeddings in `dtype`.
+    pub(crate) fn in_dtype(self, dtype: DType) -> f32 {
+        match (self.rounded, dtype) {
+            (true, DType::Bf16) => half::bf16::from_f32(self.factor).to_f32(),
+            _ => self.factor,
+        }
+    }
 }
 
 /// A decoder-only transformer. Architectures differ in these numbers alone.
@@ -31,6 +71,8 @@ pub enum QkNorm {
 pub struct DecoderConfig {
     /// `model_type` of the checkpoint.
     pub model_type: String,
+    /// Names of its modules; which norms there are, and which linears are fused.
+    pub modules: ModuleNames,
     /// D.
     pub hidden_size: usize,
     /// F.
@@ -49,16 +91,20 @@ pub struct DecoderConfig {
     pub max_position_embeddings: usize,
     /// What the mlp applies to its gate.
     pub activation: Activation,
-    /// Added to the mean square in RMSNorm.
-    pub rms_norm_eps: f32,
-    /// Rotary embedding.
-    pub rope: RopeConfig,
-    /// Whether each layer rotates q and k.
-    pub rope_layers: Vec<bool>,
-    /// Norm of each head of q and k before RoPE.
+    /// What its norms compute.
+    pub norm: NormKind,
+    /// Added to the mean square, or the variance, in norms.
+    pub norm_eps: f32,
+    /// Rotary embeddings.
+    pub ropes: Vec<RopeConfig>,
+    /// Which of the ropes each layer has; `None` rotates nothing.
+    pub layer_ropes: Vec<Option<usize>>,
+    /// Norm of q and k before RoPE.
     pub qk_norm: Option<QkNorm>,
     /// Factor of q k^T.
     pub attention_scale: f32,
+    /// Bound c of the scores, which become `c * tanh(score / c)`.
+    pub attention_softcap: Option<f32>,
     /// Window of each layer, in tokens; `None` attends to everything before.
     pub sliding_windows: Vec<Option<usize>>,
     /// Whether q, k and v have a bias.
@@ -67,6 +113,14 @@ pub struct DecoderConfig {
     pub o_bias: bool,
     /// Whether gate, up and down have a bias.
     pub mlp_bias: bool,
+    /// Factor of the rows of the embedding.
+    pub embedding_scale: Option<EmbeddingScale>,
+    /// Factor of what a block adds to the stream.
+    pub residual_scale: f32,
+    /// Factor of the logits.
+    pub logits_scale: f32,
+    /// Bound c of the logits, which become `c * tanh(logit / c)`.
+    pub logits_softcap: Option<f32>,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
 }
@@ -121,6 +175,7 @@ impl DecoderConfig {
         let head_dim = config.size_or("head_dim", Some(hidden_size / heads))?;
         Ok(Self {
             model_type: config.text_or("model_type", "")?.to_owned(),
+            modules: ModuleNames::LLAMA,
             hidden_size,
             intermediate_size: config.size("intermediate_size")?,
             layers,
@@ -130,15 +185,21 @@ impl DecoderConfig {
             vocab_size: config.size("vocab_size")?,
             max_position_embeddings: config.size_or("max_position_embeddings", Some(2048))?,
             activation: activation(config)?,
-            rms_norm_eps: rms_norm_eps(config)?,
-            rope: RopeConfig::from_hf(config, head_dim)?,
-            rope_layers: vec![true; layers],
+            norm: NormKind::Rms,
+            norm_eps: norm_eps(config, "rms_norm_eps", 1e-6)?,
+            ropes: vec![RopeConfig::from_hf(config, head_dim)?],
+            layer_ropes: vec![Some(0); layers],
             qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_softcap: None,
             sliding_windows: vec![None; layers],
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
+            embedding_scale: None,
+            residual_scale: 1.0,
+            logits_scale: 1.0,
+            logits_softcap: None,
             tie_word_embeddings: config.flag_or("tie_word_embeddings", false)?,
         })
     }
@@ -200,11 +261,12 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
     }
 }
 
-fn rms_norm_eps(config: &HfConfig) -> Result<f32> {
-    let eps = config.number_or("rms_norm_eps", 1e-6)?;
+/// What a norm adds, by its key.
+fn norm_eps(config: &HfConfig, key: &str, default: f64) -> Result<f32> {
+    let eps = config.number_or(key, default)?;
     if eps < 0.0 {
-        let message = format!("is {eps}; expected 0 or more, such as 1e-6");
-        return Err(config.error("rms_norm_eps", message));
+        let message = format!("is {eps}; expected 0 or more, such as {default:e}");
+        return Err(config.error(key, message));
     }
     Ok(eps as f32)
 }

@@ -62,18 +62,16 @@ impl Model {
         let inputs = Inputs::new(self, pass, &batch, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
-        let mut stream = workspace.take(run.dtype, run.rows, self.config.hidden_size);
-        let table = self.embedding.view(params, run.dtype);
-        ferrotune_kernels::embedding::forward(table, &inputs.ids, stream.view_mut())?;
+        let mut stream = self.embed(&run)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(&run, &stream)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let next_norm = self.layers.get(i + 1).map_or(&self.norm, |l| &l.input_norm);
-            let (middle, y) = layer.attend_cached(&run, i, caches, &stream, normed)?;
+            let (middle, middle_normed) = layer.attend_cached(&run, i, caches, &stream, normed)?;
             workspace.give(stream);
-            (stream, normed) = layer.mlp_once(&run, middle, y, next_norm)?;
+            (stream, normed) = layer.mlp_once(&run, middle, middle_normed, next_norm)?;
         }
-        workspace.give(stream);
+        let hidden = normed.into_read(&run, stream);
         for (cache, tokens) in caches.iter_mut().zip(new_tokens) {
             cache.len += tokens.len();
         }
@@ -87,9 +85,9 @@ impl Model {
             let row = *end as usize - 1;
             last.view_mut()
                 .row_range(s..s + 1)
-                .copy_from(normed.y.view().row_range(row..row + 1));
+                .copy_from(hidden.view().row_range(row..row + 1));
         }
-        workspace.give(normed.y);
+        workspace.give(hidden);
         run.end();
         self.project(pass, params, last.view())
     }
@@ -104,11 +102,12 @@ impl Layer {
         caches: &mut [&mut KvCache],
         input: &Tensor,
         normed: Normed,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Tensor, Normed)> {
         let workspace = run.workspace;
         let mut qkv = workspace.take(run.dtype, run.rows, self.qkv.out_features());
-        self.qkv.forward(run, normed.y.view(), qkv.view_mut())?;
-        workspace.give(normed.y);
+        let x = Normed::read(&normed.y, input);
+        self.qkv.forward(run, x, qkv.view_mut())?;
+        run.give(normed.y.into_iter().chain(normed.statistics));
         let positioned = self.position(run, &mut qkv)?;
         let mut attended = workspace.take(run.dtype, run.rows, self.o.in_features);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
@@ -137,13 +136,13 @@ impl Layer {
             )?;
             workspace.give(lse);
         }
-        positioned.into_iter().for_each(|t| workspace.give(t));
-        let mut middle = workspace.take(run.dtype, run.rows, self.o.out_features());
-        self.o.forward(run, attended.view(), middle.view_mut())?;
-        let normed = self.mlp_norm.add_forward(run, &mut middle, input)?;
-        workspace.give(attended);
-        workspace.give(qkv);
-        Ok((middle, normed.y))
+        run.give(positioned);
+        let mut output = workspace.take(run.dtype, run.rows, self.o.out_features());
+        self.o.forward(run, attended.view(), output.view_mut())?;
+        run.give([attended, qkv]);
+        let residual = &self.attention_residual;
+        let joined = residual.forward(run, output, input, &self.mlp_norm)?;
+        Ok(joined.without_saved(workspace))
     }
 
     /// The mlp block with nothing kept.
@@ -151,13 +150,14 @@ impl Layer {
         &self,
         run: &Run<'_>,
         middle: Tensor,
-        y: Tensor,
+        normed: Normed,
         next_norm: &super::Norm,
     ) -> Result<(Tensor, Normed)> {
         let workspace = run.workspace;
         let mut gate_up = workspace.take(run.dtype, run.rows, self.gate_up.out_features());
-        self.gate_up.forward(run, y.view(), gate_up.view_mut())?;
-        workspace.give(y);
+        let x = Normed::read(&normed.y, &middle);
+        self.gate_up.forward(run, x, gate_up.view_mut())?;
+        run.give(normed.y.into_iter().chain(normed.statistics));
         let mut activated = workspace.take(run.dtype, run.rows, self.down.in_features);
         gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         workspace.give(gate_up);
@@ -165,9 +165,10 @@ impl Layer {
         self.down
             .forward(run, activated.view(), output.view_mut())?;
         workspace.give(activated);
-        let normed = next_norm.add_forward(run, &mut output, &middle)?;
+        let residual = &self.mlp_residual;
+        let joined = residual.forward(run, output, &middle, next_norm)?;
         workspace.give(middle);
-        Ok((output, normed))
+        Ok(joined.without_saved(workspace))
     }
 }
 

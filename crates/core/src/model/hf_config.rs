@@ -88,6 +88,53 @@ impl HfConfig {
         self.keys.get(key).filter(|v| !v.is_null())
     }
 
+    /// The same with `value` under `key`.
+    #[must_use]
+    pub fn with(&self, key: &str, value: Value) -> Self {
+        let mut keys = self.keys.clone();
+        keys.insert(key.into(), value);
+        Self {
+            path: self.path.clone(),
+            keys,
+        }
+    }
+
+    /// The same with the keys of the object `defaults` that are absent. A null stays null.
+    #[must_use]
+    pub fn with_defaults(&self, defaults: &Value) -> Self {
+        let mut keys = defaults.as_object().cloned().unwrap_or_default();
+        keys.extend(self.keys.clone());
+        Self {
+            path: self.path.clone(),
+            keys,
+        }
+    }
+
+    /// Refuses a key that is true: it asks for what is not computed here.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the key, if it is neither false, null nor absent.
+    pub fn require_false(&self, key: &str) -> Result<()> {
+        match self.flag_or(key, false)? {
+            false => Ok(()),
+            true => Err(self.error(key, "is true, which is not supported; expected false")),
+        }
+    }
+
+    /// A number above zero, or none where it is absent or null.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the key.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        match value.as_f64().filter(|v| v.is_finite() && *v > 0.0) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.error(key, format!("is {value}; expected a number above 0"))),
+        }
+    }
+
     /// A positive integer that must be there.
     ///
     /// # Errors

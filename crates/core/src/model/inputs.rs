@@ -2,6 +2,7 @@
 
 use super::Model;
 use super::angles::{self, Angles};
+use super::rope::RopeConfig;
 use super::run::{Mode, Pass};
 use crate::data::{PackedBatch, padded_rows};
 use ferrotune_kernels::Indices;
@@ -23,7 +24,8 @@ pub struct Inputs<'a> {
     pub(crate) cu_seqlens: Indices<'a>,
     /// Rows of the angles.
     pub(crate) positions: Indices<'a>,
-    pub(crate) angles: Arc<Angles>,
+    /// Of each rope.
+    pub(crate) angles: Arc<Vec<Angles>>,
     /// Document and position of each token, side by side, and the step: what its words are drawn for.
     pub(crate) draws: Indices<'a>,
     /// Rows that are trained on, and their targets.
@@ -45,19 +47,26 @@ pub struct InputShape {
 impl<'a> Inputs<'a> {
     /// `batch` as it is, or with `padded` with padding in all its tables.
     pub(crate) fn new(model: &Model, pass: Pass<'_>, batch: &'a PackedBatch, padded: bool) -> Self {
-        let (rope, device) = (&model.config.rope, pass.workspace.device());
+        let (ropes, device) = (&model.config.ropes, pass.workspace.device());
         let (mut label_rows, mut targets) = batch.targets();
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
             Mode::Train { .. } => draws(batch),
         };
-        let own_angles = rope.depends_on_length();
+        let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
         let mut positions: Cow<'_, [u32]> = if own_angles {
             (0..batch.rows() as u32).collect()
         } else {
             (&batch.position_ids[..]).into()
         };
         let mut ids: Cow<'_, [u32]> = (&batch.input_ids[..]).into();
+        if let Some(rows) = &model.embedding.table.rows {
+            let ids = ids.to_mut().iter_mut();
+            ids.for_each(|id| *id = rows.place(*id));
+        }
+        if let Some(rows) = &model.head_table().rows {
+            targets.iter_mut().for_each(|t| *t = rows.place(*t));
+        }
         let mut cu_seqlens: Cow<'_, [u32]> = (&batch.cu_seqlens[..]).into();
         let mut rows = batch.rows();
         if padded && rows > 0 {
@@ -78,11 +87,11 @@ impl<'a> Inputs<'a> {
             draws.push(step as u32);
         }
         let angles = if own_angles {
-            Arc::new(angles::by_row(rope, batch, device))
+            Arc::new(angles::by_row(ropes, batch, device))
         } else {
             let last = batch.position_ids.iter().max();
             let positions = last.map_or(0, |last| *last as usize + 1);
-            model.angles.up_to(rope, device, positions)
+            model.angles.up_to(ropes, device, positions)
         };
         let tables = [
             ids,
@@ -108,7 +117,9 @@ impl<'a> Inputs<'a> {
 
     /// Addresses of its tables and of the angles in the memory of a GPU.
     pub(crate) fn addresses(&self) -> [u64; 2] {
-        [self.ids.ptr(), self.angles.cos.view().ptr()]
+        // All tables of angles are made together.
+        let angles = self.angles.first().map_or(0, |a| a.cos.view().ptr());
+        [self.ids.ptr(), angles]
     }
 
     /// Its sizes.

@@ -13,8 +13,9 @@ pub enum Keep {
     All,
     /// The same without gate and up, the widest of them: their product is computed again.
     DropGateUp,
-    /// The layer's input alone, `[T, D]`, and low-rank intermediates of the down projection: all
-    /// products but that of the down projection, and attention, are computed again.
+    /// The layer's input alone, `[T, D]`, low-rank intermediates of the down projection and, where its
+    /// output has a norm, that output: all products but that of the down projection, and attention,
+    /// are computed again.
     Input,
 }
 

@@ -9,8 +9,9 @@ use super::keep::Keep;
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
 use super::qk_norm::QkNorms;
+use super::residual::{Joined, Residual};
 use super::run::Run;
-use super::saved::{AttentionSaved, GateUpSaved, LayerSaved};
+use super::saved::{AttentionSaved, DownSaved, GateUpSaved, LayerSaved, Stream};
 use crate::Result;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Tensor, attention, gated_activation};
@@ -21,13 +22,15 @@ pub(crate) struct Layer {
     pub(crate) qkv: LinearGroup,
     pub(crate) qk_norms: Option<QkNorms>,
     pub(crate) o: LinearGroup,
+    pub(crate) attention_residual: Residual,
     pub(crate) mlp_norm: Norm,
     pub(crate) gate_up: LinearGroup,
     pub(crate) activation: gated_activation::Activation,
     pub(crate) down: LinearGroup,
+    pub(crate) mlp_residual: Residual,
     pub(crate) attention: attention::Config,
-    /// 0 in a layer without positions.
-    pub(crate) rotary_dim: usize,
+    /// Which of the model's ropes; `None` in a layer that rotates nothing.
+    pub(crate) rope: Option<usize>,
 }
 
 impl Layer {
@@ -42,12 +45,9 @@ impl Layer {
         keep: Option<Keep>,
     ) -> Result<(Tensor, Normed, Option<LayerSaved>)> {
         let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
-        let Normed {
-            y,
-            rstd: input_rstd,
-        } = normed;
+        let Normed { y, statistics } = normed;
         let (attention, y) = self.attend(run, &input, y)?;
-        let gate_up = self.gate_up(run, y)?;
+        let gate_up = self.gate_up(run, &attention.middle.x, y)?;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
         gated_activation::forward(self.activation, gate_up.values.view(), activated.view_mut())?;
         let mut output = workspace.take(dtype, tokens, self.down.out_features());
@@ -55,14 +55,20 @@ impl Layer {
             .down
             .forward(run, activated.view(), output.view_mut())?;
         workspace.give(activated);
-        let next = next_norm.add_forward(run, &mut output, &attention.middle)?;
+        let middle = &attention.middle.x;
+        let next = self.mlp_residual.forward(run, output, middle, next_norm)?;
 
         let saved = LayerSaved {
-            input,
-            input_rstd,
+            input: Stream {
+                x: input,
+                statistics,
+            },
             attention: Some(attention),
             gate_up: Some(gate_up),
-            down_parts,
+            down: DownSaved {
+                parts: down_parts,
+                output: next.saved,
+            },
         };
         let saved = match keep {
             Some(keep) => Some(saved.reduced_to(keep, workspace)),
@@ -71,16 +77,22 @@ impl Layer {
                 None
             }
         };
-        Ok((output, next, saved))
+        Ok((next.stream, next.normed, saved))
     }
 
     /// The attention block: from the input stream and its norm `y`, which is given back, to the
     /// stream before the mlp and its norm.
-    fn attend(&self, run: &Run<'_>, input: &Tensor, y: Tensor) -> Result<(AttentionSaved, Tensor)> {
+    fn attend(
+        &self,
+        run: &Run<'_>,
+        input: &Tensor,
+        y: Option<Tensor>,
+    ) -> Result<(AttentionSaved, Option<Tensor>)> {
         let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
-        let qkv_parts = self.qkv.forward(run, y.view(), qkv.view_mut())?;
-        workspace.give(y);
+        let x = Normed::read(&y, input);
+        let qkv_parts = self.qkv.forward(run, x, qkv.view_mut())?;
+        run.give(y);
         let positioned = self.position(run, &mut qkv)?;
         let mut attended = workspace.take(dtype, tokens, self.o.in_features);
         let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
@@ -95,32 +107,36 @@ impl Layer {
             attended.view_mut(),
             lse.view_mut(),
         )?;
-        positioned.into_iter().for_each(|t| workspace.give(t));
-        let mut middle = workspace.take(dtype, tokens, self.o.out_features());
-        let o_parts = self.o.forward(run, attended.view(), middle.view_mut())?;
-        let Normed {
-            y,
-            rstd: middle_rstd,
-        } = self.mlp_norm.add_forward(run, &mut middle, input)?;
+        run.give(positioned);
+        let mut output = workspace.take(dtype, tokens, self.o.out_features());
+        let o_parts = self.o.forward(run, attended.view(), output.view_mut())?;
+        let Joined {
+            stream: x,
+            normed: Normed { y, statistics },
+            saved: output,
+        } = self
+            .attention_residual
+            .forward(run, output, input, &self.mlp_norm)?;
         let saved = AttentionSaved {
             qkv,
             qkv_parts,
             attended,
             lse,
             o_parts,
-            middle,
-            middle_rstd,
+            output,
+            middle: Stream { x, statistics },
         };
         Ok((saved, y))
     }
 
-    /// gate and up of the normed stream `y`, which is given back.
-    fn gate_up(&self, run: &Run<'_>, y: Tensor) -> Result<GateUpSaved> {
+    /// gate and up of the stream before the mlp and its norm `y`, which is given back.
+    fn gate_up(&self, run: &Run<'_>, middle: &Tensor, y: Option<Tensor>) -> Result<GateUpSaved> {
         let mut values = run
             .workspace
             .take(run.dtype, run.rows, self.gate_up.out_features());
-        let parts = self.gate_up.forward(run, y.view(), values.view_mut())?;
-        run.workspace.give(y);
+        let x = Normed::read(&y, middle);
+        let parts = self.gate_up.forward(run, x, values.view_mut())?;
+        run.give(y);
         Ok(GateUpSaved { values, parts })
     }
 
@@ -138,32 +154,33 @@ impl Layer {
     ) -> Result<()> {
         let LayerSaved {
             input,
-            input_rstd,
             attention,
             gate_up,
-            down_parts,
+            down,
         } = saved;
         let (attention, y) = match attention {
             Some(attention) => (attention, None),
             None => {
-                let y = self.input_norm.recompute(run, &input, &input_rstd)?;
-                let (attention, y) = self.attend(run, &input, y)?;
+                let y = input.normed(run, &self.input_norm)?;
+                let (attention, y) = self.attend(run, &input.x, y)?;
                 (attention, Some(y))
             }
         };
+        let middle = &attention.middle;
         let gate_up = match (gate_up, y) {
             (Some(gate_up), _) => gate_up,
-            (None, Some(y)) => self.gate_up(run, y)?,
+            (None, Some(y)) => self.gate_up(run, &middle.x, y)?,
             (None, None) => {
-                let (middle, rstd) = (&attention.middle, &attention.middle_rstd);
-                let y = self.mlp_norm.recompute(run, middle, rstd)?;
-                self.gate_up(run, y)?
+                let y = middle.normed(run, &self.mlp_norm)?;
+                self.gate_up(run, &middle.x, y)?
             }
         };
-        self.mlp_backward(run, grads, &attention, gate_up, down_parts, d_stream)?;
-        run.workspace.give(attention.middle);
-        run.workspace.give(attention.middle_rstd);
+        self.mlp_backward(run, grads, middle, gate_up, down, d_stream)?;
+        attention.middle.release(run.workspace);
 
+        let d_output = self
+            .attention_residual
+            .backward(run, grads, attention.output, d_stream)?;
         let mut d_attended = run.workspace.take(run.dtype, run.rows, self.o.in_features);
         let dx = Some(d_attended.view_mut());
         self.o.backward(
@@ -171,9 +188,10 @@ impl Layer {
             grads,
             attention.attended.view(),
             attention.o_parts,
-            d_stream.view(),
+            d_output.as_ref().unwrap_or(d_stream).view(),
             dx,
         )?;
+        run.give(d_output);
         let mut d_qkv = run
             .workspace
             .take(run.dtype, run.rows, self.qkv.out_features());
@@ -193,20 +211,13 @@ impl Layer {
             run.workspace,
         )?;
         let used = [d_attended, attention.attended, attention.lse];
-        used.into_iter()
-            .chain(positioned)
-            .for_each(|t| run.workspace.give(t));
+        run.give(used.into_iter().chain(positioned));
         self.position_backward(run, grads, &attention.qkv, &mut d_qkv)?;
         run.workspace.give(attention.qkv);
-        let stream = Stream {
-            x: &input,
-            rstd: &input_rstd,
-        };
         let parts = attention.qkv_parts;
-        self.qkv_backward(run, grads, stream, parts, &d_qkv, d_stream, needs_input)?;
-        for tensor in [d_qkv, input, input_rstd] {
-            run.workspace.give(tensor);
-        }
+        self.qkv_backward(run, grads, &input, parts, &d_qkv, d_stream, needs_input)?;
+        run.workspace.give(d_qkv);
+        input.release(run.workspace);
         Ok(())
     }
 
@@ -215,9 +226,9 @@ impl Layer {
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        attention: &AttentionSaved,
+        middle: &Stream,
         gate_up: GateUpSaved,
-        down_parts: Vec<PartSaved>,
+        down: DownSaved,
         d_stream: &mut Tensor,
     ) -> Result<()> {
         let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
@@ -225,18 +236,17 @@ impl Layer {
             values: mut gate_up,
             parts,
         } = gate_up;
+        let d_output = self
+            .mlp_residual
+            .backward(run, grads, down.output, d_stream)?;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
         gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
         let dx = Some(d_activated.view_mut());
-        self.down.backward(
-            run,
-            grads,
-            activated.view(),
-            down_parts,
-            d_stream.view(),
-            dx,
-        )?;
+        let dy = d_output.as_ref().unwrap_or(d_stream).view();
+        self.down
+            .backward(run, grads, activated.view(), down.parts, dy, dx)?;
+        run.give(d_output);
         workspace.give(activated);
         gated_activation::backward_in_place(
             self.activation,
@@ -244,17 +254,14 @@ impl Layer {
             d_activated.view(),
         )?;
         workspace.give(d_activated);
-        let (middle, rstd) = (&attention.middle, &attention.middle_rstd);
-        let normed = self.mlp_norm.recompute(run, middle, rstd)?;
+        let normed = middle.normed(run, &self.mlp_norm)?;
         let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);
-        let dx = Some(d_normed.view_mut());
+        let (x, dx) = (Normed::read(&normed, &middle.x), Some(d_normed.view_mut()));
         self.gate_up
-            .backward(run, grads, normed.view(), parts, gate_up.view(), dx)?;
-        workspace.give(normed);
+            .backward(run, grads, x, parts, gate_up.view(), dx)?;
+        run.give(normed);
         workspace.give(gate_up);
-        let dx = d_stream.view_mut();
-        self.mlp_norm
-            .backward(run, grads, &d_normed, middle, rstd, dx)?;
+        middle.norm_backward(run, grads, &self.mlp_norm, &d_normed, d_stream)?;
         workspace.give(d_normed);
         Ok(())
     }
@@ -268,25 +275,23 @@ impl Layer {
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        input: Stream<'_>,
+        input: &Stream,
         parts: Vec<PartSaved>,
         d_qkv: &Tensor,
         d_stream: &mut Tensor,
         needs_input: bool,
     ) -> Result<()> {
-        let normed = self.input_norm.recompute(run, input.x, input.rstd)?;
+        let normed = input.normed(run, &self.input_norm)?;
         let mut d_normed = run
             .workspace
             .take(run.dtype, run.rows, self.qkv.in_features);
         let needs_normed = needs_input || self.input_norm.trained();
         let dx = needs_normed.then(|| d_normed.view_mut());
-        self.qkv
-            .backward(run, grads, normed.view(), parts, d_qkv.view(), dx)?;
-        run.workspace.give(normed);
+        let x = Normed::read(&normed, &input.x);
+        self.qkv.backward(run, grads, x, parts, d_qkv.view(), dx)?;
+        run.give(normed);
         if needs_normed {
-            let dx = d_stream.view_mut();
-            self.input_norm
-                .backward(run, grads, &d_normed, input.x, input.rstd, dx)?;
+            input.norm_backward(run, grads, &self.input_norm, &d_normed, d_stream)?;
         }
         run.workspace.give(d_normed);
         Ok(())
@@ -300,18 +305,16 @@ impl Layer {
 
     /// Whether anything in this layer is trained.
     pub(crate) fn trained(&self) -> bool {
-        self.input_norm.trained()
-            || self.mlp_norm.trained()
+        let norms = [
+            &self.input_norm,
+            &self.attention_residual.norm,
+            &self.mlp_norm,
+            &self.mlp_residual.norm,
+        ];
+        norms.iter().any(|norm| norm.trained())
             || self.qk_norms.as_ref().is_some_and(QkNorms::trained)
             || [&self.qkv, &self.o, &self.gate_up, &self.down]
                 .iter()
                 .any(|g| g.trained())
     }
-}
-
-/// A residual stream `[T, D]` and its norm's statistics `[T, 1]`.
-#[derive(Clone, Copy)]
-struct Stream<'a> {
-    x: &'a Tensor,
-    rstd: &'a Tensor,
 }

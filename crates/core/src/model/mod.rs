@@ -7,26 +7,31 @@ mod angles;
 mod config;
 mod decode;
 mod frozen;
+mod head;
 mod hf_config;
 mod inputs;
 mod keep;
 mod layer;
 mod linear;
+mod modules;
 mod norm;
 mod plan;
 mod planner;
 mod qk_norm;
+mod residual;
 mod rope;
 mod run;
 mod saved;
+mod vocabulary;
 mod weight_format;
 mod weights;
 
-pub use config::{DecoderConfig, QkNorm};
+pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
+pub use modules::ModuleNames;
 pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
@@ -37,22 +42,24 @@ pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::params::{FlatBuffer, ParamId};
+use crate::params::FlatBuffer;
 use angles::AngleTable;
-use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
-use ferrotune_kernels::{DType, Device, Indices, Tensor, View, embedding, matmul};
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Tensor, axpby};
+use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
 use run::Run;
-use saved::LayerSaved;
+use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
+use vocabulary::Embedding;
 
 /// A decoder with its frozen weights.
 #[derive(Debug)]
 pub struct Model {
     config: DecoderConfig,
     device: Device,
-    embedding: Table,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -63,27 +70,12 @@ pub struct Model {
     angles: AngleTable,
 }
 
-/// A matrix `[V, D]`, frozen or trained.
-#[derive(Debug)]
-enum Table {
-    Frozen(Tensor),
-    Trained(ParamId),
-}
-
-#[derive(Debug)]
-enum Head {
-    /// The embedding.
-    Tied,
-    Own(Table),
-}
-
 /// What forward keeps for backward.
 struct Saved {
     /// Of the layers that backward reaches, in order.
     layers: Vec<LayerSaved>,
-    /// Residual stream after the last layer, `[T, D]`, and the final norm's statistics.
-    stream: Tensor,
-    rstd: Tensor,
+    /// After the last layer, before the final norm.
+    stream: Stream,
 }
 
 /// Told during backward, from the last layer to the first that is trained: the gradients of this layer
@@ -106,11 +98,18 @@ impl Model {
         format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
-        let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
+        let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
+        for (site, attachment) in attachments {
+            match attachment {
+                Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
+                other => drop(alone.insert(site, other)),
+            }
+        }
         weights::Builder {
             config,
             plan: &plan,
-            attachments,
+            attachments: alone,
+            trained_biases,
             source,
             params,
             format: format.into(),
@@ -175,7 +174,7 @@ impl Model {
     /// Why a pass cannot be recorded once and replayed on other micro-batches of its shape, if it cannot.
     #[must_use]
     pub fn replay_obstacle(&self) -> Option<&'static str> {
-        if self.config.rope.depends_on_length() {
+        if self.config.ropes.iter().any(RopeConfig::depends_on_length) {
             return Some("the angles of RoPE depend on the lengths of documents");
         }
         let own = self.layers.iter().any(Layer::has_custom);
@@ -216,37 +215,15 @@ impl Model {
     ) -> Result<()> {
         let run = Run::new(params, pass, inputs)?;
         let mut layers = Vec::with_capacity(self.layers.len());
-        let (hidden, stream, rstd) = self.decoder(&run, Some(&mut layers), None)?;
-        let saved = Saved {
-            layers,
-            stream,
-            rstd,
-        };
-        let mut d_hidden = pass
-            .workspace
-            .take(pass.dtype, run.rows, self.config.hidden_size);
-        let d_head = self.head_param().map(|id| grads.view_mut(id));
-        linear_cross_entropy::forward_backward(
-            hidden.view(),
-            self.head_weight(&run),
-            self.labels(&inputs.label_rows, &inputs.targets),
-            d_hidden.view_mut(),
-            d_head,
-            sums,
-            pass.workspace,
-        )?;
-        pass.workspace.give(hidden);
+        let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
+        let stream = Stream { x, statistics };
+        let hidden = Normed::read(&y, &stream.x);
+        let d_hidden = self.head_backward(&run, grads, hidden, sums)?;
+        run.give(y);
+        let saved = Saved { layers, stream };
         self.backward(&run, grads, saved, d_hidden, layer_done)?;
         run.end();
         Ok(())
-    }
-
-    fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
-        Labels {
-            rows,
-            targets,
-            smoothing: self.label_smoothing,
-        }
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -256,15 +233,10 @@ impl Model {
     pub fn loss(&self, pass: Pass<'_>, params: &FlatBuffer, batch: &PackedBatch) -> Result<Sums> {
         let inputs = self.inputs(pass, batch);
         let run = Run::new(params, pass, &inputs)?;
-        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
-        let (rows, targets) = (&inputs.label_rows, &inputs.targets);
+        let (stream, Normed { y, statistics }) = self.decoder(&run, None, None)?;
         let mut sums = Accumulator::new(pass.workspace.device());
-        let (head, workspace) = (self.head_weight(&run), pass.workspace);
-        let labels = self.labels(rows, targets);
-        linear_cross_entropy::forward(hidden.view(), head, labels, &mut sums, workspace)?;
-        for tensor in [hidden, stream, rstd] {
-            workspace.give(tensor);
-        }
+        self.head_loss(&run, Normed::read(&y, &stream), &mut sums)?;
+        run.give(y.into_iter().chain(statistics).chain([stream]));
         run.end();
         Ok(sums.read()?)
     }
@@ -281,10 +253,8 @@ impl Model {
     ) -> Result<Tensor> {
         let inputs = Inputs::new(self, pass, batch, false);
         let run = Run::new(params, pass, &inputs)?;
-        let (hidden, stream, rstd) = self.decoder(&run, None, None)?;
-        for tensor in [stream, rstd] {
-            pass.workspace.give(tensor);
-        }
+        let (stream, normed) = self.decoder(&run, None, None)?;
+        let hidden = normed.into_read(&run, stream);
         run.end();
         Ok(hidden)
     }
@@ -303,9 +273,9 @@ impl Model {
         let inputs = Inputs::new(self, pass, batch, false);
         let run = Run::new(params, pass, &inputs)?;
         let mut states = Vec::new();
-        let (hidden, _, _) = self.decoder(&run, None, Some(&mut states))?;
+        let (stream, normed) = self.decoder(&run, None, Some(&mut states))?;
         states.pop();
-        states.push(hidden);
+        states.push(normed.into_read(&run, stream));
         Ok(states)
     }
 
@@ -323,35 +293,14 @@ impl Model {
         self.project(pass, params, hidden.view())
     }
 
-    /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
-    fn project(&self, pass: Pass<'_>, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
-        let device = pass.workspace.device();
-        let vocabulary = self.config.vocab_size;
-        let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        let head = self.head_as(params, pass.dtype);
-        matmul::nt(logits.view_mut(), 0.0, 1.0, hidden, head)?;
-        if device.is_cuda() {
-            logits = logits.to_device(&Device::Cpu);
-            device.synchronize()?;
-        }
-        Ok(logits)
-    }
-
-    /// Hidden states after the final norm, the residual stream before it, and its statistics.
+    /// The residual stream after the last layer, and its norm.
     fn decoder(
         &self,
         run: &Run<'_>,
         mut keep: Option<&mut Vec<LayerSaved>>,
         mut states: Option<&mut Vec<Tensor>>,
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        let mut stream = run
-            .workspace
-            .take(run.dtype, run.rows, self.config.hidden_size);
-        embedding::forward(
-            self.embedding.view(run.params, run.dtype),
-            &run.inputs.ids,
-            stream.view_mut(),
-        )?;
+    ) -> Result<(Tensor, Normed)> {
+        let mut stream = self.embed(run)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
         let mut normed = first_norm.forward(run, &stream)?;
         let reached = self.first_reached();
@@ -368,8 +317,32 @@ impl Model {
                 states.push(stream.clone());
             }
         }
-        let Normed { y, rstd } = normed;
-        Ok((y, stream, rstd))
+        Ok((stream, normed))
+    }
+
+    /// The stream before the first layer.
+    fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
+        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+        if let Some(scale) = self.config.embedding_scale {
+            axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
+        }
+        Ok(stream)
+    }
+
+    /// Adds the gradients of what is trained of the embedding, given that of the stream.
+    fn embed_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        d_stream: &mut Tensor,
+    ) -> Result<()> {
+        if !self.embedding.trained() {
+            return Ok(());
+        }
+        if let Some(scale) = self.config.embedding_scale {
+            axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
+        }
+        self.embedding.backward(run, grads, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
@@ -381,77 +354,33 @@ impl Model {
         d_hidden: Tensor,
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
-        let Saved {
-            mut layers,
-            stream,
-            rstd,
-        } = saved;
+        let Saved { mut layers, stream } = saved;
         let mut d_stream = run
             .workspace
             .take_zeroed(run.dtype, run.rows, self.config.hidden_size);
-        self.norm
-            .backward(run, grads, &d_hidden, &stream, &rstd, d_stream.view_mut())?;
-        for tensor in [d_hidden, stream, rstd] {
-            run.workspace.give(tensor);
-        }
+        stream.norm_backward(run, grads, &self.norm, &d_hidden, &mut d_stream)?;
+        run.workspace.give(d_hidden);
+        stream.release(run.workspace);
         let embedding = self.embedding.trained();
         let reached = self.first_reached();
         while let Some(saved) = layers.pop() {
             let index = reached + layers.len();
-            let needs_input = embedding.is_some() || index > reached;
+            let needs_input = embedding || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
-        if let Some(id) = embedding {
-            embedding::backward(d_stream.view(), &run.inputs.ids, grads.view_mut(id))?;
-        }
+        self.embed_backward(run, grads, &mut d_stream)?;
         run.workspace.give(d_stream);
         Ok(())
     }
 
     /// The first layer that backward reaches: before it nothing is trained.
     fn first_reached(&self) -> usize {
-        if self.embedding.trained().is_some() {
+        if self.embedding.trained() {
             return 0;
         }
         let trained = self.layers.iter().position(Layer::trained);
         trained.unwrap_or(self.layers.len())
-    }
-
-    fn head_weight<'a>(&'a self, run: &Run<'a>) -> View<'a> {
-        self.head_as(run.params, run.dtype)
-    }
-
-    /// The head, in `dtype` where it is trained.
-    fn head_as<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match &self.head {
-            Head::Tied => self.embedding.view(params, dtype),
-            Head::Own(table) => table.view(params, dtype),
-        }
-    }
-
-    fn head_param(&self) -> Option<ParamId> {
-        let table = match &self.head {
-            Head::Tied => &self.embedding,
-            Head::Own(table) => table,
-        };
-        table.trained()
-    }
-}
-
-impl Table {
-    fn view<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match self {
-            Self::Frozen(tensor) => tensor.view(),
-            Self::Trained(id) => params.view_as(*id, dtype),
-        }
-    }
-
-    fn trained(&self) -> Option<ParamId> {
-        match self {
-            Self::Trained(id) => Some(*id),
-            Self::Frozen(_) => None,
-        }
     }
 }
 

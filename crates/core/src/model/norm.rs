@@ -1,49 +1,148 @@
-//! An RMSNorm of the model: its weight, frozen or trained.
+//! Norms of the stream and of what blocks add to it, their parameters frozen or trained.
 
+use super::config::NormKind;
 use super::run::Run;
 use crate::Result;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Tensor, View, ViewMut, rms_norm};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, axpby, layer_norm, rms_norm};
 
-/// One RMSNorm. Statistics of each pass are saved by the layer that calls it.
+/// One norm. Statistics of each pass are saved by the layer that calls it.
 #[derive(Debug)]
-pub(crate) struct Norm {
-    pub(crate) weight: NormWeight,
+pub(crate) enum Norm {
+    /// None: what it reads as it is.
+    Identity,
+    Rms(RmsNorm),
+    Layer(LayerNorm),
+}
+
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    pub(crate) weight: Vector,
+    /// Added to the weight.
+    pub(crate) offset: f32,
     pub(crate) eps: f32,
 }
 
 #[derive(Debug)]
-pub(crate) enum NormWeight {
-    /// `[1, D]`, f32.
+pub(crate) struct LayerNorm {
+    pub(crate) weight: Vector,
+    pub(crate) bias: Vector,
+    pub(crate) eps: f32,
+}
+
+/// A parameter `[1, D]`, f32.
+#[derive(Debug)]
+pub(crate) enum Vector {
     Frozen(Tensor),
     Trained(ParamId),
 }
 
-/// A normed activation and the reciprocal standard deviations that made it.
+/// A normed activation and the statistics that made it; neither where there is no norm.
 pub(crate) struct Normed {
-    pub(crate) y: Tensor,
-    /// `[T, 1]`.
-    pub(crate) rstd: Tensor,
+    /// `[T, D]`.
+    pub(crate) y: Option<Tensor>,
+    /// Reciprocal standard deviations `[T, 1]`; of a LayerNorm means and those, `[T, 2]`.
+    pub(crate) statistics: Option<Tensor>,
 }
 
-impl Norm {
-    pub(crate) fn weight<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
-        match &self.weight {
-            NormWeight::Frozen(weight) => weight.view(),
-            NormWeight::Trained(id) => params.view(*id),
+impl Vector {
+    pub(crate) fn view<'a>(&'a self, params: &'a FlatBuffer) -> View<'a> {
+        match self {
+            Self::Frozen(values) => values.view(),
+            Self::Trained(id) => params.view(*id),
         }
     }
 
+    /// Where its gradient goes, if it is trained.
+    pub(crate) fn gradient<'a>(&self, grads: &'a mut FlatBuffer) -> Option<ViewMut<'a>> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Trained(id) => Some(grads.view_mut(*id)),
+        }
+    }
+
+    pub(crate) fn trained(&self) -> bool {
+        matches!(self, Self::Trained(_))
+    }
+}
+
+impl RmsNorm {
+    pub(crate) fn weight<'a>(&'a self, params: &'a FlatBuffer) -> rms_norm::Weight<'a> {
+        rms_norm::Weight {
+            values: self.weight.view(params),
+            offset: self.offset,
+        }
+    }
+}
+
+impl LayerNorm {
+    fn affine<'a>(&'a self, params: &'a FlatBuffer) -> layer_norm::Affine<'a> {
+        layer_norm::Affine {
+            weight: self.weight.view(params),
+            bias: self.bias.view(params),
+            eps: self.eps,
+        }
+    }
+
+    /// Where the gradients of weight and bias go, as far as they are trained.
+    fn gradients<'a>(&self, grads: &'a mut FlatBuffer) -> layer_norm::Gradients<'a> {
+        let (weight, bias) = match (&self.weight, &self.bias) {
+            (Vector::Trained(weight), Vector::Trained(bias)) => {
+                let [weight, bias] = grads.view_two_mut(*weight, *bias);
+                (Some(weight), Some(bias))
+            }
+            (weight, Vector::Frozen(_)) => (weight.gradient(grads), None),
+            (Vector::Frozen(_), bias) => (None, bias.gradient(grads)),
+        };
+        layer_norm::Gradients { weight, bias }
+    }
+}
+
+impl Normed {
+    /// What [`Norm::Identity`] makes.
+    const NONE: Self = Self {
+        y: None,
+        statistics: None,
+    };
+
+    /// What the block reads: the normed stream, or `stream` itself.
+    pub(crate) fn read<'a>(y: &'a Option<Tensor>, stream: &'a Tensor) -> View<'a> {
+        y.as_ref().unwrap_or(stream).view()
+    }
+
+    /// The same alone: what else there is goes back to the pool.
+    pub(crate) fn into_read(self, run: &Run<'_>, stream: Tensor) -> Tensor {
+        run.give(self.statistics);
+        match self.y {
+            None => stream,
+            Some(y) => {
+                run.workspace.give(stream);
+                y
+            }
+        }
+    }
+}
+
+impl Norm {
     pub(crate) fn forward(&self, run: &Run<'_>, x: &Tensor) -> Result<Normed> {
-        let mut normed = Self::output(run, x);
-        rms_norm::forward(
-            x.view(),
-            self.weight(run.params),
-            self.eps,
-            normed.y.view_mut(),
-            normed.rstd.view_mut(),
-        )?;
-        Ok(normed)
+        let Some([mut y, mut statistics]) = self.outputs(run, x) else {
+            return Ok(Normed::NONE);
+        };
+        let (out, kept) = (y.view_mut(), statistics.view_mut());
+        match self {
+            Self::Identity => {}
+            Self::Rms(norm) => {
+                let weight = norm.weight(run.params);
+                rms_norm::forward(x.view(), weight, norm.eps, out, kept)?;
+            }
+            Self::Layer(norm) => {
+                layer_norm::forward(x.view(), norm.affine(run.params), out, kept)?;
+            }
+        }
+        Ok(Normed {
+            y: Some(y),
+            statistics: Some(statistics),
+        })
     }
 
     /// `sum += other`, then the norm of `sum`, in one pass.
@@ -53,59 +152,91 @@ impl Norm {
         sum: &mut Tensor,
         other: &Tensor,
     ) -> Result<Normed> {
-        let mut normed = Self::output(run, sum);
-        let weight = self.weight(run.params);
-        rms_norm::add_forward(
-            sum.view_mut(),
-            other.view(),
-            weight,
-            self.eps,
-            normed.y.view_mut(),
-            normed.rstd.view_mut(),
-        )?;
-        Ok(normed)
+        let Some([mut y, mut statistics]) = self.outputs(run, sum) else {
+            axpby::add(1.0, sum.view_mut(), 1.0, other.view())?;
+            return Ok(Normed::NONE);
+        };
+        let (sum, other) = (sum.view_mut(), other.view());
+        let (out, kept) = (y.view_mut(), statistics.view_mut());
+        match self {
+            Self::Identity => {}
+            Self::Rms(norm) => {
+                let weight = norm.weight(run.params);
+                rms_norm::add_forward(sum, other, weight, norm.eps, out, kept)?;
+            }
+            Self::Layer(norm) => {
+                layer_norm::add_forward(sum, other, norm.affine(run.params), out, kept)?;
+            }
+        }
+        Ok(Normed {
+            y: Some(y),
+            statistics: Some(statistics),
+        })
     }
 
     /// The normed activation again, from the saved statistics: cheaper to recompute than to keep.
-    pub(crate) fn recompute(&self, run: &Run<'_>, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    pub(crate) fn recompute(
+        &self,
+        run: &Run<'_>,
+        x: &Tensor,
+        statistics: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let Some(statistics) = statistics else {
+            return Ok(None);
+        };
         let mut y = run.workspace.take(run.dtype, x.rows(), x.cols());
-        rms_norm::apply(x.view(), self.weight(run.params), rstd.view(), y.view_mut())?;
-        Ok(y)
+        let (x, kept, out) = (x.view(), statistics.view(), y.view_mut());
+        match self {
+            Self::Identity => {}
+            Self::Rms(norm) => rms_norm::apply(x, norm.weight(run.params), kept, out)?,
+            Self::Layer(norm) => layer_norm::apply(x, norm.affine(run.params), kept, out)?,
+        }
+        Ok(Some(y))
     }
 
-    /// Adds the gradient of x to `dx`, and of the weight, if trained, to `grads`.
+    /// Adds the gradient of x to `dx`, and of the parameters, if trained, to `grads`.
     pub(crate) fn backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         dy: &Tensor,
         x: &Tensor,
-        rstd: &Tensor,
+        statistics: Option<&Tensor>,
         dx: ViewMut<'_>,
     ) -> Result<()> {
-        let d_weight = match self.weight {
-            NormWeight::Frozen(_) => None,
-            NormWeight::Trained(id) => Some(grads.view_mut(id)),
-        };
-        rms_norm::backward(
-            dy.view(),
-            x.view(),
-            self.weight(run.params),
-            rstd.view(),
-            dx,
-            d_weight,
-        )?;
+        let (dy, x) = (dy.view(), x.view());
+        match (self, statistics) {
+            (Self::Rms(norm), Some(rstd)) => {
+                let (weight, d_weight) = (norm.weight(run.params), norm.weight.gradient(grads));
+                rms_norm::backward(dy, x, weight, rstd.view(), dx, d_weight)?;
+            }
+            (Self::Layer(norm), Some(statistics)) => {
+                let (weight, gradients) = (norm.weight.view(run.params), norm.gradients(grads));
+                layer_norm::backward(dy, x, weight, statistics.view(), dx, gradients)?;
+            }
+            _ => axpby::add(1.0, dx, 1.0, dy)?,
+        }
         Ok(())
     }
 
     pub(crate) fn trained(&self) -> bool {
-        matches!(self.weight, NormWeight::Trained(_))
+        match self {
+            Self::Identity => false,
+            Self::Rms(norm) => norm.weight.trained(),
+            Self::Layer(norm) => norm.weight.trained() || norm.bias.trained(),
+        }
     }
 
-    fn output(run: &Run<'_>, x: &Tensor) -> Normed {
-        Normed {
-            y: run.workspace.take(run.dtype, x.rows(), x.cols()),
-            rstd: run.workspace.take(DType::F32, x.rows(), 1),
-        }
+    /// The normed `x` and its statistics, to be written; neither where there is no norm.
+    fn outputs(&self, run: &Run<'_>, x: &Tensor) -> Option<[Tensor; 2]> {
+        let statistics = match self {
+            Self::Identity => return None,
+            Self::Rms(_) => NormKind::Rms.statistics(),
+            Self::Layer(_) => NormKind::Layer.statistics(),
+        };
+        Some([
+            run.workspace.take(run.dtype, x.rows(), x.cols()),
+            run.workspace.take(DType::F32, x.rows(), statistics),
+        ])
     }
 }

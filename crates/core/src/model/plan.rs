@@ -1,31 +1,56 @@
 //! The model by names and shapes alone: what adapters are matched against before a weight is read.
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, NormKind};
 use crate::adapter::{Site, SiteId, SiteKind};
 
-/// Sites of one decoder layer.
-#[derive(Clone, Copy, Debug)]
+/// Sites of one decoder layer, in execution order. Examples are those of a Llama.
+#[derive(Clone, Debug)]
 pub struct LayerPlan {
     /// `input_layernorm`.
-    pub input_norm: SiteId,
-    /// `self_attn.q_proj`.
-    pub q: SiteId,
-    /// `self_attn.k_proj`.
-    pub k: SiteId,
-    /// `self_attn.v_proj`.
-    pub v: SiteId,
+    pub input_norm: Option<SiteId>,
+    /// `self_attn.q_proj`, `self_attn.k_proj` and `self_attn.v_proj`, or one for all three.
+    pub qkv: Vec<SiteId>,
     /// `self_attn.q_norm` and `self_attn.k_norm`, where there are such.
     pub qk_norm: Option<[SiteId; 2]>,
     /// `self_attn.o_proj`.
     pub o: SiteId,
+    /// Norm of the attention block's output.
+    pub attention_norm: Option<SiteId>,
     /// `post_attention_layernorm`.
-    pub mlp_norm: SiteId,
-    /// `mlp.gate_proj`.
-    pub gate: SiteId,
-    /// `mlp.up_proj`.
-    pub up: SiteId,
+    pub mlp_norm: Option<SiteId>,
+    /// `mlp.gate_proj` and `mlp.up_proj`, or one for both.
+    pub gate_up: Vec<SiteId>,
     /// `mlp.down_proj`.
     pub down: SiteId,
+    /// Norm of the mlp's output.
+    pub mlp_output_norm: Option<SiteId>,
+}
+
+impl LayerPlan {
+    /// The site that forward uses first.
+    #[must_use]
+    pub fn first(&self) -> SiteId {
+        self.input_norm.unwrap_or(self.qkv[0])
+    }
+
+    /// Sites of linears, by the input they share.
+    #[must_use]
+    pub fn groups(&self) -> [&[SiteId]; 4] {
+        let one = std::slice::from_ref;
+        [&self.qkv, one(&self.o), &self.gate_up, one(&self.down)]
+    }
+
+    /// Sites of norms.
+    pub fn norms(&self) -> impl Iterator<Item = SiteId> {
+        let of_stream = [
+            self.input_norm,
+            self.attention_norm,
+            self.mlp_norm,
+            self.mlp_output_norm,
+        ];
+        let of_heads = self.qk_norm.into_iter().flatten();
+        of_stream.into_iter().flatten().chain(of_heads)
+    }
 }
 
 /// Every site of a model, in execution order.
@@ -48,64 +73,22 @@ impl ModelPlan {
     #[must_use]
     pub fn new(config: &DecoderConfig) -> Self {
         let mut sites = Sites(Vec::new());
-        let (d, f) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (config.q_width(), config.kv_width());
-        let embedding = sites.add(
-            "model.embed_tokens",
-            SiteKind::Embedding,
-            config.vocab_size,
-            d,
-            false,
-            None,
-        );
-        let layers = (0..config.layers)
-            .map(|layer| {
-                let norm = |sites: &mut Sites, name: &str, width: usize| {
-                    sites.add(
-                        &format!("model.layers.{layer}.{name}"),
-                        SiteKind::Norm,
-                        width,
-                        1,
-                        false,
-                        Some(layer),
-                    )
-                };
-                let linear = |sites: &mut Sites, name: &str, out, input, bias| {
-                    sites.add(
-                        &format!("model.layers.{layer}.{name}"),
-                        SiteKind::Linear,
-                        out,
-                        input,
-                        bias,
-                        Some(layer),
-                    )
-                };
-                LayerPlan {
-                    input_norm: norm(&mut sites, "input_layernorm", d),
-                    q: linear(&mut sites, "self_attn.q_proj", q, d, config.qkv_bias),
-                    k: linear(&mut sites, "self_attn.k_proj", kv, d, config.qkv_bias),
-                    v: linear(&mut sites, "self_attn.v_proj", kv, d, config.qkv_bias),
-                    qk_norm: config.qk_norm.map(|_| {
-                        ["self_attn.q_norm", "self_attn.k_norm"]
-                            .map(|name| norm(&mut sites, name, config.head_dim))
-                    }),
-                    o: linear(&mut sites, "self_attn.o_proj", d, q, config.o_bias),
-                    mlp_norm: norm(&mut sites, "post_attention_layernorm", d),
-                    gate: linear(&mut sites, "mlp.gate_proj", f, d, config.mlp_bias),
-                    up: linear(&mut sites, "mlp.up_proj", f, d, config.mlp_bias),
-                    down: linear(&mut sites, "mlp.down_proj", d, f, config.mlp_bias),
-                }
-            })
-            .collect();
-        let norm = sites.add("model.norm", SiteKind::Norm, d, 1, false, None);
-        let head = sites.add(
-            "lm_head",
-            SiteKind::Linear,
-            config.vocab_size,
-            d,
-            false,
-            None,
-        );
+        let (d, names) = (config.hidden_size, &config.modules);
+        let embedding = sites.add(Place {
+            kind: SiteKind::Embedding,
+            out_features: config.vocab_size,
+            in_features: d,
+            ..Place::new(names.embedding)
+        });
+        let layers = (0..config.layers).map(|layer| sites.layer(config, layer));
+        let layers = layers.collect();
+        let has_bias = config.norm == NormKind::Layer;
+        let norm = sites.norm(names.norm.to_owned(), d, has_bias, None);
+        let head = sites.add(Place {
+            out_features: config.vocab_size,
+            in_features: d,
+            ..Place::new(names.head)
+        });
         let mut sites = sites.0;
         sites[head.0].output_head = true;
         sites[head.0].tied_to = config.tie_word_embeddings.then_some(embedding);
@@ -120,12 +103,10 @@ impl ModelPlan {
 
     /// Weights of the largest group of linears that share their input.
     pub(crate) fn largest_group(&self) -> usize {
-        let groups = self.layers.iter().flat_map(|l| {
-            let groups: [&[SiteId]; 4] = [&[l.q, l.k, l.v], &[l.o], &[l.gate, l.up], &[l.down]];
-            groups.map(|ids| {
-                let sites = ids.iter().map(|&id| self.site(id));
-                sites.map(|s| s.out_features * s.in_features).sum()
-            })
+        let groups = self.layers.iter().flat_map(LayerPlan::groups);
+        let groups = groups.map(|ids| {
+            let sites = ids.iter().map(|&id| self.site(id));
+            sites.map(|s| s.out_features * s.in_features).sum()
         });
         groups.max().unwrap_or(0)
     }
@@ -139,25 +120,94 @@ impl ModelPlan {
 
 struct Sites(Vec<Site>);
 
+/// A site to be added.
+struct Place {
+    name: String,
+    kind: SiteKind,
+    out_features: usize,
+    in_features: usize,
+    bias: bool,
+    layer: Option<usize>,
+}
+
+impl Place {
+    fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            kind: SiteKind::Linear,
+            out_features: 0,
+            in_features: 1,
+            bias: false,
+            layer: None,
+        }
+    }
+}
+
 impl Sites {
-    fn add(
-        &mut self,
-        name: &str,
-        kind: SiteKind,
-        out_features: usize,
-        in_features: usize,
-        bias: bool,
-        layer: Option<usize>,
-    ) -> SiteId {
+    fn layer(&mut self, config: &DecoderConfig, layer: usize) -> LayerPlan {
+        let (d, f, names) = (
+            config.hidden_size,
+            config.intermediate_size,
+            &config.modules,
+        );
+        let (q, kv) = (config.q_width(), config.kv_width());
+        let at = |name: &str| format!("{}.{layer}.{name}", names.layers);
+        let has_bias = config.norm == NormKind::Layer;
+        let norm = |sites: &mut Self, name: &str, width: usize| {
+            sites.norm(at(name), width, has_bias, Some(layer))
+        };
+        let linear = |sites: &mut Self, name: &str, [out, input]: [usize; 2], bias| {
+            sites.add(Place {
+                out_features: out,
+                in_features: input,
+                bias,
+                layer: Some(layer),
+                ..Place::new(at(name))
+            })
+        };
+        // Linears over one input of width D, or one whose output is theirs side by side.
+        let group = |sites: &mut Self, modules: &[&str], widths: &[usize], bias| -> Vec<SiteId> {
+            let fused = [widths.iter().sum()];
+            let widths = if modules.len() == 1 { &fused } else { widths };
+            let each = modules.iter().zip(widths);
+            each.map(|(name, &out)| linear(sites, name, [out, d], bias))
+                .collect()
+        };
+        LayerPlan {
+            input_norm: names.input_norm.map(|name| norm(self, name, d)),
+            qkv: group(self, names.qkv, &[q, kv, kv], config.qkv_bias),
+            qk_norm: config
+                .qk_norm
+                .map(|_| names.qk_norm.map(|name| norm(self, name, config.head_dim))),
+            o: linear(self, names.o, [d, q], config.o_bias),
+            attention_norm: names.attention_norm.map(|name| norm(self, name, d)),
+            mlp_norm: names.mlp_norm.map(|name| norm(self, name, d)),
+            gate_up: group(self, names.gate_up, &[f, f], config.mlp_bias),
+            down: linear(self, names.down, [d, f], config.mlp_bias),
+            mlp_output_norm: names.mlp_output_norm.map(|name| norm(self, name, d)),
+        }
+    }
+
+    fn norm(&mut self, name: String, width: usize, bias: bool, layer: Option<usize>) -> SiteId {
+        self.add(Place {
+            kind: SiteKind::Norm,
+            out_features: width,
+            bias,
+            layer,
+            ..Place::new(name)
+        })
+    }
+
+    fn add(&mut self, place: Place) -> SiteId {
         let id = SiteId(self.0.len());
         self.0.push(Site {
             id,
-            name: name.into(),
-            kind,
-            in_features,
-            out_features,
-            bias,
-            layer,
+            name: place.name,
+            kind: place.kind,
+            in_features: place.in_features,
+            out_features: place.out_features,
+            bias: place.bias,
+            layer: place.layer,
             output_head: false,
             tied_to: None,
             execution_order: id.0,

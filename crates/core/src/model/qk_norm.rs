@@ -2,7 +2,7 @@
 //! and rotated copy beside the projection that backward starts from.
 
 use super::layer::Layer;
-use super::norm::{Norm, NormWeight};
+use super::norm::RmsNorm;
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
@@ -11,25 +11,26 @@ use ferrotune_kernels::{Tensor, View, attention, qk_norm, rope};
 /// Norms of the heads of q and of k.
 #[derive(Debug)]
 pub(crate) struct QkNorms {
-    pub(crate) q: Norm,
-    pub(crate) k: Norm,
-    /// Added to the weights.
-    pub(crate) offset: f32,
+    pub(crate) q: RmsNorm,
+    pub(crate) k: RmsNorm,
+    /// The rope behind them.
+    pub(crate) rope: usize,
 }
 
 impl QkNorms {
     pub(crate) fn trained(&self) -> bool {
-        self.q.trained() || self.k.trained()
+        self.q.weight.trained() || self.k.weight.trained()
     }
 
     /// The norm of q, or of k, as the kernel takes it.
-    fn of<'a>(&self, norm: &'a Norm, run: &'a Run<'_>) -> qk_norm::Norm<'a> {
+    fn of<'a>(&self, norm: &'a RmsNorm, run: &'a Run<'_>) -> qk_norm::Norm<'a> {
+        let [cos, sin] = run.angles(self.rope);
         qk_norm::Norm {
-            weight: norm.weight(run.params),
-            offset: self.offset,
+            weight: norm.weight.view(run.params),
+            offset: norm.offset,
             eps: norm.eps,
-            cos: run.cos.view(),
-            sin: run.sin.view(),
+            cos,
+            sin,
         }
     }
 }
@@ -57,7 +58,8 @@ impl Layer {
         let mut out = run.workspace.take(run.dtype, run.rows, q + k);
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
             let out = out.view_mut().columns(columns.clone());
-            qk_norm::forward(qkv.view().columns(columns), &norms.of(norm, run), out)?;
+            let norm = norms.of(norm, run);
+            qk_norm::forward(qkv.view().columns(columns), &norm, out)?;
         }
         Ok(Some(out))
     }
@@ -75,10 +77,7 @@ impl Layer {
         };
         let [q, k] = self.widths();
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
-            let d_weight = match norm.weight {
-                NormWeight::Frozen(_) => None,
-                NormWeight::Trained(id) => Some(grads.view_mut(id)),
-            };
+            let d_weight = norm.weight.gradient(grads);
             let d = d_qkv.view_mut().columns(columns.clone());
             let (x, norm) = (qkv.view().columns(columns), norms.of(norm, run));
             qk_norm::backward_in_place(d, x, &norm, d_weight, run.workspace)?;
@@ -88,16 +87,18 @@ impl Layer {
 
     /// Rotates q and k, which stand side by side, in place.
     fn rotate(&self, run: &Run<'_>, qkv: &mut Tensor, direction: rope::Direction) -> Result<()> {
-        if self.rotary_dim == 0 {
+        let Some(rope) = self.rope else {
             return Ok(());
-        }
-        let [q, k] = self.widths();
+        };
+        let ([q, k], [cos, sin]) = (self.widths(), run.angles(rope));
+        let heads = qkv.view_mut().columns(0..q + k);
+        let rotary_dim = 2 * cos.cols();
         rope::apply(
-            qkv.view_mut().columns(0..q + k),
+            heads,
             self.attention.head_dim,
-            run.cos.view(),
-            run.sin.view(),
-            self.rotary_dim,
+            cos,
+            sin,
+            rotary_dim,
             direction,
         )?;
         Ok(())

@@ -76,32 +76,31 @@ impl RopeConfig {
     /// # Errors
     /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter.
     pub fn from_hf(config: &HfConfig, rotary_dim: usize) -> Result<Self> {
-        let (group, parameters) = parameters(config)?;
-        let read = Parameters {
-            config,
-            group,
-            map: &parameters,
+        let (group, map) = parameters(config)?;
+        let read = Parameters { config, group, map };
+        read.rope(("rope_theta", 10_000.0), rotary_dim)
+    }
+
+    /// The same of layers of one kind (`full_attention` or `sliding_attention`): from
+    /// `rope_parameters.KIND` (Transformers 5), or `theta`'s key (4.x), where the default of that is.
+    /// A `rope_scaling` of 4.x is that of full attention.
+    ///
+    /// # Errors
+    /// As [`RopeConfig::from_hf`].
+    pub fn of_layers(
+        config: &HfConfig,
+        rotary_dim: usize,
+        kind: &str,
+        theta: (&str, f64),
+    ) -> Result<Self> {
+        let (group, map) = parameters(config)?;
+        let (group, map) = match (map.get(kind), kind) {
+            (Some(Value::Object(of_kind)), _) => (format!("{group}.{kind}"), of_kind.clone()),
+            (None, "full_attention") => (group, map),
+            _ => (group, Map::new()),
         };
-        let theta = read.number(
-            "rope_theta",
-            Some(config.number_or("rope_theta", 10_000.0)?),
-        )?;
-        if theta.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
-            let message = format!("is {theta}; expected a number above 0, such as 10000");
-            return Err(config.error("rope_theta", message));
-        }
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return Err(config.error(
-                "head_dim",
-                format!("rotary dimensions are {rotary_dim}; expected an even number above 0"),
-            ));
-        }
-        let max_position = config.size_or("max_position_embeddings", Some(2048))? as f64;
-        Ok(Self {
-            theta,
-            rotary_dim,
-            scaling: read.scaling(max_position)?,
-        })
+        let read = Parameters { config, group, map };
+        read.rope(theta, rotary_dim)
     }
 
     /// Angles per position, `[rotary_dim / 2]`, for a document of `length` tokens.
@@ -196,23 +195,23 @@ impl RopeConfig {
 }
 
 /// The parameters of the rope, and the key they stand under.
-fn parameters(config: &HfConfig) -> Result<(&'static str, Map<String, Value>)> {
+fn parameters(config: &HfConfig) -> Result<(String, Map<String, Value>)> {
     for group in ["rope_parameters", "rope_scaling"] {
         match config.get(group) {
             None => {}
-            Some(Value::Object(map)) => return Ok((group, map.clone())),
+            Some(Value::Object(map)) => return Ok((group.into(), map.clone())),
             Some(other) => {
                 return Err(config.error(group, format!("is {other}; expected an object or null")));
             }
         }
     }
-    Ok(("rope_parameters", Map::new()))
+    Ok(("rope_parameters".into(), Map::new()))
 }
 
 struct Parameters<'a> {
     config: &'a HfConfig,
-    group: &'static str,
-    map: &'a Map<String, Value>,
+    group: String,
+    map: Map<String, Value>,
 }
 
 impl Parameters<'_> {
@@ -229,6 +228,30 @@ impl Parameters<'_> {
                 .filter(|v| v.is_finite() && *v > 0.0)
                 .ok_or_else(|| self.error(key, format!("is {value}; expected a number above 0"))),
         }
+    }
+
+    /// The rope of `rotary_dim` dimensions; `theta` is the key of its base outside of the group, and the
+    /// default.
+    fn rope(&self, theta: (&str, f64), rotary_dim: usize) -> Result<RopeConfig> {
+        let (key, default) = theta;
+        let default = self.config.number_or(key, default)?;
+        let theta = self.number("rope_theta", Some(default))?;
+        if theta.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
+            let message = format!("is {theta}; expected a number above 0, such as 10000");
+            return Err(self.config.error(key, message));
+        }
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            return Err(self.config.error(
+                "head_dim",
+                format!("rotary dimensions are {rotary_dim}; expected an even number above 0"),
+            ));
+        }
+        let max_position = self.config.size_or("max_position_embeddings", Some(2048))? as f64;
+        Ok(RopeConfig {
+            theta,
+            rotary_dim,
+            scaling: self.scaling(max_position)?,
+        })
     }
 
     fn scaling(&self, max_position: f64) -> Result<RopeScaling> {

@@ -4,7 +4,7 @@ use super::inputs::Inputs;
 use crate::Result;
 use crate::adapter::LowRank;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Indices, Tensor, Workspace, dropout, embedding, rng};
+use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, rng};
 
 /// Whether random draws happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +40,8 @@ pub(crate) struct Run<'a> {
     pub(crate) inputs: &'a Inputs<'a>,
     /// T, padding included.
     pub(crate) rows: usize,
-    /// cos and sin per token, `[T, rotary_dim / 2]`.
-    pub(crate) cos: Tensor,
-    pub(crate) sin: Tensor,
+    /// cos and sin per token of each rope, `[T, rotary_dim / 2]`.
+    angles: Vec<[Tensor; 2]>,
     mode: Mode,
 }
 
@@ -63,16 +62,29 @@ impl<'a> Run<'a> {
             dtype: pass.dtype,
             inputs,
             rows: inputs.rows,
-            cos: gather(&inputs.angles.cos)?,
-            sin: gather(&inputs.angles.sin)?,
+            angles: (inputs.angles.iter())
+                .map(|angles| Ok([gather(&angles.cos)?, gather(&angles.sin)?]))
+                .collect::<Result<_>>()?,
             mode: pass.mode,
         })
     }
 
     /// Gives everything back.
     pub(crate) fn end(self) {
-        self.workspace.give(self.cos);
-        self.workspace.give(self.sin);
+        let workspace = self.workspace;
+        let tables = self.angles.into_iter().flatten();
+        tables.for_each(|table| workspace.give(table));
+    }
+
+    /// cos and sin of the model's rope number `rope`.
+    pub(crate) fn angles(&self, rope: usize) -> [View<'_>; 2] {
+        let [cos, sin] = &self.angles[rope];
+        [cos.view(), sin.view()]
+    }
+
+    /// Gives buffers back to the pool.
+    pub(crate) fn give(&self, tensors: impl IntoIterator<Item = Tensor>) {
+        tensors.into_iter().for_each(|t| self.workspace.give(t));
     }
 
     /// The mask of a low-rank update's dropout at site `site`, if one applies.

@@ -2,16 +2,26 @@
 
 use super::keep::Keep;
 use super::linear::PartSaved;
+use super::norm::Norm;
+use super::residual::NormedOutput;
+use super::run::Run;
+use crate::Result;
+use crate::params::FlatBuffer;
 use ferrotune_kernels::{Tensor, Workspace};
 
 /// What a layer keeps for its backward. What is `None` is computed again there.
 pub(crate) struct LayerSaved {
-    /// Residual stream before the attention block, `[T, D]`, and its norm's statistics.
-    pub(crate) input: Tensor,
-    pub(crate) input_rstd: Tensor,
+    /// Before the attention block.
+    pub(crate) input: Stream,
     pub(crate) attention: Option<AttentionSaved>,
     pub(crate) gate_up: Option<GateUpSaved>,
-    pub(crate) down_parts: Vec<PartSaved>,
+    pub(crate) down: DownSaved,
+}
+
+/// A residual stream `[T, D]`, and its norm's statistics where it has one.
+pub(crate) struct Stream {
+    pub(crate) x: Tensor,
+    pub(crate) statistics: Option<Tensor>,
 }
 
 /// Activations of the attention block.
@@ -23,15 +33,46 @@ pub(crate) struct AttentionSaved {
     pub(crate) attended: Tensor,
     pub(crate) lse: Tensor,
     pub(crate) o_parts: Vec<PartSaved>,
-    /// Residual stream before the mlp, `[T, D]`, and its norm's statistics.
-    pub(crate) middle: Tensor,
-    pub(crate) middle_rstd: Tensor,
+    pub(crate) output: Option<NormedOutput>,
+    /// Before the mlp.
+    pub(crate) middle: Stream,
 }
 
 /// gate and up, `[T, 2 F]`.
 pub(crate) struct GateUpSaved {
     pub(crate) values: Tensor,
     pub(crate) parts: Vec<PartSaved>,
+}
+
+/// Of the down projection, which is never computed again.
+pub(crate) struct DownSaved {
+    pub(crate) parts: Vec<PartSaved>,
+    pub(crate) output: Option<NormedOutput>,
+}
+
+impl Stream {
+    /// Its norm again.
+    pub(crate) fn normed(&self, run: &Run<'_>, norm: &Norm) -> Result<Option<Tensor>> {
+        norm.recompute(run, &self.x, self.statistics.as_ref())
+    }
+
+    /// Adds the gradient of the stream to `d_stream`, given that of its norm.
+    pub(crate) fn norm_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        norm: &Norm,
+        d_normed: &Tensor,
+        d_stream: &mut Tensor,
+    ) -> Result<()> {
+        let (statistics, dx) = (self.statistics.as_ref(), d_stream.view_mut());
+        norm.backward(run, grads, d_normed, &self.x, statistics, dx)
+    }
+
+    pub(crate) fn release(self, workspace: &Workspace) {
+        workspace.give(self.x);
+        self.statistics.into_iter().for_each(|t| workspace.give(t));
+    }
 }
 
 impl LayerSaved {
@@ -52,30 +93,26 @@ impl LayerSaved {
 
     /// Gives everything back.
     pub(crate) fn release(self, workspace: &Workspace) {
-        let Self {
-            input,
-            input_rstd,
-            down_parts,
-            ..
-        } = self.reduced_to(Keep::Input, workspace);
-        workspace.give(input);
-        workspace.give(input_rstd);
-        release_parts(down_parts, workspace);
+        let Self { input, down, .. } = self.reduced_to(Keep::Input, workspace);
+        input.release(workspace);
+        release_parts(down.parts, workspace);
+        if let Some(output) = down.output {
+            output.release(workspace);
+        }
     }
 }
 
 impl AttentionSaved {
     fn release(self, workspace: &Workspace) {
-        let tensors = [
-            self.qkv,
-            self.attended,
-            self.lse,
-            self.middle,
-            self.middle_rstd,
-        ];
-        tensors.into_iter().for_each(|t| workspace.give(t));
+        for tensor in [self.qkv, self.attended, self.lse] {
+            workspace.give(tensor);
+        }
         release_parts(self.qkv_parts, workspace);
         release_parts(self.o_parts, workspace);
+        if let Some(output) = self.output {
+            output.release(workspace);
+        }
+        self.middle.release(workspace);
     }
 }
 

@@ -1,17 +1,20 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
 use super::angles::AngleTable;
-use super::config::{DecoderConfig, QkNorm};
+use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
+use super::head::Head;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
-use super::norm::{Norm, NormWeight};
+use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
 use super::qk_norm::QkNorms;
-use super::{Head, Keep, Model, Table, WeightFormat};
+use super::residual::Residual;
+use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
+use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
-use crate::params::FlatBuffer;
+use crate::params::{FlatBuffer, ParamId};
 use crate::{Error, Result, suggest};
 use ferrotune_kernels::dequantise::FourBit;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention, rng};
@@ -161,6 +164,8 @@ pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) plan: &'a ModelPlan,
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
+    /// Trained biases, beside those.
+    pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
@@ -170,22 +175,16 @@ impl Builder<'_> {
     pub(super) fn model(mut self) -> Result<Model> {
         let plan = self.plan;
         self.source.check(&expected_tensors(plan))?;
-        let embedding = self.table(plan.embedding)?;
+        let embedding = self.embedding()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
         for (index, layer) in plan.layers.iter().enumerate() {
             layers.push(self.layer(index, layer)?);
         }
-        let norm = self.norm(plan.norm)?;
-        let head = match plan.site(plan.head).tied_to {
-            Some(_) => Head::Tied,
-            None => Head::Own(self.table(plan.head)?),
-        };
-        if let Some(site) = self.attachments.keys().next() {
-            let name = &plan.site(*site).name;
-            return Err(Error::config(
-                "lora_target_modules",
-                format!("nothing can attach to `{name}` yet; target linears inside the layers"),
-            ));
+        let norm = self.norm(Some(plan.norm))?;
+        let head = self.head(&embedding)?;
+        let left = (self.attachments.keys()).chain(self.trained_biases.keys());
+        if let Some(site) = left.min() {
+            return Err(unsupported(plan.site(*site)));
         }
         Ok(Model {
             config: self.config.clone(),
@@ -205,40 +204,46 @@ impl Builder<'_> {
         let config = self.config;
         Ok(Layer {
             input_norm: self.norm(layer.input_norm)?,
-            qkv: self.linears(&[layer.q, layer.k, layer.v])?,
-            qk_norms: self.qk_norms(layer)?,
+            qkv: self.linears(&layer.qkv)?,
+            qk_norms: self.qk_norms(index, layer)?,
             o: self.linears(&[layer.o])?,
+            attention_residual: self.residual(layer.attention_norm)?,
             mlp_norm: self.norm(layer.mlp_norm)?,
-            gate_up: self.linears(&[layer.gate, layer.up])?,
+            gate_up: self.linears(&layer.gate_up)?,
             activation: config.activation,
             down: self.linears(&[layer.down])?,
+            mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
                 scale: config.attention_scale,
                 window: config.sliding_windows[index],
-                softcap: None,
+                softcap: config.attention_softcap,
             },
-            rotary_dim: if config.rope_layers[index] {
-                config.rope.rotary_dim
-            } else {
-                0
-            },
+            rope: config.layer_ropes[index],
         })
     }
 
-    fn qk_norms(&mut self, layer: &LayerPlan) -> Result<Option<QkNorms>> {
-        let (Some([q, k]), Some(kind)) = (layer.qk_norm, self.config.qk_norm) else {
+    fn residual(&mut self, norm: Option<SiteId>) -> Result<Residual> {
+        Ok(Residual {
+            norm: self.norm(norm)?,
+            scale: self.config.residual_scale,
+        })
+    }
+
+    fn qk_norms(&mut self, index: usize, layer: &LayerPlan) -> Result<Option<QkNorms>> {
+        let Some([q, k]) = layer.qk_norm else {
             return Ok(None);
         };
+        let Some(rope) = self.config.layer_ropes[index] else {
+            let message = format!("layer {index} norms q and k but does not rotate them");
+            return Err(Error::config("model_name_or_path", message));
+        };
         Ok(Some(QkNorms {
-            q: self.norm(q)?,
-            k: self.norm(k)?,
-            offset: match kind {
-                QkNorm::Weight => 0.0,
-                QkNorm::OnePlusWeight => 1.0,
-            },
+            q: self.rms_norm(q)?,
+            k: self.rms_norm(k)?,
+            rope,
         }))
     }
 
@@ -343,15 +348,11 @@ impl Builder<'_> {
         Ok(Some(codes.to_device(self.params.device())))
     }
 
-    fn bias(
-        &mut self,
-        site: &Site,
-        trained: Option<crate::params::ParamId>,
-    ) -> Result<Option<PartBias>> {
+    fn bias(&mut self, site: &Site, trained: Option<ParamId>) -> Result<Option<PartBias>> {
         if !site.bias {
             return Ok(None);
         }
-        if let Some(id) = trained {
+        if let Some(id) = trained.or_else(|| self.trained_biases.remove(&site.id)) {
             self.read_param(site, id, "bias")?;
             return Ok(Some(PartBias::Trained(id)));
         }
@@ -361,34 +362,127 @@ impl Builder<'_> {
         )?)))
     }
 
-    fn norm(&mut self, id: SiteId) -> Result<Norm> {
-        let site = self.plan.site(id);
-        let weight = match self.attachments.remove(&id) {
-            None => NormWeight::Frozen(
-                self.vector(&format!("{}.weight", site.name), site.out_features)?,
-            ),
-            Some(Attachment::TrainBase { weight, .. }) => {
-                self.read_param(site, weight, "weight")?;
-                NormWeight::Trained(weight)
-            }
-            Some(_) => return Err(unsupported(site)),
+    /// The norm at a site, or none.
+    fn norm(&mut self, id: Option<SiteId>) -> Result<Norm> {
+        let Some(id) = id else {
+            return Ok(Norm::Identity);
         };
-        Ok(Norm {
-            weight,
-            eps: self.config.rms_norm_eps,
+        if self.config.norm != NormKind::Layer {
+            return Ok(Norm::Rms(self.rms_norm(id)?));
+        }
+        let (site, [weight, bias]) = (self.plan.site(id), self.trained_norm(id)?);
+        Ok(Norm::Layer(LayerNorm {
+            weight: self.parameter(site, "weight", weight)?,
+            bias: self.parameter(site, "bias", bias)?,
+            eps: self.config.norm_eps,
+        }))
+    }
+
+    fn rms_norm(&mut self, id: SiteId) -> Result<RmsNorm> {
+        let (site, [weight, _]) = (self.plan.site(id), self.trained_norm(id)?);
+        Ok(RmsNorm {
+            weight: self.parameter(site, "weight", weight)?,
+            offset: match self.config.norm {
+                NormKind::Rms | NormKind::Layer => 0.0,
+                NormKind::RmsOnePlus => 1.0,
+            },
+            eps: self.config.norm_eps,
         })
     }
 
-    fn table(&mut self, id: SiteId) -> Result<Table> {
-        let site = self.plan.site(id);
+    /// Weight and bias of a norm, as far as they are trained.
+    fn trained_norm(&mut self, id: SiteId) -> Result<[Option<ParamId>; 2]> {
         match self.attachments.remove(&id) {
-            None => Ok(Table::Frozen(self.frozen(site)?)),
-            Some(Attachment::TrainBase { weight, bias: None }) => {
-                self.read_param(site, weight, "weight")?;
-                Ok(Table::Trained(weight))
-            }
-            Some(_) => Err(unsupported(site)),
+            None => Ok([None, self.trained_biases.remove(&id)]),
+            Some(Attachment::TrainBase { weight, bias }) => Ok([Some(weight), bias]),
+            Some(_) => Err(unsupported(self.plan.site(id))),
         }
+    }
+
+    /// The vector `suffix` of a site, into its parameter if it is trained.
+    fn parameter(&mut self, site: &Site, suffix: &str, trained: Option<ParamId>) -> Result<Vector> {
+        if let Some(id) = trained {
+            self.read_param(site, id, suffix)?;
+            return Ok(Vector::Trained(id));
+        }
+        let name = format!("{}.{suffix}", site.name);
+        Ok(Vector::Frozen(self.vector(&name, site.out_features)?))
+    }
+
+    fn embedding(&mut self) -> Result<Embedding> {
+        let site = self.plan.site(self.plan.embedding);
+        let (table, update) = match self.attachments.remove(&site.id) {
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
+            other => (other, None),
+        };
+        Ok(Embedding {
+            table: self.table(site, site, table)?,
+            update,
+        })
+    }
+
+    fn head(&mut self, embedding: &Embedding) -> Result<Head> {
+        let site = self.plan.site(self.plan.head);
+        let (attachment, update) = match self.attachments.remove(&site.id) {
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
+            other => (other, None),
+        };
+        let own = |b: &mut Self, from: &Site, attachment| b.table(site, from, attachment).map(Some);
+        let table = match (site.tied_to, attachment) {
+            (None, attachment) => own(self, site, attachment)?,
+            // An update of the head is one of the base's weight, whatever becomes of the embedding.
+            (Some(_), None) if update.is_none() || embedding.table.param().is_none() => None,
+            (Some(tied), None | Some(Attachment::KeepBase)) => {
+                own(self, self.plan.site(tied), None)?
+            }
+            (Some(tied), Some(attachment @ Attachment::TrainBase { .. })) => {
+                own(self, self.plan.site(tied), Some(attachment))?
+            }
+            (Some(_), Some(_)) => return Err(unsupported(site)),
+        };
+        Ok(Head {
+            table,
+            update,
+            site: site.id.0,
+        })
+    }
+
+    /// The table of `site`, with the values that `from` has in the source.
+    fn table(&mut self, site: &Site, from: &Site, attachment: Option<Attachment>) -> Result<Table> {
+        let mut rows = None;
+        let weight = match attachment {
+            None => TableWeight::Frozen(self.frozen(from)?),
+            Some(Attachment::TrainBase { weight, bias: None }) => {
+                self.read_param(from, weight, "weight")?;
+                TableWeight::Trained(weight)
+            }
+            Some(Attachment::TrainRows { rows: id, indices }) => {
+                rows = Some(TrainedRows::new(id, &indices, site.out_features));
+                TableWeight::Frozen(self.with_trained_rows(from, id, &indices)?)
+            }
+            Some(_) => return Err(unsupported(site)),
+        };
+        Ok(Table { weight, rows })
+    }
+
+    /// The table in the order of [`TrainedRows`], with the trained ones in `id`.
+    fn with_trained_rows(&mut self, site: &Site, id: ParamId, indices: &[u32]) -> Result<Tensor> {
+        let [rows, cols] = [site.out_features, site.in_features];
+        let mut table = Tensor::empty(&Device::Cpu, self.format.dtype, rows, cols);
+        let name = format!("{}.weight", site.name);
+        self.source.read(&name, table.view_mut())?;
+        let to = self.params.get_mut(id);
+        for (to, &token) in to.chunks_mut(cols).zip(indices) {
+            let row = table.view().row_range(token as usize..token as usize + 1);
+            to.copy_from_slice(&row.to_f32_vec());
+        }
+        TrainedRows::reorder(&mut table, indices);
+        let device = self.params.device();
+        Ok(if device.is_cuda() {
+            table.to_device(device)
+        } else {
+            table
+        })
     }
 
     fn frozen(&self, site: &Site) -> Result<Tensor> {
@@ -405,7 +499,7 @@ impl Builder<'_> {
         Ok(values)
     }
 
-    fn read_param(&mut self, site: &Site, id: crate::params::ParamId, suffix: &str) -> Result<()> {
+    fn read_param(&mut self, site: &Site, id: ParamId, suffix: &str) -> Result<()> {
         let to = self.params.view_mut(id);
         self.source.read(&format!("{}.{suffix}", site.name), to)
     }
@@ -415,7 +509,7 @@ fn unsupported(site: &Site) -> Error {
     Error::config(
         "lora_target_modules",
         format!(
-            "a low-rank update of `{}` is not supported yet; target linears inside the layers",
+            "what was to be trained of `{}` is not supported there; target linears, the embedding or the head",
             site.name
         ),
     )

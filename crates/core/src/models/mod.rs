@@ -1,6 +1,9 @@
 //! Architectures. Each file states how one differs from the common decoder; adding one is a file
 //! and a line of [`ARCHITECTURES`].
 
+mod gemma;
+mod gemma2;
+mod gemma3_text;
 mod layer_types;
 mod llama;
 mod mistral;
@@ -15,7 +18,10 @@ use crate::{Result, suggest};
 type Build = fn(&HfConfig) -> Result<DecoderConfig>;
 
 /// `model_type` and how to read it.
-const ARCHITECTURES: [(&str, Build); 5] = [
+const ARCHITECTURES: &[(&str, Build)] = &[
+    ("gemma", gemma::decoder),
+    ("gemma2", gemma2::decoder),
+    ("gemma3_text", gemma3_text::decoder),
     ("llama", llama::decoder),
     ("mistral", mistral::decoder),
     ("qwen2", qwen2::decoder),

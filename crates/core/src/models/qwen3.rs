@@ -8,7 +8,7 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     let common = DecoderConfig::common(config)?;
     let attention_bias = config.flag_or("attention_bias", false)?;
     Ok(DecoderConfig {
-        qk_norm: Some(QkNorm::Weight),
+        qk_norm: Some(QkNorm::PerHead),
         qkv_bias: attention_bias,
         o_bias: attention_bias,
         sliding_windows: qwen2::windows(config, common.layers)?,

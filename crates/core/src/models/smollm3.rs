@@ -22,7 +22,7 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         mlp_bias: config.flag_or("mlp_bias", false)?,
         tie_word_embeddings: config.flag_or("tie_word_embeddings", true)?,
         sliding_windows: windows,
-        rope_layers,
+        layer_ropes: rope_layers.iter().map(|rope| rope.then_some(0)).collect(),
         ..common
     })
 }

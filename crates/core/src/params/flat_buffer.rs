@@ -2,6 +2,7 @@
 
 use super::{ParamId, ParamLayout};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 /// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
@@ -78,6 +79,28 @@ impl FlatBuffer {
     pub fn get_mut(&mut self, id: ParamId) -> &mut [f32] {
         let range = self.layout.segment(id).range();
         &mut self.as_mut_slice()[range]
+    }
+
+    /// One tensor as files hold it.
+    #[must_use]
+    pub fn file_values(&self, id: ParamId) -> Cow<'_, [f32]> {
+        let values = self.get(id);
+        if !self.layout.segment(id).spec.transposed {
+            return values.into();
+        }
+        let [rows, cols] = self.matrix(id);
+        transpose(values, rows, cols).into()
+    }
+
+    /// Sets one tensor from what files hold, of as many elements.
+    pub fn set_file_values(&mut self, id: ParamId, values: &[f32]) {
+        if self.layout.segment(id).spec.transposed {
+            let [rows, cols] = self.matrix(id);
+            let values = transpose(values, cols, rows);
+            self.get_mut(id).copy_from_slice(&values);
+        } else {
+            self.get_mut(id).copy_from_slice(values);
+        }
     }
 
     /// The whole buffer, in host memory.
@@ -222,4 +245,10 @@ impl FlatBuffer {
             _ => [1, spec.len()],
         }
     }
+}
+
+/// The columns of `values` `[rows, cols]`, one after the other.
+fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let column = |c: usize| (0..rows).map(move |r| values[r * cols + c]);
+    (0..cols).flat_map(column).collect()
 }

@@ -36,6 +36,8 @@ pub struct ParamSpec {
     pub lr_scale: f64,
     /// Whether weight decay applies. Transformers exempts biases and norms.
     pub weight_decay: bool,
+    /// Whether files hold the transposed matrix.
+    pub transposed: bool,
 }
 
 impl ParamSpec {
@@ -57,7 +59,25 @@ impl ParamSpec {
             adapter: 0,
             lr_scale: 1.0,
             weight_decay,
+            transposed: false,
         }
+    }
+
+    /// The same, for a matrix that files hold transposed.
+    #[must_use]
+    pub fn transposed(mut self) -> Self {
+        self.transposed = true;
+        self
+    }
+
+    /// Dimensions in files.
+    #[must_use]
+    pub fn file_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
     }
 
     /// Number of elements.

@@ -145,7 +145,7 @@ impl Trainer {
         let layer_ends = ModelPlan::new(config)
             .layers
             .iter()
-            .map(|layer| params.layout().final_after(layer.input_norm.0))
+            .map(|layer| params.layout().final_after(layer.first().0))
             .collect();
         let graphs = graphs(&model, group.as_ref(), &options);
         Ok(Self {

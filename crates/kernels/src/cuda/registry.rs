@@ -10,6 +10,7 @@ static MODULES: &[&Module] = &[
     &ATTENTION[1].1,
     &ATTENTION[2].1,
     &ATTENTION[3].1,
+    &crate::axpby::cuda::MODULE,
     &crate::bias::cuda::MODULE,
     &crate::copy::cuda::MODULE,
     &crate::dequantise::cuda::MODULE,

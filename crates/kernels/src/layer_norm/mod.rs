@@ -146,19 +146,18 @@ pub fn apply(x: View<'_>, affine: Affine<'_>, statistics: View<'_>, y: ViewMut<'
     Ok(())
 }
 
-/// Where [`backward`] adds the gradients of the parameters, each `[1, D]` f32.
-#[derive(Debug)]
+/// Where [`backward`] adds the gradients of the parameters, each `[1, D]` f32; `None` for a frozen one.
+#[derive(Debug, Default)]
 pub struct Gradients<'a> {
     /// Of the weight.
-    pub weight: ViewMut<'a>,
+    pub weight: Option<ViewMut<'a>>,
     /// Of the bias.
-    pub bias: ViewMut<'a>,
+    pub bias: Option<ViewMut<'a>>,
 }
 
 /// Adds the gradient of the input to `dx [T, D]` and those of the parameters to `gradients`.
 ///
-/// `dy` and `x` are `[T, D]`, `weight` is `[1, D]`, `statistics` is `[T, 2]`. `gradients` is `None`
-/// for frozen parameters.
+/// `dy` and `x` are `[T, D]`, `weight` is `[1, D]`, `statistics` is `[T, 2]`.
 ///
 /// # Errors
 /// As [`forward`].
@@ -168,7 +167,7 @@ pub fn backward(
     weight: View<'_>,
     statistics: View<'_>,
     dx: ViewMut<'_>,
-    gradients: Option<Gradients<'_>>,
+    gradients: Gradients<'_>,
 ) -> Result<()> {
     const OP: &str = "layer_norm::backward";
     check_shape(OP, "dy", x.shape(), dy.shape())?;
@@ -177,7 +176,7 @@ pub fn backward(
     check_shape(OP, "statistics", [x.rows(), 2], statistics.shape())?;
     let weight = weight.dense_f32(OP, "weight")?;
     let statistics = statistics.dense_f32(OP, "statistics")?;
-    let [d_weight, d_bias] = gradients.map_or([None, None], |g| [Some(g.weight), Some(g.bias)]);
+    let (d_weight, d_bias) = (gradients.weight, gradients.bias);
     let mut devices = vec![
         dy.device(),
         x.device(),

@@ -127,8 +127,8 @@ fn backward_matches_candle_autograd_and_adds() {
         let statistics = View::from_f32(&statistics, ROWS, 2);
         let weight = affine(&parameters).weight;
         let trained = Gradients {
-            weight: ViewMut::vector(&mut d_weight),
-            bias: ViewMut::vector(&mut d_bias),
+            weight: Some(ViewMut::vector(&mut d_weight)),
+            bias: Some(ViewMut::vector(&mut d_bias)),
         };
         backward(
             dy.view(),
@@ -136,7 +136,7 @@ fn backward_matches_candle_autograd_and_adds() {
             weight,
             statistics,
             dx.view_mut(),
-            Some(trained),
+            trained,
         )
         .unwrap();
         backward(
@@ -145,7 +145,7 @@ fn backward_matches_candle_autograd_and_adds() {
             weight,
             statistics,
             frozen_dx.view_mut(),
-            None,
+            Gradients::default(),
         )
         .unwrap();
         let what = format!("{dtype}, {cols} columns");
@@ -177,20 +177,12 @@ fn results_do_not_depend_on_the_thread_count() {
         let mut dx = Pitched::zeros(shape, DType::F32);
         let (mut d_weight, mut d_bias) = (vec![0.0; shape[1]], vec![0.0; shape[1]]);
         let gradients = Gradients {
-            weight: ViewMut::vector(&mut d_weight),
-            bias: ViewMut::vector(&mut d_bias),
+            weight: Some(ViewMut::vector(&mut d_weight)),
+            bias: Some(ViewMut::vector(&mut d_bias)),
         };
         let rows = View::from_f32(&statistics, shape[0], 2);
         let weight = affine(&parameters).weight;
-        backward(
-            dy.view(),
-            x.view(),
-            weight,
-            rows,
-            dx.view_mut(),
-            Some(gradients),
-        )
-        .unwrap();
+        backward(dy.view(), x.view(), weight, rows, dx.view_mut(), gradients).unwrap();
         vec![dx.values(), statistics, d_weight, d_bias]
     });
 }

@@ -1,6 +1,6 @@
 //! The GPU against the CPU.
 
-use super::{Accumulator, Labels, PADDING, Sums, forward, forward_backward};
+use super::{Accumulator, Head, Labels, PADDING, Sums, forward, forward_backward};
 use crate::rng::Stream;
 use crate::test_support::{DTYPES, assert_close, assert_same_bits, cuda_device};
 use crate::twins::{Place, assert_cuda_matches};
@@ -8,15 +8,16 @@ use crate::{DType, Device, Error, Indices, Tensor, Workspace};
 
 /// What a run on either device gives: gradients of hidden states and head, sums.
 fn run_at(place: &Place, sizes: [usize; 4], rows: &[u32], dtype: DType) -> Results {
-    run_smoothed(place, sizes, rows, dtype, 0.0)
+    run_loss(place, sizes, rows, dtype, (0.0, 1.0, None))
 }
 
-fn run_smoothed(
+/// With label smoothing, and factor and softcap of the logits.
+fn run_loss(
     place: &Place,
     sizes: [usize; 4],
     rows: &[u32],
     dtype: DType,
-    smoothing: f32,
+    (smoothing, scale, softcap): (f32, f32, Option<f32>),
 ) -> Results {
     let [tokens, width, vocabulary, _] = sizes;
     let hidden = place.matrix(1, [tokens, width], dtype);
@@ -30,7 +31,12 @@ fn run_smoothed(
     let mut d_head = place.dense(3, [vocabulary, width]);
     let workspace = Workspace::on(place.device().clone(), tokens);
     let mut sums = Accumulator::new(place.device());
-    let (x, w) = (hidden.view(), head.view());
+    let (x, weight) = (hidden.view(), head.view());
+    let w = Head {
+        scale,
+        softcap,
+        ..weight.into()
+    };
     let labels = Labels {
         rows: &rows,
         targets: &targets,
@@ -108,10 +114,32 @@ fn cuda_smooths_labels_as_the_cpu_does() {
     for (sizes, dtype) in CUDA_SIZES.iter().flat_map(|s| DTYPES.map(|d| (*s, d))) {
         let rows = shuffled_rows(sizes);
         assert_cuda_matches(&format!("{sizes:?} {dtype}"), |place| {
-            let results = run_smoothed(place, sizes, &rows, dtype, 0.1);
+            let results = run_loss(place, sizes, &rows, dtype, (0.1, 1.0, None));
             let loss = vec![results.sums.loss as f32];
             vec![(dtype, results.d_hidden), (DType::F32, loss)]
         });
+    }
+}
+
+#[test]
+fn cuda_scales_and_caps_logits_as_the_cpu_does() {
+    for (sizes, dtype) in CUDA_SIZES.iter().flat_map(|s| DTYPES.map(|d| (*s, d))) {
+        let rows = [&shuffled_rows(sizes)[..], &[PADDING; 3]].concat();
+        for loss in [
+            (0.0, 0.3, None),
+            (0.0, 1.0, Some(2.5)),
+            (0.1, 0.7, Some(4.0)),
+        ] {
+            assert_cuda_matches(&format!("{sizes:?} {dtype} {loss:?}"), |place| {
+                let results = run_loss(place, sizes, &rows, dtype, loss);
+                let sum = vec![results.sums.loss as f32];
+                let mut all = vec![(dtype, results.d_hidden), (DType::F32, sum)];
+                if dtype == DType::F32 {
+                    all.push((dtype, results.d_head));
+                }
+                all
+            });
+        }
     }
 }
 
@@ -227,4 +255,60 @@ fn cuda_refuses_what_it_cannot_multiply_or_reach() {
         error.to_string().contains("sums must be made for the GPU"),
         "{error}"
     );
+}
+
+#[test]
+fn a_head_in_pieces_with_an_update_matches_the_cpu() {
+    use super::{Head, HeadGradients, Update, UpdateGradients};
+    let [tokens, width, vocabulary, rank] = [12, 24, 523, 5];
+    for dtype in DTYPES {
+        assert_cuda_matches(&format!("{dtype}"), |place| {
+            let hidden = place.matrix(1, [tokens, width], dtype);
+            let weight = place.matrix(2, [vocabulary - 7, width], dtype);
+            let tail = place.matrix(3, [7, width], dtype);
+            let s = place.matrix(4, [tokens, rank], dtype);
+            let b = place.matrix(5, [vocabulary, rank], dtype);
+            let rows = place.indices(&[3, 11, 0, 7]);
+            let targets = place.indices(&[520, 1, 518, 400]);
+            let head = Head {
+                weight: weight.view(),
+                tail: Some(tail.view()),
+                update: Some(Update {
+                    s: s.view(),
+                    b: b.view(),
+                    scale: 0.5,
+                }),
+                scale: 1.25,
+                softcap: Some(30.0),
+            };
+            let mut d_hidden = place.poisoned([tokens, width], dtype);
+            let mut d_s = place.poisoned([tokens, rank], dtype);
+            let mut d_b = place.dense(6, [vocabulary, rank]);
+            let mut d_tail = place.dense(7, [7, width]);
+            let workspace = Workspace::on(place.device().clone(), tokens);
+            let mut sums = Accumulator::new(place.device());
+            let gradients = HeadGradients {
+                weight: None,
+                tail: Some(d_tail.view_mut()),
+                update: Some(UpdateGradients {
+                    s: d_s.view_mut(),
+                    b: d_b.view_mut(),
+                }),
+            };
+            let (x, at) = (hidden.view(), labels(&rows, &targets));
+            let dx = d_hidden.view_mut();
+            forward_backward(x, head, at, dx, gradients, &mut sums, &workspace).expect("valid");
+            let loss = sums.read().expect("the GPU has not failed").loss;
+            let mut all = vec![
+                (dtype, d_hidden.values()),
+                (dtype, d_s.values()),
+                (DType::F32, vec![loss as f32]),
+            ];
+            if dtype == DType::F32 {
+                all.push((dtype, d_b.to_f32_vec()));
+                all.push((dtype, d_tail.to_f32_vec()));
+            }
+            all
+        });
+    }
 }

@@ -72,8 +72,7 @@ struct Softmax {
     u32* correct;
     u64 pitch; // a multiple of 8
     u32 vocabulary, padding; // padding: the target of no row
-    f32 smoothing;
-    u32 unused;
+    f32 smoothing, softcap;
 };
 
 // Some of the logits of a row: the largest, the first place that has it, sum of e = exp(z - max),
@@ -158,14 +157,27 @@ DEVICE Part block_merge(Part part) {
     return warp_merge(lane < blockDim.x / WARP ? parts[lane] : no_part());
 }
 
-DEVICE Part part_of_row(const f32* z, u32 vocabulary) {
+// The part of a row that this thread reads. CAPPED: its logits are replaced by their capped values.
+template <bool CAPPED>
+DEVICE Part part_of_row(const Softmax& p, f32* z) {
     Part part = no_part();
-    const u32 whole = vocabulary / 4 * 4;
+    const u32 whole = p.vocabulary / 4 * 4;
     for (u32 v = 4 * threadIdx.x; v < whole; v += 4 * blockDim.x) {
-        add_four(part, load_16(z + v), v);
+        Vec16<f32> four = load_16(z + v);
+        if constexpr (CAPPED) {
+#pragma unroll
+            for (u32 l = 0; l < 4; l++) {
+                four[l] = p.softcap * tanhf(four[l] / p.softcap);
+            }
+            store_16(z + v, four);
+        }
+        add_four(part, four, v);
     }
-    if (whole + threadIdx.x < vocabulary) {
-        add_one(part, z[whole + threadIdx.x], whole + threadIdx.x);
+    if (const u32 v = whole + threadIdx.x; v < p.vocabulary) {
+        if constexpr (CAPPED) {
+            z[v] = p.softcap * tanhf(z[v] / p.softcap);
+        }
+        add_one(part, z[v], v);
     }
     return part;
 }
@@ -179,9 +191,10 @@ DEVICE f32 mean_of_row(const f32* z, u32 vocabulary) {
 }
 
 // Writes the row's loss, entropy and hit; returns its statistics to all threads.
-DEVICE Part statistics(const Softmax& p, const f32* z, u32 target) {
-    const Part row = block_merge(part_of_row(z, p.vocabulary));
-    // The logits are in cache by now.
+template <bool CAPPED>
+DEVICE Part statistics(const Softmax& p, f32* z, u32 target) {
+    const Part row = block_merge(part_of_row<CAPPED>(p, z));
+    // The logits are in cache by now, and the capped ones of all threads are there.
     const f32 mean = p.smoothing > 0.0f ? mean_of_row(z, p.vocabulary) : 0.0f;
     if (threadIdx.x == 0) {
         const f64 log_sum = logf(row.sum);
@@ -207,17 +220,19 @@ DEVICE bool is_padding(const Softmax& p, u32 target) {
     return true;
 }
 
+template <bool CAPPED>
 DEVICE void loss(const Softmax& p) {
     const u32 target = p.targets[blockIdx.x];
     if (!is_padding(p, target)) {
-        statistics(p, row_of(p), target);
+        statistics<CAPPED>(p, row_of(p), target);
     }
 }
 
-// The row's logits become softmax - q, where q is one hot but for label smoothing, as f32, or as
-// bf16 from the start of the row on. A bf16 lies where a logit of half its index was: all threads read their logits of a round before any
-// writes, and a round writes only where this or an earlier one has read.
-template <typename G>
+// The row's logits become softmax - q, where q is one hot but for label smoothing, times the slope of
+// the softcap; as f32, or as bf16 from the start of the row on. A bf16 lies where a logit of half its
+// index was: all threads read their logits of a round before any writes, and a round writes only where
+// this or an earlier one has read.
+template <typename G, bool CAPPED>
 DEVICE void loss_and_gradient(const Softmax& p) {
     constexpr u32 EACH = LANES<G>;
     f32* z = row_of(p);
@@ -229,7 +244,7 @@ DEVICE void loss_and_gradient(const Softmax& p) {
         }
         return;
     }
-    const Part row = statistics(p, z, target);
+    const Part row = statistics<CAPPED>(p, z, target);
     const f32 factor = 1.0f / row.sum;
     const f32 cold = p.smoothing / static_cast<f32>(p.vocabulary);
     const f32 hot = 1.0f - p.smoothing + cold;
@@ -244,7 +259,12 @@ DEVICE void loss_and_gradient(const Softmax& p) {
 #pragma unroll
                 for (u32 l = 0; l < 4; l++) {
                     const f32 q = v + i + l == target ? hot : cold;
-                    out[i + l] = from_f32<G>(fmaf(expf(four[l] - row.max), factor, -q));
+                    f32 d = fmaf(expf(four[l] - row.max), factor, -q);
+                    if constexpr (CAPPED) {
+                        const f32 tanh = four[l] / p.softcap;
+                        d *= 1.0f - tanh * tanh;
+                    }
+                    out[i + l] = from_f32<G>(d);
                 }
             }
         }
@@ -294,7 +314,10 @@ KERNEL(linear_cross_entropy_gather_f32, 256, Rows, gather<f32>)
 KERNEL(linear_cross_entropy_gather_bf16, 256, Rows, gather<bf16>)
 KERNEL(linear_cross_entropy_scatter_add_f32, 256, Rows, scatter_add<f32>)
 KERNEL(linear_cross_entropy_scatter_add_bf16, 256, Rows, scatter_add<bf16>)
-KERNEL(linear_cross_entropy_loss, SOFTMAX_THREADS, Softmax, loss)
-KERNEL(linear_cross_entropy_gradient_f32, SOFTMAX_THREADS, Softmax, loss_and_gradient<f32>)
-KERNEL(linear_cross_entropy_gradient_bf16, SOFTMAX_THREADS, Softmax, loss_and_gradient<bf16>)
+KERNEL(linear_cross_entropy_loss, SOFTMAX_THREADS, Softmax, loss<false>)
+KERNEL(linear_cross_entropy_gradient_f32, SOFTMAX_THREADS, Softmax, (loss_and_gradient<f32, false>))
+KERNEL(linear_cross_entropy_gradient_bf16, SOFTMAX_THREADS, Softmax, (loss_and_gradient<bf16, false>))
+KERNEL(linear_cross_entropy_capped_loss, SOFTMAX_THREADS, Softmax, loss<true>)
+KERNEL(linear_cross_entropy_capped_gradient_f32, SOFTMAX_THREADS, Softmax, (loss_and_gradient<f32, true>))
+KERNEL(linear_cross_entropy_capped_gradient_bf16, SOFTMAX_THREADS, Softmax, (loss_and_gradient<bf16, true>))
 KERNEL(linear_cross_entropy_reduce, 256, Reduce, reduce)

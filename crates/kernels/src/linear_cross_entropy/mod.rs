@@ -1,11 +1,13 @@
 //! The output projection and the cross-entropy of its logits, without ever holding all logits.
 //!
 //! ```text
-//! z = hidden[row] head^T                       logits of one label row, [V]
+//! u = scale hidden[row] head^T                 logits of one label row, [V]
+//! z = u, or with a softcap c: c tanh(u / c)
 //! loss    = logZ - z[target]                   logZ = ln sum_v exp z_v
 //!           + smoothing (z[target] - mean_v z_v)
 //! entropy = logZ - sum_v p_v z_v               p = softmax(z)
-//! d_hidden[row] = (p - q) head                 d_head += sum over rows (p - q)^T hidden[row]
+//! d_u = (p - q) dz/du                          dz/du = 1, or with a softcap: 1 - (z / c)^2
+//! d_hidden[row] = scale d_u head               d_head += scale sum over rows d_u^T hidden[row]
 //! q = (1 - smoothing) onehot(target) + smoothing / V
 //! ```
 //!
@@ -17,6 +19,9 @@
 //!
 //! [`PADDING`] at the end of `rows` and `targets` stands for no row: it adds nothing anywhere, so that
 //! few numbers of rows need be planned for.
+//!
+//! The head may come in two pieces and with a low-rank update ([`Head`]); then d_head is what
+//! [`HeadGradients`] asks for.
 //!
 //! Shapes: `hidden [T,D]`, `head [V,D]`, each f32 or bf16; `rows [N]` in `0..T`, `targets [N]` in
 //! `0..V`. Gradients are those of the sum of the losses.
@@ -30,12 +35,16 @@ mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+mod head;
+#[cfg(test)]
+mod loss_tests;
 mod softmax;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use accumulator::DeviceSums;
 pub use accumulator::{Accumulator, Sums};
+pub use head::{Head, HeadGradients, Update, UpdateGradients};
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};
@@ -60,64 +69,57 @@ pub struct Labels<'a> {
 /// # Errors
 /// If a shape or length does not fit, or a row or target lies outside its table; on a GPU also if
 /// `hidden` and `head` differ in dtype.
-pub fn forward(
+pub fn forward<'a>(
     hidden: View<'_>,
-    head: View<'_>,
+    head: impl Into<Head<'a>>,
     labels: Labels<'_>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
-    let count = check(OP, hidden, head, labels)?;
-    let devices = [
-        hidden.device(),
-        head.device(),
-        labels.rows.device(),
-        labels.targets.device(),
-    ];
-    if let Some(device) = common(OP, &devices)? {
-        return cuda::run(device, [hidden, head], labels, None, sums, workspace);
+    let head = head.into();
+    let count = check(OP, hidden, &head, labels)?;
+    if let Some(device) = common(OP, &devices(hidden, &head, labels))? {
+        return cuda::run(device, hidden, &head, labels, None, sums, workspace);
     }
-    sums.add(cpu::run(hidden, head, labels, count, None, workspace)?);
+    sums.add(cpu::run(hidden, &head, labels, count, None, workspace)?);
     Ok(())
 }
 
 /// [`forward`], and the gradients of the sum of the losses.
 ///
-/// `d_hidden [T,D]` is written, zero off the label rows. `d_head [V,D]` f32 is added to; without it the
-/// head is frozen and its gradient never computed.
+/// `d_hidden [T,D]` is written, zero off the label rows; it lacks what comes through the `s` of an
+/// update. `d_head [V,D]` f32 is added to; without it the head is frozen and its gradient never computed.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn forward_backward(
+pub fn forward_backward<'a, 'b>(
     hidden: View<'_>,
-    head: View<'_>,
+    head: impl Into<Head<'a>>,
     labels: Labels<'_>,
-    d_hidden: ViewMut<'_>,
-    d_head: Option<ViewMut<'_>>,
+    d_hidden: ViewMut<'b>,
+    d_head: impl Into<HeadGradients<'b>>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
-    let count = check(OP, hidden, head, labels)?;
+    let (head, d_head) = (head.into(), d_head.into());
+    let count = check(OP, hidden, &head, labels)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
-    if let Some(d_head) = &d_head {
-        check_shape(OP, "d_head [V,D]", head.shape(), d_head.shape())?;
+    d_head.check(OP, &head)?;
+    let mut places = devices(hidden, &head, labels).to_vec();
+    places.push(d_hidden.device());
+    places.extend(d_head.weight.as_ref().map(ViewMut::device));
+    places.extend(d_head.tail.as_ref().map(ViewMut::device));
+    if let Some(update) = &d_head.update {
+        places.extend([update.s.device(), update.b.device()]);
     }
-    let d_head_device = d_head.as_ref().map_or(hidden.device(), ViewMut::device);
-    let devices = [
-        hidden.device(),
-        head.device(),
-        labels.rows.device(),
-        labels.targets.device(),
-        d_hidden.device(),
-        d_head_device,
-    ];
     let gradients = Gradients { d_hidden, d_head };
-    if let Some(device) = common(OP, &devices)? {
+    if let Some(device) = common(OP, &places)? {
         return cuda::run(
             device,
-            [hidden, head],
+            hidden,
+            &head,
             labels,
             Some(gradients),
             sums,
@@ -126,7 +128,7 @@ pub fn forward_backward(
     }
     sums.add(cpu::run(
         hidden,
-        head,
+        &head,
         labels,
         count,
         Some(gradients),
@@ -158,11 +160,29 @@ pub fn scratch_bytes(
 /// Where the gradients go.
 struct Gradients<'a> {
     d_hidden: ViewMut<'a>,
-    d_head: Option<ViewMut<'a>>,
+    d_head: HeadGradients<'a>,
+}
+
+/// Where the operands of forward are.
+fn devices<'a>(
+    hidden: View<'a>,
+    head: &Head<'a>,
+    labels: Labels<'a>,
+) -> [Option<&'a std::sync::Arc<crate::cuda::CudaDevice>>; 7] {
+    let of = |view: Option<View<'a>>| view.unwrap_or(hidden).device();
+    [
+        hidden.device(),
+        head.weight.device(),
+        of(head.tail),
+        of(head.update.map(|update| update.s)),
+        of(head.update.map(|update| update.b)),
+        labels.rows.device(),
+        labels.targets.device(),
+    ]
 }
 
 /// The number of rows before the padding.
-fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>) -> Result<usize> {
+fn check(op: &'static str, hidden: View<'_>, head: &Head<'_>, labels: Labels<'_>) -> Result<usize> {
     let Labels {
         rows,
         targets,
@@ -172,8 +192,7 @@ fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>)
         let message = format!("label smoothing is {smoothing}, expected 0 to below 1");
         return Err(Error::Invalid { op, message });
     }
-    let expected = [head.rows(), hidden.cols()];
-    check_shape(op, "head [V,D]", expected, head.shape())?;
+    head.check(op, hidden)?;
     check_len(op, "targets", rows.len(), targets.len())?;
     let before_padding = |values: &[u32]| {
         let padding = values.iter().rev().take_while(|&&value| value == PADDING);
@@ -187,7 +206,7 @@ fn check(op: &'static str, hidden: View<'_>, head: View<'_>, labels: Labels<'_>)
         before_padding(targets),
     )?;
     check_index(op, "rows", &rows[..labels], hidden.rows())?;
-    check_index(op, "targets", &targets[..labels], head.rows())?;
+    check_index(op, "targets", &targets[..labels], head.vocabulary())?;
     Ok(labels)
 }
 

@@ -1,7 +1,7 @@
 //! Softmax over the rows of a matrix `[V, N]`: every column is one prediction, one vector lane.
 
 use super::Sums;
-use crate::{View, ViewMut, simd};
+use crate::{RowsMut, View, ViewMut, simd};
 use rayon::prelude::*;
 
 /// Logits of one task: 256 KiB, which stays in L2 between its two passes.
@@ -111,33 +111,72 @@ pub(super) fn means(logits: View<'_>) -> Vec<f64> {
     (0..lanes).map(mean).collect()
 }
 
-/// Overwrites `logits [V, N]` by the gradient of the sum of losses: `softmax - q`, where q is one hot
-/// but for label smoothing.
-pub(super) fn to_gradients(logits: ViewMut<'_>, lanes: &[Lane], targets: &[u32], smoothing: f32) {
-    let width = lanes.len();
-    let everywhere = smoothing / logits.rows() as f32;
-    let max: Vec<f32> = lanes.iter().map(|lane| lane.max).collect();
-    let factor: Vec<f32> = lanes.iter().map(|lane| lane.sum.recip() as f32).collect();
-    let Some(mut logits) = logits.typed::<f32>() else {
-        unreachable!("the chunk of logits is f32");
-    };
+/// Replaces `logits [V, N]`, f32 and without gaps, by `softcap * tanh(logit / softcap)`.
+pub(super) fn cap(logits: ViewMut<'_>, softcap: f32) {
+    let width = logits.cols();
+    let mut logits = rows_mut(logits);
     let chunks = logits
         .data_mut()
         .par_chunks_mut(rows_per_task(width) * width);
+    chunks.for_each(|logits| {
+        for z in logits {
+            *z = softcap * (*z / softcap).tanh();
+        }
+    });
+}
+
+/// What the gradient of the loss depends on beside the logits.
+#[derive(Clone, Copy)]
+pub(super) struct Loss<'a> {
+    pub(super) targets: &'a [u32],
+    pub(super) smoothing: f32,
+    /// Of the logits, which are capped already.
+    pub(super) softcap: Option<f32>,
+}
+
+impl Loss<'_> {
+    /// The slope of the softcap where it gives `z`.
+    #[inline(always)]
+    fn slope(&self, z: f32) -> f32 {
+        self.softcap.map_or(1.0, |softcap| {
+            let tanh = z / softcap;
+            1.0 - tanh * tanh
+        })
+    }
+}
+
+/// Overwrites `logits [V, N]` by the gradient of the sum of losses: `softmax - q`, where q is one hot
+/// but for label smoothing, times the slope of the softcap.
+pub(super) fn to_gradients(logits: ViewMut<'_>, lanes: &[Lane], loss: Loss<'_>) {
+    let width = lanes.len();
+    let everywhere = loss.smoothing / logits.rows() as f32;
+    let max: Vec<f32> = lanes.iter().map(|lane| lane.max).collect();
+    let factor: Vec<f32> = lanes.iter().map(|lane| lane.sum.recip() as f32).collect();
+    let mut logits = rows_mut(logits);
+    let logits = logits.data_mut();
+    let place = |(lane, &target): (usize, &u32)| target as usize * width + lane;
+    let targets: Vec<usize> = loss.targets.iter().enumerate().map(place).collect();
+    // Before the gradients take the place of the logits.
+    let hot: Vec<f32> = (targets.iter())
+        .map(|&target| (1.0 - loss.smoothing) * loss.slope(logits[target]))
+        .collect();
+    let chunks = logits.par_chunks_mut(rows_per_task(width) * width);
     chunks.for_each(|rows| {
         simd::dispatch(
             #[inline(always)]
             || {
                 for row in rows.chunks_exact_mut(width) {
                     for ((z, max), factor) in row.iter_mut().zip(&max).zip(&factor) {
-                        *z = simd::exp(*z - max).mul_add(*factor, -everywhere);
+                        // A factor of 1 where nothing is capped, known before the loop.
+                        let slope = loss.slope(*z);
+                        *z = simd::exp(*z - max).mul_add(*factor, -everywhere) * slope;
                     }
                 }
             },
         );
     });
-    for (lane, &target) in targets.iter().enumerate() {
-        logits.row_mut(target as usize)[lane] -= 1.0 - smoothing;
+    for (target, hot) in targets.into_iter().zip(hot) {
+        logits[target] -= hot;
     }
 }
 
@@ -150,6 +189,13 @@ fn values(logits: View<'_>) -> &[f32] {
         unreachable!("the chunk of logits is f32");
     };
     rows.data()
+}
+
+fn rows_mut(logits: ViewMut<'_>) -> RowsMut<'_, f32> {
+    let Some(rows) = logits.typed::<f32>() else {
+        unreachable!("the chunk of logits is f32");
+    };
+    rows
 }
 
 #[inline(always)]

@@ -37,7 +37,7 @@ fn forward_backward(
     sums.read()
 }
 
-fn labels<'a>(rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
+pub(super) fn labels<'a>(rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
     Labels {
         rows,
         targets,
@@ -45,14 +45,14 @@ fn labels<'a>(rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
     }
 }
 
-struct Case {
+pub(super) struct Case {
     hidden: Tensor,
     head: Tensor,
-    rows: Vec<u32>,
-    targets: Vec<u32>,
+    pub(super) rows: Vec<u32>,
+    pub(super) targets: Vec<u32>,
 }
 
-fn case([tokens, width, vocabulary, labels]: [usize; 4], dtypes: [DType; 2]) -> Case {
+pub(super) fn case([tokens, width, vocabulary, labels]: [usize; 4], dtypes: [DType; 2]) -> Case {
     let mut stream = Stream::new((tokens + width * 1000 + vocabulary) as u64);
     let mut random = |rows: usize, dtype| {
         let cols = width + 3;
@@ -83,11 +83,11 @@ fn case([tokens, width, vocabulary, labels]: [usize; 4], dtypes: [DType; 2]) -> 
 }
 
 impl Case {
-    fn hidden(&self) -> View<'_> {
+    pub(super) fn hidden(&self) -> View<'_> {
         self.hidden.view().columns(0..self.hidden.cols() - 3)
     }
 
-    fn head(&self) -> View<'_> {
+    pub(super) fn head(&self) -> View<'_> {
         self.head.view().columns(0..self.head.cols() - 3)
     }
 
@@ -382,62 +382,104 @@ fn rows_and_targets_outside_their_tables_are_refused() {
     ));
 }
 
-/// Loss and gradients with label smoothing against their definition, through candle's tape.
+/// The head in one matrix, and the same in two pieces with an update that makes up the difference.
 #[test]
-fn label_smoothing_is_the_mean_over_the_vocabulary() -> candle_core::Result<()> {
-    const SMOOTHING: f64 = 0.1;
-    for sizes in [[5, 8, 131, 4], [3, 4, 1, 3], [40, 7, 2051, 33]] {
-        let case = case(sizes, [DType::F32; 2]);
-        let (hidden, head) = (case.hidden(), case.head());
-        let workspace = Workspace::new(sizes[0]);
-        let (rows, targets) = (Indices::host(&case.rows), Indices::host(&case.targets));
-        let labels = Labels {
-            smoothing: SMOOTHING as f32,
-            ..labels(&rows, &targets)
-        };
-        let mut d_hidden = Tensor::zeros(DType::F32, sizes[0], sizes[1]);
-        let mut d_head = Tensor::zeros(DType::F32, sizes[2], sizes[1]);
-        let mut sums = Accumulator::default();
-        let (dx, dw) = (d_hidden.view_mut(), Some(d_head.view_mut()));
-        super::forward_backward(hidden, head, labels, dx, dw, &mut sums, &workspace)
-            .expect("valid");
-        let sums = sums.read().expect("a CPU does not fail");
-        let mut alone = Accumulator::default();
-        super::forward(hidden, head, labels, &mut alone, &workspace).expect("valid");
-        assert_eq!(alone.read().expect("a CPU does not fail"), sums);
+fn a_head_in_pieces_with_an_update_is_the_sum_of_them() {
+    let [tokens, width, vocabulary, rank, scale] = [9, 12, 37, 3, 2];
+    let Case {
+        hidden,
+        head,
+        rows,
+        targets,
+    } = case([tokens, width, vocabulary, 7], [DType::F32; 2]);
+    let (hidden, head) = (
+        hidden.view().columns(0..width),
+        head.view().columns(0..width),
+    );
+    let normal = |seed, rows: usize, cols: usize| {
+        let mut stream = Stream::new(seed);
+        let values = (0..rows * cols).map(|_| stream.normal() as f32).collect();
+        Tensor::from_f32(values, rows, cols)
+    };
+    // s = hidden A^T, so that the whole is hidden (W + scale B A)^T.
+    let (a, b) = (normal(1, rank, width), normal(2, vocabulary, rank));
+    let mut s = Tensor::zeros(DType::F32, tokens, rank);
+    crate::matmul::nt(s.view_mut(), 0.0, 1.0, hidden, a.view()).unwrap();
+    let mut whole = Tensor::from_f32(head.to_f32_vec(), vocabulary, width);
+    let scale = scale as f32;
+    crate::matmul::nn(whole.view_mut(), 1.0, scale, b.view(), a.view()).unwrap();
+    let workspace = Workspace::new(tokens);
+    let (rows, targets) = (Indices::host(&rows[..]), Indices::host(&targets[..]));
+    let mut d_hidden = Tensor::zeros(DType::F32, tokens, width);
+    let mut d_whole = Tensor::zeros(DType::F32, vocabulary, width);
+    let mut sums = Accumulator::default();
+    let d = Some(d_whole.view_mut());
+    let at = labels(&rows, &targets);
+    super::forward_backward(
+        hidden,
+        whole.view(),
+        at,
+        d_hidden.view_mut(),
+        d,
+        &mut sums,
+        &workspace,
+    )
+    .unwrap();
+    let want = sums.read().unwrap();
 
-        let device = Device::Cpu;
-        let oracle =
-            |view: View<'_>| Var::from_vec(view.to_f32_vec(), (view.rows(), view.cols()), &device);
-        let (x, w) = (oracle(hidden)?, oracle(head)?);
-        let rows = Oracle::from_slice(&case.rows, case.rows.len(), &device)?;
-        let targets = Oracle::from_slice(&case.targets, (case.targets.len(), 1), &device)?;
-        let z = x.index_select(&rows, 0)?.matmul(&w.t()?)?;
-        let max = z.max_keepdim(D::Minus1)?.detach();
-        let log_z = z
-            .broadcast_sub(&max)?
-            .exp()?
-            .sum_keepdim(D::Minus1)?
-            .log()?;
-        let minus_log_p = (log_z + max)?.broadcast_sub(&z)?;
-        let nll = minus_log_p.gather(&targets, 1)?.sum_all()?;
-        let spread = (minus_log_p.sum_all()? / sizes[2] as f64)?;
-        let loss = ((nll * (1.0 - SMOOTHING))? + (spread * SMOOTHING)?)?;
-        let grads = loss.backward()?;
-        let expected = f64::from(loss.to_scalar::<f32>()?);
-        assert!(
-            (sums.loss - expected).abs() <= 1e-5 * expected,
-            "{} {expected}",
-            sums.loss
-        );
-        for (ours, theirs) in [(&d_hidden, &x), (&d_head, &w)] {
-            let theirs = grads.get(theirs).expect("the oracle has a gradient");
-            let theirs = theirs.flatten_all()?.to_vec1::<f32>()?;
-            let largest = theirs.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
-            for (a, b) in ours.to_f32_vec().iter().zip(&theirs) {
-                assert!((a - b).abs() <= 1e-5 * largest.max(1e-3), "{a} {b}");
-            }
-        }
+    for first in [0, 20, vocabulary] {
+        let pieces = super::Head {
+            weight: head.row_range(0..first),
+            tail: Some(head.row_range(first..vocabulary)),
+            update: Some(super::Update {
+                s: s.view(),
+                b: b.view(),
+                scale,
+            }),
+            ..whole.view().into()
+        };
+        let mut d_pieces = Tensor::zeros(DType::F32, vocabulary, width);
+        let mut d_tail = Tensor::zeros(DType::F32, vocabulary - first, width);
+        let mut d_s = Tensor::from_f32(vec![f32::NAN; tokens * rank], tokens, rank);
+        let mut d_b = Tensor::zeros(DType::F32, vocabulary, rank);
+        let mut d_x = Tensor::zeros(DType::F32, tokens, width);
+        let mut sums = Accumulator::default();
+        let gradients = super::HeadGradients {
+            weight: Some(d_pieces.view_mut().row_range(0..first)),
+            tail: Some(d_tail.view_mut()),
+            update: Some(super::UpdateGradients {
+                s: d_s.view_mut(),
+                b: d_b.view_mut(),
+            }),
+        };
+        super::forward_backward(
+            hidden,
+            pieces,
+            at,
+            d_x.view_mut(),
+            gradients,
+            &mut sums,
+            &workspace,
+        )
+        .unwrap();
+        let got = sums.read().unwrap();
+        assert!((got.loss / want.loss - 1.0).abs() < 1e-5 && got.correct == want.correct);
+        // What comes through s joins the rest; dB = scale dW A^T.
+        crate::matmul::nn(d_x.view_mut(), 1.0, 1.0, d_s.view(), a.view()).unwrap();
+        let mut d_b_want = Tensor::zeros(DType::F32, vocabulary, rank);
+        crate::matmul::nt(d_b_want.view_mut(), 0.0, scale, d_whole.view(), a.view()).unwrap();
+        let close = |got: Vec<f32>, want: Vec<f32>| {
+            let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs());
+            assert!(worst.fold(0.0f32, f32::max) <= 1e-5 * largest, "{first}");
+        };
+        let weights = [d_pieces.view().row_range(0..first), d_tail.view()];
+        let d_weight = weights.map(View::to_f32_vec).concat();
+        close(d_weight, d_whole.to_f32_vec());
+        close(d_x.to_f32_vec(), d_hidden.to_f32_vec());
+        close(d_b.to_f32_vec(), d_b_want.to_f32_vec());
+        let mut out = super::Accumulator::default();
+        super::forward(hidden, pieces, at, &mut out, &workspace).unwrap();
+        assert_eq!(out.read().unwrap().loss, got.loss);
     }
-    Ok(())
 }

@@ -6,7 +6,7 @@
 use super::Norm;
 use crate::cuda::rows::{Access, Matrix, column_sums, count};
 use crate::cuda::{CudaDevice, Grid, Module};
-use crate::{DType, Result, View, ViewMut, Workspace};
+use crate::{DType, Result, Tensor, View, ViewMut, Workspace};
 
 pub(crate) static MODULE: Module = Module {
     name: "qk_norm",
@@ -114,7 +114,9 @@ fn backward_weight(
     let [rows, cols] = x.shape();
     let head_dim = params.head_dim as usize;
     let mut rstd = workspace.take(DType::F32, rows, cols / head_dim);
-    let mut sums = workspace.take_zeroed(DType::F32, cols / head_dim, head_dim);
+    let buffer = workspace.take_scratch(DType::F32, cols);
+    let mut sums = Tensor::from_buffer(buffer, cols / head_dim, head_dim);
+    sums.view_mut().fill(0.0);
     params.rstd = rstd.view_mut().ptr();
     params.sums = sums.view_mut().ptr();
     params.d_weight = d_weight.ptr();
@@ -127,6 +129,6 @@ fn backward_weight(
     device.launch(&MODULE, &kernel, column_sums(cols), &params)?;
     device.launch(&MODULE, "qk_norm_add_heads", column_sums(head_dim), &params)?;
     workspace.give(rstd);
-    workspace.give(sums);
+    workspace.give_scratch(sums.into_buffer());
     Ok(())
 }

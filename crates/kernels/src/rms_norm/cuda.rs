@@ -3,6 +3,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
+use super::Weight;
 use crate::cuda::rows::{Access, Matrix, column_sums, count};
 use crate::cuda::{CudaDevice, Module};
 use crate::{Result, View, ViewMut};
@@ -24,6 +25,8 @@ struct Forward {
     cols: u32,
     team_threads: u32,
     eps: f32,
+    offset: f32,
+    unused: u32,
 }
 
 /// `struct AddForward` of the kernels.
@@ -47,13 +50,13 @@ struct Backward {
     rows: u32,
     cols: u32,
     team_threads: u32,
-    unused: u32,
+    offset: f32,
 }
 
 /// Vectors of a pass: the weight, what makes the root, and its reciprocal.
 #[derive(Clone, Copy)]
 pub(super) struct Statistics<'a> {
-    pub(super) weight: View<'a>,
+    pub(super) weight: Weight<'a>,
     pub(super) eps: f32,
     pub(super) rstd: View<'a>,
 }
@@ -63,12 +66,14 @@ impl Forward {
         Self {
             x: Matrix::of(x),
             y: Matrix::of(y),
-            weight: statistics.weight.ptr(),
+            weight: statistics.weight.values.ptr(),
             rstd: statistics.rstd.ptr(),
             rows: count(x.rows()),
             cols: count(x.cols()),
             team_threads: 0,
             eps: statistics.eps,
+            offset: statistics.weight.offset,
+            unused: 0,
         }
     }
 }
@@ -112,7 +117,7 @@ pub(super) fn backward(
     device: &CudaDevice,
     dy: View<'_>,
     x: View<'_>,
-    weight: View<'_>,
+    weight: Weight<'_>,
     rstd: View<'_>,
     dx: ViewMut<'_>,
     d_weight: Option<ViewMut<'_>>,
@@ -122,13 +127,13 @@ pub(super) fn backward(
         dy: Matrix::of(dy),
         x: Matrix::of(x),
         dx: Matrix::of(dx.as_view()),
-        weight: weight.ptr(),
+        weight: weight.values.ptr(),
         rstd: rstd.ptr(),
         d_weight: d_weight.as_ref().map_or(0, ViewMut::ptr),
         rows: count(rows),
         cols: count(cols),
         team_threads: 0,
-        unused: 0,
+        offset: weight.offset,
     };
     let access = Access::of(&[params.dy, params.x, params.dx], &[params.weight], &[cols]);
     let (team, grid) = access.row_teams(rows, cols);

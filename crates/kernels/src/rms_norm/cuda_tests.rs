@@ -1,4 +1,4 @@
-use super::{add_forward, apply, backward, forward};
+use super::{Weight, add_forward, apply, backward, forward};
 use crate::test_support::{DTYPES, assert_same_bits};
 use crate::twins::assert_cuda_matches;
 use crate::{DType, Tensor};
@@ -10,6 +10,14 @@ const SHAPES: [[usize; 2]; 5] = [[0, 8], [7, 1], [5, 123], [6, 512], [3, 1096]];
 /// More than one span.
 const LONG: [usize; 2] = [2, 20_000];
 
+/// With an offset that both twins must add.
+fn weight_of(values: &Tensor) -> Weight<'_> {
+    Weight {
+        values: values.view(),
+        offset: 1.0,
+    }
+}
+
 #[test]
 fn forward_matches_the_cpu() {
     for (x_dtype, y_dtype) in DTYPES.into_iter().flat_map(|x| DTYPES.map(|y| (x, y))) {
@@ -19,9 +27,22 @@ fn forward_matches_the_cpu() {
                 let mut rstd = place.dense(2, [shape[0], 1]);
                 let x = place.matrix(3, shape, x_dtype);
                 let mut y = place.poisoned(shape, y_dtype);
-                forward(x.view(), weight.view(), EPS, y.view_mut(), rstd.view_mut()).unwrap();
+                forward(
+                    x.view(),
+                    weight_of(&weight),
+                    EPS,
+                    y.view_mut(),
+                    rstd.view_mut(),
+                )
+                .unwrap();
                 let mut repeated = place.poisoned(shape, y_dtype);
-                apply(x.view(), weight.view(), rstd.view(), repeated.view_mut()).unwrap();
+                apply(
+                    x.view(),
+                    weight_of(&weight),
+                    rstd.view(),
+                    repeated.view_mut(),
+                )
+                .unwrap();
                 assert_same_bits(&repeated.values(), &y.values(), "apply");
                 vec![(y_dtype, y.values()), (DType::F32, rstd.to_f32_vec())]
             });
@@ -86,7 +107,7 @@ fn backward_matches_the_cpu() {
                 backward(
                     dy.view(),
                     x.view(),
-                    weight.view(),
+                    weight_of(&weight),
                     rstd.view(),
                     dx.view_mut(),
                     gradient,

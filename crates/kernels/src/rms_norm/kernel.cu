@@ -13,24 +13,36 @@ DEVICE f32 sum_of_squares(const typename Access::Group& x) {
     return sum;
 }
 
-// y = x * rstd * weight.
-template <typename Access>
-DEVICE void scale(const typename Access::Group& x, const f32* weight, f32 rstd, const Matrix& y, u32 row, u32 group) {
-    f32 weights[Access::LEN];
-    Access::load_vector(weight, group, weights);
-    typename Access::Group out;
-#pragma unroll
-    for (u32 e = 0; e < Access::LEN; e++) Access::set(y, out, e, Access::get(x, e) * rstd * weights[e]);
-    Access::store(y, row, group, out);
-}
-
 struct Forward {
     Matrix x, y;
     const f32* weight;
     f32* rstd;
     u32 rows, cols, team_threads;
-    f32 eps;
+    f32 eps, offset;
+    u32 unused;
 };
+
+// The factors of a group of columns.
+template <typename Access, typename Params>
+DEVICE void load_weights(const Params& p, u32 group, f32 (&weights)[Access::LEN]) {
+    Access::load_vector(p.weight, group, weights);
+#pragma unroll
+    for (u32 e = 0; e < Access::LEN; e++) weights[e] += p.offset;
+}
+
+// y = x * rstd * weight.
+template <typename Access>
+DEVICE void scale(const Forward& p, const typename Access::Group& x, f32 rstd, u32 row, u32 group) {
+    f32 weights[Access::LEN];
+    Access::load_vector(p.weight, group, weights);
+    typename Access::Group out;
+#pragma unroll
+    for (u32 e = 0; e < Access::LEN; e++) {
+        const f32 n = Access::get(x, e) * rstd;
+        Access::set(p.y, out, e, fmaf(n, weights[e], n * p.offset));
+    }
+    Access::store(p.y, row, group, out);
+}
 
 DEVICE f32 reciprocal_root(const Forward& p, const RowTeam& team, f32 sum_of_squares) {
     const f32 rstd = 1.0f / sqrtf(sum_of_squares / f32(p.cols) + p.eps);
@@ -48,7 +60,7 @@ DEVICE void forward(const Forward& p) {
     f32 sum = 0.0f;
     spans.visit(load, [&](u32 slot, u32) { sum += sum_of_squares<Access>(x[slot]); });
     const f32 rstd = reciprocal_root(p, team, team.sum(sum));
-    spans.visit(load, [&](u32 slot, u32 group) { scale<Access>(x[slot], p.weight, rstd, p.y, team.row, group); });
+    spans.visit(load, [&](u32 slot, u32 group) { scale<Access>(p, x[slot], rstd, team.row, group); });
 }
 
 // Forward of x += branch, where x is the residual stream.
@@ -79,7 +91,7 @@ DEVICE void add_forward(const AddForward& p) {
         sum += sum_of_squares<Access>(x[slot]);
     });
     const f32 rstd = reciprocal_root(norm, team, team.sum(sum));
-    spans.visit(load, [&](u32 slot, u32 group) { scale<Access>(x[slot], norm.weight, rstd, norm.y, team.row, group); });
+    spans.visit(load, [&](u32 slot, u32 group) { scale<Access>(norm, x[slot], rstd, team.row, group); });
 }
 
 // y from x and the rstd that is there.
@@ -91,7 +103,7 @@ DEVICE void apply(const Forward& p) {
     typename Access::Group x[SLOTS];
     Spans(team, p.cols / Access::LEN)
         .visit([&](u32 slot, u32 group) { x[slot] = Access::load_once(p.x, team.row, group); },
-               [&](u32 slot, u32 group) { scale<Access>(x[slot], p.weight, rstd, p.y, team.row, group); });
+               [&](u32 slot, u32 group) { scale<Access>(p, x[slot], rstd, team.row, group); });
 }
 
 struct Backward {
@@ -99,7 +111,8 @@ struct Backward {
     const f32* weight;
     const f32* rstd;
     f32* d_weight;
-    u32 rows, cols, team_threads, unused;
+    u32 rows, cols, team_threads;
+    f32 offset;
 };
 
 template <typename Access>
@@ -116,14 +129,14 @@ DEVICE void backward(const Backward& p) {
     f32 sum = 0.0f;
     spans.visit(load, [&](u32 slot, u32 group) {
         f32 weights[Access::LEN];
-        Access::load_vector(p.weight, group, weights);
+        load_weights<Access>(p, group, weights);
 #pragma unroll
         for (u32 e = 0; e < Access::LEN; e++) sum += Access::get(dy[slot], e) * weights[e] * Access::get(x[slot], e);
     });
     const f32 slope = team.sum(sum) * rstd * rstd / f32(p.cols);
     spans.visit(load, [&](u32 slot, u32 group) {
         f32 weights[Access::LEN];
-        Access::load_vector(p.weight, group, weights);
+        load_weights<Access>(p, group, weights);
         auto dx = Access::load(p.dx, team.row, group);
 #pragma unroll
         for (u32 e = 0; e < Access::LEN; e++) {

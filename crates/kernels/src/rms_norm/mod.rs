@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! rstd[t]  = 1 / sqrt(mean_d(x[t,d]^2) + eps)
-//! y[t,d]   = x[t,d] * rstd[t] * weight[d]
-//! dx[t,d] += rstd[t] * (g[t,d] - x[t,d] * rstd[t]^2 * mean_d(g[t,d] x[t,d])),  g = dy * weight
+//! y[t,d]   = x[t,d] * rstd[t] * w[d],  w = weight + offset
+//! dx[t,d] += rstd[t] * (g[t,d] - x[t,d] * rstd[t]^2 * mean_d(g[t,d] x[t,d])),  g = dy * w
 //! d_weight[d] += sum_t dy[t,d] * x[t,d] * rstd[t]
 //! ```
 //!
@@ -14,7 +14,7 @@
 //! # Source
 //! Zhang, Sennrich: "Root Mean Square Layer Normalization" (2019), equation 4; `eps` under the
 //! root as in the Hugging Face Llama models. Those round `x * rstd` to bf16 before they multiply
-//! by the weight, which loses accuracy and is not imitated here.
+//! by the weight, which loses accuracy and is not imitated here. `offset` 1 is that of the Gemma models.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -29,25 +29,66 @@ use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
 use crate::{Result, View, ViewMut};
 use cuda::Statistics;
+use std::borrow::Cow;
+
+/// The factor of each column, but for `offset`.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'a> {
+    /// `[1, D]` f32.
+    pub values: View<'a>,
+    /// Added to the values: 0, or 1 where they are stored as their distance from 1.
+    pub offset: f32,
+}
+
+impl<'a> From<View<'a>> for Weight<'a> {
+    fn from(values: View<'a>) -> Self {
+        Self {
+            values,
+            offset: 0.0,
+        }
+    }
+}
+
+impl<'a> Weight<'a> {
+    /// Refuses all but `cols` f32 back to back.
+    fn checked(self, op: &'static str, cols: usize) -> Result<Self> {
+        check_shape(op, "weight", [1, cols], self.values.shape())?;
+        let values = self.values.dense_f32(op, "weight")?;
+        Ok(Self { values, ..self })
+    }
+
+    /// The factors in host memory.
+    fn on_host(self, op: &'static str) -> Result<Cow<'a, [f32]>> {
+        let values = self.values.contiguous(op, "weight")?;
+        if self.offset == 0.0 {
+            return Ok(values.into());
+        }
+        Ok(values.iter().map(|w| w + self.offset).collect())
+    }
+}
 
 /// Normalises every row of `x [T, D]` into `y [T, D]`; `rstd [T, 1]` is kept for the backward pass.
 ///
 /// # Errors
 /// If a shape or length differs from the ones above.
-pub fn forward(
+pub fn forward<'a>(
     x: View<'_>,
-    weight: View<'_>,
+    weight: impl Into<Weight<'a>>,
     eps: f32,
     y: ViewMut<'_>,
     rstd: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "rms_norm::forward";
     check_shape(OP, "y", x.shape(), y.shape())?;
-    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    let weight = weight.into().checked(OP, x.cols())?;
     check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
-    let weight = weight.dense_f32(OP, "weight")?;
     let rstd = rstd.dense_f32(OP, "rstd")?;
-    let devices = [x.device(), weight.device(), y.device(), rstd.device()];
+    let devices = [
+        x.device(),
+        weight.values.device(),
+        y.device(),
+        rstd.device(),
+    ];
     if let Some(device) = common(OP, &devices)? {
         return cuda::forward(
             device,
@@ -61,10 +102,7 @@ pub fn forward(
             },
         );
     }
-    let (weight, rstd) = (
-        weight.contiguous(OP, "weight")?,
-        rstd.contiguous(OP, "rstd")?,
-    );
+    let (weight, rstd) = (&weight.on_host(OP)?, rstd.contiguous(OP, "rstd")?);
     with_dtype!(x.dtype(), X => with_dtype!(y.dtype(), Y =>
         cpu::forward::<X, Y>(typed(x), weight, eps, typed_mut(y), rstd)
     ));
@@ -78,10 +116,10 @@ pub fn forward(
 ///
 /// # Errors
 /// If a shape or length differs.
-pub fn add_forward(
+pub fn add_forward<'a>(
     residual: ViewMut<'_>,
     branch: View<'_>,
-    weight: View<'_>,
+    weight: impl Into<Weight<'a>>,
     eps: f32,
     y: ViewMut<'_>,
     rstd: ViewMut<'_>,
@@ -89,14 +127,13 @@ pub fn add_forward(
     const OP: &str = "rms_norm::add_forward";
     check_shape(OP, "branch", residual.shape(), branch.shape())?;
     check_shape(OP, "y", residual.shape(), y.shape())?;
-    check_shape(OP, "weight", [1, residual.cols()], weight.shape())?;
+    let weight = weight.into().checked(OP, residual.cols())?;
     check_shape(OP, "rstd", [residual.rows(), 1], rstd.shape())?;
-    let weight = weight.dense_f32(OP, "weight")?;
     let rstd = rstd.dense_f32(OP, "rstd")?;
     let devices = [
         residual.device(),
         branch.device(),
-        weight.device(),
+        weight.values.device(),
         y.device(),
         rstd.device(),
     ];
@@ -113,10 +150,7 @@ pub fn add_forward(
             },
         );
     }
-    let (weight, rstd) = (
-        weight.contiguous(OP, "weight")?,
-        rstd.contiguous(OP, "rstd")?,
-    );
+    let (weight, rstd) = (&weight.on_host(OP)?, rstd.contiguous(OP, "rstd")?);
     with_dtype!(residual.dtype(), R => with_dtype!(branch.dtype(), B => with_dtype!(y.dtype(), Y =>
         cpu::add_forward::<R, B, Y>(
             typed_mut(residual), typed(branch), weight, eps, typed_mut(y), rstd,
@@ -129,14 +163,23 @@ pub fn add_forward(
 ///
 /// # Errors
 /// If a shape or length differs.
-pub fn apply(x: View<'_>, weight: View<'_>, rstd: View<'_>, y: ViewMut<'_>) -> Result<()> {
+pub fn apply<'a>(
+    x: View<'_>,
+    weight: impl Into<Weight<'a>>,
+    rstd: View<'_>,
+    y: ViewMut<'_>,
+) -> Result<()> {
     const OP: &str = "rms_norm::apply";
     check_shape(OP, "y", x.shape(), y.shape())?;
-    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    let weight = weight.into().checked(OP, x.cols())?;
     check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
-    let weight = weight.dense_f32(OP, "weight")?;
     let rstd = rstd.dense_f32(OP, "rstd")?;
-    let devices = [x.device(), weight.device(), y.device(), rstd.device()];
+    let devices = [
+        x.device(),
+        weight.values.device(),
+        y.device(),
+        rstd.device(),
+    ];
     if let Some(device) = common(OP, &devices)? {
         return cuda::forward(
             device,
@@ -150,10 +193,7 @@ pub fn apply(x: View<'_>, weight: View<'_>, rstd: View<'_>, y: ViewMut<'_>) -> R
             },
         );
     }
-    let (weight, rstd) = (
-        weight.contiguous(OP, "weight")?,
-        rstd.contiguous(OP, "rstd")?,
-    );
+    let (weight, rstd) = (&weight.on_host(OP)?, rstd.contiguous(OP, "rstd")?);
     with_dtype!(x.dtype(), X => with_dtype!(y.dtype(), Y =>
         cpu::apply::<X, Y>(typed(x), weight, rstd, typed_mut(y))
     ));
@@ -166,10 +206,10 @@ pub fn apply(x: View<'_>, weight: View<'_>, rstd: View<'_>, y: ViewMut<'_>) -> R
 ///
 /// # Errors
 /// If a shape or length differs.
-pub fn backward(
+pub fn backward<'a>(
     dy: View<'_>,
     x: View<'_>,
-    weight: View<'_>,
+    weight: impl Into<Weight<'a>>,
     rstd: View<'_>,
     dx: ViewMut<'_>,
     d_weight: Option<ViewMut<'_>>,
@@ -177,18 +217,17 @@ pub fn backward(
     const OP: &str = "rms_norm::backward";
     check_shape(OP, "dy", x.shape(), dy.shape())?;
     check_shape(OP, "dx", x.shape(), dx.shape())?;
-    check_shape(OP, "weight", [1, x.cols()], weight.shape())?;
+    let weight = weight.into().checked(OP, x.cols())?;
     check_shape(OP, "rstd", [x.rows(), 1], rstd.shape())?;
     if let Some(d_weight) = &d_weight {
         check_shape(OP, "d_weight", [1, x.cols()], d_weight.shape())?;
     }
-    let weight = weight.dense_f32(OP, "weight")?;
     let rstd = rstd.dense_f32(OP, "rstd")?;
     let d_weight = d_weight.map(|d| d.dense_f32(OP, "d_weight")).transpose()?;
     let mut devices = vec![
         dy.device(),
         x.device(),
-        weight.device(),
+        weight.values.device(),
         rstd.device(),
         dx.device(),
     ];
@@ -196,10 +235,7 @@ pub fn backward(
     if let Some(device) = common(OP, &devices)? {
         return cuda::backward(device, dy, x, weight, rstd, dx, d_weight);
     }
-    let (weight, rstd) = (
-        weight.contiguous(OP, "weight")?,
-        rstd.contiguous(OP, "rstd")?,
-    );
+    let (weight, rstd) = (&weight.on_host(OP)?, rstd.contiguous(OP, "rstd")?);
     let d_weight = d_weight.map(|d| d.contiguous(OP, "d_weight")).transpose()?;
     with_dtype!(dy.dtype(), G => with_dtype!(x.dtype(), X => with_dtype!(dx.dtype(), D =>
         cpu::backward::<G, X, D>(typed(dy), typed(x), weight, rstd, typed_mut(dx), d_weight)

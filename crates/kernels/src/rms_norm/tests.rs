@@ -1,3 +1,4 @@
+use super::Weight;
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
     flat, normal, oracle_gradients, tolerance, var,
@@ -42,6 +43,12 @@ fn backward(
 ) -> Result<()> {
     let d_weight = d_weight.map(ViewMut::vector);
     super::backward(dy, x, View::vector(weight), column(rstd), dx, d_weight)
+}
+
+/// `ROWS` rows.
+fn matrix_mut(values: &mut [f32]) -> ViewMut<'_> {
+    let cols = values.len() / ROWS;
+    ViewMut::from_f32(values, ROWS, cols)
 }
 
 fn column(values: &[f32]) -> View<'_> {
@@ -153,6 +160,49 @@ fn backward_takes_every_mix_of_dtypes() {
             let what = format!("dy {dy_dtype}, x {x_dtype}, dx {dx_dtype}");
             assert_close(&dx.values(), &want[0], tolerance(dx_dtype), &what);
         }
+    }
+}
+
+#[test]
+fn an_offset_is_a_larger_weight() {
+    let shape = [ROWS, 123];
+    let (x, dy) = (normal(1, ROWS * 123), normal(2, ROWS * 123));
+    let (x, dy) = (
+        View::from_f32(&x, ROWS, 123),
+        View::from_f32(&dy, ROWS, 123),
+    );
+    let values = normal(3, 123);
+    let larger: Vec<f32> = values.iter().map(|w| w + 1.0).collect();
+    let run = |weight: Weight<'_>| {
+        let (mut y, mut sum) = (vec![0.0; ROWS * 123], dy.to_f32_vec());
+        let (mut rstd, mut d_weight) = (vec![0.0; ROWS], vec![0.0; 123]);
+        super::forward(x, weight, EPS, matrix_mut(&mut y), column_mut(&mut rstd)).unwrap();
+        let mut all = vec![y.clone()];
+        super::apply(x, weight, column(&rstd), matrix_mut(&mut y)).unwrap();
+        all.push(y.clone());
+        let gradient = Some(ViewMut::vector(&mut d_weight));
+        let d = matrix_mut(&mut y);
+        super::backward(dy, x, weight, column(&rstd), d, gradient).unwrap();
+        all.extend([y.clone(), d_weight]);
+        let residual = matrix_mut(&mut sum);
+        super::add_forward(
+            residual,
+            x,
+            weight,
+            EPS,
+            matrix_mut(&mut y),
+            column_mut(&mut rstd),
+        )
+        .unwrap();
+        all.extend([y, sum]);
+        all
+    };
+    let offset = run(Weight {
+        values: View::vector(&values),
+        offset: 1.0,
+    });
+    for (got, want) in offset.iter().zip(run(View::vector(&larger).into())) {
+        assert_same_bits(got, &want, &format!("{shape:?}"));
     }
 }
 

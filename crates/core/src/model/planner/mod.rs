@@ -15,7 +15,7 @@ use super::{DecoderConfig, Keep};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
-use shape::LayerShape;
+use shape::{LayerShape, Method};
 use std::collections::BTreeSet;
 
 /// Most numbers of recomputed layers that are tried; a deeper model is searched in larger strides.
@@ -44,10 +44,14 @@ pub struct Workload {
 pub struct StepShape {
     hidden: usize,
     heads: usize,
-    rotary_dim: usize,
+    /// Of each rope.
+    rotary_dims: Vec<usize>,
     vocabulary: usize,
     layers: Vec<LayerShape>,
-    embedding_trained: bool,
+    /// Columns of the statistics of the final norm.
+    final_norm: usize,
+    embedding: Method,
+    head_method: Method,
     on_gpu: bool,
     activations: DType,
     head: DType,
@@ -108,7 +112,7 @@ impl StepShape {
         [weights, activations]: [DType; 2],
         workload: &Workload,
     ) -> Self {
-        let (layers, embedding_trained) = shape::layers(config, attachments);
+        let (layers, [embedding, head_method]) = shape::layers(config, attachments);
         let on_gpu = device.is_cuda();
         // As `Inputs` pads them.
         let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
@@ -117,10 +121,12 @@ impl StepShape {
         Self {
             hidden: config.hidden_size,
             heads: config.heads,
-            rotary_dim: config.rope.rotary_dim,
+            rotary_dims: config.ropes.iter().map(|rope| rope.rotary_dim).collect(),
             vocabulary: config.vocab_size,
             layers,
-            embedding_trained,
+            final_norm: config.norm.statistics(),
+            embedding,
+            head_method,
             on_gpu,
             activations,
             head: weights,
@@ -167,7 +173,9 @@ impl StepShape {
             keep: (0..self.layers.len()).map(policy).collect(),
             bytes: StepBytes {
                 kept,
-                working: (all - kept).saturating_add(self.scratch),
+                working: (all - kept)
+                    .saturating_add(self.scratch)
+                    .saturating_add(self.qk_norm_bytes()),
                 loss: self.loss_bytes(),
                 other: self.other_bytes(),
             },
@@ -256,11 +264,28 @@ impl StepShape {
 
     /// The first layer that backward reaches.
     fn first_reached(&self) -> usize {
-        if self.embedding_trained {
+        if self.embedding != Method::Frozen {
             return 0;
         }
         let trained = self.layers.iter().position(|layer| layer.trained);
         trained.unwrap_or(self.layers.len())
+    }
+
+    /// The norm of the stream before layer `i`; after the last one it is the final norm.
+    fn norm_before(&self, i: usize) -> shape::NormShape {
+        let last = Some(self.final_norm);
+        self.layers.get(i).map_or(last, |layer| layer.input_norm)
+    }
+
+    /// Scratch of the gradients of trained norms of q and k on a GPU: a sum per column of all heads.
+    fn qk_norm_bytes(&self) -> u64 {
+        let norms = self.layers.iter().filter_map(|layer| layer.positioned);
+        let columns = norms.flat_map(|norms| norms.widths.into_iter().zip(norms.trained));
+        let trained: BTreeSet<usize> = columns
+            .filter_map(|(columns, trained)| (trained && self.on_gpu).then_some(columns))
+            .collect();
+        let columns: usize = trained.into_iter().sum();
+        (columns * DType::F32.bytes()) as u64
     }
 
     fn loss_bytes(&self) -> u64 {
@@ -272,7 +297,8 @@ impl StepShape {
     fn other_bytes(&self) -> u64 {
         // No position is beyond the longest document, which is no longer than a micro-batch.
         let positions = self.tokens.next_power_of_two() as u64;
-        let angles = positions.saturating_mul((self.rotary_dim * DType::F32.bytes()) as u64);
+        let row = self.rotary_dims.iter().sum::<usize>() * DType::F32.bytes();
+        let angles = positions.saturating_mul(row as u64);
         let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
         let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };
         angles.saturating_add(indices) + products as u64

@@ -42,12 +42,14 @@ impl Pool {
 
     /// Bytes per row that are in use.
     pub(super) fn live(&self) -> u64 {
-        self.kinds.iter().map(|k| row_bytes(k.slot, k.live)).sum()
+        let live = |k: &Kind| row_bytes(k.slot).saturating_mul(k.live as u64);
+        self.kinds.iter().map(live).sum()
     }
 
     /// Bytes per row that are held.
     pub(super) fn held(&self) -> u64 {
-        self.kinds.iter().map(|k| row_bytes(k.slot, k.most)).sum()
+        let most = |k: &Kind| row_bytes(k.slot).saturating_mul(k.most as u64);
+        self.kinds.iter().map(most).sum()
     }
 
     fn kind(&mut self, slot: Slot) -> &mut Kind {
@@ -65,6 +67,7 @@ impl Pool {
     }
 }
 
-fn row_bytes((dtype, cols): Slot, count: usize) -> u64 {
-    (count as u64).saturating_mul((cols * dtype.bytes()) as u64)
+/// Bytes of one row.
+pub(super) fn row_bytes((dtype, cols): Slot) -> u64 {
+    (cols * dtype.bytes()) as u64
 }

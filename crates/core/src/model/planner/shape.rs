@@ -11,9 +11,33 @@ pub(super) struct LayerShape {
     pub(super) o: GroupShape,
     pub(super) gate_up: GroupShape,
     pub(super) down: GroupShape,
+    /// Columns of q and k with their norms and positions, beside the projection, where they have norms.
+    pub(super) positioned: Option<QkNormShape>,
+    /// Norms of what the blocks read.
+    pub(super) input_norm: NormShape,
+    pub(super) mlp_norm: NormShape,
+    /// Norms of what the blocks write.
+    pub(super) attention_norm: NormShape,
+    pub(super) mlp_output_norm: NormShape,
+    /// Whether what the blocks write is scaled.
+    pub(super) scaled: bool,
     /// Whether anything in it is trained, norms included.
     pub(super) trained: bool,
     pub(super) input_norm_trained: bool,
+}
+
+/// Columns of the statistics of a norm; `None` where there is no norm.
+pub(super) type NormShape = Option<usize>;
+
+/// Norms of q and of k.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct QkNormShape {
+    /// Columns of q, and of k.
+    pub(super) widths: [usize; 2],
+    /// Heads of q, and of k.
+    pub(super) heads: [usize; 2],
+    /// Whether the norm of q, and of k, is trained.
+    pub(super) trained: [bool; 2],
 }
 
 /// Linears over one input.
@@ -38,35 +62,53 @@ pub(super) enum Method {
     Frozen,
     LowRank { rank: usize, dropout: bool },
     TrainBase,
+    TrainBias,
     Custom,
 }
 
-/// The layers of `config` with `attachments`, and whether the embedding is trained.
+/// The layers of `config` with `attachments`, and what stands at the embedding and at the head.
 pub(super) fn layers(
     config: &DecoderConfig,
     attachments: &[(SiteId, Attachment)],
-) -> (Vec<LayerShape>, bool) {
+) -> (Vec<LayerShape>, [Method; 2]) {
     let plan = ModelPlan::new(config);
-    let methods: BTreeMap<SiteId, Method> = attachments
+    let mut methods: BTreeMap<SiteId, Method> = BTreeMap::new();
+    for (site, attachment) in attachments {
+        // A trained bias beside another method adds nothing that is held.
+        match attachment {
+            Attachment::TrainBias(_) => {
+                methods.entry(*site).or_insert(Method::TrainBias);
+            }
+            other => drop(methods.insert(*site, method(other))),
+        }
+    }
+    let layers = plan
+        .layers
         .iter()
-        .map(|(site, attachment)| (*site, method(attachment)))
-        .collect();
-    let layers = plan.layers.iter().map(|l| layer(&plan, &methods, l));
-    (layers.collect(), methods.contains_key(&plan.embedding))
+        .map(|l| layer(config, &plan, &methods, l));
+    let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
+    (layers.collect(), [plan.embedding, plan.head].map(at))
 }
 
 fn method(attachment: &Attachment) -> Method {
     match attachment {
+        Attachment::TrainBias(_) => Method::TrainBias,
+        Attachment::KeepBase => Method::Frozen,
         Attachment::LowRank(low_rank) => Method::LowRank {
             rank: low_rank.rank,
             dropout: low_rank.dropout > 0.0,
         },
-        Attachment::TrainBase { .. } => Method::TrainBase,
+        Attachment::TrainBase { .. } | Attachment::TrainRows { .. } => Method::TrainBase,
         Attachment::Custom(_) => Method::Custom,
     }
 }
 
-fn layer(plan: &ModelPlan, methods: &BTreeMap<SiteId, Method>, layer: &LayerPlan) -> LayerShape {
+fn layer(
+    config: &DecoderConfig,
+    plan: &ModelPlan,
+    methods: &BTreeMap<SiteId, Method>,
+    layer: &LayerPlan,
+) -> LayerShape {
     let group = |sites: &[SiteId]| GroupShape {
         in_features: plan.site(sites[0]).in_features,
         out_features: sites.iter().map(|&id| plan.site(id).out_features).sum(),
@@ -79,20 +121,23 @@ fn layer(plan: &ModelPlan, methods: &BTreeMap<SiteId, Method>, layer: &LayerPlan
             })
             .collect(),
     };
-    let [qkv, o, gate_up, down] = [
-        group(&[layer.q, layer.k, layer.v]),
-        group(&[layer.o]),
-        group(&[layer.gate, layer.up]),
-        group(&[layer.down]),
-    ];
-    let input_norm_trained = methods.contains_key(&layer.input_norm);
-    let in_linears = [&qkv, &o, &gate_up, &down]
-        .iter()
-        .flat_map(|group| &group.parts)
-        .any(|part| part.method != Method::Frozen);
+    let is_trained = |id: &SiteId| methods.contains_key(id);
+    let statistics = |norm: Option<SiteId>| norm.map(|_| config.norm.statistics());
+    let [qkv, o, gate_up, down] = layer.groups().map(group);
+    let in_linears = layer.groups().into_iter().flatten().any(is_trained);
     LayerShape {
-        trained: in_linears || input_norm_trained || methods.contains_key(&layer.mlp_norm),
-        input_norm_trained,
+        positioned: layer.qk_norm.map(|norms| QkNormShape {
+            widths: [config.q_width(), config.kv_width()],
+            heads: [config.heads, config.kv_heads],
+            trained: norms.map(|id| is_trained(&id)),
+        }),
+        input_norm: statistics(layer.input_norm),
+        mlp_norm: statistics(layer.mlp_norm),
+        attention_norm: statistics(layer.attention_norm),
+        mlp_output_norm: statistics(layer.mlp_output_norm),
+        scaled: config.residual_scale != 1.0,
+        trained: in_linears || layer.norms().any(|id| is_trained(&id)),
+        input_norm_trained: layer.input_norm.as_ref().is_some_and(is_trained),
         qkv,
         o,
         gate_up,

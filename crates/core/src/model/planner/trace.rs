@@ -2,8 +2,8 @@
 //! the same calls as in `layer.rs`, `linear.rs` and their kernels, and to be changed with them.
 
 use super::StepShape;
-use super::pool::{Pool, Slot};
-use super::shape::{GroupShape, LayerShape, Method};
+use super::pool::{Pool, Slot, row_bytes};
+use super::shape::{GroupShape, LayerShape, Method, NormShape};
 use crate::model::Keep;
 use ferrotune_kernels::{DType, Workspace};
 
@@ -24,34 +24,46 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     };
     let act = shape.activations;
     let width = shape.hidden;
-    let angles = [(); 2].map(|()| trace.pool.take(DType::F32, shape.rotary_dim / 2));
+    let angles: Vec<Slot> = (shape.rotary_dims.iter())
+        .flat_map(|dim| [(); 2].map(|()| trace.pool.take(DType::F32, dim / 2)))
+        .collect();
     // Forward: the stream, its norm and the norm's statistics.
-    let mut flow = Flow::take(&mut trace);
+    let stream = trace.pool.take(act, width);
+    if let Method::LowRank { rank, .. } = shape.embedding {
+        trace.pool.pass(shape.factors, trace.aligned(rank));
+    }
+    let mut flow = trace.normed(stream, shape.norm_before(0));
     let reached = shape.first_reached();
     let mut saved = Vec::new();
     for (i, layer) in shape.layers.iter().enumerate() {
         let policy = (i >= reached).then(|| keep.get(i).copied().unwrap_or_default());
-        let (next, layer_saved) = trace.layer_forward(layer, flow, policy);
+        let next_norm = shape.norm_before(i + 1);
+        let (next, layer_saved) = trace.layer_forward(layer, flow, next_norm, policy);
         flow = next;
         saved.extend(layer_saved.map(|s| (i, s)));
     }
     // Angles, the stream, its norm and statistics are no layer's.
-    let last = trace.row_bytes(act, 2 * width) + trace.row_bytes(DType::F32, 1 + shape.rotary_dim);
-    let kept = trace.pool.live() - last;
+    let no_layers = flow.slots().chain(angles.iter().copied()).map(row_bytes);
+    let kept = trace.pool.live() - no_layers.sum::<u64>();
     // Loss and the gradient of the last norm.
     let d_hidden = trace.pool.take(act, width);
+    let head = trace.head_update();
     if !shape.on_gpu {
         let chunk = [(); 2].map(|()| trace.pool.take(DType::F32, width));
         chunk.into_iter().for_each(|slot| trace.pool.give(slot));
     }
-    trace.pool.give(flow.y);
+    trace.give_all(head);
+    trace.give_all(flow.y);
     let d_stream = trace.pool.take(act, width);
-    for slot in [d_hidden, flow.stream, flow.rstd] {
-        trace.pool.give(slot);
-    }
+    trace.give_all([d_hidden, flow.stream].into_iter().chain(flow.statistics));
     while let Some((i, layer_saved)) = saved.pop() {
-        let needs_input = shape.embedding_trained || i > reached;
+        let needs_input = shape.embedding != Method::Frozen || i > reached;
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
+    }
+    if let Method::LowRank { rank, .. } = shape.embedding {
+        let cols = trace.aligned(rank);
+        let both = [(); 2].map(|()| trace.pool.take(shape.factors, cols));
+        trace.give_all(both);
     }
     trace.pool.give(d_stream);
     trace.give_all(angles);
@@ -66,31 +78,30 @@ struct Trace<'a> {
     pool: Pool,
 }
 
-/// What goes from layer to layer.
+/// What goes from layer to layer: a stream, its norm and the norm's statistics.
 #[derive(Clone, Copy)]
 struct Flow {
     stream: Slot,
-    y: Slot,
-    rstd: Slot,
+    y: Option<Slot>,
+    statistics: Option<Slot>,
 }
 
 impl Flow {
-    fn take(trace: &mut Trace<'_>) -> Self {
-        let (act, width) = (trace.shape.activations, trace.shape.hidden);
-        Self {
-            stream: trace.pool.take(act, width),
-            y: trace.pool.take(act, width),
-            rstd: trace.pool.take(DType::F32, 1),
-        }
+    fn slots(self) -> impl Iterator<Item = Slot> {
+        [self.stream]
+            .into_iter()
+            .chain(self.y)
+            .chain(self.statistics)
     }
 }
 
 /// Slots of a layer's saved activations.
 struct Saved {
-    input: [Slot; 2],
+    /// The input stream and its norm's statistics.
+    input: Vec<Slot>,
     attention: Option<Attention>,
     gate_up: Option<Vec<Slot>>,
-    down_parts: Vec<Slot>,
+    down: Down,
 }
 
 struct Attention {
@@ -98,42 +109,79 @@ struct Attention {
     core: [Slot; 3],
     qkv_parts: Vec<Slot>,
     o_parts: Vec<Slot>,
+    output: NormedOutput,
     /// The stream before the mlp and its norm's statistics.
-    middle: [Slot; 2],
+    middle: Vec<Slot>,
 }
 
-impl Trace<'_> {
-    fn row_bytes(&self, dtype: DType, cols: usize) -> u64 {
-        (dtype.bytes() * cols) as u64
-    }
+struct Down {
+    parts: Vec<Slot>,
+    output: NormedOutput,
+}
 
+/// A block's output before its norm and the norm's statistics; nothing where it has no norm.
+type NormedOutput = Vec<Slot>;
+
+impl Trace<'_> {
     fn give_all(&mut self, slots: impl IntoIterator<Item = Slot>) {
         slots.into_iter().for_each(|slot| self.pool.give(slot));
+    }
+
+    /// The norm of a stream.
+    fn normed(&mut self, stream: Slot, norm: NormShape) -> Flow {
+        let act = self.shape.activations;
+        Flow {
+            stream,
+            y: norm.map(|_| self.pool.take(act, self.shape.hidden)),
+            statistics: norm.map(|columns| self.pool.take(DType::F32, columns)),
+        }
+    }
+
+    /// Where a block's output, which has a slot, joins the stream.
+    fn join(&mut self, output: Slot, norm: NormShape, next: NormShape) -> (Flow, NormedOutput) {
+        let (stream, saved) = match norm {
+            None => (output, Vec::new()),
+            Some(columns) => {
+                let y = self.pool.take(self.shape.activations, self.shape.hidden);
+                (y, vec![output, self.pool.take(DType::F32, columns)])
+            }
+        };
+        (self.normed(stream, next), saved)
+    }
+
+    /// The gradient of a block's output, where it has a slot of its own.
+    fn join_backward(&mut self, layer: &LayerShape, saved: NormedOutput) -> Option<Slot> {
+        let (act, width) = (self.shape.activations, self.shape.hidden);
+        let scaled = layer.scaled.then(|| self.pool.take(act, width));
+        if saved.is_empty() {
+            return scaled;
+        }
+        let d_output = self.pool.take(act, width);
+        self.give_all(scaled);
+        self.give_all(saved);
+        Some(d_output)
     }
 
     fn layer_forward(
         &mut self,
         layer: &LayerShape,
         flow: Flow,
+        next_norm: NormShape,
         keep: Option<Keep>,
     ) -> (Flow, Option<Saved>) {
         let act = self.shape.activations;
         let (attention, y) = self.attend(layer, flow.y);
         let gate_up = self.gate_up(layer, y);
         let activated = self.pool.take(act, layer.down.in_features);
-        let stream = self.pool.take(act, layer.down.out_features);
-        let down_parts = self.group_forward(&layer.down);
+        let output = self.pool.take(act, layer.down.out_features);
+        let parts = self.group_forward(&layer.down);
         self.pool.give(activated);
-        let next = Flow {
-            stream,
-            y: self.pool.take(act, self.shape.hidden),
-            rstd: self.pool.take(DType::F32, 1),
-        };
+        let (next, output) = self.join(output, layer.mlp_output_norm, next_norm);
         let mut saved = Saved {
-            input: [flow.stream, flow.rstd],
+            input: [flow.stream].into_iter().chain(flow.statistics).collect(),
             attention: Some(attention),
             gate_up: Some(gate_up),
-            down_parts,
+            down: Down { parts, output },
         };
         if keep != Some(Keep::All) {
             let gate_up = saved.gate_up.take();
@@ -144,46 +192,65 @@ impl Trace<'_> {
         {
             self.give_all(attention.core);
             self.give_all(attention.middle);
+            self.give_all(attention.output);
             self.give_all(attention.qkv_parts);
             self.give_all(attention.o_parts);
         }
         if keep.is_none() {
             self.give_all(saved.input);
-            self.give_all(saved.down_parts);
+            self.give_all(saved.down.parts);
+            self.give_all(saved.down.output);
             return (next, None);
         }
         (next, Some(saved))
     }
 
     /// The attention block; gives the normed input back.
-    fn attend(&mut self, layer: &LayerShape, y: Slot) -> (Attention, Slot) {
+    fn attend(&mut self, layer: &LayerShape, y: Option<Slot>) -> (Attention, Option<Slot>) {
         let act = self.shape.activations;
         let qkv = self.pool.take(act, layer.qkv.out_features);
         let qkv_parts = self.group_forward(&layer.qkv);
-        self.pool.give(y);
+        self.give_all(y);
+        let positioned = self.positioned(layer);
         let attended = self.pool.take(act, layer.o.in_features);
         let lse = self.pool.take(DType::F32, self.shape.heads);
-        let stream = self.pool.take(act, layer.o.out_features);
+        self.give_all(positioned);
+        let output = self.pool.take(act, layer.o.out_features);
         let o_parts = self.group_forward(&layer.o);
-        let y = self.pool.take(act, self.shape.hidden);
+        let (middle, output) = self.join(output, layer.attention_norm, layer.mlp_norm);
         let attention = Attention {
             core: [qkv, attended, lse],
             qkv_parts,
             o_parts,
-            middle: [stream, self.pool.take(DType::F32, 1)],
+            output,
+            middle: [middle.stream]
+                .into_iter()
+                .chain(middle.statistics)
+                .collect(),
         };
-        (attention, y)
+        (attention, middle.y)
+    }
+
+    /// q and k with their norms and positions.
+    fn positioned(&mut self, layer: &LayerShape) -> Option<Slot> {
+        let columns = layer.positioned.map(|norms| norms.widths.iter().sum());
+        columns.map(|columns| self.pool.take(self.shape.activations, columns))
     }
 
     /// gate and up with their low-rank intermediates; gives the normed stream back.
-    fn gate_up(&mut self, layer: &LayerShape, y: Slot) -> Vec<Slot> {
+    fn gate_up(&mut self, layer: &LayerShape, y: Option<Slot>) -> Vec<Slot> {
         let values = self
             .pool
             .take(self.shape.activations, layer.gate_up.out_features);
         let mut slots = self.group_forward(&layer.gate_up);
         slots.push(values);
-        self.pool.give(y);
+        self.give_all(y);
         slots
+    }
+
+    /// A norm computed again.
+    fn normed_again(&mut self, norm: NormShape) -> Option<Slot> {
+        norm.map(|_| self.pool.take(self.shape.activations, self.shape.hidden))
     }
 
     fn layer_backward(&mut self, layer: &LayerShape, saved: Saved, needs_input: bool) {
@@ -191,7 +258,7 @@ impl Trace<'_> {
         let (attention, y) = match saved.attention {
             Some(attention) => (attention, None),
             None => {
-                let y = self.pool.take(act, width);
+                let y = self.normed_again(layer.input_norm);
                 let (attention, y) = self.attend(layer, y);
                 (attention, Some(y))
             }
@@ -199,41 +266,83 @@ impl Trace<'_> {
         let gate_up = match saved.gate_up {
             Some(gate_up) => gate_up,
             None => {
-                let y = y.unwrap_or_else(|| self.pool.take(act, width));
+                let y = y.unwrap_or_else(|| self.normed_again(layer.mlp_norm));
                 self.gate_up(layer, y)
             }
         };
-        self.mlp_backward(layer, gate_up, saved.down_parts);
+        self.mlp_backward(layer, gate_up, saved.down);
         self.give_all(attention.middle);
 
+        let d_output = self.join_backward(layer, attention.output);
         let d_attended = self.pool.take(act, layer.o.in_features);
         self.group_backward(&layer.o, true);
         self.give_all(attention.o_parts);
+        self.give_all(d_output);
         let d_qkv = self.pool.take(act, layer.qkv.out_features);
+        let positioned = self.positioned(layer);
         if self.shape.on_gpu {
             // The row sums of the attention's backward.
             self.pool.pass(DType::F32, self.shape.heads);
         }
-        self.pool.give(d_attended);
-        self.give_all(attention.core);
-        let normed = [(); 2].map(|()| self.pool.take(act, width));
+        let [qkv, attended, lse] = attention.core;
+        self.give_all([d_attended, attended, lse].into_iter().chain(positioned));
+        self.position_backward(layer);
+        self.pool.give(qkv);
+        let normed = self.normed_again(layer.input_norm);
+        let d_normed = self.pool.take(act, width);
         self.group_backward(&layer.qkv, needs_input || layer.input_norm_trained);
         self.give_all(attention.qkv_parts);
         self.give_all(normed);
+        self.pool.give(d_normed);
         self.pool.give(d_qkv);
         self.give_all(saved.input);
     }
 
-    fn mlp_backward(&mut self, layer: &LayerShape, gate_up: Vec<Slot>, down_parts: Vec<Slot>) {
+    /// What the gradients of trained norms of q and k take.
+    fn position_backward(&mut self, layer: &LayerShape) {
+        let Some(norms) = layer.positioned.filter(|_| self.shape.on_gpu) else {
+            return;
+        };
+        for (heads, _) in norms
+            .heads
+            .into_iter()
+            .zip(norms.trained)
+            .filter(|(_, t)| *t)
+        {
+            self.pool.pass(DType::F32, heads);
+        }
+    }
+
+    fn mlp_backward(&mut self, layer: &LayerShape, gate_up: Vec<Slot>, down: Down) {
         let act = self.shape.activations;
+        let d_output = self.join_backward(layer, down.output);
         let activated = [(); 2].map(|()| self.pool.take(act, layer.down.in_features));
         self.group_backward(&layer.down, true);
-        self.give_all(down_parts);
+        self.give_all(down.parts);
+        self.give_all(d_output);
         self.give_all(activated);
-        let normed = [(); 2].map(|()| self.pool.take(act, layer.gate_up.in_features));
+        let normed = self.normed_again(layer.mlp_norm);
+        let d_normed = self.pool.take(act, layer.gate_up.in_features);
         self.group_backward(&layer.gate_up, true);
         self.give_all(gate_up);
         self.give_all(normed);
+        self.pool.give(d_normed);
+    }
+
+    /// What the head's update holds while the loss is computed: s and its gradient.
+    fn head_update(&mut self) -> Vec<Slot> {
+        let Method::LowRank { rank, dropout } = self.shape.head_method else {
+            return Vec::new();
+        };
+        let cols = self.aligned(rank);
+        let slots = [(); 2].map(|()| self.pool.take(self.shape.factors, cols));
+        if dropout {
+            let act = self.shape.activations;
+            let width = self.shape.hidden;
+            let dropped = [(); 2].map(|()| self.pool.take(act, width));
+            self.give_all(dropped);
+        }
+        slots.to_vec()
     }
 
     /// Columns of a low-rank intermediate.

@@ -1,0 +1,34 @@
+//! Gemma 2: norms on both sides of each block, bounded scores and logits, a window over every other layer.
+
+use super::{gemma, layer_types};
+use crate::Result;
+use crate::model::{DecoderConfig, HfConfig, ModuleNames};
+use serde_json::json;
+
+pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let config = &config.with_defaults(&json!({
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }));
+    common(config, |layer| layer.is_multiple_of(2))
+}
+
+/// What Gemma 2 and 3 share; `slides` says which layers have a window where `layer_types` does not.
+pub(super) fn common(config: &HfConfig, slides: impl Fn(usize) -> bool) -> Result<DecoderConfig> {
+    let activation = config.text_or("hidden_activation", "gelu_pytorch_tanh")?;
+    let common = gemma::common(&config.with("hidden_act", json!(activation)))?;
+    let window = config.get("sliding_window");
+    let window = window.map(|_| config.size("sliding_window")).transpose()?;
+    let scalar = config.positive("query_pre_attn_scalar")?.unwrap_or(256.0);
+    Ok(DecoderConfig {
+        modules: ModuleNames::BOTH_NORMS,
+        attention_scale: scalar.sqrt().recip() as f32,
+        attention_softcap: config.positive("attn_logit_softcapping")?.map(|c| c as f32),
+        logits_softcap: config
+            .positive("final_logit_softcapping")?
+            .map(|c| c as f32),
+        sliding_windows: layer_types::windows(config, common.layers, window, slides)?,
+        ..common
+    })
+}

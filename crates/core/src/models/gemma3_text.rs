@@ -1,0 +1,24 @@
+//! Gemma 3, text alone: norms of q and k, and a window and a rope of their own in five of six layers.
+
+use super::gemma2;
+use crate::Result;
+use crate::model::{DecoderConfig, HfConfig, QkNorm, RopeConfig};
+use serde_json::json;
+
+pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let config = &config.with_defaults(&json!({"sliding_window": 4096}));
+    let pattern = config.size_or("sliding_window_pattern", Some(6))?;
+    let common = gemma2::common(config, |layer| !(layer + 1).is_multiple_of(pattern))?;
+    let rope = |kind, theta| RopeConfig::of_layers(config, common.head_dim, kind, theta);
+    let ropes = vec![
+        rope("full_attention", ("rope_theta", 1e6))?,
+        rope("sliding_attention", ("rope_local_base_freq", 1e4))?,
+    ];
+    let rope_of = |window: &Option<usize>| Some(usize::from(window.is_some()));
+    Ok(DecoderConfig {
+        qk_norm: Some(QkNorm::PerHead),
+        layer_ropes: common.sliding_windows.iter().map(rope_of).collect(),
+        ropes,
+        ..common
+    })
+}
