@@ -19,7 +19,8 @@ fn main() -> Result<()> {
     let base = Path::new("examples/demo/base");
     let tokenizer = Tokenizer::from_dir(base)?;
     let files = ["examples/opposites.jsonl".into()];
-    let rows = Dataset::load(&files, &tokenizer, &PrepareOptions::default())?.examples;
+    let rows = Dataset::load(&files, &tokenizer, &PrepareOptions::default())?;
+    let rows = rows.examples.to_vec()?;
     let (held_out, training) = rows.split_at(4);
     let held_out = [pack(held_out.iter())];
 

@@ -136,7 +136,8 @@ fn main() -> Result<()> {
 
     let tokenizer = Tokenizer::from_dir(base)?;
     let files = ["examples/opposites.jsonl".into()];
-    let rows = Dataset::load(&files, &tokenizer, &PrepareOptions::default())?.examples;
+    let rows = Dataset::load(&files, &tokenizer, &PrepareOptions::default())?;
+    let rows = rows.examples.to_vec()?;
     let batch = [PackedBatch::pack((0..).zip(&rows))];
     let before = trainer.evaluate(&batch)?.loss;
     for _ in 0..40 {

@@ -22,8 +22,9 @@ use std::time::Duration;
 
 /// Keys that may differ between the ranks of a run: paths, whose contents are compared, and what each
 /// machine decides for itself.
-const OWN_KEYS: [&str; 9] = [
+const OWN_KEYS: [&str; 10] = [
     "chat_template_path",
+    "dataset_cache_dir",
     "dataset_name",
     "device",
     "eval_file",
@@ -80,7 +81,7 @@ pub fn join(
             Device::Cpu => "cpu".into(),
             Device::Cuda(device) => device.name().into(),
         },
-        config_digest: digests(recipe),
+        config_digest: digests(recipe)?,
     };
     let tcp = Tcp::join(&membership, &work, &timing(config), stop)?;
     let by_device = match recipe.device.is_cuda() {
@@ -163,7 +164,7 @@ fn timing(config: &TrainConfig) -> Timing {
 }
 
 /// Digests of the sections of the configuration, of base and of data, so that a difference says where it is.
-fn digests(recipe: &Recipe) -> String {
+fn digests(recipe: &Recipe) -> Result<String> {
     let config = recipe.config.to_json();
     let mut sections: BTreeMap<&str, String> = BTreeMap::new();
     for key in TrainConfig::keys() {
@@ -176,11 +177,11 @@ fn digests(recipe: &Recipe) -> String {
         sections.insert(name, digest.clone());
     }
     if let Some(rows) = &recipe.eval_dataset {
-        sections.insert("eval_data", data_digest(&rows.examples));
+        sections.insert("eval_data", data_digest(&rows.examples)?);
     }
     let short = |text: &String| blake3_of_bytes(text.as_bytes())[..8].to_owned();
     let parts = sections
         .iter()
         .map(|(name, text)| format!("{name} {}", short(text)));
-    parts.collect::<Vec<_>>().join(", ")
+    Ok(parts.collect::<Vec<_>>().join(", "))
 }

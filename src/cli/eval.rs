@@ -110,7 +110,10 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
     let context = model.model.config().max_position_embeddings;
     let options = args.rows.options(context);
     let dataset = Dataset::from_rows(rows, &model.tokenizer, &options)?;
-    let too_long = dataset.examples.iter().filter(|e| e.len() > context);
+    let too_long = dataset
+        .examples
+        .lengths()
+        .filter(|length| *length > context);
     let (count, longest) = (too_long.count(), dataset.report.longest);
     if count > 0 {
         return Err(Error::config(
@@ -124,7 +127,9 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
             ),
         ));
     }
-    model.check_vocabulary(dataset.examples.iter().flat_map(|e| &e.input_ids))?;
+    dataset
+        .examples
+        .for_each(|_, example| model.check_vocabulary(&example.input_ids))?;
     Ok(dataset)
 }
 
@@ -166,7 +171,8 @@ fn loss(
     result: &mut BTreeMap<&str, Value>,
 ) -> Result<()> {
     let mut sums = Sums::default();
-    for rows in dataset.examples.chunks(batch_size) {
+    let examples = dataset.examples.to_vec()?;
+    for rows in examples.chunks(batch_size) {
         let batch = PackedBatch::pack(rows.iter().enumerate().map(|(i, e)| (i as u64, e)));
         sums += model.model.loss(model.pass(), &model.params, &batch)?;
     }
@@ -194,10 +200,11 @@ fn loss(
 
 /// `input_ids` `[1, T]` and `logits` `[1, T, V]`, for comparison with other software.
 fn write_logits(path: &Path, model: &TextModel, dataset: &Dataset) -> Result<()> {
-    let Some(example) = dataset.examples.first() else {
+    if dataset.examples.is_empty() {
         return Err(Error::data(path, None, "no row to take logits of"));
-    };
-    let batch = PackedBatch::pack([(0, example)]);
+    }
+    let example = dataset.examples.get(0)?;
+    let batch = PackedBatch::pack([(0, &example)]);
     let logits = model.model.logits(model.pass(), &model.params, &batch)?;
     let (values, tokens, vocab) = (logits.to_f32_vec(), batch.tokens(), logits.cols());
     let ids: Vec<u8> = batch

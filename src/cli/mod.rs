@@ -199,6 +199,9 @@ fn either_spelling(word: OsString) -> OsString {
 fn exit_on_panic() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
+        if ferrotune::core::panic_is_expected() {
+            return;
+        }
         default(info);
         let code = match info.to_string().contains("Cannot allocate memory") {
             true => ExitCode::OutOfMemory,

@@ -198,9 +198,16 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         trainable_token_indices: token_indices(&lora.lora_trainable_token_indices)?,
         ensure_weight_tying: lora.lora_ensure_weight_tying,
         task_type: Some(lora.lora_task_type.clone()),
-        base_model_name_or_path: Some(base.display().to_string()),
+        base_model_name_or_path: Some(name_of(config, base)),
         ..LoraConfig::default()
     })
+}
+
+/// What others are to find the base by: its name on the hub, or where it is.
+fn name_of(config: &TrainConfig, base: &Path) -> String {
+    let name = config.model.model_name_or_path.as_deref();
+    let on_hub = name.filter(|name| !Path::new(name).is_dir());
+    on_hub.map_or_else(|| base.display().to_string(), str::to_owned)
 }
 
 fn bias(bias: Bias) -> LoraBias {

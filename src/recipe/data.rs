@@ -4,11 +4,15 @@ mod arrange;
 mod files;
 mod workload;
 
+#[cfg(feature = "hub")]
+pub(crate) use files::is_of_split;
+
 pub(super) use workload::workload;
 
+use crate::hub::{self, Kind, Repository, Settings};
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
-    BatchPlan, Dataset, EpochPlan, Example, Order, PackedBatch, PrepareOptions, Record, Row,
+    BatchPlan, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions, Record, Row,
     Tokenizer, pack_bfd,
 };
 use ferrotune_core::model::DecoderConfig;
@@ -26,9 +30,35 @@ pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> 
     let mut tokenizer = Tokenizer::from_dir(base)?;
     if let Some(path) = &config.data.chat_template_path {
         let source = std::fs::read_to_string(path).map_err(Error::read(path))?;
-        tokenizer.set_chat_template(&source)?;
+        let set = tokenizer.set_chat_template(&source);
+        set.map_err(|error| error.in_template_file(Path::new(path)))?;
     }
     Ok(tokenizer)
+}
+
+/// The names of `dataset_name`, those on the hub replaced by where their files are.
+fn local(config: &TrainConfig) -> Result<Vec<String>> {
+    let data = &config.data;
+    let splits = vec![
+        data.dataset_train_split.clone(),
+        data.dataset_test_split.clone(),
+    ];
+    let local = |name: &String| {
+        if Path::new(name).exists() {
+            return Ok(name.clone());
+        }
+        let kind = Kind::Dataset {
+            splits: splits.clone(),
+        };
+        match Repository::named(kind, name, None) {
+            None => Ok(name.clone()),
+            Some(repository) => {
+                let path = hub::directory(&Settings::from_env(), &repository, "dataset_name")?;
+                Ok(path.display().to_string())
+            }
+        }
+    };
+    data.dataset_name.iter().map(local).collect()
 }
 
 /// The training rows, prepared, and those of them that are held out for evaluation.
@@ -36,11 +66,7 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Pr
     let data = &config.data;
     let mut files = Vec::new();
     let mut weights = Vec::new();
-    let names = files::named(
-        &data.dataset_name,
-        &data.dataset_train_split,
-        "dataset_name",
-    )?;
+    let names = files::named(&local(config)?, &data.dataset_train_split, "dataset_name")?;
     let plain = data.train_file.iter().map(|f| vec![PathBuf::from(f)]);
     for (i, named) in names.into_iter().chain(plain).enumerate() {
         let weight = data.dataset_weights.get(i).copied().unwrap_or(1.0);
@@ -53,7 +79,7 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Pr
             "is missing; expected a file of rows, a directory of them, or train_file",
         ));
     }
-    let dataset = Dataset::load(&files, tokenizer, &options(config, data.packing))?;
+    let dataset = load(config, &files, tokenizer, data.packing)?;
     arrange::training(config, dataset, &weights)
 }
 
@@ -96,12 +122,8 @@ pub(super) fn evaluation(
     let data = &config.data;
     let mut files: Vec<PathBuf> = data.eval_file.iter().map(PathBuf::from).collect();
     if files.is_empty() && held_out.is_none() {
-        let directories: Vec<String> = data
-            .dataset_name
-            .iter()
-            .filter(|n| Path::new(n).is_dir())
-            .cloned()
-            .collect();
+        let mut directories = local(config)?;
+        directories.retain(|name| Path::new(name).is_dir());
         files = files::named(&directories, &data.dataset_test_split, "dataset_test_split")
             .unwrap_or_default()
             .concat();
@@ -110,9 +132,23 @@ pub(super) fn evaluation(
         return Ok(held_out);
     }
     let packing = data.packs_evaluation();
-    let mut dataset = Dataset::load(&files, tokenizer, &options(config, packing))?;
+    let mut dataset = load(config, &files, tokenizer, packing)?;
     arrange::cut(config, packing, &mut dataset)?;
     Ok(Some(dataset))
+}
+
+/// The rows of files, prepared: in memory, or where they were prepared before.
+fn load(
+    config: &TrainConfig,
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    packing: bool,
+) -> Result<Dataset> {
+    let options = options(config, packing);
+    match &config.data.dataset_cache_dir {
+        Some(directory) => Dataset::load_cached(files, tokenizer, &options, Path::new(directory)),
+        None => Dataset::load(files, tokenizer, &options),
+    }
 }
 
 fn options(config: &TrainConfig, packing: bool) -> PrepareOptions {
@@ -163,17 +199,21 @@ pub(super) fn check_fits_vocabulary(
     decoder: &DecoderConfig,
     base: &Path,
 ) -> Result<()> {
-    let labels = |e: &Example| e.labels.iter().filter_map(|&l| u32::try_from(l).ok()).max();
-    let of_labels: Vec<u32> = dataset.examples.iter().filter_map(labels).collect();
-    let ids = dataset.examples.iter().flat_map(|e| &e.input_ids);
-    let ids = ids.chain(&of_labels);
-    tokenizer.check_fits(ids, decoder.vocab_size, &base.join("config.json"))
+    let mut largest = 0;
+    dataset.examples.for_each(|_, example| {
+        let labels = example.labels.iter().filter_map(|&l| u32::try_from(l).ok());
+        let ids = example.input_ids.iter().copied().chain(labels);
+        largest = ids.fold(largest, u32::max);
+        Ok(())
+    })?;
+    tokenizer.check_fits(&[largest], decoder.vocab_size, &base.join("config.json"))
 }
 
 /// Micro-batches of every step, as a function of (seed, epoch).
 #[derive(Debug)]
 pub struct EpochData<'a> {
-    examples: &'a [Example],
+    examples: &'a Examples,
+    lengths: Vec<usize>,
     bins: Vec<Vec<usize>>,
     plan: BatchPlan,
     hidden_size: usize,
@@ -207,6 +247,7 @@ impl<'a> EpochData<'a> {
         let steps_per_epoch = EpochPlan::packed(&bins, |_| 0, plan, 0).steps() as u64;
         Self {
             examples: &dataset.examples,
+            lengths: dataset.lengths(),
             bins,
             plan,
             hidden_size,
@@ -228,7 +269,7 @@ impl StepData for EpochData<'_> {
         let steps = self.steps_per_epoch.max(1);
         let epoch = step / steps;
         if self.current.as_ref().is_none_or(|(e, _)| *e != epoch) {
-            let cost = |row: usize| cost(self.examples[row].len(), self.hidden_size);
+            let cost = |row: usize| cost(self.lengths[row], self.hidden_size);
             let plan = EpochPlan::packed(&self.bins, cost, self.plan, epoch);
             self.current = Some((epoch, plan));
         }
@@ -236,11 +277,18 @@ impl StepData for EpochData<'_> {
             .current
             .as_ref()
             .map(|(_, plan)| plan.step((step % steps) as usize, self.rank));
-        let pack = |rows: &ferrotune_core::data::MicroBatch| {
-            PackedBatch::pack(rows.documents().map(|(id, row)| (id, &self.examples[row])))
-        };
-        Ok(micro_batches.unwrap_or_default().iter().map(pack).collect())
+        let micro_batches = micro_batches.unwrap_or_default();
+        let pack = |rows: &ferrotune_core::data::MicroBatch| pack(self.examples, rows.documents());
+        micro_batches.iter().map(pack).collect()
     }
+}
+
+/// Documents, each with its id in the step, in one row.
+fn pack(examples: &Examples, documents: impl Iterator<Item = (u64, usize)>) -> Result<PackedBatch> {
+    let documents: Result<Vec<_>> = documents
+        .map(|(id, row)| Ok((id, examples.get(row)?)))
+        .collect();
+    Ok(PackedBatch::pack(documents?.iter().map(|(id, e)| (*id, e))))
 }
 
 /// What a document of `tokens` costs, in units that only compare: a layer's products take about
@@ -251,13 +299,15 @@ fn cost(tokens: usize, hidden_size: usize) -> u64 {
 }
 
 /// Batches of `per_device_eval_batch_size` rows (or bins) in the order of the file.
-#[must_use]
-pub fn eval_batches(config: &TrainConfig, dataset: &Dataset) -> Vec<PackedBatch> {
+///
+/// # Errors
+/// [`Error::Read`] if they lie in a file that cannot be read.
+pub fn eval_batches(config: &TrainConfig, dataset: &Dataset) -> Result<Vec<PackedBatch>> {
     let bins = bins(&config.data, dataset, config.data.packs_evaluation());
     bins.chunks(config.data.per_device_eval_batch_size.max(1))
         .map(|bins| {
             let rows = bins.iter().flatten();
-            PackedBatch::pack(rows.map(|&row| (row as u64, &dataset.examples[row])))
+            pack(&dataset.examples, rows.map(|&row| (row as u64, row)))
         })
         .collect()
 }
@@ -275,10 +325,10 @@ fn bins(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<Vec<usize
 
 /// Tokens of each line of a batch, in the order of the file: a row, or a bin of packed rows.
 pub(super) fn lines(data: &DataArguments, dataset: &Dataset, packing: bool) -> Vec<usize> {
-    line_tokens(&bins(data, dataset, packing), &dataset.examples)
+    line_tokens(&bins(data, dataset, packing), &dataset.lengths())
 }
 
-fn line_tokens(bins: &[Vec<usize>], examples: &[Example]) -> Vec<usize> {
-    let tokens = |bin: &Vec<usize>| bin.iter().map(|&i| examples[i].len()).sum();
+fn line_tokens(bins: &[Vec<usize>], lengths: &[usize]) -> Vec<usize> {
+    let tokens = |bin: &Vec<usize>| bin.iter().map(|&i| lengths[i]).sum();
     bins.iter().map(tokens).collect()
 }

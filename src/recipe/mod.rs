@@ -16,6 +16,8 @@ mod run_plan;
 mod summary;
 
 pub use adapter::adapter_of;
+#[cfg(feature = "hub")]
+pub(crate) use data::is_of_split;
 pub use data::{EpochData, eval_batches, prepare_rows};
 pub use memory::available_memory;
 pub use outputs::{CheckpointFiles, read_trained};
@@ -23,6 +25,7 @@ pub use preflight::{Preflight, ShownRow, prepare_data};
 use run_plan::run_plan;
 pub use summary::Summary;
 
+use crate::hub::{self, Kind, Repository, Settings};
 use crate::{device, threads};
 use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
@@ -165,9 +168,9 @@ impl Recipe {
             attached.trainable,
             &decoder,
         )?;
-        let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref());
+        let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref())?;
         let weights = weight_format(&config, files.as_ref(), &device);
-        let fingerprints = outputs::fingerprints(identity, &dataset);
+        let fingerprints = outputs::fingerprints(identity, &dataset)?;
         let mut recipe = Self {
             config,
             base,
@@ -269,7 +272,7 @@ impl Recipe {
         };
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
-            let eval_batches = self.eval_batches();
+            let eval_batches = self.eval_batches()?;
             let mut data = self.epoch_data();
             let files = CheckpointFiles::new(self);
             let keep = self.config.output.save_total_limit;
@@ -319,7 +322,7 @@ impl Recipe {
         trainer.rehearse(&self.workload.sizes)?;
         let schedule = self.schedule()?;
         let started = self.run_started(&trainer, 0);
-        let eval_batches = self.eval_batches();
+        let eval_batches = self.eval_batches()?;
         let run = Run {
             plan: self.plan.clone(),
             schedule: &schedule,
@@ -341,11 +344,10 @@ impl Recipe {
         TrainerState::new().with_selection(self.config.output.selection())
     }
 
-    fn eval_batches(&self) -> Vec<PackedBatch> {
+    fn eval_batches(&self) -> Result<Vec<PackedBatch>> {
         let dataset = self.eval_dataset.as_ref();
-        dataset
-            .map(|d| eval_batches(&self.config, d))
-            .unwrap_or_default()
+        let batches = dataset.map(|d| eval_batches(&self.config, d)).transpose();
+        Ok(batches?.unwrap_or_default())
     }
 
     /// This rank's micro-batches.
@@ -491,8 +493,14 @@ fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
     if path.is_dir() {
         return Ok(path);
     }
+    let revision = config.model.model_revision.as_deref();
+    if let Some(repository) = Repository::named(Kind::Model, name, revision) {
+        return hub::directory(&Settings::from_env(), &repository, "model_name_or_path");
+    }
     Err(Error::config(
         "model_name_or_path",
-        format!("`{name}` is not a directory; download the model and give its path"),
+        format!(
+            "`{name}` is not a directory, and no name on the Hugging Face hub, such as owner/name"
+        ),
     ))
 }

@@ -97,10 +97,13 @@ pub(super) const DATA_DIGEST: &str = "data";
 const MICRO_BATCHES: &str = "micro_batches_per_step";
 
 /// Digests of base and data: equal for a continued run to be the same run.
-pub(super) fn fingerprints(identity: RunIdentity, dataset: &Dataset) -> BTreeMap<String, String> {
+pub(super) fn fingerprints(
+    identity: RunIdentity,
+    dataset: &Dataset,
+) -> Result<BTreeMap<String, String>> {
     let mut fingerprints = identity.fingerprints;
-    fingerprints.insert(DATA_DIGEST.into(), data_digest(&dataset.examples));
-    fingerprints
+    fingerprints.insert(DATA_DIGEST.into(), data_digest(&dataset.examples)?);
+    Ok(fingerprints)
 }
 
 /// What a run is as far as it is known before its data are.

@@ -2,7 +2,7 @@
 
 use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
-use ferrotune_core::data::{Dataset, Decoding, Example, IGNORE_INDEX, Tokenizer};
+use ferrotune_core::data::{Dataset, Decoding, Example, Examples, IGNORE_INDEX, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -52,10 +52,10 @@ impl Preflight {
     /// # Errors
     /// [`ferrotune_core::Error::Model`] if tokens cannot be decoded.
     pub fn of(tokenizer: &Tokenizer, dataset: &Dataset, shown: Range<usize>) -> Result<Self> {
-        let ends = Ends::of(tokenizer, &dataset.examples);
+        let ends = Ends::of(tokenizer, &dataset.examples)?;
         let end = shown.end.min(dataset.examples.len());
         let rows = (shown.start.min(end)..end)
-            .map(|i| show(tokenizer, i, &dataset.examples[i]))
+            .map(|i| show(tokenizer, i, &dataset.examples.get(i)?))
             .collect::<Result<Vec<_>>>()?;
         let mut facts = counts(dataset);
         facts.push(ends.describe(tokenizer, dataset.examples.len()));
@@ -134,12 +134,12 @@ struct Ends {
 }
 
 impl Ends {
-    fn of(tokenizer: &Tokenizer, examples: &[Example]) -> Self {
+    fn of(tokenizer: &Tokenizer, examples: &Examples) -> Result<Self> {
         let mut ends = Self::default();
         let bos = tokenizer.bos_id();
         let is_stop =
             |label: &i32| u32::try_from(*label).is_ok_and(|id| tokenizer.stop_ids().contains(&id));
-        for example in examples {
+        examples.for_each(|_, example| {
             let begins = bos.is_some() && example.input_ids.first().copied() == bos;
             ends.with_bos += usize::from(begins);
             ends.with_stop += usize::from(example.labels.iter().skip(1).any(is_stop));
@@ -147,8 +147,9 @@ impl Ends {
             if let Some(id) = trained.and_then(|l| u32::try_from(*l).ok()) {
                 *ends.last.entry(id).or_default() += 1;
             }
-        }
-        ends
+            Ok(())
+        })?;
+        Ok(ends)
     }
 
     fn describe(&self, tokenizer: &Tokenizer, examples: usize) -> String {

@@ -20,9 +20,10 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 37] = [
+const FREE_KEYS: [&str; 39] = [
     "chat_template_path",
     "cuda_graph",
+    "dataset_cache_dir",
     "dataset_name",
     "dataset_test_split",
     "dataset_train_split",
@@ -43,6 +44,7 @@ const FREE_KEYS: [&str; 37] = [
     "logging_strategy",
     "max_steps",
     "model_name_or_path",
+    "model_revision",
     "num_threads",
     "num_train_epochs",
     "output_dir",

@@ -190,6 +190,17 @@ impl Error {
         |source| Self::Write { path, source }
     }
 
+    /// A template's fault with the file it comes from.
+    #[must_use]
+    pub fn in_template_file(self, path: &Path) -> Self {
+        match self {
+            Self::Template { message } => Self::Template {
+                message: format!("{}: {message}", path.display()),
+            },
+            other => other,
+        }
+    }
+
     /// The exit code that tells a scheduler what to do about it.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {

@@ -9,6 +9,7 @@ pub mod data;
 mod error;
 mod exit_code;
 pub mod full;
+mod guarded;
 pub mod io;
 pub mod lr_schedule;
 pub mod model;
@@ -22,3 +23,4 @@ pub mod trainer;
 
 pub use error::{Error, Result};
 pub use exit_code::{EXIT_CODES, ExitCode};
+pub use guarded::panic_is_expected;

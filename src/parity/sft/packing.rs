@@ -1,7 +1,7 @@
 use super::{list, matches_collated, text};
 use crate::parity::case::Case;
 use crate::parity::compare::Comparison;
-use ferrotune_core::data::{Example, IGNORE_INDEX, PackedBatch, pack_bfd, split_long, wrap};
+use ferrotune_core::data::{Example, Examples, IGNORE_INDEX, PackedBatch, pack_bfd};
 use ferrotune_core::{Error, Result};
 use serde_json::{Value, json};
 
@@ -73,9 +73,13 @@ fn pack(case: &Value, strategy: &str) -> Result<Vec<Vec<Example>>, String> {
                 e
             })
             .collect(),
-        "bfd_split" => split_long(counted.collect(), max_length),
+        "bfd_split" => {
+            let split = counted.collect::<Examples>().split_long(max_length);
+            split.and_then(|e| e.to_vec()).map_err(|e| e.to_string())?
+        }
         "wrapped" => {
-            let blocks = wrap(&counted.collect::<Vec<_>>(), max_length);
+            let blocks = counted.collect::<Examples>().wrap(max_length);
+            let blocks = blocks.and_then(|e| e.to_vec()).map_err(|e| e.to_string())?;
             return Ok(blocks.into_iter().map(|block| vec![block]).collect());
         }
         other => return Err(format!("`{other}` is no packing strategy known here")),

@@ -56,7 +56,7 @@ fn prepare(case: &Case, path: &Path, item: &Value) -> Result<Vec<PackedBatch>> {
         .collect();
     let records = records.map_err(|message| Error::data(path, None, message))?;
     let dataset = prepare_rows(&config, &tokenizer, records)?;
-    Ok(eval_batches(&config, &dataset))
+    eval_batches(&config, &dataset)
 }
 
 /// The documents of a line.

@@ -2,7 +2,7 @@
 
 use super::Prepared;
 use ferrotune_core::config::{PackingStrategy, TrainConfig};
-use ferrotune_core::data::{Dataset, Example, RecordKind, split_long, wrap};
+use ferrotune_core::data::{Dataset, Example, Examples, RecordKind};
 use ferrotune_core::io::blake3_of_bytes;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::{Stream, key_for};
@@ -18,10 +18,13 @@ pub(super) fn training(
     let mut stream = Stream::new(key_for(config.runtime.data_seed(), "rows of the data set"));
     if weights.iter().any(|w| *w != 1.0) {
         let ends = dataset.file_ends.clone();
-        dataset.replace(|examples| weigh(&examples, &ends, weights, &mut stream));
+        let weighed = weigh(&dataset.examples, &ends, weights, &mut stream);
+        dataset.replace(weighed);
     }
     if data.shuffle_dataset {
-        stream.shuffle(&mut dataset.examples);
+        let mut order: Vec<usize> = (0..dataset.examples.len()).collect();
+        stream.shuffle(&mut order);
+        dataset.examples = dataset.examples.select(order);
     }
     cut(config, data.packing, &mut dataset)?;
     if let Some(held_out) = &mut held_out {
@@ -39,20 +42,18 @@ fn hold_out(dataset: &mut Dataset, share: f64) -> Result<Option<Dataset>> {
     let (mut kept, mut out) = (Vec::new(), Vec::new());
     let mut ends = Vec::new();
     let mut file_ends = dataset.file_ends.iter().peekable();
-    for (i, example) in std::mem::take(&mut dataset.examples)
-        .into_iter()
-        .enumerate()
-    {
+    dataset.examples.for_each(|i, example| {
         while file_ends.next_if(|end| **end <= i).is_some() {
             ends.push(kept.len());
         }
-        let side = if is_held_out(&example, share) {
+        let side = if is_held_out(example, share) {
             &mut out
         } else {
             &mut kept
         };
-        side.push(example);
-    }
+        side.push(i);
+        Ok(())
+    })?;
     ends.resize(dataset.file_ends.len(), kept.len());
     let counts = [kept.len(), out.len()];
     if counts.contains(&0) {
@@ -71,8 +72,8 @@ fn hold_out(dataset: &mut Dataset, share: f64) -> Result<Option<Dataset>> {
     };
     held_out.report.rows = counts[1] as u64;
     dataset.report.rows -= counts[1] as u64;
-    held_out.replace(|_| out);
-    dataset.replace(|_| kept);
+    held_out.replace(dataset.examples.select(out));
+    dataset.replace(dataset.examples.select(kept));
     dataset.file_ends = ends;
     Ok(Some(held_out))
 }
@@ -89,27 +90,22 @@ fn is_held_out(example: &Example, share: f64) -> bool {
 }
 
 /// The examples of each file as often as its weight says; of a fraction, some that the seed chooses.
-fn weigh(
-    examples: &[Example],
-    ends: &[usize],
-    weights: &[f64],
-    stream: &mut Stream,
-) -> Vec<Example> {
+fn weigh(examples: &Examples, ends: &[usize], weights: &[f64], stream: &mut Stream) -> Examples {
     let mut all = Vec::new();
     let mut begin = 0;
     for (&end, &weight) in ends.iter().zip(weights) {
-        let of_file = &examples[begin..end];
+        let of_file = begin..end;
         begin = end;
         for _ in 0..weight as usize {
-            all.extend_from_slice(of_file);
+            all.extend(of_file.clone());
         }
-        let mut some: Vec<usize> = (0..of_file.len()).collect();
+        let mut some: Vec<usize> = of_file.clone().collect();
         stream.shuffle(&mut some);
         some.truncate((of_file.len() as f64 * weight.fract()).round() as usize);
         some.sort_unstable();
-        all.extend(some.into_iter().map(|i| of_file[i].clone()));
+        all.extend(some);
     }
-    all
+    examples.select(all)
 }
 
 /// Cuts examples where packing does not truncate them.
@@ -120,10 +116,10 @@ pub(super) fn cut(config: &TrainConfig, packing: bool, dataset: &mut Dataset) ->
     };
     match data.packing_strategy {
         PackingStrategy::Bfd => {}
-        PackingStrategy::BfdSplit => dataset.replace(|examples| split_long(examples, max_length)),
+        PackingStrategy::BfdSplit => dataset.replace(dataset.examples.split_long(max_length)?),
         PackingStrategy::Wrapped => {
             check_is_text(dataset)?;
-            dataset.replace(|examples| wrap(&examples, max_length));
+            dataset.replace(dataset.examples.wrap(max_length)?);
         }
     }
     Ok(())
@@ -149,22 +145,23 @@ mod tests {
 
     fn dataset(files: &[usize]) -> Dataset {
         let mut dataset = Dataset::default();
+        let mut examples = Vec::new();
         for &rows in files {
-            let first = dataset.examples.len() as u32;
-            dataset
-                .examples
-                .extend((first..first + rows as u32).map(|id| Example {
-                    input_ids: vec![id, 7],
-                    labels: vec![id as i32, 7],
-                }));
-            dataset.file_ends.push(dataset.examples.len());
+            let first = examples.len() as u32;
+            examples.extend((first..first + rows as u32).map(|id| Example {
+                input_ids: vec![id, 7],
+                labels: vec![id as i32, 7],
+            }));
+            dataset.file_ends.push(examples.len());
         }
+        dataset.examples = examples.into();
         dataset.report.rows = dataset.examples.len() as u64;
         dataset
     }
 
     fn ids(dataset: &Dataset) -> Vec<u32> {
-        dataset.examples.iter().map(|e| e.input_ids[0]).collect()
+        let examples = dataset.examples.to_vec().expect("memory is readable");
+        examples.iter().map(|e| e.input_ids[0]).collect()
     }
 
     #[test]

@@ -59,7 +59,8 @@ fn of_split(directory: &Path, split: &str) -> Vec<PathBuf> {
     }
 }
 
-fn is_of_split(path: &Path, split: &str) -> bool {
+/// Whether a file is of a split by its name.
+pub(crate) fn is_of_split(path: &Path, split: &str) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let rest = name.strip_prefix(split);
     let stem = rest.and_then(|rest| ENDINGS.iter().find_map(|ending| rest.strip_suffix(ending)));

@@ -1,10 +1,9 @@
 //! The sizes of a run's micro-batches: what its memory depends on.
 
 use super::{EpochData, eval_batches};
+use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
-use ferrotune_core::data::{
-    BatchSize, Dataset, EpochPlan, Example, Order, PackedBatch, padded_rows,
-};
+use ferrotune_core::data::{BatchSize, Dataset, EpochPlan, Order, PackedBatch, padded_rows};
 use ferrotune_core::model::Workload;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,20 +16,20 @@ pub(in crate::recipe) fn workload(
     epochs: &EpochData<'_>,
     steps: u64,
     eval_dataset: Option<&Dataset>,
-) -> Workload {
+) -> Result<Workload> {
     let mut sizes = epochs.sizes(steps);
     let training = sizes.one_of_each();
-    let batches = eval_dataset.map(|d| eval_batches(config, d));
+    let batches = eval_dataset.map(|d| eval_batches(config, d)).transpose()?;
     for batch in batches.iter().flatten() {
         sizes.add(size_of_batch(batch));
     }
-    let tokens: usize = epochs.examples.iter().map(Example::len).sum();
-    Workload {
+    let tokens: usize = epochs.examples.lengths().sum();
+    Ok(Workload {
         tokens: sizes.tokens,
         label_rows: sizes.label_rows,
         mean_length: tokens as f64 / epochs.examples.len().max(1) as f64,
         sizes: training,
-    }
+    })
 }
 
 fn size_of_batch(batch: &PackedBatch) -> BatchSize {
@@ -99,10 +98,11 @@ impl EpochData<'_> {
     fn sizes(&self, steps: u64) -> Sizes {
         let rows: Vec<BatchSize> = self
             .examples
-            .iter()
-            .map(|example| BatchSize {
-                tokens: example.len(),
-                label_rows: example.trained_tokens(),
+            .lengths()
+            .zip(self.examples.trained_tokens())
+            .map(|(tokens, label_rows)| BatchSize {
+                tokens,
+                label_rows,
                 documents: 1,
             })
             .collect();
@@ -151,6 +151,7 @@ fn largest(lines: &[BatchSize], count: usize) -> BatchSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferrotune_core::data::Example;
     use ferrotune_core::process_group::Place;
 
     fn dataset(lengths: &[usize]) -> Dataset {
@@ -175,7 +176,7 @@ mod tests {
         let lengths: Vec<usize> = (1..=64).collect();
         let (config, dataset) = (config(4), dataset(&lengths));
         let mut epochs = EpochData::new(&config, &dataset, 64, Place::SOLO);
-        let workload = workload(&config, &epochs, 32, None);
+        let workload = workload(&config, &epochs, 32, None).expect("rows are in memory");
         let batches = (0..32).flat_map(|step| {
             ferrotune_core::trainer::StepData::step(&mut epochs, step).expect("in memory")
         });
@@ -190,7 +191,9 @@ mod tests {
         let lengths: Vec<usize> = (1..=64).collect();
         let (config, dataset) = (config(4), dataset(&lengths));
         let mut epochs = EpochData::new(&config, &dataset, 64, Place::SOLO);
-        let sizes = workload(&config, &epochs, 32, None).sizes;
+        let sizes = workload(&config, &epochs, 32, None)
+            .expect("rows are in memory")
+            .sizes;
         let batches = (0..32).flat_map(|step| {
             ferrotune_core::trainer::StepData::step(&mut epochs, step).expect("in memory")
         });
@@ -213,7 +216,8 @@ mod tests {
         let lengths: Vec<usize> = (1..=64).collect();
         let (config, dataset) = (config(4), dataset(&lengths));
         let epochs = EpochData::new(&config, &dataset, 64, Place::SOLO);
-        let workload = workload(&config, &epochs, MOST_ROWS_COUNTED, None);
+        let workload =
+            workload(&config, &epochs, MOST_ROWS_COUNTED, None).expect("rows are in memory");
         assert_eq!(workload.tokens, 61 + 62 + 63 + 64);
         // The first token of a row is no label.
         assert_eq!(workload.label_rows.last(), Some(&256));
@@ -224,6 +228,11 @@ mod tests {
     fn a_run_without_steps_has_no_micro_batches() {
         let (config, dataset) = (config(2), dataset(&[5, 6]));
         let epochs = EpochData::new(&config, &dataset, 64, Place::SOLO);
-        assert_eq!(workload(&config, &epochs, 0, None).tokens, 0);
+        assert_eq!(
+            workload(&config, &epochs, 0, None)
+                .expect("rows are in memory")
+                .tokens,
+            0
+        );
     }
 }

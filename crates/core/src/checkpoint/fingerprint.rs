@@ -1,6 +1,6 @@
 //! Digests that tell one base or data set from another, cheap enough for the start of every run.
 
-use crate::data::Example;
+use crate::data::Examples;
 use crate::{Error, Result};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -58,18 +58,21 @@ fn samples(length: u64) -> Vec<(u64, u64)> {
 }
 
 /// BLAKE3, in hexadecimal, over the tokens and labels of all examples, in their order.
-#[must_use]
-pub fn data_digest(examples: &[Example]) -> String {
+///
+/// # Errors
+/// [`Error::Read`] if they lie in a file that cannot be read.
+pub fn data_digest(examples: &Examples) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut bytes = Vec::new();
-    for example in examples {
+    examples.for_each(|_, example| {
         bytes.clear();
         bytes.extend_from_slice(&(example.len() as u64).to_le_bytes());
         bytes.extend(example.input_ids.iter().flat_map(|v| v.to_le_bytes()));
         bytes.extend(example.labels.iter().flat_map(|v| v.to_le_bytes()));
         hasher.update(&bytes);
-    }
-    hasher.finalize().to_hex().to_string()
+        Ok(())
+    })?;
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 #[cfg(test)]

@@ -56,11 +56,6 @@ const fn key(
 pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     // Model
     key(
-        "model_revision",
-        &["null", "\"main\""],
-        NotYet("download that revision and give its directory"),
-    ),
-    key(
         "model_init_kwargs",
         EMPTY,
         NotYet("use dtype for the data type"),

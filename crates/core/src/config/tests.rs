@@ -282,7 +282,6 @@ fn features_to_come_are_errors_unless_they_are_off() {
         "loss_type: dft",
         "push_to_hub: true",
         "dataloader_drop_last: true",
-        "model_revision: v2",
     ] {
         let message = yaml_fault(text);
         assert!(message.contains("not supported yet"), "{message}");

@@ -387,6 +387,14 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             four_bit_keys.join(", ")
         ));
     }
+    let base = config
+        .model
+        .model_name_or_path
+        .as_deref()
+        .unwrap_or_default();
+    if config.model.model_revision.is_some() && std::path::Path::new(base).is_dir() {
+        notes.push("model_revision has no effect on a directory".to_owned());
+    }
     let schedule = &config.schedule;
     if schedule.max_steps > 0 && schedule.warmup_steps > schedule.max_steps as f64 {
         notes.push(format!(

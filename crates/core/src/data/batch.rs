@@ -29,11 +29,13 @@ impl Example {
     /// Number of tokens that are predicted.
     #[must_use]
     pub fn trained_tokens(&self) -> usize {
-        self.labels
-            .iter()
-            .skip(1)
-            .filter(|&&l| l != IGNORE_INDEX)
-            .count()
+        Self::trained_labels(&self.labels)
+    }
+
+    /// Of the labels of a document, those that are predicted.
+    pub(crate) fn trained_labels(labels: &[i32]) -> usize {
+        let predicted = labels.iter().skip(1);
+        predicted.filter(|&&l| l != IGNORE_INDEX).count()
     }
 }
 

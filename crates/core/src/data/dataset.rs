@@ -1,26 +1,31 @@
-//! A data set in memory: every example of the files, in their order.
+//! A data set: every example of the files, in their order.
 
 use crate::data::batch::Example;
+use crate::data::examples::{Collector, Examples};
 use crate::data::jsonl::{Line, parse_object};
 use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row};
+use crate::data::prepared_file;
 use crate::data::record::{Record, RecordKind, rename_columns};
 use crate::data::source::{self, RawRow};
 use crate::data::tokenizer::Tokenizer;
+use crate::io::write_file_with;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use serde_json::{Map, Value};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Rows and bytes that are prepared at a time: what memory holds beside the examples.
 const CHUNK_ROWS: usize = 1024;
 const CHUNK_BYTES: usize = 16 << 20;
 
 /// Prepared examples and what happened to the rows they come from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Dataset {
     /// The examples, in the order of the rows; each has a token that is trained.
-    pub examples: Vec<Example>,
+    pub examples: Examples,
     /// What preparation did.
     pub report: PrepareReport,
     /// The kind of its rows.
@@ -41,17 +46,54 @@ impl Dataset {
         tokenizer: &Tokenizer,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let mut builder = Builder::new(tokenizer, options);
-        for file in files {
-            builder.read(file)?;
-            let end = builder.dataset.examples.len();
-            builder.dataset.file_ends.push(end);
+        let mut builder = Builder::new(tokenizer, options, Collector::in_memory());
+        builder.read_all(files)?;
+        Ok(builder.held())
+    }
+
+    /// [`Dataset::load`] with the examples in a file of `directory`, which is made if the same files
+    /// were not prepared before in the same way; a damaged one is made anew. Memory holds 16 bytes an
+    /// example, and no token.
+    ///
+    /// # Errors
+    /// As [`Dataset::load`], and [`Error::Write`] if the directory cannot be written.
+    pub fn load_cached(
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        options: &PrepareOptions,
+        directory: &Path,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
+        let key = prepared_file::key(files, tokenizer, options)?;
+        let path = directory.join(format!("{key}.examples"));
+        match prepared_file::open(&path, &key) {
+            Ok(Some(dataset)) => {
+                tracing::info!("rows were prepared before: {}", path.display());
+                return Ok(dataset);
+            }
+            Ok(None) => {}
+            Err(reason) => tracing::warn!("{}: {reason}; it is made anew", path.display()),
         }
-        builder.finish(
-            files
-                .first()
-                .map_or(Path::new("(no file)"), PathBuf::as_path),
-        )
+        let mut refused = None;
+        let written = write_file_with(&path, |file| {
+            let prepared = prepared_file::write(file, &key, |to| {
+                let mut builder = Builder::new(tokenizer, options, Collector::to(to));
+                builder.read_all(files)?;
+                Ok((builder.dataset, builder.collector.into_sizes()))
+            })?;
+            prepared.map_err(|error| {
+                refused = Some(error);
+                io::Error::other("the rows cannot be prepared")
+            })
+        });
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        written?;
+        match prepared_file::open(&path, &key) {
+            Ok(Some(dataset)) => Ok(dataset),
+            gone => Err(prepared_file::unreadable(&path, gone.err())),
+        }
     }
 
     /// Prepares rows that do not come from a file.
@@ -66,40 +108,63 @@ impl Dataset {
         let origin = rows
             .first()
             .map_or_else(|| Arc::from(Path::new("(no rows)")), |r| r.path.clone());
-        let mut builder = Builder::new(tokenizer, options);
+        let mut builder = Builder::new(tokenizer, options, Collector::in_memory());
         builder.add(rows.into_par_iter().map(Ok).collect())?;
-        builder.finish(&origin)
+        builder.check_any(&origin)?;
+        Ok(builder.held())
     }
 
     /// Replaces the examples by others made of them, and measures those.
-    pub fn replace(&mut self, with: impl FnOnce(Vec<Example>) -> Vec<Example>) {
-        self.examples = with(std::mem::take(&mut self.examples));
+    pub fn replace(&mut self, examples: Examples) {
+        self.examples = examples;
         self.report.measure(&self.examples);
     }
 
     /// The number of tokens of each example.
     #[must_use]
     pub fn lengths(&self) -> Vec<usize> {
-        self.examples.iter().map(Example::len).collect()
+        self.examples.lengths().collect()
     }
 }
 
 /// A data set being read.
-struct Builder<'a> {
+struct Builder<'a, 'f> {
     tokenizer: &'a Tokenizer,
     options: &'a PrepareOptions,
     preparer: Option<Preparer<'a>>,
     dataset: Dataset,
+    collector: Collector<'f>,
 }
 
-impl<'a> Builder<'a> {
-    fn new(tokenizer: &'a Tokenizer, options: &'a PrepareOptions) -> Self {
+impl<'a, 'f> Builder<'a, 'f> {
+    fn new(
+        tokenizer: &'a Tokenizer,
+        options: &'a PrepareOptions,
+        collector: Collector<'f>,
+    ) -> Self {
         Self {
             tokenizer,
             options,
             preparer: None,
             dataset: Dataset::default(),
+            collector,
         }
+    }
+
+    fn read_all(&mut self, files: &[PathBuf]) -> Result<()> {
+        for file in files {
+            self.read(file)?;
+            self.dataset.file_ends.push(self.collector.len());
+        }
+        let first = files.first().map(PathBuf::as_path);
+        self.check_any(first.unwrap_or(Path::new("(no file)")))
+    }
+
+    /// The data set, of examples that were held.
+    fn held(self) -> Dataset {
+        let mut dataset = self.dataset;
+        dataset.examples = self.collector.held();
+        dataset
     }
 
     fn read(&mut self, file: &Path) -> Result<()> {
@@ -134,25 +199,28 @@ impl<'a> Builder<'a> {
             }
         }
         let preparer = self.preparer.as_ref();
-        let prepared: Vec<Result<(Row, Example, usize)>> = rows
-            .into_par_iter()
-            .map(|row| {
-                let row = row?;
-                let preparer = preparer.ok_or_else(|| {
-                    Error::data(&row.path, row.line, "an earlier row could not be read")
-                })?;
-                let mut example = preparer.prepare(&row)?;
-                let lost = preparer.truncate(&mut example);
-                Ok((row, example, lost))
-            })
-            .collect();
         let skips = self.options.bad_rows == BadRows::Skip;
+        // Behind the first error nothing is looked at any more: a template that fails on every row may
+        // take long to do so.
+        let first_error = AtomicUsize::new(usize::MAX);
+        let prepare = |(i, row): (usize, Result<Row>)| {
+            if i > first_error.load(Ordering::Relaxed) {
+                return None;
+            }
+            let prepared = prepare(preparer, row);
+            if prepared.is_err() && !skips {
+                first_error.fetch_min(i, Ordering::Relaxed);
+            }
+            Some(prepared)
+        };
+        let prepared: Vec<_> = rows.into_par_iter().enumerate().map(prepare).collect();
         let report = &mut self.dataset.report;
-        for item in prepared {
+        for item in prepared.into_iter().flatten() {
             match item {
                 Ok((row, example, lost)) => {
                     if report.count(&row.path, row.line, &example, lost) {
-                        self.dataset.examples.push(example);
+                        let pushed = self.collector.push(&example);
+                        pushed.map_err(Error::write("the file of prepared rows"))?;
                     }
                 }
                 Err(error @ (Error::Data { .. } | Error::Template { .. })) if skips => {
@@ -164,7 +232,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn finish(self, origin: &Path) -> Result<Dataset> {
+    /// Fails if there is nothing to train on.
+    fn check_any(&self, origin: &Path) -> Result<()> {
         let report = &self.dataset.report;
         if report.rows == 0 {
             return Err(Error::data(
@@ -173,7 +242,7 @@ impl<'a> Builder<'a> {
                 "no rows; expected one JSON object per line",
             ));
         }
-        if self.dataset.examples.is_empty() {
+        if self.collector.len() == 0 {
             let hint = if let Some(first) = report.bad_row_messages.first() {
                 &format!("; {} cannot be used, the first: {first}", report.bad_rows)
             } else if report.truncated_rows > 0 {
@@ -190,8 +259,18 @@ impl<'a> Builder<'a> {
                 ),
             ));
         }
-        Ok(self.dataset)
+        Ok(())
     }
+}
+
+/// The example of a row, and how many tokens truncation took.
+fn prepare(preparer: Option<&Preparer<'_>>, row: Result<Row>) -> Result<(Row, Example, usize)> {
+    let row = row?;
+    let preparer = preparer
+        .ok_or_else(|| Error::data(&row.path, row.line, "an earlier row could not be read"))?;
+    let mut example = preparer.prepare(&row)?;
+    let lost = preparer.truncate(&mut example);
+    Ok((row, example, lost))
 }
 
 /// The next rows, bounded in number and bytes, the bad ones too.
@@ -273,7 +352,8 @@ mod tests {
         let tokenizer = Tokenizer::from_dir(&repository().join("tokenizers/bpe_llama3"))
             .expect("the tokenizer loads");
         assert_eq!(dataset.examples.len(), 3010);
-        for (i, example) in dataset.examples.iter().enumerate() {
+        let examples = dataset.examples.to_vec().expect("memory is readable");
+        for (i, example) in examples.iter().enumerate() {
             let decoded = tokenizer
                 .decode(&example.input_ids, crate::data::Decoding::SkipSpecialTokens)
                 .expect("the ids are valid");

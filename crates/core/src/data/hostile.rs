@@ -268,6 +268,20 @@ fn rows_that_a_template_refuses_are_refused_or_skipped() {
 }
 
 #[test]
+fn nothing_behind_a_row_that_is_refused_is_rendered() {
+    // Each row uses up its budget of work before it fails; a thousand of them would take minutes.
+    let slow =
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}";
+    let directory = tempfile::tempdir().expect("a temporary directory can be made");
+    let lines = vec![GOOD_CHAT.as_bytes(); 1000];
+    let begin = Instant::now();
+    let refused = load(directory.path(), &lines, slow, &options(BadRows::Error));
+    let message = refused.expect_err("every row is refused");
+    assert!(message.contains("rows.jsonl:1: "), "{message}");
+    assert!(begin.elapsed() < LONGEST, "{:?}", begin.elapsed());
+}
+
+#[test]
 fn a_template_that_does_not_compile_is_an_error_whatever_the_rows() {
     let directory = tempfile::tempdir().expect("a temporary directory can be made");
     for template in [

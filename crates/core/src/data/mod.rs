@@ -5,6 +5,7 @@ mod batch;
 mod chat_template;
 mod compressed;
 mod dataset;
+mod examples;
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
@@ -14,6 +15,7 @@ mod pack;
 mod padding;
 mod parquet;
 mod prepare;
+mod prepared_file;
 mod prompt;
 mod record;
 mod sampler;
@@ -24,7 +26,8 @@ pub use assistant::mask_of_spans;
 pub use batch::{BatchSize, Example, IGNORE_INDEX, PackedBatch};
 pub use chat_template::{ChatTemplate, Conversation, DEFAULT_DATE, Ending, Rendered};
 pub use dataset::Dataset;
-pub use pack::{pack_bfd, split_long, wrap};
+pub use examples::Examples;
+pub use pack::pack_bfd;
 pub use padding::padded_rows;
 pub use prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row, TruncationMode};
 pub use prompt::Prompt;

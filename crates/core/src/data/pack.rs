@@ -1,6 +1,5 @@
 //! Packing: which documents share a row of at most `max_length` tokens.
 
-use crate::data::batch::Example;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Best-fit decreasing over the whole data set: bins of indices into `lengths`, each bin at most
@@ -47,49 +46,11 @@ pub fn pack_bfd(lengths: &[usize], max_length: usize) -> Vec<Vec<usize>> {
     bins
 }
 
-/// Cuts documents longer than `max_length` into pieces, in order; the strategy `bfd_split` is
-/// this, then [`pack_bfd`]. The first token of a piece is not predicted.
-#[must_use]
-pub fn split_long(examples: Vec<Example>, max_length: usize) -> Vec<Example> {
-    let mut pieces = Vec::with_capacity(examples.len());
-    for example in examples {
-        if example.len() <= max_length || max_length == 0 {
-            pieces.push(example);
-            continue;
-        }
-        let chunks = example
-            .input_ids
-            .chunks(max_length)
-            .zip(example.labels.chunks(max_length));
-        pieces.extend(chunks.map(|(input_ids, labels)| Example {
-            input_ids: input_ids.to_vec(),
-            labels: labels.to_vec(),
-        }));
-    }
-    pieces
-}
-
-/// One text after another, cut every `max_length` tokens; the strategy `wrapped`. Each piece is one
-/// document, in which texts see those before them: for texts that are pre-training data alone.
-///
-/// # Source
-/// TRL's packing strategy `wrapped`.
-#[must_use]
-pub fn wrap(examples: &[Example], max_length: usize) -> Vec<Example> {
-    let mut all = Example::default();
-    for example in examples {
-        all.input_ids.extend_from_slice(&example.input_ids);
-        all.labels.extend_from_slice(&example.labels);
-    }
-    split_long(vec![all], max_length)
-        .into_iter()
-        .filter(|piece| !piece.is_empty())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::batch::Example;
+    use crate::data::examples::Examples;
     use crate::data::fixtures::{read_json, report, repository};
 
     /// Documents whose ids count on from one document to the next.
@@ -119,9 +80,13 @@ mod tests {
             let max_length = case["seq_length"].as_u64().expect("a number") as usize;
             let documents = match strategy {
                 Some("bfd") => counted(&lengths),
-                Some("bfd_split") => split_long(counted(&lengths), max_length),
+                Some("bfd_split") => {
+                    let split = Examples::from(counted(&lengths)).split_long(max_length);
+                    split.and_then(|e| e.to_vec()).expect("memory is readable")
+                }
                 Some("wrapped") => {
-                    let found = wrap(&counted(&lengths), max_length);
+                    let found = Examples::from(counted(&lengths)).wrap(max_length);
+                    let found = found.and_then(|e| e.to_vec()).expect("memory is readable");
                     let found: Vec<_> = found.into_iter().map(|e| e.input_ids).collect();
                     assert_eq!(
                         serde_json::json!(found),

@@ -1,5 +1,6 @@
 //! Rows of parquet files, as the JSON objects that a JSON Lines file would hold.
 
+use crate::guarded::guarded;
 use crate::{Error, Result};
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::reader::RowIter;
@@ -23,14 +24,15 @@ impl ParquetRows {
     /// [`Error::Read`] when it cannot be opened, [`Error::Data`] when it is not whole.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::read(path))?;
-        let reader = SerializedFileReader::new(file)
-            .map_err(|e| Error::data(path, None, format!("not a whole parquet file: {e}")))?;
+        let broken = |e: String| Error::data(path, None, format!("not a whole parquet file: {e}"));
+        let reader = guarded(|| SerializedFileReader::new(file)).map_err(broken)?;
+        let reader = reader.map_err(|e| broken(e.to_string()))?;
         for (group, metadata) in reader.metadata().row_groups().iter().enumerate() {
             check_size(path, group, metadata)?;
         }
         Ok(Self {
             path: path.to_path_buf(),
-            rows: RowIter::from_file_into(Box::new(reader)),
+            rows: guarded(|| RowIter::from_file_into(Box::new(reader))).map_err(broken)?,
             number: 0,
             failed: false,
         })
@@ -61,14 +63,19 @@ impl Iterator for ParquetRows {
         if self.failed {
             return None;
         }
-        let row = self.rows.next()?;
+        // The crate panics on some pages whose bytes are not what their headers say.
+        let row = guarded(|| Some(self.rows.next()?.map(|row| row.to_json_value())));
+        let row = match row {
+            Ok(row) => row?.map_err(|error| error.to_string()),
+            Err(panic) => Err(panic),
+        };
         self.number += 1;
-        Some(match row.map(|row| row.to_json_value()) {
+        Some(match row {
             Ok(Value::Object(object)) => Ok((self.number, object)),
             other => {
                 self.failed = true;
                 let reason = match other {
-                    Err(error) => error.to_string(),
+                    Err(reason) => reason,
                     Ok(other) => format!("expected columns, found {other}"),
                 };
                 let reason = format!("row {} cannot be decoded: {reason}", self.number);
@@ -125,6 +132,35 @@ mod tests {
         let found = records("tokens_gzip.parquet");
         assert_eq!(found[1], tokens([7, 10], [-100, 10]));
         assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn a_file_with_any_byte_changed_is_read_or_refused_by_name() {
+        let whole = std::fs::read(fixture("messages_snappy.parquet")).expect("it is readable");
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let path = directory.path().join("changed.parquet");
+        let (mut refused, mut panics) = (0, 0);
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x55;
+            std::fs::write(&path, &bytes).expect("the file is writable");
+            // What a panic hook would hear of is caught: the test itself would end otherwise.
+            let error = match ParquetRows::open(&path) {
+                Ok(rows) => rows.take(1000).find_map(Result::err),
+                Err(error) => Some(error),
+            };
+            if let Some(error) = error {
+                let message = error.to_string();
+                assert!(message.contains("changed.parquet"), "byte {at}: {message}");
+                assert_eq!(error.exit_code() as i32, 65, "byte {at}: {message}");
+                refused += 1;
+                panics += usize::from(message.contains("range") || message.contains("panicked"));
+            }
+        }
+        assert!(
+            refused > whole.len() / 2 && panics > 0,
+            "{refused} refused, {panics} panics"
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub use formats::rename_columns;
 
 use crate::data::jsonl::json_kind;
 use crate::suggest::did_you_mean;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// One message of a conversation: `role`, `content` and whatever else the template reads.
@@ -138,7 +139,7 @@ pub enum Record {
 }
 
 /// The kinds of [`Record`]. The first row of a data set decides for all rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RecordKind {
     /// [`Record::Messages`].
     Messages,
@@ -178,8 +179,8 @@ impl Record {
     }
 
     /// Reads a row by its columns: `input_ids`, `prompt` with `completion`, `messages`,
-    /// `conversations`, the column that `text_field` names, or `instruction` with `output`, whichever
-    /// of these is there first. Other columns are ignored, and so are those that are null.
+    /// `conversations`, the column that `text_field` names, `document`, or `instruction` with `output`,
+    /// whichever of these is there first. Other columns are ignored, and so are those that are null.
     ///
     /// # Errors
     /// What is wrong, what was found and what is accepted.
@@ -208,6 +209,11 @@ impl Record {
             });
         }
         match column(text_field) {
+            // InstructLab's rows for pre-training.
+            None if row.get("document").is_some_and(Value::is_string) => {
+                let text = row.get("document").and_then(Value::as_str);
+                Ok(Self::Text(text.unwrap_or_default().to_owned()))
+            }
             None if column("instruction").is_some() && column("output").is_some() => {
                 formats::alpaca(row)
             }
@@ -356,6 +362,7 @@ mod tests {
         let message = json!([{"role": "alien", "content": null, "tool_calls": []}]);
         let table = [
             (json!({"id": 1, "text": "a"}), RecordKind::Text),
+            (json!({"document": "a", "text": null}), RecordKind::Text),
             (
                 json!({"prompt": "a", "completion": "b"}),
                 RecordKind::PromptCompletion,

@@ -328,6 +328,11 @@ impl Tokenizer {
             .or_else(|| named("default"))
     }
 
+    /// The chat templates as they were given.
+    pub(crate) fn chat_template_sources(&self) -> impl Iterator<Item = &str> {
+        self.chat_templates.values().map(ChatTemplate::source)
+    }
+
     /// Replaces the chat templates by one (`chat_template_path`).
     ///
     /// # Errors

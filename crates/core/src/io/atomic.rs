@@ -81,10 +81,10 @@ fn refuse_special(path: &Path) -> io::Result<()> {
 
 /// Writes `path` through `fill`: temporary file, flush to disk, rename, flush of the directory.
 /// The permissions follow the umask. On error nothing is left behind and the old file stays.
-pub(super) fn write_file_with(
-    path: &Path,
-    fill: impl FnOnce(&mut File) -> io::Result<()>,
-) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Write`], with what `fill` returned.
+pub fn write_file_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     refuse_special(path).map_err(Error::write(path))?;
     let dir = parent_of(path);
     let (temporary, mut file) = create_temporary(dir, |p| {

@@ -23,11 +23,12 @@ mod tests;
 mod until_closed;
 
 pub(crate) use atomic::remove_dir;
-pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file};
+pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file, write_file_with};
 pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
 pub use file_name::safe_file_name;
 pub use model_files::{ModelFiles, find_pickle};
 pub use output_lock::OutputLock;
+pub(crate) use position::read_exact_at;
 pub use safetensors::Dtype as FileDType;
 pub use safetensors_file::SafetensorsFile;
 pub use safetensors_header::TensorMeta;

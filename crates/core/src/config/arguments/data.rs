@@ -50,7 +50,8 @@ section! {
     /// Which rows, how they become tokens, how many at a time.
     DataArguments, "data" {
         /// Training data: a local file of rows (JSON Lines, plain or as .gz or .zst, or parquet), a
-        /// directory with one per split, or a list of them.
+        /// directory with one per split, a name on the Hugging Face hub (owner/name, or owner/name@revision), or
+        /// a list of them.
         dataset_name: Vec<String> = Vec::new(), TRL_SCRIPT;
         /// Split of a dataset directory to train on (`train.jsonl`).
         dataset_train_split: String = "train".to_owned(), TRL_SCRIPT;
@@ -70,6 +71,10 @@ section! {
         dataset_columns: BTreeMap<String, String> = BTreeMap::new(), OURS;
         /// What happens to a row that cannot be used: error or skip.
         bad_rows: BadRows = BadRows::Error, OURS;
+        /// Directory that keeps prepared rows in files, one for each combination of files, tokenizer, template and
+        /// settings. Tokens stay in the file, so that rows may be larger than memory; null to prepare them in
+        /// memory for every run.
+        dataset_cache_dir: Option<String> = None, OURS;
         /// Field of a row that holds plain text.
         dataset_text_field: String = "text".to_owned(), TRL_SFT;
         /// Token that ends a sequence; null for the tokenizer's.

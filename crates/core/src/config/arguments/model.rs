@@ -28,8 +28,11 @@ choices! {
 section! {
     /// Which model, in which precision.
     ModelArguments, "model" {
-        /// Directory of the base model: config.json, safetensors, tokenizer.json.
+        /// Directory of the base model (config.json, safetensors, tokenizer.json), or its name on the Hugging Face
+        /// hub, such as owner/name.
         model_name_or_path: Option<String> = None, TRL_MODEL;
+        /// Branch, tag or commit of a model from the hub; null for main.
+        model_revision: Option<String> = None, TRL_MODEL;
         /// Data type of the base weights: auto (as stored), float32 or bfloat16. `torch_dtype` is
         /// another name for this key.
         dtype: Dtype = Dtype::Auto, OURS;

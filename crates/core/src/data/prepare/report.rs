@@ -1,4 +1,6 @@
 use crate::data::batch::Example;
+use crate::data::examples::Examples;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -6,7 +8,7 @@ use std::path::{Path, PathBuf};
 const NAMED_ROWS: usize = 10;
 
 /// What preparation did to a data set.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrepareReport {
     /// Rows read.
     pub rows: u64,
@@ -55,24 +57,24 @@ impl PrepareReport {
             }
             return false;
         }
-        self.add(example);
+        self.add(example.len(), trained);
         true
     }
 
     /// Counts anew what is counted of examples.
-    pub(crate) fn measure(&mut self, examples: &[Example]) {
+    pub(crate) fn measure(&mut self, examples: &Examples) {
         (self.tokens, self.trained_tokens, self.longest) = (0, 0, 0);
         self.length_histogram.clear();
-        for example in examples {
-            self.add(example);
+        for (length, trained) in examples.lengths().zip(examples.trained_tokens()) {
+            self.add(length, trained);
         }
     }
 
-    fn add(&mut self, example: &Example) {
-        self.tokens += example.len() as u64;
-        self.trained_tokens += example.trained_tokens() as u64;
-        self.longest = self.longest.max(example.len());
-        let bin = example.len().next_power_of_two();
+    fn add(&mut self, length: usize, trained: usize) {
+        self.tokens += length as u64;
+        self.trained_tokens += trained as u64;
+        self.longest = self.longest.max(length);
+        let bin = length.next_power_of_two();
         *self.length_histogram.entry(bin).or_default() += 1;
     }
 }

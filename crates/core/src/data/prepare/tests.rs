@@ -2,7 +2,7 @@ use super::{PrepareOptions, Preparer, Row, TruncationMode};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::fixtures::{read_json, report, repository, roots};
 use crate::data::record::{Message, Record, RecordKind};
-use crate::data::{Dataset, Tokenizer, pack_bfd, wrap};
+use crate::data::{Dataset, Tokenizer, pack_bfd};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -56,8 +56,9 @@ fn packed(dataset: &Dataset, max_length: usize) -> Vec<Example> {
     let join = |bin: &Vec<usize>| {
         let mut row = Example::default();
         for &i in bin {
-            row.input_ids.extend(&dataset.examples[i].input_ids);
-            row.labels.extend(&dataset.examples[i].labels);
+            let example = dataset.examples.get(i).expect("memory is readable");
+            row.input_ids.extend(&example.input_ids);
+            row.labels.extend(&example.labels);
         }
         row
     };
@@ -89,9 +90,12 @@ fn recorded_preparations_are_reproduced() {
             let found =
                 Dataset::from_rows(rows(&case["examples"]), &tokenizer, &options).map(|dataset| {
                     match (config["packing"] == true, options.max_length) {
-                        (true, None) => wrap(&dataset.examples, wrapped.unwrap_or(0)),
+                        (true, None) => {
+                            let blocks = dataset.examples.wrap(wrapped.unwrap_or(0));
+                            blocks.and_then(|e| e.to_vec()).expect("memory is readable")
+                        }
                         (true, Some(max_length)) => packed(&dataset, max_length),
-                        _ => dataset.examples,
+                        _ => dataset.examples.to_vec().expect("memory is readable"),
                     }
                 });
             match found {

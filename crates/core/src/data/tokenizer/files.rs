@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "tokenizer_config.json";
+const TEMPLATE: &str = "chat_template.jinja";
 
 /// Every file that belongs to a tokenizer.
 const FILES: [&str; 10] = [
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
@@ -64,6 +65,8 @@ pub(super) struct Settings {
     pub(super) add_eos_token: Option<bool>,
     pub(super) generation_eos_ids: Vec<u32>,
     templates: BTreeMap<String, String>,
+    /// Where they come from.
+    template_file: PathBuf,
 }
 
 impl Settings {
@@ -86,6 +89,11 @@ impl Settings {
         }
         Ok(Self {
             templates: read_templates(directory, &config)?,
+            template_file: [TEMPLATE, CONFIG]
+                .map(|name| directory.join(name))
+                .into_iter()
+                .find(|path| path.is_file())
+                .unwrap_or_else(|| directory.to_path_buf()),
             directory: directory.to_path_buf(),
             special_tokens,
             add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
@@ -122,7 +130,8 @@ impl Settings {
         self.templates
             .iter()
             .map(|(name, source)| {
-                let template = ChatTemplate::new(source, &self.special_tokens)?;
+                let template = ChatTemplate::new(source, &self.special_tokens);
+                let template = template.map_err(|e| e.in_template_file(&self.template_file))?;
                 Ok((name.clone(), template))
             })
             .collect()
@@ -147,7 +156,7 @@ fn read_templates(
     directory: &Path,
     config: &Map<String, Value>,
 ) -> Result<BTreeMap<String, String>> {
-    let path = directory.join("chat_template.jinja");
+    let path = directory.join(TEMPLATE);
     if path.is_file() {
         let source = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
         return Ok(BTreeMap::from([("default".to_owned(), source)]));

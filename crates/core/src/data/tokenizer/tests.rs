@@ -170,5 +170,12 @@ fn broken_directories_are_refused_with_the_file_and_a_hint() {
     let template = copy_of("bpe_qwen2", &json!({"chat_template": 3}));
     assert!(message(template.path()).contains("`chat_template` must be a string"));
     let syntax = copy_of("bpe_qwen2", &json!({"chat_template": "a\n{% for %}"}));
-    assert!(message(syntax.path()).contains("line 2"));
+    let found = message(syntax.path());
+    assert!(
+        found.contains("line 2") && found.contains("tokenizer_config.json"),
+        "{found}"
+    );
+    std::fs::write(syntax.path().join("chat_template.jinja"), "{{ 'a' ").expect("writable");
+    let found = message(syntax.path());
+    assert!(found.contains("chat_template.jinja: "), "{found}");
 }
