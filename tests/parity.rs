@@ -4,6 +4,7 @@ mod common;
 
 use common::copy_dir;
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::core::model::{DecoderConfig, HfConfig};
 use ferrotune::kernels::Device;
 use ferrotune::parity::{CaseReport, Quantity, run};
 use std::borrow::Cow;
@@ -46,22 +47,18 @@ fn is_known(case: &Path) -> bool {
         .and_then(|n| n.to_str());
     match group {
         Some("arch") => {
-            let families = [
-                "gemma",
-                "llama",
-                "mistral",
-                "qwen2_swa",
-                "qwen2_tied",
-                "qwen3",
-                "smollm3",
-            ];
-            families.iter().any(|family| name.starts_with(family))
-                && !["llama_seqcls", "qwen3_moe"].contains(&name)
+            let config = HfConfig::open(case).expect("a model's config");
+            DecoderConfig::covers(&config)
         }
         Some("quant") => name.starts_with("hf_") && name.contains("4_"),
-        Some("adapters") => {
-            ["lora_all_linear", "lora_qv", "rslora", "lora_bf16_base"].contains(&name)
-        }
+        Some("adapters") => [
+            "lora_all_linear",
+            "lora_qv",
+            "rslora",
+            "lora_bf16_base",
+            "lora_phi3_fused",
+        ]
+        .contains(&name),
         Some("train") => {
             name.starts_with("lora_ga")
                 || [
@@ -136,7 +133,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 38, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 43, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

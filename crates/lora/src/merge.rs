@@ -110,8 +110,9 @@ pub fn merge(
     let base_config = output::BaseConfig::read(base_directory)?;
     let base = ModelFiles::open(base_directory)?;
     base_config.require_dense()?;
-    base_config.require_matching(&base)?;
-    let updates = plan::updates(&base, &base_config, adapter_directory)?;
+    let plan = base_config.matching_plan(&base)?;
+    let transposed = plan::stored_transposed(plan.as_ref());
+    let updates = plan::updates(&base, &base_config, &transposed, adapter_directory)?;
 
     let staged = StagedDir::create(output_directory)?;
     let mut report = MergeReport::default();

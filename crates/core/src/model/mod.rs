@@ -3,6 +3,7 @@
 //! [`DecoderConfig`] says what the model is, [`ModelPlan`] which sites it has, [`Model`] holds the
 //! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
 
+mod activation;
 mod angles;
 mod config;
 mod decode;
@@ -25,6 +26,7 @@ mod weight_format;
 mod weights;
 
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
+pub(crate) use config::{activation, nearest_divisor, norm_eps};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
@@ -37,10 +39,10 @@ pub use run::{Mode, Pass};
 pub use weight_format::WeightFormat;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
-use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::params::{FlatBuffer, ParamId};
+use crate::{Error, Result};
 use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
 use ferrotune_kernels::{DType, Device, Indices, Tensor, View, axpby, embedding, matmul};
@@ -57,6 +59,8 @@ pub struct Model {
     config: DecoderConfig,
     device: Device,
     embedding: Table,
+    /// Learned positions, `[positions, D]`.
+    positions: Option<Table>,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -374,16 +378,45 @@ impl Model {
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
+        if let Some(table) = &self.positions {
+            let table = table.view(run.params, run.dtype);
+            self.require_positions(&run.inputs.positions, table.rows())?;
+            let mut rows = workspace.take(run.dtype, run.rows, width);
+            embedding::forward(table, &run.inputs.positions, rows.view_mut())?;
+            axpby::add(1.0, stream.view_mut(), 1.0, rows.view())?;
+            workspace.give(rows);
+        }
         Ok(stream)
     }
 
-    /// Adds the gradient of the embedding, if it is trained, given that of the stream.
+    /// Refuses a document that is longer than the table of its positions.
+    fn require_positions(&self, positions: &[u32], limit: usize) -> Result<()> {
+        match positions.iter().max() {
+            Some(&last) if last as usize >= limit => Err(Error::config(
+                "max_length",
+                format!(
+                    "a document has {} tokens, but the base learned {limit} positions (`{}`); \
+                     expected at most {limit}",
+                    last + 1,
+                    self.config.modules.positions.unwrap_or_default()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Adds the gradients of the embedding and of positions, as far as they are trained, given that of
+    /// the stream.
     fn embed_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         d_stream: &mut Tensor,
     ) -> Result<()> {
+        if let Some(id) = self.positions.as_ref().and_then(Table::trained) {
+            let positions = &run.inputs.positions;
+            embedding::backward(d_stream.view(), positions, grads.view_mut(id))?;
+        }
         let Some(id) = self.embedding.trained() else {
             return Ok(());
         };
@@ -410,11 +443,10 @@ impl Model {
         stream.norm_backward(run, grads, &self.norm, &d_hidden, &mut d_stream)?;
         run.workspace.give(d_hidden);
         stream.release(run.workspace);
-        let embedding = self.embedding.trained();
-        let reached = self.first_reached();
+        let (input_trained, reached) = (self.input_trained(), self.first_reached());
         while let Some(saved) = layers.pop() {
             let index = reached + layers.len();
-            let needs_input = embedding.is_some() || index > reached;
+            let needs_input = input_trained || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
@@ -423,9 +455,16 @@ impl Model {
         Ok(())
     }
 
+    /// Whether anything before the layers is trained.
+    fn input_trained(&self) -> bool {
+        let tables = [Some(&self.embedding), self.positions.as_ref()];
+        let mut tables = tables.into_iter().flatten();
+        tables.any(|table| table.trained().is_some())
+    }
+
     /// The first layer that backward reaches: before it nothing is trained.
     fn first_reached(&self) -> usize {
-        if self.embedding.trained().is_some() {
+        if self.input_trained() {
             return 0;
         }
         let trained = self.layers.iter().position(Layer::trained);

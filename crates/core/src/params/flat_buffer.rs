@@ -1,7 +1,8 @@
 //! The buffer itself, in host memory or a GPU's.
 
-use super::{ParamId, ParamLayout};
+use super::{ParamId, ParamLayout, transposed};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 /// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
@@ -170,6 +171,29 @@ impl FlatBuffer {
     pub fn view_mut(&mut self, id: ParamId) -> ViewMut<'_> {
         let (range, [rows, cols]) = (self.layout.segment(id).range(), self.matrix(id));
         self.home_mut().columns(range).reshaped(rows, cols)
+    }
+
+    /// A tensor's values in the order of files, in host memory.
+    #[must_use]
+    pub fn stored(&self, id: ParamId) -> Cow<'_, [f32]> {
+        let spec = &self.layout.segment(id).spec;
+        match (spec.stored_transposed, &spec.shape[..]) {
+            (true, &[rows, cols]) => transposed(self.get(id), [rows, cols]).into(),
+            _ => self.get(id).into(),
+        }
+    }
+
+    /// Sets a tensor's values from those of a file.
+    pub fn store(&mut self, id: ParamId, stored: &[f32]) {
+        let layout = Arc::clone(&self.layout);
+        let spec = &layout.segment(id).spec;
+        match (spec.stored_transposed, &spec.shape[..]) {
+            (true, &[rows, cols]) => {
+                let values = transposed(stored, [cols, rows]);
+                self.get_mut(id).copy_from_slice(&values);
+            }
+            _ => self.get_mut(id).copy_from_slice(stored),
+        }
     }
 
     /// Two different tensors at home, to be written.

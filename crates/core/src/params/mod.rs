@@ -36,6 +36,8 @@ pub struct ParamSpec {
     pub lr_scale: f64,
     /// Whether weight decay applies. Transformers exempts biases and norms.
     pub weight_decay: bool,
+    /// Whether files hold a matrix with its dimensions exchanged.
+    pub stored_transposed: bool,
 }
 
 impl ParamSpec {
@@ -57,7 +59,18 @@ impl ParamSpec {
             adapter: 0,
             lr_scale: 1.0,
             weight_decay,
+            stored_transposed: false,
         }
+    }
+
+    /// Dimensions in files.
+    #[must_use]
+    pub fn stored_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.stored_transposed {
+            shape.reverse();
+        }
+        shape
     }
 
     /// Number of elements.
@@ -88,6 +101,13 @@ impl Segment {
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.spec.len()
     }
+}
+
+/// The transpose of a matrix `[rows, cols]`, row by row.
+pub(crate) fn transposed(values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
+    (0..rows * cols)
+        .map(|i| values[i % rows * cols + i / rows])
+        .collect()
 }
 
 /// Collects [`ParamSpec`]s before the buffer exists.

@@ -90,18 +90,19 @@ impl BaseConfig {
         })
     }
 
-    /// Refuses weights that are of another model than this config, where its architecture is known:
-    /// the result would have the same fault.
+    /// The model's sites, where its architecture is known.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the tensor or the key.
-    pub(super) fn require_matching(&self, weights: &ModelFiles) -> Result<()> {
+    /// [`Error::Model`] naming the key, or a tensor: weights that are of another model than this config
+    /// are refused, because the result would have the same fault.
+    pub(super) fn matching_plan(&self, weights: &ModelFiles) -> Result<Option<ModelPlan>> {
         let config = HfConfig::from_value(&self.path, Value::Object(self.object.clone()))?;
         if !DecoderConfig::covers(&config) {
-            return Ok(());
+            return Ok(None);
         }
         let plan = ModelPlan::new(&DecoderConfig::from_hf(&config)?);
-        weights.check(&expected_tensors(&plan))
+        weights.check(&expected_tensors(&plan))?;
+        Ok(Some(plan))
     }
 
     pub(super) fn model_type(&self) -> &str {

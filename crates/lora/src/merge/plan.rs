@@ -6,6 +6,7 @@ use crate::lora::{CONFIG_FILE, Factors, LoraConfig, read_factors};
 use crate::target::{self, TargetModules};
 use ferrotune_core::adapter::{Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
+use ferrotune_core::model::ModelPlan;
 use ferrotune_core::{Error, Result, suggest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -15,12 +16,22 @@ use std::path::Path;
 pub(super) struct Update {
     pub(super) factors: Factors,
     pub(super) scale: f32,
+    /// Whether the tensor is `[in_features, out_features]`.
+    pub(super) stored_transposed: bool,
+}
+
+/// Modules whose weights files hold as `[in_features, out_features]`.
+pub(super) fn stored_transposed(plan: Option<&ModelPlan>) -> BTreeSet<&str> {
+    let sites = plan.into_iter().flat_map(|plan| &plan.sites);
+    let transposed = sites.filter(|site| site.stored_transposed);
+    transposed.map(|site| site.name.as_str()).collect()
 }
 
 /// The updates by tensor name, checked against the checkpoint.
 pub(super) fn updates(
     base: &ModelFiles,
     base_config: &BaseConfig,
+    transposed: &BTreeSet<&str>,
     adapter_directory: &Path,
 ) -> Result<BTreeMap<String, Update>> {
     let PeftConfig::Lora(config) = PeftConfig::load(adapter_directory)?;
@@ -33,7 +44,12 @@ pub(super) fn updates(
         .into_iter()
         .zip(values)
         .map(|((module, factors), (rank, alpha))| {
-            require_fit(base, base_config, &module, &factors, adapter_directory)?;
+            let stored_transposed = transposed.contains(module.as_str());
+            let mut expected = [factors.out_features, factors.in_features];
+            if stored_transposed {
+                expected.reverse();
+            }
+            require_fit(base, base_config, &module, expected, adapter_directory)?;
             if factors.rank != rank {
                 return Err(Error::adapter(
                     adapter_directory,
@@ -44,7 +60,12 @@ pub(super) fn updates(
                 ));
             }
             let scale = config.scale(rank, alpha);
-            Ok((weight_name(&module), Update { factors, scale }))
+            let update = Update {
+                factors,
+                scale,
+                stored_transposed,
+            };
+            Ok((weight_name(&module), update))
         })
         .collect()
 }
@@ -113,6 +134,7 @@ fn modules_of(base: &ModelFiles) -> Vec<Site> {
                 in_features,
                 out_features: meta.shape.first().copied().unwrap_or(1),
                 bias: false,
+                stored_transposed: false,
                 layer: None,
                 output_head: false,
                 tied_to: None,
@@ -127,7 +149,7 @@ fn require_fit(
     base: &ModelFiles,
     base_config: &BaseConfig,
     module: &str,
-    factors: &Factors,
+    expected: [usize; 2],
     adapter_directory: &Path,
 ) -> Result<()> {
     let name = weight_name(module);
@@ -147,7 +169,6 @@ fn require_fit(
             ),
         ));
     };
-    let expected = [factors.out_features, factors.in_features];
     if meta.shape != expected {
         return Err(Error::adapter(
             adapter_directory,

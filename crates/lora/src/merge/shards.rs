@@ -163,7 +163,7 @@ fn add_rounded(weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64
         .fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
 }
 
-/// `scale * B A`, `[out_features, in_features]`, in f32.
+/// `scale * B A`, `[out_features, in_features]`, in f32; its transpose where the tensor is that.
 fn delta(update: &Update) -> Result<Vec<f32>> {
     let Factors {
         a,
@@ -173,6 +173,19 @@ fn delta(update: &Update) -> Result<Vec<f32>> {
         out_features,
     } = &update.factors;
     let mut delta = vec![0.0_f32; out_features * in_features];
+    if update.stored_transposed {
+        let b_transposed: Vec<f32> = (0..rank * out_features)
+            .map(|i| b[i % out_features * rank + i / out_features])
+            .collect();
+        matmul::tn(
+            ViewMut::from_f32(&mut delta, *in_features, *out_features),
+            0.0,
+            update.scale,
+            View::from_f32(a, *rank, *in_features),
+            View::from_f32(&b_transposed, *rank, *out_features),
+        )?;
+        return Ok(delta);
+    }
     matmul::nn(
         ViewMut::from_f32(&mut delta, *out_features, *in_features),
         0.0,

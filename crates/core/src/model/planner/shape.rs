@@ -1,7 +1,7 @@
 //! Widths and attachments of the layers, which say what a step holds and computes.
 
 use crate::adapter::{Attachment, SiteId};
-use crate::model::{DecoderConfig, LayerPlan, ModelPlan};
+use crate::model::{DecoderConfig, LayerPlan, ModelPlan, QkNorm};
 use std::collections::BTreeMap;
 
 /// One decoder layer.
@@ -38,6 +38,7 @@ pub(super) struct QkNormShape {
     pub(super) heads: [usize; 2],
     /// Whether the norm of q, and of k, is trained.
     pub(super) trained: [bool; 2],
+    pub(super) over: QkNorm,
 }
 
 /// Linears over one input.
@@ -65,7 +66,7 @@ pub(super) enum Method {
     Custom,
 }
 
-/// The layers of `config` with `attachments`, and whether the embedding is trained.
+/// The layers of `config` with `attachments`, and whether what is before them is trained.
 pub(super) fn layers(
     config: &DecoderConfig,
     attachments: &[(SiteId, Attachment)],
@@ -79,7 +80,9 @@ pub(super) fn layers(
         .layers
         .iter()
         .map(|l| layer(config, &plan, &methods, l));
-    (layers.collect(), methods.contains_key(&plan.embedding))
+    let tables = [Some(plan.embedding), plan.positions];
+    let input_trained = tables.iter().flatten().any(|id| methods.contains_key(id));
+    (layers.collect(), input_trained)
 }
 
 fn method(attachment: &Attachment) -> Method {
@@ -116,11 +119,15 @@ fn layer(
     let [qkv, o, gate_up, down] = layer.groups().map(group);
     let in_linears = layer.groups().into_iter().flatten().any(is_trained);
     LayerShape {
-        positioned: layer.qk_norm.map(|norms| QkNormShape {
-            widths: [config.q_width(), config.kv_width()],
-            heads: [config.heads, config.kv_heads],
-            trained: norms.map(|id| is_trained(&id)),
-        }),
+        positioned: layer
+            .qk_norm
+            .zip(config.qk_norm)
+            .map(|(norms, over)| QkNormShape {
+                over,
+                widths: [config.q_width(), config.kv_width()],
+                heads: [config.heads, config.kv_heads],
+                trained: norms.map(|id| is_trained(&id)),
+            }),
         input_norm: statistics(layer.input_norm),
         mlp_norm: statistics(layer.mlp_norm),
         attention_norm: statistics(layer.attention_norm),
