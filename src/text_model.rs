@@ -77,6 +77,7 @@ impl TextModel {
                 params.move_to(device);
                 let model = Model::load(&config, attachments, &files, &mut params, format)?;
                 method.load(&mut params, directory)?;
+                ferrotune_lora::check_base_copies(directory, &files)?;
                 (model, params)
             }
             None => {

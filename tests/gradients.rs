@@ -157,7 +157,7 @@ fn assert_equals_oracle(subject: &Subject, oracle: &Oracle, documents: &[Example
             .iter()
             .find_map(|f| module_of(name, f).map(|m| format!("{m}.{f}")))
             .unwrap_or_else(|| name.clone());
-        let ours = grads.stored(id);
+        let ours = grads.file_values(id);
         let theirs = &expected[&key];
         assert!(ours.iter().all(|v| v.is_finite()), "{label}: {name}");
         assert!(ours.iter().any(|v| *v != 0.0), "{label}: {name} is zero");

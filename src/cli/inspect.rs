@@ -1,3 +1,6 @@
+mod adapter;
+mod model;
+
 use super::overrides;
 use super::{Failure, Outcome, print, print_help_of, print_line, print_note};
 use ferrotune::core::config;
@@ -18,6 +21,12 @@ pub(super) struct Args {
 enum What {
     /// Rows as training would see them: text, with what is trained marked, and facts about all rows
     Data(DataArgs),
+    /// What a base model is made of, and what an adapter would attach to
+    Model(model::Args),
+    /// What an adapter changes: ranks, norms, effective ranks
+    Adapter(adapter::AdapterArgs),
+    /// How two adapters differ: configuration, and module by module
+    Diff(adapter::DiffArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -40,7 +49,15 @@ struct DataArgs {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let What::Data(args) = &args.what;
+    match &args.what {
+        What::Data(args) => data(args),
+        What::Model(args) => model::run(args),
+        What::Adapter(args) => adapter::run(args),
+        What::Diff(args) => adapter::diff(args),
+    }
+}
+
+fn data(args: &DataArgs) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("inspect");
     }

@@ -56,7 +56,7 @@ enum Command {
     Generate(generate::Args),
     /// Loss and exact match on a data set
     Eval(eval::Args),
-    /// Show rows as training would see them
+    /// Show what is in rows, a model or an adapter
     Inspect(inspect::Args),
     /// Compare with numbers that other software recorded
     Parity(parity::Args),

@@ -12,6 +12,7 @@ use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device, Workspace};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Largest error that PyTorch's own bf16 forward of such a tiny model is taken to have (0.016 was
@@ -70,6 +71,7 @@ impl Adapted {
         let attachments = change(attachments)?;
         let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
         method.load(&mut params, directory)?;
+        ferrotune_lora::check_base_copies(directory, &files)?;
         Ok(Self { model, params })
     }
 
@@ -91,7 +93,7 @@ impl Adapted {
 }
 
 /// A gradient and its recorded twin: `(name, ours, theirs)`.
-type GradientPair<'a> = (String, &'a [f32], Vec<f32>);
+type GradientPair<'a> = (String, Cow<'a, [f32]>, Vec<f32>);
 
 /// What was recorded of one run: `logits`, `loss` and `grad.*` behind a prefix, at the places that are
 /// not padding.
@@ -109,7 +111,7 @@ impl Recorded<'_> {
         c.tensor(&name("logits"), "logits", &ours.logits, &logits, FORWARD);
         c.number(&name("loss"), "loss", ours.loss, loss, FORWARD);
         for (parameter, ours, theirs) in self.gradients(&ours.grads)? {
-            c.tensor(&name("grad"), &parameter, ours, &theirs, GRADIENT);
+            c.tensor(&name("grad"), &parameter, &ours, &theirs, GRADIENT);
         }
         Ok(())
     }
@@ -155,8 +157,19 @@ impl Recorded<'_> {
         for ((name, ours, theirs), (_, exact, _)) in
             self.gradients(&ours.grads)?.into_iter().zip(exact)
         {
-            judge("grad", &name, ours, exact, &theirs, BF16_GRADIENT);
+            judge("grad", &name, &ours, &exact, &theirs, BF16_GRADIENT);
         }
+        Ok(())
+    }
+
+    /// The logits of another run beside the recorded ones.
+    pub(super) fn compare_logits(
+        &self,
+        c: &mut Comparison,
+        quantity: &str,
+        ours: &Recomputed,
+    ) -> Result<()> {
+        c.tensor(quantity, "logits", &ours.logits, &self.logits()?, FORWARD);
         Ok(())
     }
 
@@ -188,7 +201,7 @@ impl Recorded<'_> {
                     Error::data(self.file.path(), None, message)
                 })?;
                 let theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
-                Ok((name.to_owned(), grads.get(id), theirs))
+                Ok((name.to_owned(), grads.file_values(id), theirs))
             })
             .collect()
     }

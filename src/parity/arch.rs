@@ -225,7 +225,7 @@ impl Judge<'_> {
                 format!("`grad.{parameter}` names no parameter of the model"),
             )
         })?;
-        Ok(ours.grads.stored(id))
+        Ok(ours.grads.file_values(id))
     }
 
     /// Name of the recorded f32 twin of a quantity of a bf16 case.

@@ -98,7 +98,9 @@ fn compare_rates(
         let theirs = rate.as_f64().unwrap_or(f64::NAN);
         let members = group.get("params").and_then(Value::as_array);
         for member in members.into_iter().flatten().filter_map(Value::as_str) {
-            let member = member.replace(".default", "");
+            let member = member
+                .replace(".modules_to_save", "")
+                .replace(".default", "");
             let id = layout.find(&member);
             let scale = id.map_or(f64::NAN, |id| layout.segment(id).spec.lr_scale);
             let label = format!("{name} {member}");
@@ -231,7 +233,11 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let read = || -> Result<Box<dyn Adapter>> {
         let adapter = ferrotune_lora::load(&initial, &config.model_type)?;
         Ok(match lr_ratio {
-            Some(ratio) => Box::new(LoraPlus::new(adapter, ratio)),
+            Some(ratio) => {
+                // PEFT's default of loraplus_lr_embedding, which the recorded runs leave alone.
+                let embedding = 1e-6 / number("lr", 0.0);
+                Box::new(LoraPlus::new(adapter, ratio, embedding))
+            }
             None => adapter,
         })
     };
@@ -288,20 +294,32 @@ fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) ->
         case.path("final_adapter").join("adapter_model.safetensors")
     };
     let file = SafetensorsFile::open(&path)?;
+    if !full(case) {
+        // Beside an adapted table PEFT saves the base's, which training must have left alone.
+        let base = ModelFiles::open(&case.base()?)?;
+        ferrotune_lora::check_base_copies(&case.path("final_adapter"), &base)?;
+    }
+    let names = || file.names().filter(|n| !n.ends_with(".base_layer.weight"));
     let params = trainer.params();
     comparison.number(
         "tensors",
         "final",
         params.layout().by_name().count() as f64,
-        file.names().count() as f64,
+        names().count() as f64,
         0.0,
     );
-    for name in file.names() {
+    for name in names() {
         let id = params
             .layout()
             .find(name.strip_prefix("final.").unwrap_or(name));
-        let ours = id.map(|id| params.get(id)).unwrap_or_default();
-        comparison.tensor("final weights", name, ours, &file.read_f32(name)?, GRADIENT);
+        let ours = id.map(|id| params.file_values(id)).unwrap_or_default();
+        comparison.tensor(
+            "final weights",
+            name,
+            &ours,
+            &file.read_f32(name)?,
+            GRADIENT,
+        );
     }
     Ok(())
 }

@@ -1,11 +1,12 @@
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
-use ferrotune_core::config::{InitLoraWeights as Init, LoraBias, Names, TrainConfig};
+use ferrotune_core::config::{InitLoraWeights as Init, LoraBias as Bias, Names, TrainConfig};
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
-    ExcludeModules, InitLoraWeights, LoraAdapter, LoraConfig, LoraPlus, TargetModules,
+    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraPlus, TargetModules,
+    TokenIndices,
 };
 use std::path::Path;
 
@@ -25,7 +26,11 @@ pub fn adapter_of(
     let adapter = LoraAdapter::new(lora, &decoder.model_type);
     let adapter = Box::new(adapter.map_err(|e| in_trl_names(config, e))?);
     Ok(match config.optimizer.loraplus_lr_ratio {
-        Some(ratio) => Box::new(LoraPlus::new(adapter, ratio)),
+        Some(ratio) => {
+            let optimizer = &config.optimizer;
+            let embedding = optimizer.loraplus_lr_embedding / optimizer.learning_rate;
+            Box::new(LoraPlus::new(adapter, ratio, embedding))
+        }
         None => adapter,
     })
 }
@@ -44,11 +49,42 @@ pub(super) fn attach(
     let attachments = adapter_of(config, base, decoder)?
         .attach(&sites, &mut builder)
         .map_err(|e| in_trl_names(config, e))?;
+    require_biases(config, &attachments)?;
     Ok(Attached {
         trainable: builder.build()?.trainable(),
         notes: rank_notes(&sites, &attachments),
         attachments,
     })
+}
+
+/// Refuses a `lora_bias` that trains nothing.
+fn require_biases(config: &TrainConfig, attachments: &[(SiteId, Attachment)]) -> Result<()> {
+    let lora = &config.lora;
+    let trains = |(_, a): &(SiteId, Attachment)| {
+        // What is trained as a whole has its bias with it.
+        matches!(
+            a,
+            Attachment::TrainBias(_) | Attachment::TrainBase { bias: Some(_), .. }
+        )
+    };
+    if !lora.use_peft || lora.lora_bias == Bias::None || attachments.iter().any(trains) {
+        return Ok(());
+    }
+    let of = match lora.lora_bias {
+        Bias::LoraOnly => "no adapted layer of this base has one",
+        _ => "this base has none",
+    };
+    let place = config
+        .origin("lora_bias")
+        .map(|origin| format!(" ({origin})"));
+    Err(Error::config(
+        "lora_bias",
+        format!(
+            "{} trains biases, and {of}; set it to none{}",
+            lora.lora_bias.as_str(),
+            place.unwrap_or_default()
+        ),
+    ))
 }
 
 /// A method on the shape of a base, before there is room for it.
@@ -89,13 +125,20 @@ fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<Strin
 }
 
 /// The keys of a LoRA in a configuration, by PEFT's names for them.
-const TRL_NAMES: [(&str, &str); 6] = [
+const TRL_NAMES: [(&str, &str); 12] = [
     ("alpha_pattern", "lora_alpha_pattern"),
+    // Before `bias`, which takes its name in a configuration.
+    ("lora_bias", "lora_b_bias"),
+    ("bias", "lora_bias"),
+    ("ensure_weight_tying", "lora_ensure_weight_tying"),
     ("exclude_modules", "lora_exclude_modules"),
+    ("layers_pattern", "lora_layers_pattern"),
     ("layers_to_transform", "lora_layers_to_transform"),
+    ("modules_to_save", "lora_modules_to_save"),
     ("r", "lora_r"),
     ("rank_pattern", "lora_rank_pattern"),
     ("target_modules", "lora_target_modules"),
+    ("trainable_token_indices", "lora_trainable_token_indices"),
 ];
 
 /// The method speaks of PEFT's keys; whoever wrote a configuration knows TRL's, and where it is.
@@ -117,21 +160,6 @@ fn in_trl_names(config: &TrainConfig, error: Error) -> Error {
 
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
     let lora = &config.lora;
-    if lora.lora_bias != LoraBias::None {
-        return Err(Error::config(
-            "lora_bias",
-            format!(
-                "`{}` is not supported yet; use none",
-                lora.lora_bias.as_str()
-            ),
-        ));
-    }
-    if let Some(name) = lora.lora_modules_to_save.first() {
-        return Err(Error::config(
-            "lora_modules_to_save",
-            format!("`{name}`: not supported yet; leave it empty"),
-        ));
-    }
     let layers = &lora.lora_layers_to_transform;
     Ok(LoraConfig {
         rank: lora.lora_r,
@@ -143,11 +171,34 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
         rank_pattern: lora.lora_rank_pattern.clone().into_iter().collect(),
         alpha_pattern: lora.lora_alpha_pattern.clone().into_iter().collect(),
+        layers_pattern: lora.lora_layers_pattern.clone(),
         init_lora_weights: init(&lora.init_lora_weights)?,
+        bias: bias(lora.lora_bias),
+        lora_bias: lora.lora_b_bias,
+        modules_to_save: lora.lora_modules_to_save.clone(),
+        trainable_token_indices: token_indices(&lora.lora_trainable_token_indices)?,
+        ensure_weight_tying: lora.lora_ensure_weight_tying,
         task_type: Some(lora.lora_task_type.clone()),
         base_model_name_or_path: Some(base.display().to_string()),
         ..LoraConfig::default()
     })
+}
+
+fn bias(bias: Bias) -> LoraBias {
+    match bias {
+        Bias::None => LoraBias::None,
+        Bias::All => LoraBias::All,
+        Bias::LoraOnly => LoraBias::LoraOnly,
+    }
+}
+
+fn token_indices(ids: &[usize]) -> Result<Option<TokenIndices>> {
+    let key = "lora_trainable_token_indices";
+    let token = |&id: &usize| {
+        u32::try_from(id).map_err(|_| Error::config(key, format!("{id} is no token id")))
+    };
+    let ids: Vec<u32> = ids.iter().map(token).collect::<Result<_>>()?;
+    Ok((!ids.is_empty()).then_some(TokenIndices::Embedding(ids)))
 }
 
 fn targets(names: &Names) -> TargetModules {
@@ -169,9 +220,10 @@ fn init(init: &Init) -> Result<InitLoraWeights> {
         Init::Default => Ok(InitLoraWeights::Kaiming),
         Init::Random => Ok(InitLoraWeights::Random),
         Init::Method(name) if name == "gaussian" => Ok(InitLoraWeights::Gaussian),
+        Init::Method(name) if name == "orthogonal" => Ok(InitLoraWeights::Orthogonal),
         Init::Method(name) => Err(Error::config(
             "init_lora_weights",
-            format!("`{name}` is not supported yet; supported: true, false, gaussian"),
+            format!("`{name}` is not supported yet; supported: true, false, gaussian, orthogonal"),
         )),
     }
 }

@@ -165,6 +165,93 @@ fn faults_of_the_adapter_are_told_in_the_names_of_the_file() {
 }
 
 #[test]
+fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
+    check(&[
+        fault(
+            "unmatched pattern of an alpha",
+            json!({"lora_alpha_pattern": {"v_porj": 2}}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_alpha_pattern`", "v_porj", "v_proj"],
+        ),
+        fault(
+            "a regular expression in a list",
+            json!({"lora_target_modules": ["q_proj", ".*v_proj"]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_target_modules`", "`.*v_proj`", "as one string"],
+        ),
+        fault(
+            "a layer that is not there",
+            json!({"lora_layers_to_transform": [77]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_layers_to_transform`", "layer 77"],
+        ),
+        fault(
+            "a pattern of layers without layers",
+            json!({"lora_layers_pattern": ["layers"]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_layers_pattern`",
+                "only used with `lora_layers_to_transform`",
+            ],
+        ),
+        fault(
+            "a module to save that is none",
+            json!({"lora_modules_to_save": ["lm_haed"]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_modules_to_save`",
+                "lm_haed",
+                "did you mean `lm_head`",
+            ],
+        ),
+        fault(
+            "a module both adapted and saved",
+            json!({"lora_modules_to_save": ["q_proj"], "lora_target_modules": ["q_proj"]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_target_modules`",
+                "`q_proj`",
+                "`lora_modules_to_save`",
+            ],
+        ),
+        fault(
+            "a token beyond the vocabulary",
+            json!({"lora_trainable_token_indices": [99999999]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_trainable_token_indices`", "99999999", "rows"],
+        ),
+        fault(
+            "biases of a base that has none",
+            json!({"lora_bias": "all"}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_bias`", "all", "has none", "out.yaml:"],
+        ),
+        fault(
+            "a bias of B that its start does not know",
+            json!({"lora_b_bias": true, "init_lora_weights": "gaussian"}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_b_bias`", "init_lora_weights"],
+        ),
+        fault(
+            "a feature that is not there",
+            json!({"use_dora": true}),
+            untouched,
+            BAD_CONFIG,
+            &["`use_dora`", "not supported yet"],
+        ),
+    ]);
+}
+
+#[test]
 fn a_run_too_large_for_any_machine_is_told_what_would_fit() {
     let bench = Workbench::new(1);
     // Of some 2 TiB of activations, for weights of a few MiB: a deep and narrow model, many rows.

@@ -52,15 +52,29 @@ pub struct Site {
 /// What a method does at one site.
 #[derive(Debug)]
 pub enum Attachment {
-    /// `y += scale * dropout(x) A^T B^T`, folded into the linear's own products.
+    /// `y += scale * (dropout(x) A^T B^T + b)`, folded into the linear's own products; on an embedding
+    /// `y += scale * B[ids] A`, on the head `logits += scale * dropout(x) A^T B^T`.
     LowRank(LowRank),
-    /// The base weight (and bias) itself is trained, starting from the base's values.
+    /// The base weight (and bias) itself is trained, starting from the base's values. A head tied to
+    /// an embedding follows it, unless something stands at the head itself.
     TrainBase {
         /// Weight, same shape as the base's.
         weight: ParamId,
         /// Bias, if the base has one.
         bias: Option<ParamId>,
     },
+    /// The base's bias is trained, starting from its values, beside whatever else stands at the site.
+    TrainBias(ParamId),
+    /// Some rows of an embedding, or of a head that is not tied, are trained, starting from the base's
+    /// values. A head tied to the embedding has the same rows.
+    TrainRows {
+        /// `[rows, in_features]`.
+        rows: ParamId,
+        /// The token of each row: distinct, each below `out_features`.
+        indices: Vec<u32>,
+    },
+    /// The base's weight as it is, on a head tied to an embedding that is trained.
+    KeepBase,
     /// Anything else on a linear, with its own forward and backward.
     Custom(Box<dyn CustomLinear>),
 }
@@ -76,8 +90,11 @@ pub struct LowRank {
     pub rank: usize,
     /// Factor of the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
     pub scale: f32,
-    /// Probability that an element of x is dropped before A, in training.
+    /// Probability that an element of x is dropped before A, in training; without effect on an
+    /// embedding, whose ids cannot be dropped.
     pub dropout: f32,
+    /// b, `[out_features]`, on a linear inside the layers.
+    pub bias: Option<ParamId>,
 }
 
 /// A method's own arithmetic on one linear. Parameters and gradients live in the flat buffers.
@@ -124,7 +141,7 @@ pub trait Adapter: Debug + Send + Sync {
 
     /// Fills the parameters with the method's initial values, a pure function of `seed`.
     ///
-    /// Parameters of [`Attachment::TrainBase`] hold the base's values already.
+    /// Parameters that start from the base's values hold them already.
     ///
     /// # Errors
     /// If a value cannot be computed.

@@ -29,7 +29,7 @@ impl Adapter for FullFineTuning {
             };
             let order = site.execution_order;
             let mut weight = ParamSpec::new(format!("{}.weight", site.name), shape, order);
-            weight.stored_transposed = site.stored_transposed;
+            weight.transposed = site.stored_transposed;
             // Whatever it is called.
             weight.weight_decay &= site.kind != SiteKind::Norm;
             let weight = params.add(weight);
@@ -51,13 +51,13 @@ impl Adapter for FullFineTuning {
             .layout()
             .by_name()
             .map(|(id, segment)| {
-                let bytes = match params.stored(id) {
+                let bytes = match params.file_values(id) {
                     Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
                     Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
                 };
                 let data = TensorData {
                     dtype: FileDType::F32,
-                    shape: segment.spec.stored_shape(),
+                    shape: segment.spec.file_shape(),
                     bytes,
                 };
                 (segment.spec.name.clone(), data)
@@ -82,14 +82,14 @@ impl Adapter for FullFineTuning {
         for (id, segment) in layout.by_name() {
             let name = &segment.spec.name;
             let shape = file.meta(name).map(|m| m.shape.as_slice());
-            let expected = segment.spec.stored_shape();
+            let expected = segment.spec.file_shape();
             if shape != Some(&expected) {
                 return Err(Error::model(
                     &path,
                     format!("tensor `{name}`: found shape {shape:?}, expected {expected:?}"),
                 ));
             }
-            params.store(id, &file.read_f32(name)?);
+            params.set_file_values(id, &file.read_f32(name)?);
         }
         Ok(())
     }

@@ -293,3 +293,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_dtype_that_is_not_known_names_its_tensor() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("model.safetensors");
+    let header = "\"dtype\":\"F7\",\"shape\":[2],\"data_offsets\":[0,8]";
+    std::fs::write(&path, one(header, 8)).expect("writable");
+    let error = SafetensorsFile::open(&path)
+        .expect_err("refused")
+        .to_string();
+    assert!(
+        error.contains("tensor `a`") && error.contains("F7"),
+        "{error}"
+    );
+}

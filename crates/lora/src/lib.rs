@@ -46,16 +46,21 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::print_stdout)]
 
+mod base_copies;
+pub mod inspect;
 pub mod lora;
 mod lora_plus;
 pub mod merge;
+mod parts;
 mod registry;
 pub mod target;
 #[cfg(test)]
 mod testing;
 
-pub use lora::{InitLoraWeights, LoraAdapter, LoraConfig};
+pub use base_copies::check as check_base_copies;
+pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
+pub use parts::{PartsAdapter, PartsConfig};
 pub use registry::{PeftConfig, load};
 pub use target::{ExcludeModules, TargetModules};

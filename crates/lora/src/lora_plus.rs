@@ -14,13 +14,19 @@ use std::path::Path;
 pub struct LoraPlus {
     method: Box<dyn Adapter>,
     lr_ratio: f64,
+    embedding_ratio: f64,
 }
 
 impl LoraPlus {
-    /// `method` with `lr_ratio` times the learning rate on every B and every vector.
+    /// `method` with `lr_ratio` times the learning rate on every B and every vector, and
+    /// `embedding_ratio` times on both factors of an embedding.
     #[must_use]
-    pub fn new(method: Box<dyn Adapter>, lr_ratio: f64) -> Self {
-        Self { method, lr_ratio }
+    pub fn new(method: Box<dyn Adapter>, lr_ratio: f64, embedding_ratio: f64) -> Self {
+        Self {
+            method,
+            lr_ratio,
+            embedding_ratio,
+        }
     }
 }
 
@@ -32,7 +38,9 @@ impl Adapter for LoraPlus {
     ) -> Result<Vec<(SiteId, Attachment)>> {
         let attachments = self.method.attach(sites, params)?;
         for spec in params.specs_mut() {
-            if spec.name.contains("lora_B") || spec.shape.len() == 1 {
+            if spec.name.contains("lora_embedding") {
+                spec.lr_scale *= self.embedding_ratio;
+            } else if spec.name.contains("lora_B") || spec.shape.len() == 1 {
                 spec.lr_scale *= self.lr_ratio;
             }
         }

@@ -1,8 +1,13 @@
 //! Folds an adapter into its base: a checkpoint that needs no PEFT.
 //!
-//! `W' = round(W + scale * B A)`, the sum in f32 from the base's own shards, rounded once. Works
-//! on names alone: the adapter's module `m` changes the checkpoint's tensor `m.weight`. Shards are
-//! streamed; the peak is one shard and one tensor.
+//! `W' = round(W + scale * B A)`, the sum in f32 from the base's own shards, rounded once; what the
+//! adapter trained of the base itself takes the place of the base's values. The base's directory is only
+//! read: whoever wants the base back has it. Shards are streamed; the peak is one shard, one tensor and
+//! the adapter.
+//!
+//! Where head and embedding are one tensor of the base and the adapter makes them differ, the output has
+//! both, and `tie_word_embeddings: false`. (PEFT adds an update of either to the shared tensor, which
+//! changes the other too.)
 //!
 //! # Source
 //! PEFT's `merge_and_unload` (without `safe_merge`, which rounds twice on a bf16 base).
@@ -54,7 +59,7 @@ pub struct MergeOptions {
 pub struct MergedTensor {
     /// Name in the checkpoint.
     pub name: String,
-    /// ‖delta‖ (Frobenius), delta = scale * B A.
+    /// ‖delta‖ (Frobenius), delta = W' - W before rounding: scale * B A for an update.
     pub delta_norm: f64,
     /// ‖(W' - W) - delta‖ / ‖delta‖: what rounding to the output dtype lost of the update. 0 if
     /// delta is 0.
@@ -110,24 +115,24 @@ pub fn merge(
     let base_config = output::BaseConfig::read(base_directory)?;
     let base = ModelFiles::open(base_directory)?;
     base_config.require_dense()?;
-    let plan = base_config.matching_plan(&base)?;
-    let transposed = plan::stored_transposed(plan.as_ref());
-    let updates = plan::updates(&base, &base_config, &transposed, adapter_directory)?;
+    base_config.require_matching(&base)?;
+    let plan = plan::plan(&base, &base_config, adapter_directory)?;
 
     let staged = StagedDir::create(output_directory)?;
     let mut report = MergeReport::default();
     let mut weight_map = BTreeMap::new();
     for file in base.shards() {
-        let written = shards::merge_file(file, &updates, options.dtype, staged.path())?;
+        let written = shards::merge_file(file, &plan, options.dtype, staged.path())?;
         report.files += 1;
         report.bytes += written.bytes;
         report.tensors.extend(written.tensors);
-        let names = file.names().map(str::to_owned);
+        let names = written.names.into_iter();
         weight_map.extend(names.map(|name| (name, written.file_name.clone())));
     }
     report.tensors.sort_by(|a, b| a.name.cmp(&b.name));
     output::write_index(base_directory, &weight_map, report.bytes, staged.path())?;
-    base_config.write(options.dtype, staged.path())?;
+    let unties = !plan.copies.is_empty();
+    base_config.write(options.dtype, unties, staged.path())?;
     output::copy_side_files(base_directory, adapter_directory, staged.path())?;
     staged.publish()?;
     Ok(report)

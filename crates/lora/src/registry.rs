@@ -3,11 +3,15 @@
 mod absent;
 
 use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
+use crate::parts::{PartsAdapter, PartsConfig};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::io::Read;
 use std::path::Path;
+
+/// Methods of this crate.
+const SUPPORTED: [&str; 3] = ["LORA", "LN_TUNING", "TRAINABLE_TOKENS"];
 
 /// Methods that PEFT has and this crate does not.
 const NOT_SUPPORTED: &[&str] = &[
@@ -29,7 +33,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "HRA",
     "IA3",
     "LILY",
-    "LN_TUNING",
     "LOHA",
     "LOKR",
     "MISS",
@@ -48,7 +51,6 @@ const NOT_SUPPORTED: &[&str] = &[
     "SHIRA",
     "SUPERTUNING",
     "TINYLORA",
-    "TRAINABLE_TOKENS",
     "UNILORA",
     "VBLORA",
     "VERA",
@@ -65,6 +67,8 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 pub enum PeftConfig {
     /// `LORA`.
     Lora(LoraConfig),
+    /// `LN_TUNING` and `TRAINABLE_TOKENS`.
+    Parts(PartsConfig),
 }
 
 impl PeftConfig {
@@ -87,7 +91,9 @@ impl PeftConfig {
         };
         match peft_type {
             "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
-            other => Err(not_supported(&path, other)),
+            other => PartsConfig::from_json(&path, other, &object)?
+                .map(Self::Parts)
+                .ok_or_else(|| not_supported(&path, other)),
         }
     }
 
@@ -96,6 +102,7 @@ impl PeftConfig {
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         match self {
             Self::Lora(config) => config.base_model_name_or_path.as_deref(),
+            Self::Parts(config) => config.base_model_name_or_path(),
         }
     }
 
@@ -106,6 +113,7 @@ impl PeftConfig {
     pub fn into_adapter(self, model_type: &str) -> Result<Box<dyn Adapter>> {
         match self {
             Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?)),
+            Self::Parts(config) => Ok(Box::new(PartsAdapter::new(config, model_type)?)),
         }
     }
 }
@@ -148,12 +156,14 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
 fn not_supported(path: &Path, peft_type: &str) -> Error {
     let message = if NOT_SUPPORTED.contains(&peft_type) {
         format!(
-            "`peft_type` is {peft_type}: this method of PEFT is not supported yet; supported: LORA"
+            "`peft_type` is {peft_type}: this method of PEFT is not supported yet; supported: {}",
+            SUPPORTED.join(", ")
         )
     } else {
         format!(
-            "`peft_type` is \"{peft_type}\", which is no method of PEFT{}; supported: LORA",
-            suggest::did_you_mean(peft_type, ["LORA"])
+            "`peft_type` is \"{peft_type}\", which is no method of PEFT{}; supported: {}",
+            suggest::did_you_mean(peft_type, SUPPORTED),
+            SUPPORTED.join(", ")
         )
     };
     Error::adapter(path, message)

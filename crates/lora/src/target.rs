@@ -264,7 +264,7 @@ impl<'a> Excluded<'a> {
 }
 
 /// Whether `name` ends in `.entry`.
-fn is_suffix(entry: &str, name: &str) -> bool {
+pub(crate) fn is_suffix(entry: &str, name: &str) -> bool {
     name.strip_suffix(entry)
         .is_some_and(|head| head.ends_with('.'))
 }
@@ -299,7 +299,7 @@ fn require_entries_exist(key: &'static str, entries: &[String], sites: &[Site]) 
             key,
             format!(
                 "entry `{entry}` matches no module{}; {}",
-                nearest_suffix(entry, sites.iter().map(|site| site.name.as_str())),
+                nearest_end(entry, sites.iter().map(|site| site.name.as_str())),
                 known_names(sites),
             ),
         ));
@@ -344,7 +344,7 @@ fn nothing_selected(targets: &TargetModules, sites: &[Site]) -> Error {
 }
 
 /// `; did you mean ...`, from path ends with as many segments as `entry` has.
-fn nearest_suffix<'a>(entry: &str, names: impl Iterator<Item = &'a str>) -> String {
+pub(crate) fn nearest_end<'a>(entry: &str, names: impl Iterator<Item = &'a str>) -> String {
     let segments = entry.split('.').count();
     let ends: BTreeSet<&str> = names.map(|name| last_segments(name, segments)).collect();
     suggest::did_you_mean(entry, ends)

@@ -104,7 +104,9 @@ pub(crate) fn attach(adapter: &LoraAdapter) -> (FlatBuffer, Vec<LowRank>) {
 /// Adapter and parameters as PEFT saved them.
 pub(crate) fn recorded(case: &str) -> (LoraAdapter, FlatBuffer) {
     let directory = golden(case).join("adapter");
-    let PeftConfig::Lora(config) = PeftConfig::load(&directory).expect("fixture");
+    let PeftConfig::Lora(config) = PeftConfig::load(&directory).expect("fixture") else {
+        panic!("a LoRA")
+    };
     let adapter = adapter(config);
     let (mut params, _) = attach(&adapter);
     adapter.load(&mut params, &directory).expect("fixture");

@@ -206,6 +206,7 @@ impl TrainConfig {
             "loraplus_lr_ratio",
             |value| format!("got {value}, expected a number above 0; 16 is common"),
         )?;
+        self.not_negative("loraplus_lr_embedding", optimizer.loraplus_lr_embedding)?;
         self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,

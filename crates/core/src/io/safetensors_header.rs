@@ -170,7 +170,9 @@ impl<'de> Deserialize<'de> for Header {
                 let mut metadata = None;
                 while let Some(key) = access.next_key::<String>()? {
                     if key != "__metadata__" {
-                        let info: Info = access.next_value()?;
+                        let info: Info = access.next_value().map_err(|error| {
+                            serde::de::Error::custom(format!("tensor `{key}`: {error}"))
+                        })?;
                         insert_unique(&mut header.tensors, key, info.into())?;
                     } else if metadata.is_none() {
                         metadata = access.next_value::<Option<UniqueMap<String>>>().map(Some)?;

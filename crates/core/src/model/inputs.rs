@@ -65,6 +65,13 @@ impl<'a> Inputs<'a> {
             (angles, rows)
         };
         let mut ids: Cow<'_, [u32]> = (&batch.input_ids[..]).into();
+        if let Some(rows) = &model.embedding.table.rows {
+            let ids = ids.to_mut().iter_mut();
+            ids.for_each(|id| *id = rows.place(*id));
+        }
+        if let Some(rows) = &model.head_table().rows {
+            targets.iter_mut().for_each(|t| *t = rows.place(*t));
+        }
         let mut cu_seqlens: Cow<'_, [u32]> = (&batch.cu_seqlens[..]).into();
         let mut rows = batch.rows();
         if padded && rows > 0 {

@@ -87,8 +87,10 @@ impl LinearGroup {
                 bias::add(y.reborrow(), values)?;
             }
             saved.push(match &part.attachment {
-                None | Some(Attachment::TrainBase { .. }) => PartSaved::None,
                 Some(Attachment::LowRank(low_rank)) => {
+                    if let Some(id) = low_rank.bias {
+                        bias::add_scaled(y.reborrow(), low_rank.scale, run.params.view(id))?;
+                    }
                     let update = update(run, part, low_rank);
                     let dtype = update.a.dtype();
                     let cols = Workspace::aligned(dtype, low_rank.rank);
@@ -100,6 +102,7 @@ impl LinearGroup {
                 Some(Attachment::Custom(custom)) => {
                     PartSaved::Custom(custom.forward(run.params, x, y)?)
                 }
+                _ => PartSaved::None,
             });
         }
         Ok(saved)
@@ -159,7 +162,10 @@ impl LinearGroup {
 
     /// Whether anything here is trained.
     pub(crate) fn trained(&self) -> bool {
-        self.parts.iter().any(|p| p.attachment.is_some())
+        let trains = |part: &Part| {
+            part.attachment.is_some() || matches!(part.bias, Some(PartBias::Trained(_)))
+        };
+        self.parts.iter().any(trains)
     }
 
     /// The gradient of the base output where a custom method changes it, with `dx` begun.
@@ -267,6 +273,9 @@ fn low_rank_backward(
     dy: View<'_>,
     dx: Option<ViewMut<'_>>,
 ) -> Result<()> {
+    if let Some(id) = low_rank.bias {
+        bias::backward_scaled(dy, low_rank.scale, grads.view_mut(id))?;
+    }
     let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
     let s = s.view().columns(0..low_rank.rank);
     lora_linear::backward(x, update, s, dy, dx, d_a, d_b, run.workspace)?;

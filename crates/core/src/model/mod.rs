@@ -8,6 +8,7 @@ mod angles;
 mod config;
 mod decode;
 mod frozen;
+mod head;
 mod hf_config;
 mod inputs;
 mod keep;
@@ -17,11 +18,13 @@ mod modules;
 mod norm;
 mod plan;
 mod planner;
+mod positions;
 mod qk_norm;
 mod residual;
 mod rope;
 mod run;
 mod saved;
+mod vocabulary;
 mod weight_format;
 mod weights;
 
@@ -39,28 +42,30 @@ pub use run::{Mode, Pass};
 pub use weight_format::WeightFormat;
 pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
+use crate::Result;
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
-use crate::params::{FlatBuffer, ParamId};
-use crate::{Error, Result};
+use crate::params::FlatBuffer;
 use angles::AngleTable;
-use ferrotune_kernels::linear_cross_entropy::{self, Accumulator, Labels, Sums};
-use ferrotune_kernels::{DType, Device, Indices, Tensor, View, axpby, embedding, matmul};
+use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::{DType, Device, Tensor, axpby};
+use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
-use rayon::prelude::*;
+use positions::Positions;
 use run::Run;
 use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
+use vocabulary::Embedding;
 
 /// A decoder with its frozen weights.
 #[derive(Debug)]
 pub struct Model {
     config: DecoderConfig,
     device: Device,
-    embedding: Table,
-    /// Learned positions, `[positions, D]`.
-    positions: Option<Table>,
+    embedding: Embedding,
+    /// Where they are learned.
+    positions: Option<Positions>,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -69,20 +74,6 @@ pub struct Model {
     keep: Vec<Keep>,
     label_smoothing: f32,
     angles: AngleTable,
-}
-
-/// A matrix `[V, D]`, frozen or trained.
-#[derive(Debug)]
-enum Table {
-    Frozen(Tensor),
-    Trained(ParamId),
-}
-
-#[derive(Debug)]
-enum Head {
-    /// The embedding.
-    Tied,
-    Own(Table),
 }
 
 /// What forward keeps for backward.
@@ -113,11 +104,18 @@ impl Model {
         format: impl Into<WeightFormat>,
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
-        let attachments: BTreeMap<_, _> = attachments.into_iter().collect();
+        let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
+        for (site, attachment) in attachments {
+            match attachment {
+                Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
+                other => drop(alone.insert(site, other)),
+            }
+        }
         weights::Builder {
             config,
             plan: &plan,
-            attachments,
+            attachments: alone,
+            trained_biases,
             source,
             params,
             format: format.into(),
@@ -225,32 +223,13 @@ impl Model {
         let mut layers = Vec::with_capacity(self.layers.len());
         let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
         let stream = Stream { x, statistics };
-        let mut d_hidden = pass
-            .workspace
-            .take(pass.dtype, run.rows, self.config.hidden_size);
-        let d_head = self.head_param().map(|id| grads.view_mut(id));
-        linear_cross_entropy::forward_backward(
-            Normed::read(&y, &stream.x),
-            self.projection(params, run.dtype),
-            self.labels(&inputs.label_rows, &inputs.targets),
-            d_hidden.view_mut(),
-            d_head,
-            sums,
-            pass.workspace,
-        )?;
+        let hidden = Normed::read(&y, &stream.x);
+        let d_hidden = self.head_backward(&run, grads, hidden, sums)?;
         run.give(y);
         let saved = Saved { layers, stream };
         self.backward(&run, grads, saved, d_hidden, layer_done)?;
         run.end();
         Ok(())
-    }
-
-    fn labels<'a>(&self, rows: &'a Indices<'a>, targets: &'a Indices<'a>) -> Labels<'a> {
-        Labels {
-            rows,
-            targets,
-            smoothing: self.label_smoothing,
-        }
     }
 
     /// Sum of the losses over the trained tokens of `batch`, nothing kept.
@@ -261,11 +240,8 @@ impl Model {
         let inputs = self.inputs(pass, batch);
         let run = Run::new(params, pass, &inputs)?;
         let (stream, Normed { y, statistics }) = self.decoder(&run, None, None)?;
-        let (rows, targets) = (&inputs.label_rows, &inputs.targets);
         let mut sums = Accumulator::new(pass.workspace.device());
-        let (head, workspace) = (self.projection(params, run.dtype), pass.workspace);
-        let (hidden, labels) = (Normed::read(&y, &stream), self.labels(rows, targets));
-        linear_cross_entropy::forward(hidden, head, labels, &mut sums, workspace)?;
+        self.head_loss(&run, Normed::read(&y, &stream), &mut sums)?;
         run.give(y.into_iter().chain(statistics).chain([stream]));
         run.end();
         Ok(sums.read()?)
@@ -323,25 +299,6 @@ impl Model {
         self.project(pass, params, hidden.view())
     }
 
-    /// `hidden` `[N, D]` times the head: `[N, V]` f32 in host memory.
-    fn project(&self, pass: Pass<'_>, params: &FlatBuffer, hidden: View<'_>) -> Result<Tensor> {
-        let device = pass.workspace.device();
-        let vocabulary = self.config.vocab_size;
-        let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        let head = self.projection(params, pass.dtype);
-        matmul::nt(logits.view_mut(), 0.0, head.scale, hidden, head.weight)?;
-        if device.is_cuda() {
-            logits = logits.to_device(&Device::Cpu);
-            device.synchronize()?;
-        }
-        if let (Some(softcap), Some(mut rows)) = (head.softcap, logits.view_mut().typed::<f32>()) {
-            rows.data_mut()
-                .par_iter_mut()
-                .for_each(|z| *z = softcap * (*z / softcap).tanh());
-        }
-        Ok(logits)
-    }
-
     /// The residual stream after the last layer, and its norm.
     fn decoder(
         &self,
@@ -371,60 +328,33 @@ impl Model {
 
     /// The stream before the first layer.
     fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
-        let (workspace, width) = (run.workspace, self.config.hidden_size);
-        let mut stream = workspace.take(run.dtype, run.rows, width);
-        let table = self.embedding.view(run.params, run.dtype);
-        embedding::forward(table, &run.inputs.ids, stream.view_mut())?;
+        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
-        if let Some(table) = &self.positions {
-            let table = table.view(run.params, run.dtype);
-            self.require_positions(&run.inputs.positions, table.rows())?;
-            let mut rows = workspace.take(run.dtype, run.rows, width);
-            embedding::forward(table, &run.inputs.positions, rows.view_mut())?;
-            axpby::add(1.0, stream.view_mut(), 1.0, rows.view())?;
-            workspace.give(rows);
+        if let Some(positions) = &self.positions {
+            positions.add(run, &mut stream)?;
         }
         Ok(stream)
     }
 
-    /// Refuses a document that is longer than the table of its positions.
-    fn require_positions(&self, positions: &[u32], limit: usize) -> Result<()> {
-        match positions.iter().max() {
-            Some(&last) if last as usize >= limit => Err(Error::config(
-                "max_length",
-                format!(
-                    "a document has {} tokens, but the base learned {limit} positions (`{}`); \
-                     expected at most {limit}",
-                    last + 1,
-                    self.config.modules.positions.unwrap_or_default()
-                ),
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    /// Adds the gradients of the embedding and of positions, as far as they are trained, given that of
-    /// the stream.
+    /// Adds the gradients of what is trained of the embedding and of positions, given that of the stream.
     fn embed_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         d_stream: &mut Tensor,
     ) -> Result<()> {
-        if let Some(id) = self.positions.as_ref().and_then(Table::trained) {
-            let positions = &run.inputs.positions;
-            embedding::backward(d_stream.view(), positions, grads.view_mut(id))?;
+        if let Some(positions) = &self.positions {
+            positions.backward(run, grads, d_stream)?;
         }
-        let Some(id) = self.embedding.trained() else {
+        if !self.embedding.trained() {
             return Ok(());
-        };
+        }
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
         }
-        embedding::backward(d_stream.view(), &run.inputs.ids, grads.view_mut(id))?;
-        Ok(())
+        self.embedding.backward(run, grads, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
@@ -457,9 +387,7 @@ impl Model {
 
     /// Whether anything before the layers is trained.
     fn input_trained(&self) -> bool {
-        let tables = [Some(&self.embedding), self.positions.as_ref()];
-        let mut tables = tables.into_iter().flatten();
-        tables.any(|table| table.trained().is_some())
+        self.embedding.trained() || self.positions.as_ref().is_some_and(Positions::trained)
     }
 
     /// The first layer that backward reaches: before it nothing is trained.
@@ -469,46 +397,6 @@ impl Model {
         }
         let trained = self.layers.iter().position(Layer::trained);
         trained.unwrap_or(self.layers.len())
-    }
-
-    /// From hidden states to logits, in `dtype` where the head is trained.
-    fn projection<'a>(
-        &'a self,
-        params: &'a FlatBuffer,
-        dtype: DType,
-    ) -> linear_cross_entropy::Head<'a> {
-        linear_cross_entropy::Head {
-            weight: match &self.head {
-                Head::Tied => self.embedding.view(params, dtype),
-                Head::Own(table) => table.view(params, dtype),
-            },
-            scale: self.config.logits_scale,
-            softcap: self.config.logits_softcap,
-        }
-    }
-
-    fn head_param(&self) -> Option<ParamId> {
-        let table = match &self.head {
-            Head::Tied => &self.embedding,
-            Head::Own(table) => table,
-        };
-        table.trained()
-    }
-}
-
-impl Table {
-    fn view<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
-        match self {
-            Self::Frozen(tensor) => tensor.view(),
-            Self::Trained(id) => params.view_as(*id, dtype),
-        }
-    }
-
-    fn trained(&self) -> Option<ParamId> {
-        match self {
-            Self::Trained(id) => Some(*id),
-            Self::Frozen(_) => None,
-        }
     }
 }
 

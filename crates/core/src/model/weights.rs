@@ -4,16 +4,19 @@ use super::activation::Activation;
 use super::angles::AngleTable;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
+use super::head::Head;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
+use super::positions::Positions;
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
-use super::{Head, Keep, Model, Table, WeightFormat};
+use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
+use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
-use crate::params::{FlatBuffer, ParamId, transposed};
+use crate::params::{FlatBuffer, ParamId, transpose};
 use crate::{Error, Result, suggest};
 use ferrotune_kernels::dequantise::FourBit;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention, rng};
@@ -169,6 +172,8 @@ pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) plan: &'a ModelPlan,
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
+    /// Trained biases, beside those.
+    pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
@@ -178,23 +183,17 @@ impl Builder<'_> {
     pub(super) fn model(mut self) -> Result<Model> {
         let plan = self.plan;
         self.source.check(&expected_tensors(plan))?;
-        let embedding = self.table(plan.embedding)?;
-        let positions = plan.positions.map(|id| self.table(id)).transpose()?;
+        let embedding = self.embedding()?;
+        let positions = self.positions()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
         for (index, layer) in plan.layers.iter().enumerate() {
             layers.push(self.layer(index, layer)?);
         }
         let norm = self.norm(Some(plan.norm))?;
-        let head = match plan.site(plan.head).tied_to {
-            Some(_) => Head::Tied,
-            None => Head::Own(self.table(plan.head)?),
-        };
-        if let Some(site) = self.attachments.keys().next() {
-            let name = &plan.site(*site).name;
-            return Err(Error::config(
-                "lora_target_modules",
-                format!("nothing can attach to `{name}` yet; target linears inside the layers"),
-            ));
+        let head = self.head(&embedding)?;
+        let left = (self.attachments.keys()).chain(self.trained_biases.keys());
+        if let Some(site) = left.min() {
+            return Err(unsupported(plan.site(*site)));
         }
         Ok(Model {
             config: self.config.clone(),
@@ -366,7 +365,7 @@ impl Builder<'_> {
         if !site.bias {
             return Ok(None);
         }
-        if let Some(id) = trained {
+        if let Some(id) = trained.or_else(|| self.trained_biases.remove(&site.id)) {
             self.read_param(site, id, "bias")?;
             return Ok(Some(PartBias::Trained(id)));
         }
@@ -407,7 +406,7 @@ impl Builder<'_> {
     /// Weight and bias of a norm, as far as they are trained.
     fn trained_norm(&mut self, id: SiteId) -> Result<[Option<ParamId>; 2]> {
         match self.attachments.remove(&id) {
-            None => Ok([None; 2]),
+            None => Ok([None, self.trained_biases.remove(&id)]),
             Some(Attachment::TrainBase { weight, bias }) => Ok([Some(weight), bias]),
             Some(_) => Err(unsupported(self.plan.site(id))),
         }
@@ -423,16 +422,93 @@ impl Builder<'_> {
         Ok(Vector::Frozen(self.vector(&name, site.out_features)?))
     }
 
-    fn table(&mut self, id: SiteId) -> Result<Table> {
+    fn embedding(&mut self) -> Result<Embedding> {
+        let site = self.plan.site(self.plan.embedding);
+        let (table, update) = match self.attachments.remove(&site.id) {
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
+            other => (other, None),
+        };
+        Ok(Embedding {
+            table: self.table(site, site, table)?,
+            update,
+        })
+    }
+
+    fn positions(&mut self) -> Result<Option<Positions>> {
+        let (Some(id), Some(name)) = (self.plan.positions, self.config.modules.positions) else {
+            return Ok(None);
+        };
         let site = self.plan.site(id);
-        match self.attachments.remove(&id) {
-            None => Ok(Table::Frozen(self.frozen(site)?)),
-            Some(Attachment::TrainBase { weight, bias: None }) => {
-                self.read_param(site, weight, "weight")?;
-                Ok(Table::Trained(weight))
+        let attachment = match self.attachments.remove(&id) {
+            attachment @ (None | Some(Attachment::TrainBase { .. })) => attachment,
+            Some(_) => return Err(unsupported(site)),
+        };
+        let table = self.table(site, site, attachment)?;
+        Ok(Some(Positions { table, name }))
+    }
+
+    fn head(&mut self, embedding: &Embedding) -> Result<Head> {
+        let site = self.plan.site(self.plan.head);
+        let (attachment, update) = match self.attachments.remove(&site.id) {
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
+            other => (other, None),
+        };
+        let own = |b: &mut Self, from: &Site, attachment| b.table(site, from, attachment).map(Some);
+        let table = match (site.tied_to, attachment) {
+            (None, attachment) => own(self, site, attachment)?,
+            // An update of the head is one of the base's weight, whatever becomes of the embedding.
+            (Some(_), None) if update.is_none() || embedding.table.param().is_none() => None,
+            (Some(tied), None | Some(Attachment::KeepBase)) => {
+                own(self, self.plan.site(tied), None)?
             }
-            Some(_) => Err(unsupported(site)),
+            (Some(tied), Some(attachment @ Attachment::TrainBase { .. })) => {
+                own(self, self.plan.site(tied), Some(attachment))?
+            }
+            (Some(_), Some(_)) => return Err(unsupported(site)),
+        };
+        Ok(Head {
+            table,
+            update,
+            site: site.id.0,
+        })
+    }
+
+    /// The table of `site`, with the values that `from` has in the source.
+    fn table(&mut self, site: &Site, from: &Site, attachment: Option<Attachment>) -> Result<Table> {
+        let mut rows = None;
+        let weight = match attachment {
+            None => TableWeight::Frozen(self.frozen(from)?),
+            Some(Attachment::TrainBase { weight, bias: None }) => {
+                self.read_param(from, weight, "weight")?;
+                TableWeight::Trained(weight)
+            }
+            Some(Attachment::TrainRows { rows: id, indices }) => {
+                rows = Some(TrainedRows::new(id, &indices, site.out_features));
+                TableWeight::Frozen(self.with_trained_rows(from, id, &indices)?)
+            }
+            Some(_) => return Err(unsupported(site)),
+        };
+        Ok(Table { weight, rows })
+    }
+
+    /// The table in the order of [`TrainedRows`], with the trained ones in `id`.
+    fn with_trained_rows(&mut self, site: &Site, id: ParamId, indices: &[u32]) -> Result<Tensor> {
+        let [rows, cols] = [site.out_features, site.in_features];
+        let mut table = Tensor::empty(&Device::Cpu, self.format.dtype, rows, cols);
+        let name = format!("{}.weight", site.name);
+        self.source.read(&name, table.view_mut())?;
+        let to = self.params.get_mut(id);
+        for (to, &token) in to.chunks_mut(cols).zip(indices) {
+            let row = table.view().row_range(token as usize..token as usize + 1);
+            to.copy_from_slice(&row.to_f32_vec());
         }
+        TrainedRows::reorder(&mut table, indices);
+        let device = self.params.device();
+        Ok(if device.is_cuda() {
+            table.to_device(device)
+        } else {
+            table
+        })
     }
 
     fn frozen(&self, site: &Site) -> Result<Tensor> {
@@ -451,7 +527,7 @@ impl Builder<'_> {
         let [rows, cols] = to.shape();
         let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
         self.source.read(&name, stored.view_mut())?;
-        let values = transposed(&stored.to_f32_vec(), [cols, rows]);
+        let values = transpose(&stored.to_f32_vec(), cols, rows);
         to_rows(to, &values);
         Ok(())
     }
@@ -483,7 +559,7 @@ fn unsupported(site: &Site) -> Error {
     Error::config(
         "lora_target_modules",
         format!(
-            "a low-rank update of `{}` is not supported yet; target linears inside the layers",
+            "what was to be trained of `{}` is not supported there; target linears, the embedding or the head",
             site.name
         ),
     )

@@ -1,6 +1,6 @@
 //! The buffer itself, in host memory or a GPU's.
 
-use super::{ParamId, ParamLayout, transposed};
+use super::{ParamId, ParamLayout};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
@@ -79,6 +79,28 @@ impl FlatBuffer {
     pub fn get_mut(&mut self, id: ParamId) -> &mut [f32] {
         let range = self.layout.segment(id).range();
         &mut self.as_mut_slice()[range]
+    }
+
+    /// One tensor as files hold it.
+    #[must_use]
+    pub fn file_values(&self, id: ParamId) -> Cow<'_, [f32]> {
+        let values = self.get(id);
+        if !self.layout.segment(id).spec.transposed {
+            return values.into();
+        }
+        let [rows, cols] = self.matrix(id);
+        transpose(values, rows, cols).into()
+    }
+
+    /// Sets one tensor from what files hold, of as many elements.
+    pub fn set_file_values(&mut self, id: ParamId, values: &[f32]) {
+        if self.layout.segment(id).spec.transposed {
+            let [rows, cols] = self.matrix(id);
+            let values = transpose(values, cols, rows);
+            self.get_mut(id).copy_from_slice(&values);
+        } else {
+            self.get_mut(id).copy_from_slice(values);
+        }
     }
 
     /// The whole buffer, in host memory.
@@ -173,29 +195,6 @@ impl FlatBuffer {
         self.home_mut().columns(range).reshaped(rows, cols)
     }
 
-    /// A tensor's values in the order of files, in host memory.
-    #[must_use]
-    pub fn stored(&self, id: ParamId) -> Cow<'_, [f32]> {
-        let spec = &self.layout.segment(id).spec;
-        match (spec.stored_transposed, &spec.shape[..]) {
-            (true, &[rows, cols]) => transposed(self.get(id), [rows, cols]).into(),
-            _ => self.get(id).into(),
-        }
-    }
-
-    /// Sets a tensor's values from those of a file.
-    pub fn store(&mut self, id: ParamId, stored: &[f32]) {
-        let layout = Arc::clone(&self.layout);
-        let spec = &layout.segment(id).spec;
-        match (spec.stored_transposed, &spec.shape[..]) {
-            (true, &[rows, cols]) => {
-                let values = transposed(stored, [cols, rows]);
-                self.get_mut(id).copy_from_slice(&values);
-            }
-            _ => self.get_mut(id).copy_from_slice(stored),
-        }
-    }
-
     /// Two different tensors at home, to be written.
     ///
     /// # Panics
@@ -246,4 +245,10 @@ impl FlatBuffer {
             _ => [1, spec.len()],
         }
     }
+}
+
+/// The columns of `values` `[rows, cols]`, one after the other.
+pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let column = |c: usize| (0..rows).map(move |r| values[r * cols + c]);
+    (0..cols).flat_map(column).collect()
 }

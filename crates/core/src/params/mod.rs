@@ -8,6 +8,7 @@
 mod flat_buffer;
 
 pub use flat_buffer::FlatBuffer;
+pub(crate) use flat_buffer::transpose;
 
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -36,8 +37,8 @@ pub struct ParamSpec {
     pub lr_scale: f64,
     /// Whether weight decay applies. Transformers exempts biases and norms.
     pub weight_decay: bool,
-    /// Whether files hold a matrix with its dimensions exchanged.
-    pub stored_transposed: bool,
+    /// Whether files hold the transposed matrix.
+    pub transposed: bool,
 }
 
 impl ParamSpec {
@@ -59,15 +60,22 @@ impl ParamSpec {
             adapter: 0,
             lr_scale: 1.0,
             weight_decay,
-            stored_transposed: false,
+            transposed: false,
         }
+    }
+
+    /// The same, for a matrix that files hold transposed.
+    #[must_use]
+    pub fn transposed(mut self) -> Self {
+        self.transposed = true;
+        self
     }
 
     /// Dimensions in files.
     #[must_use]
-    pub fn stored_shape(&self) -> Vec<usize> {
+    pub fn file_shape(&self) -> Vec<usize> {
         let mut shape = self.shape.clone();
-        if self.stored_transposed {
+        if self.transposed {
             shape.reverse();
         }
         shape
@@ -101,13 +109,6 @@ impl Segment {
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.spec.len()
     }
-}
-
-/// The transpose of a matrix `[rows, cols]`, row by row.
-pub(crate) fn transposed(values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
-    (0..rows * cols)
-        .map(|i| values[i % rows * cols + i / rows])
-        .collect()
 }
 
 /// Collects [`ParamSpec`]s before the buffer exists.

@@ -20,21 +20,25 @@ struct Params {
     bias: u64,
     rows: u32,
     cols: u32,
+    scale: f32,
+    unused: u32,
 }
 
 impl Params {
-    fn new(y: View<'_>, bias: View<'_>) -> Self {
+    fn new(y: View<'_>, scale: f32, bias: View<'_>) -> Self {
         Self {
             y: Matrix::of(y),
             bias: bias.ptr(),
             rows: count(y.rows()),
             cols: count(y.cols()),
+            scale,
+            unused: 0,
         }
     }
 }
 
-pub(super) fn add(device: &CudaDevice, y: ViewMut<'_>, bias: View<'_>) -> Result<()> {
-    let params = Params::new(y.as_view(), bias);
+pub(super) fn add(device: &CudaDevice, y: ViewMut<'_>, scale: f32, bias: View<'_>) -> Result<()> {
+    let params = Params::new(y.as_view(), scale, bias);
     let access = Access::of(&[params.y], &[params.bias], &[y.cols()]);
     let kernel = format!("bias_add_{}", access.suffix());
     device.launch(
@@ -45,8 +49,13 @@ pub(super) fn add(device: &CudaDevice, y: ViewMut<'_>, bias: View<'_>) -> Result
     )
 }
 
-pub(super) fn backward(device: &CudaDevice, dy: View<'_>, d_bias: ViewMut<'_>) -> Result<()> {
-    let params = Params::new(dy, d_bias.as_view());
+pub(super) fn backward(
+    device: &CudaDevice,
+    dy: View<'_>,
+    scale: f32,
+    d_bias: ViewMut<'_>,
+) -> Result<()> {
+    let params = Params::new(dy, scale, d_bias.as_view());
     let kernel = format!("bias_backward_{}", params.y.suffix());
     device.launch(&MODULE, &kernel, column_sums(dy.cols()), &params)
 }

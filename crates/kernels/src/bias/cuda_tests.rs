@@ -1,4 +1,4 @@
-use super::{add, backward};
+use super::{add_scaled, backward_scaled};
 use crate::DType;
 use crate::test_support::DTYPES;
 use crate::twins::assert_cuda_matches;
@@ -10,8 +10,8 @@ fn matches_the_cpu() {
             assert_cuda_matches(&format!("{dtype} {shape:?}"), |place| {
                 let mut y = place.matrix(1, shape, dtype);
                 let mut d_bias = place.dense(2, [1, shape[1]]);
-                backward(y.view(), d_bias.view_mut()).unwrap();
-                add(y.view_mut(), place.dense(3, [1, shape[1]]).view()).unwrap();
+                backward_scaled(y.view(), 0.75, d_bias.view_mut()).unwrap();
+                add_scaled(y.view_mut(), -1.5, place.dense(3, [1, shape[1]]).view()).unwrap();
                 vec![(dtype, y.values()), (DType::F32, d_bias.to_f32_vec())]
             });
         }

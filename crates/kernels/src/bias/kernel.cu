@@ -6,6 +6,8 @@ struct Add {
     Matrix y;
     const f32* bias;
     u32 rows, cols;
+    f32 scale;
+    u32 unused;
 };
 
 template <typename Access>
@@ -17,7 +19,7 @@ DEVICE void add(const Add& p) {
     for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
         auto y = Access::load(p.y, row, group);
 #pragma unroll
-        for (u32 e = 0; e < Access::LEN; e++) Access::set(p.y, y, e, Access::get(y, e) + bias[e]);
+        for (u32 e = 0; e < Access::LEN; e++) Access::set(p.y, y, e, Access::get(y, e) + p.scale * bias[e]);
         Access::store(p.y, row, group, y);
     }
 }
@@ -26,11 +28,13 @@ struct Backward {
     Matrix dy;
     f32* d_bias;
     u32 rows, cols;
+    f32 scale;
+    u32 unused;
 };
 
 template <typename T>
 DEVICE void backward(const Backward& p) {
-    add_column_sums(p.rows, p.cols, p.d_bias, [&](u32 row, u32 column) { return load_element<T>(p.dy, row, column); });
+    add_column_sums(p.rows, p.cols, p.d_bias, [&](u32 row, u32 column) { return p.scale * load_element<T>(p.dy, row, column); });
 }
 
 KERNEL(bias_add_f32, 256, Add, add<Packed<f32>>)

@@ -43,3 +43,19 @@ fn wrong_length_is_refused() {
     assert!(add(y.view_mut(), &[0.0; 2]).is_err());
     assert!(backward(y.view(), &mut [0.0; 4]).is_err());
 }
+
+#[test]
+fn a_scale_multiplies_the_bias_and_its_gradient() {
+    let mut y = matrix(3, 4);
+    let before = y.to_f32_vec();
+    let bias = [1.0, -2.0, 3.0, 0.5];
+    super::add_scaled(y.view_mut(), 2.5, View::vector(&bias)).expect("shapes agree");
+    let after = y.to_f32_vec();
+    assert!((0..12).all(|i| after[i] == before[i] + 2.5 * bias[i % 4]));
+    let mut d_bias = [1.0; 4];
+    super::backward_scaled(y.view(), 0.5, ViewMut::vector(&mut d_bias)).expect("shapes agree");
+    for (c, d) in d_bias.iter().enumerate() {
+        let sum: f32 = (0..3).map(|r| after[r * 4 + c]).sum();
+        assert_eq!(*d, 1.0 + 0.5 * sum);
+    }
+}

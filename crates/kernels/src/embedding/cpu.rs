@@ -5,6 +5,7 @@ use rayon::prelude::{IndexedParallelIterator, IntoParallelIterator, ParallelIter
 
 pub(super) fn forward<X: Element, Y: Element>(
     table: Rows<'_, X>,
+    first: usize,
     ids: &[u32],
     mut out: RowsMut<'_, Y>,
 ) {
@@ -14,7 +15,10 @@ pub(super) fn forward<X: Element, Y: Element>(
             #[inline(always)]
             || {
                 for (out, &id) in out.rows().zip(&ids[block * step..]) {
-                    for (out, value) in out.iter_mut().zip(table.row(id as usize)) {
+                    let Some(row) = (id as usize).checked_sub(first) else {
+                        continue;
+                    };
+                    for (out, value) in out.iter_mut().zip(table.row(row)) {
                         *out = Y::from_f32(value.to_f32());
                     }
                 }
@@ -29,10 +33,16 @@ struct Target<'a> {
     tokens: &'a [u32],
 }
 
-pub(super) fn backward<G: Element>(d_out: Rows<'_, G>, ids: &[u32], d_table: &mut [f32]) {
+pub(super) fn backward<G: Element>(
+    d_out: Rows<'_, G>,
+    first: usize,
+    ids: &[u32],
+    d_table: &mut [f32],
+) {
     let cols = d_out.cols();
     let tokens = tokens_by_id(ids);
-    targets(ids, &tokens, d_table, cols)
+    let before = tokens.partition_point(|&token| (ids[token as usize] as usize) < first);
+    targets(ids, first, &tokens[before..], d_table, cols)
         .into_par_iter()
         .with_min_len(rows_per_block(cols))
         .for_each(|target| {
@@ -60,6 +70,7 @@ fn tokens_by_id(ids: &[u32]) -> Vec<u32> {
 /// Cuts the rows that are hit out of the table, so that each belongs to one thread.
 fn targets<'a>(
     ids: &[u32],
+    first: usize,
     tokens: &'a [u32],
     d_table: &'a mut [f32],
     cols: usize,
@@ -69,7 +80,7 @@ fn targets<'a>(
     tokens
         .chunk_by(same_id)
         .map(|tokens| {
-            let id = ids[tokens[0] as usize] as usize;
+            let id = ids[tokens[0] as usize] as usize - first;
             let (_, from_row) = std::mem::take(&mut rest).split_at_mut((id - next_row) * cols);
             let (row, after) = from_row.split_at_mut(cols);
             (rest, next_row) = (after, id + 1);

@@ -24,16 +24,21 @@ struct Params {
     ids: u64,
     rows: u32,
     cols: u32,
+    /// Id of the first row of the table.
+    first: u32,
+    unused: u32,
 }
 
 impl Params {
-    fn new(from: View<'_>, ids: &Indices<'_>, to: View<'_>) -> Self {
+    fn new(from: View<'_>, first: usize, ids: &Indices<'_>, to: View<'_>) -> Self {
         Self {
             from: Matrix::of(from),
             to: Matrix::of(to),
             ids: ids.ptr(),
             rows: count(ids.len()),
             cols: count(to.cols()),
+            first: count(first),
+            unused: 0,
         }
     }
 }
@@ -41,10 +46,11 @@ impl Params {
 pub(super) fn forward(
     device: &CudaDevice,
     table: View<'_>,
+    first: usize,
     ids: &Indices<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    let params = Params::new(table, ids, out.as_view());
+    let params = Params::new(table, first, ids, out.as_view());
     let copy = convert::Copy::of(&params.from, &params.to, out.cols());
     let kernel = format!("embedding_forward_{}", copy.suffix());
     device.launch(
@@ -59,10 +65,11 @@ pub(super) fn forward(
 pub(super) fn backward(
     device: &CudaDevice,
     d_out: View<'_>,
+    first: usize,
     ids: &Indices<'_>,
     d_table: ViewMut<'_>,
 ) -> Result<()> {
-    let params = Params::new(d_out, ids, d_table.as_view());
+    let params = Params::new(d_out, first, ids, d_table.as_view());
     let access = Access::of(&[params.from], &[d_table.ptr()], &[d_out.cols()]);
     let tiles = access.groups(d_out.cols()).div_ceil(BACKWARD_THREADS);
     let kernel = format!("embedding_backward_{}", access.suffix());

@@ -1,4 +1,4 @@
-use super::{backward, forward};
+use super::{backward, forward, overlay, overlay_backward};
 use crate::DType;
 use crate::rng::Stream;
 use crate::test_support::DTYPES;
@@ -46,4 +46,20 @@ fn tokens_far_apart_are_summed_in_order() {
         backward(d_out.view(), &place.indices(&ids), d_table.view_mut()).unwrap();
         vec![(DType::F32, d_table.to_f32_vec())]
     });
+}
+
+#[test]
+fn a_part_of_a_table_matches_the_cpu() {
+    let (first, part) = (9, VOCAB - 9);
+    for (dtype, cols) in DTYPES.into_iter().flat_map(|d| [(d, 5), (d, 264)]) {
+        let shape = [IDS.len(), cols];
+        assert_cuda_matches(&format!("{dtype} {shape:?}"), |place| {
+            let (table, ids) = (place.matrix(1, [part, cols], dtype), place.indices(&IDS));
+            let mut out = place.matrix(2, shape, dtype);
+            overlay(table.view(), first, &ids, out.view_mut()).unwrap();
+            let mut d_table = place.dense(3, [part, cols]);
+            overlay_backward(out.view(), first, &ids, d_table.view_mut()).unwrap();
+            vec![(dtype, out.values()), (DType::F32, d_table.to_f32_vec())]
+        });
+    }
 }

@@ -6,19 +6,24 @@ struct Forward {
     Matrix table, out;
     const u32* ids;
     u32 rows, cols;
+    u32 first, unused;  // id of the table's first row; tokens of earlier ones are left alone
 };
 
 template <typename C>
 DEVICE void forward(const Forward& p) {
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     if (group >= p.cols / C::LEN) return;
-    for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) C::copy(p.table, p.ids[row], p.out, row, group);
+    for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
+        const u32 id = p.ids[row];
+        if (id >= p.first) C::copy(p.table, id - p.first, p.out, row, group);
+    }
 }
 
 struct Backward {
     Matrix d_out, d_table;  // d_table is f32, rows back to back
     const u32* ids;
     u32 rows, cols;
+    u32 first, unused;
 };
 
 constexpr u32 THREADS = 256;
@@ -61,13 +66,14 @@ template <typename Access>
 DEVICE void backward(const Backward& p) {
     SHARED u32 matches[SCAN];
     const u32 first = blockIdx.x, id = p.ids[first];
+    if (id < p.first) return;
     // From the end: a repeated id is often near.
     for (u32 end = first; end > 0; end = end > SCAN ? end - SCAN : 0) {
         if (block_matches(p.ids, id, end > SCAN ? end - SCAN : 0, end, matches) > 0) return;
     }
     const u32 group = blockIdx.y * THREADS + threadIdx.x;
     const bool inside = group < p.cols / Access::LEN;
-    f32* const d_row = row_of<f32>(p.d_table, id);
+    f32* const d_row = row_of<f32>(p.d_table, id - p.first);
     f32 sums[Access::LEN] = {};
     if (inside) Access::load_vector(d_row, group, sums);
     for (u32 start = first; start < p.rows; start += SCAN) {

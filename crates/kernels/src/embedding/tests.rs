@@ -112,3 +112,34 @@ fn wrong_shapes_are_refused() {
     let narrow = ViewMut::from_f32(&mut narrow, VOCAB, 3);
     assert!(super::backward(out.view(), &Indices::host(&[1, 2][..]), narrow).is_err());
 }
+
+#[test]
+fn a_part_of_a_table_takes_and_gives_for_its_own_rows_alone() {
+    // Rows 9 to 12 of the table; IDS hits 12 twice and 9 once.
+    let (first, cols) = (9, 5);
+    let part = Pitched::normal(1, [VOCAB - first, cols], DType::F32);
+    let mut out = Pitched::normal(2, [IDS.len(), cols], DType::F32);
+    let before = out.values();
+    let indices = Indices::host(&IDS[..]);
+    super::overlay(part.view(), first, &indices, out.view_mut()).unwrap();
+    let (after, rows) = (out.values(), part.values());
+    let mut want = vec![0.0; (VOCAB - first) * cols];
+    for (t, &id) in IDS.iter().enumerate() {
+        let at = t * cols..(t + 1) * cols;
+        match (id as usize).checked_sub(first) {
+            None => assert_eq!(after[at.clone()], before[at]),
+            Some(row) => {
+                let row = row * cols..(row + 1) * cols;
+                assert_eq!(after[at.clone()], rows[row.clone()]);
+                for (sum, value) in want[row].iter_mut().zip(&after[at]) {
+                    *sum += value;
+                }
+            }
+        }
+    }
+    let mut d_part = vec![0.0; want.len()];
+    let to = ViewMut::from_f32(&mut d_part, VOCAB - first, cols);
+    super::overlay_backward(out.view(), first, &indices, to).unwrap();
+    assert_eq!(d_part, want);
+    assert!(super::overlay(part.view(), first - 1, &indices, out.view_mut()).is_err());
+}

@@ -1,5 +1,5 @@
 use super::softmax::{Lane, Loss, cap, means, statistics, to_gradients};
-use super::{Gradients, Head, Labels, Sums};
+use super::{Gradients, Head, HeadGradients, Labels, Sums, Update, UpdateGradients};
 use crate::matmul::block::view_flipped;
 use crate::tensor::with_dtype;
 use crate::{DType, Element, Result, Tensor, View, ViewMut, Workspace, matmul};
@@ -12,19 +12,23 @@ const CHUNK_ROWS: usize = 256;
 /// `count` label rows stand before the padding.
 pub(super) fn run(
     hidden: View<'_>,
-    head: Head<'_>,
+    head: &Head<'_>,
     labels: Labels<'_>,
     count: usize,
     mut gradients: Option<Gradients<'_>>,
     workspace: &Workspace,
 ) -> Result<Sums> {
     let (rows, targets) = (&labels.rows[..count], &labels.targets[..count]);
-    let (smoothing, weight) = (labels.smoothing, head.weight);
+    let smoothing = labels.smoothing;
     if let Some(gradients) = &mut gradients {
         gradients.d_hidden.reborrow().fill(0.0);
     }
     let mut sums = Sums::default();
-    let ([vocabulary, width], limit) = (weight.shape(), chunk_rows(weight.rows()));
+    let (vocabulary, width) = (head.vocabulary(), hidden.cols());
+    let limit = chunk_rows(vocabulary);
+    if let Some(update) = gradients.as_mut().and_then(|g| g.d_head.update.as_mut()) {
+        update.s.reborrow().fill(0.0);
+    }
     if rows.is_empty() {
         return Ok(sums);
     }
@@ -34,13 +38,7 @@ pub(super) fn run(
         gather(hidden, rows, &mut selected);
         let transposed = transpose(&selected, workspace);
         let mut logits = Tensor::from_buffer(buffer, vocabulary, rows.len());
-        matmul::nn(
-            logits.view_mut(),
-            0.0,
-            head.scale,
-            weight,
-            transposed.view(),
-        )?;
+        let updated = project(head, transposed.view(), rows, &mut logits, workspace)?;
         // In the shape it was taken in: the pool goes by columns.
         let transposed = Tensor::from_buffer(transposed.into_buffer(), rows.len(), width);
         workspace.give(transposed);
@@ -59,20 +57,92 @@ pub(super) fn run(
                 softcap: head.softcap,
             };
             to_gradients(logits.view_mut(), &lanes, loss);
-            if let Some(d_head) = d_head {
-                let d_head = d_head.reborrow();
-                matmul::nn(d_head, 1.0, head.scale, logits.view(), selected.view())?;
-            }
-            // The hidden rows are not needed any more: their gradient takes their place.
-            let d_selected = selected.view_mut();
-            matmul::tn(d_selected, 0.0, head.scale, logits.view(), weight)?;
+            back(head, &logits, &mut selected, d_head)?;
             scatter_add(&selected, rows, d_hidden.reborrow());
+        }
+        if let (Some(s), Some(update)) = (updated, head.update) {
+            let d_update = gradients.as_mut().and_then(|g| g.d_head.update.as_mut());
+            if let Some(d_update) = d_update {
+                back_update(head.scale, update, &logits, rows, &s, d_update, workspace)?;
+            }
+            workspace.give(s);
         }
         buffer = logits.into_buffer();
         workspace.give(selected);
     }
     workspace.give_scratch(buffer);
     Ok(sums)
+}
+
+/// Logits `[V, rows]` of the label rows that `transposed` `[D, rows]` holds, and the rows of `s` that an
+/// update took for them.
+fn project(
+    head: &Head<'_>,
+    transposed: View<'_>,
+    rows: &[u32],
+    logits: &mut Tensor,
+    workspace: &Workspace,
+) -> Result<Option<Tensor>> {
+    let [vocabulary, first] = [logits.rows(), head.weight.rows()];
+    let to = logits.view_mut().row_range(0..first);
+    matmul::nn(to, 0.0, head.scale, head.weight, transposed)?;
+    if let Some(tail) = head.tail {
+        let to = logits.view_mut().row_range(first..vocabulary);
+        matmul::nn(to, 0.0, head.scale, tail, transposed)?;
+    }
+    let Some(update) = head.update else {
+        return Ok(None);
+    };
+    let mut s = workspace.take(DType::F32, rows.len(), update.s.cols());
+    gather(update.s, rows, &mut s);
+    let scale = head.scale * update.scale;
+    matmul::nt(logits.view_mut(), 1.0, scale, update.b, s.view())?;
+    Ok(Some(s))
+}
+
+/// From the gradient of the logits `[V, rows]` to that of W, and to that of the hidden rows, which takes
+/// their place in `selected` `[rows, D]`.
+fn back(
+    head: &Head<'_>,
+    logits: &Tensor,
+    selected: &mut Tensor,
+    d_head: &mut HeadGradients<'_>,
+) -> Result<()> {
+    let first = head.weight.rows();
+    let pieces = [0..first, first..logits.rows()].map(|rows| logits.view().row_range(rows));
+    for (d, piece) in [&mut d_head.weight, &mut d_head.tail]
+        .into_iter()
+        .zip(pieces)
+    {
+        if let Some(d) = d {
+            matmul::nn(d.reborrow(), 1.0, head.scale, piece, selected.view())?;
+        }
+    }
+    let scale = head.scale;
+    matmul::tn(selected.view_mut(), 0.0, scale, pieces[0], head.weight)?;
+    if let Some(tail) = head.tail {
+        matmul::tn(selected.view_mut(), 1.0, scale, pieces[1], tail)?;
+    }
+    Ok(())
+}
+
+/// The same to that of an update's factors; `s` `[rows, R]` are the label rows of its own.
+fn back_update(
+    head_scale: f32,
+    update: Update<'_>,
+    logits: &Tensor,
+    rows: &[u32],
+    s: &Tensor,
+    gradients: &mut UpdateGradients<'_>,
+    workspace: &Workspace,
+) -> Result<()> {
+    let (d_b, scale) = (gradients.b.reborrow(), head_scale * update.scale);
+    matmul::nn(d_b, 1.0, scale, logits.view(), s.view())?;
+    let mut d_s = workspace.take(DType::F32, s.rows(), s.cols());
+    matmul::tn(d_s.view_mut(), 0.0, scale, logits.view(), update.b)?;
+    scatter_add(&d_s, rows, gradients.s.reborrow());
+    workspace.give(d_s);
+    Ok(())
 }
 
 /// Bytes of the chunk's logits.

@@ -8,7 +8,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use super::{Accumulator, Gradients, Head, Labels, PADDING};
+use super::{Accumulator, Gradients, Head, HeadGradients, Labels, PADDING, Update};
 use crate::cuda::rows::count;
 use crate::cuda::{CudaDevice, Gemm, Grid, Module, Operand};
 use crate::error::check_dtype;
@@ -36,10 +36,7 @@ const SOFTMAX_THREADS: u32 = 512;
 struct Run<'a> {
     device: &'a CudaDevice,
     hidden: View<'a>,
-    head: View<'a>,
-    /// Factor and bound of the logits.
-    scale: f32,
-    softcap: Option<f32>,
+    head: Head<'a>,
     /// Label rows and targets on the GPU.
     rows: u64,
     targets: u64,
@@ -56,11 +53,14 @@ struct Buffers {
     /// Label rows of `hidden`, then their gradient.
     selected: Tensor,
     statistics: Tensor,
+    /// Label rows of an update's `s`, then their gradient.
+    updated: Option<Tensor>,
 }
 
 pub(super) fn run(
     device: &Arc<CudaDevice>,
-    (hidden, head): (View<'_>, Head<'_>),
+    hidden: View<'_>,
+    head: &Head<'_>,
     labels: Labels<'_>,
     mut gradients: Option<Gradients<'_>>,
     sums: &mut Accumulator,
@@ -68,19 +68,18 @@ pub(super) fn run(
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy";
     let (rows, targets) = (labels.rows, labels.targets);
-    let (scale, softcap, head) = (head.scale, head.softcap, head.weight);
-    check_dtype(
-        OP,
-        "hidden, to be multiplied by the head,",
-        head.dtype(),
-        hidden.dtype(),
-    )?;
+    let dtype = head.weight.dtype();
+    let what = "hidden, to be multiplied by the head,";
+    check_dtype(OP, what, dtype, hidden.dtype())?;
+    for factor in head.tail.iter().chain(head.update.iter().map(|u| &u.b)) {
+        check_dtype(OP, "a piece of the head", dtype, factor.dtype())?;
+    }
     if let Some(Gradients { d_hidden, d_head }) = &mut gradients {
         check_dtype(OP, "d_hidden", hidden.dtype(), d_hidden.dtype())?;
-        if let Some(d_head) = d_head {
-            check_dtype(OP, "d_head", DType::F32, d_head.dtype())?;
-        }
         d_hidden.reborrow().fill(0.0);
+        if let Some(update) = &mut d_head.update {
+            update.s.reborrow().fill(0.0);
+        }
     }
     if rows.is_empty() {
         return Ok(());
@@ -95,13 +94,11 @@ pub(super) fn run(
     let run = Run {
         device,
         hidden,
-        head,
-        scale,
-        softcap,
+        head: *head,
         rows: rows.ptr(),
         targets: targets.ptr(),
         total,
-        pitch: pitch(head.rows()),
+        pitch: pitch(head.vocabulary()),
         smoothing: labels.smoothing,
     };
     let limit = chunk_rows(run.pitch).min(rows.len());
@@ -112,8 +109,9 @@ pub(super) fn run(
     };
     let mut buffers = Buffers {
         logits: scratch(DType::F32, run.pitch),
-        selected: scratch(head.dtype(), head.cols()),
+        selected: scratch(dtype, hidden.cols()),
         statistics: scratch(DType::F32, STATISTICS),
+        updated: head.update.map(|update| scratch(dtype, update.b.cols())),
     };
     for chunk in chunks(rows, limit, hidden.rows()) {
         run.chunk(chunk, &mut buffers, gradients.as_mut())?;
@@ -122,8 +120,9 @@ pub(super) fn run(
         logits,
         selected,
         statistics,
+        updated,
     } = buffers;
-    for tensor in [logits, selected, statistics] {
+    for tensor in [logits, selected, statistics].into_iter().chain(updated) {
         workspace.give_scratch(tensor.into_buffer());
     }
     Ok(())
@@ -185,21 +184,49 @@ impl Run<'_> {
     ) -> Result<()> {
         let len = labels.len();
         let at = |indices: u64| indices + (labels.start * size_of::<u32>()) as u64;
-        let rows = self.rows_of(self.hidden, at(self.rows), buffers);
+        let rows = rows_of(self.hidden, at(self.rows), buffers.selected.view());
         self.launch_rows("gather", len, &rows)?;
-        self.product(Product {
-            layout: Layout::Nt,
-            sizes: [len, self.head.rows(), self.head.cols()],
-            beta: 0.0,
-            a: operand(buffers.selected.view()),
-            b: operand(self.head),
-            dst: operand(buffers.logits.view()),
-        })?;
+        self.project(len, at(self.rows), buffers)?;
         self.softmax(len, at(self.targets), buffers, gradients.is_some())?;
         match gradients {
             Some(gradients) => self.back(len, at(self.rows), buffers, gradients),
             None => Ok(()),
         }
+    }
+
+    /// Logits of the label rows in `selected`.
+    fn project(&self, len: usize, rows: u64, buffers: &Buffers) -> Result<()> {
+        for (start, weight) in self.pieces() {
+            self.product(Product {
+                layout: Layout::Nt,
+                sizes: [len, weight.rows(), weight.cols()],
+                alpha: 1.0,
+                beta: 0.0,
+                a: operand(buffers.selected.view()),
+                b: operand(weight),
+                dst: operand(buffers.logits.view()).at_column(start),
+            })?;
+        }
+        let (Some(Update { s, b, scale }), Some(updated)) = (self.head.update, &buffers.updated)
+        else {
+            return Ok(());
+        };
+        self.launch_rows("gather", len, &rows_of(s, rows, updated.view()))?;
+        self.product(Product {
+            layout: Layout::Nt,
+            sizes: [len, b.rows(), b.cols()],
+            alpha: scale,
+            beta: 1.0,
+            a: operand(updated.view()),
+            b: operand(b),
+            dst: operand(buffers.logits.view()),
+        })
+    }
+
+    /// The pieces of W, each with its first row.
+    fn pieces(&self) -> impl Iterator<Item = (usize, View<'_>)> {
+        let Head { weight, tail, .. } = self.head;
+        std::iter::once((0, weight)).chain(tail.map(|tail| (weight.rows(), tail)))
     }
 
     /// Losses of the chunk, added to the sums; the gradients of its logits if asked for.
@@ -211,16 +238,16 @@ impl Run<'_> {
             sums,
             correct: sums + (len * size_of::<[f64; 2]>()) as u64,
             pitch: self.pitch as u64,
-            vocabulary: count(self.head.rows()),
+            vocabulary: count(self.head.vocabulary()),
             padding: PADDING,
             smoothing: self.smoothing,
-            softcap: self.softcap.unwrap_or(0.0),
+            softcap: self.head.softcap.unwrap_or(0.0),
         };
-        let capped = self.softcap.map_or("", |_| "capped_");
+        let capped = self.head.softcap.map_or("", |_| "capped_");
         let kernel = match gradient {
             true => format!(
                 "linear_cross_entropy_{capped}gradient_{}",
-                self.head.dtype()
+                self.hidden.dtype()
             ),
             false => format!("linear_cross_entropy_{capped}loss"),
         };
@@ -247,55 +274,84 @@ impl Run<'_> {
         buffers: &mut Buffers,
         gradients: &mut Gradients<'_>,
     ) -> Result<()> {
-        let dtype = self.head.dtype();
+        let dtype = self.hidden.dtype();
         let d_logits = Operand {
             ptr: buffers.logits.view().ptr(),
             dtype,
             // The rows of a bf16 gradient start where those of the f32 logits did.
             pitch: self.pitch * DType::F32.bytes() / dtype.bytes(),
         };
-        let [vocabulary, width] = self.head.shape();
-        if let Some(d_head) = &gradients.d_head {
+        let width = self.hidden.cols();
+        let HeadGradients { weight, tail, .. } = &gradients.d_head;
+        for ((start, _), d) in self.pieces().zip([weight, tail]) {
+            let Some(d) = d else { continue };
             self.product(Product {
                 layout: Layout::Tn,
-                sizes: [vocabulary, width, len],
+                sizes: [d.rows(), width, len],
+                alpha: 1.0,
                 beta: 1.0,
-                a: d_logits,
+                a: d_logits.at_column(start),
                 b: operand(buffers.selected.view()),
-                dst: operand(d_head.as_view()),
+                dst: operand(d.as_view()),
             })?;
         }
         // The hidden rows are not needed any more: their gradient takes their place.
-        self.product(Product {
-            layout: Layout::Nn,
-            sizes: [len, width, vocabulary],
-            beta: 0.0,
-            a: d_logits,
-            b: operand(self.head),
-            dst: operand(buffers.selected.view()),
-        })?;
-        let rows = self.rows_of(gradients.d_hidden.as_view(), rows, buffers);
-        self.launch_rows("scatter_add", len, &rows)
+        for (start, weight) in self.pieces() {
+            self.product(Product {
+                layout: Layout::Nn,
+                sizes: [len, width, weight.rows()],
+                alpha: 1.0,
+                beta: if start == 0 { 0.0 } else { 1.0 },
+                a: d_logits.at_column(start),
+                b: operand(weight),
+                dst: operand(buffers.selected.view()),
+            })?;
+        }
+        let d_hidden = gradients.d_hidden.as_view();
+        let to = rows_of(d_hidden, rows, buffers.selected.view());
+        self.launch_rows("scatter_add", len, &to)?;
+        self.back_update(len, rows, d_logits, buffers, &gradients.d_head)
     }
 
-    fn rows_of(&self, hidden: View<'_>, rows: u64, buffers: &Buffers) -> Rows {
-        let width = hidden.cols() * hidden.dtype().bytes();
-        let pitch = hidden.pitch() * hidden.dtype().bytes();
-        let aligned = [width, pitch].iter().all(|bytes| bytes.is_multiple_of(16));
-        Rows {
-            hidden: hidden.ptr(),
-            packed: buffers.selected.view().ptr(),
-            rows,
-            pitch: hidden.pitch() as u64,
-            cols: count(hidden.cols()),
-            vectors: u32::from(aligned && hidden.ptr().is_multiple_of(16)),
-            padding: PADDING,
-            unused: 0,
-        }
+    /// From the gradient of the logits to those of an update's factors.
+    fn back_update(
+        &self,
+        len: usize,
+        rows: u64,
+        d_logits: Operand,
+        buffers: &Buffers,
+        gradients: &HeadGradients<'_>,
+    ) -> Result<()> {
+        let (Some(Update { b, scale, .. }), Some(updated), Some(gradients)) =
+            (self.head.update, &buffers.updated, &gradients.update)
+        else {
+            return Ok(());
+        };
+        let [vocabulary, rank] = b.shape();
+        self.product(Product {
+            layout: Layout::Tn,
+            sizes: [vocabulary, rank, len],
+            alpha: scale,
+            beta: 1.0,
+            a: d_logits,
+            b: operand(updated.view()),
+            dst: operand(gradients.b.as_view()),
+        })?;
+        self.product(Product {
+            layout: Layout::Nn,
+            sizes: [len, rank, vocabulary],
+            alpha: scale,
+            beta: 0.0,
+            a: d_logits,
+            b: operand(b),
+            dst: operand(updated.view()),
+        })?;
+        let to = rows_of(gradients.s.as_view(), rows, updated.view());
+        self.launch_rows("scatter_add", len, &to)
     }
 
     fn launch_rows(&self, kernel: &str, len: usize, params: &Rows) -> Result<()> {
-        let kernel = format!("linear_cross_entropy_{kernel}_{}", self.head.dtype());
+        let kernel = format!("linear_cross_entropy_{kernel}_{}", self.hidden.dtype());
         let grid = Grid::new(count(len), ROW_THREADS);
         self.device.launch(&MODULE, &kernel, grid, params)
     }
@@ -307,7 +363,7 @@ impl Run<'_> {
             m,
             n,
             k,
-            alpha: self.scale,
+            alpha: self.head.scale * product.alpha,
             beta: product.beta,
             a: product.a,
             b: product.b,
@@ -316,10 +372,28 @@ impl Run<'_> {
     }
 }
 
+/// Rows of `hidden` by number, and where they lie packed.
+fn rows_of(hidden: View<'_>, rows: u64, packed: View<'_>) -> Rows {
+    let width = hidden.cols() * hidden.dtype().bytes();
+    let pitch = hidden.pitch() * hidden.dtype().bytes();
+    let aligned = [width, pitch].iter().all(|bytes| bytes.is_multiple_of(16));
+    Rows {
+        hidden: hidden.ptr(),
+        packed: packed.ptr(),
+        rows,
+        pitch: hidden.pitch() as u64,
+        cols: count(hidden.cols()),
+        vectors: u32::from(aligned && hidden.ptr().is_multiple_of(16)),
+        padding: PADDING,
+        unused: 0,
+    }
+}
+
 struct Product {
     layout: Layout,
     /// M, N, K.
     sizes: [usize; 3],
+    alpha: f32,
     beta: f32,
     a: Operand,
     b: Operand,

@@ -33,9 +33,9 @@ fn run_loss(
     let mut sums = Accumulator::new(place.device());
     let (x, weight) = (hidden.view(), head.view());
     let w = Head {
-        weight,
         scale,
         softcap,
+        ..weight.into()
     };
     let labels = Labels {
         rows: &rows,
@@ -255,4 +255,60 @@ fn cuda_refuses_what_it_cannot_multiply_or_reach() {
         error.to_string().contains("sums must be made for the GPU"),
         "{error}"
     );
+}
+
+#[test]
+fn a_head_in_pieces_with_an_update_matches_the_cpu() {
+    use super::{Head, HeadGradients, Update, UpdateGradients};
+    let [tokens, width, vocabulary, rank] = [12, 24, 523, 5];
+    for dtype in DTYPES {
+        assert_cuda_matches(&format!("{dtype}"), |place| {
+            let hidden = place.matrix(1, [tokens, width], dtype);
+            let weight = place.matrix(2, [vocabulary - 7, width], dtype);
+            let tail = place.matrix(3, [7, width], dtype);
+            let s = place.matrix(4, [tokens, rank], dtype);
+            let b = place.matrix(5, [vocabulary, rank], dtype);
+            let rows = place.indices(&[3, 11, 0, 7]);
+            let targets = place.indices(&[520, 1, 518, 400]);
+            let head = Head {
+                weight: weight.view(),
+                tail: Some(tail.view()),
+                update: Some(Update {
+                    s: s.view(),
+                    b: b.view(),
+                    scale: 0.5,
+                }),
+                scale: 1.25,
+                softcap: Some(30.0),
+            };
+            let mut d_hidden = place.poisoned([tokens, width], dtype);
+            let mut d_s = place.poisoned([tokens, rank], dtype);
+            let mut d_b = place.dense(6, [vocabulary, rank]);
+            let mut d_tail = place.dense(7, [7, width]);
+            let workspace = Workspace::on(place.device().clone(), tokens);
+            let mut sums = Accumulator::new(place.device());
+            let gradients = HeadGradients {
+                weight: None,
+                tail: Some(d_tail.view_mut()),
+                update: Some(UpdateGradients {
+                    s: d_s.view_mut(),
+                    b: d_b.view_mut(),
+                }),
+            };
+            let (x, at) = (hidden.view(), labels(&rows, &targets));
+            let dx = d_hidden.view_mut();
+            forward_backward(x, head, at, dx, gradients, &mut sums, &workspace).expect("valid");
+            let loss = sums.read().expect("the GPU has not failed").loss;
+            let mut all = vec![
+                (dtype, d_hidden.values()),
+                (dtype, d_s.values()),
+                (DType::F32, vec![loss as f32]),
+            ];
+            if dtype == DType::F32 {
+                all.push((dtype, d_b.to_f32_vec()));
+                all.push((dtype, d_tail.to_f32_vec()));
+            }
+            all
+        });
+    }
 }

@@ -49,9 +49,9 @@ fn compare(smoothing: f64, scale: f64, softcap: Option<f64>) -> Result<()> {
         let case = case(sizes, [DType::F32; 2]);
         let (hidden, weight) = (case.hidden(), case.head());
         let head = Head {
-            weight,
             scale: scale as f32,
             softcap: softcap.map(|c| c as f32),
+            ..weight.into()
         };
         let workspace = Workspace::new(sizes[0]);
         let (rows, targets) = (Indices::host(&case.rows), Indices::host(&case.targets));

@@ -20,6 +20,9 @@
 //! [`PADDING`] at the end of `rows` and `targets` stands for no row: it adds nothing anywhere, so that
 //! few numbers of rows need be planned for.
 //!
+//! The head may come in two pieces and with a low-rank update ([`Head`]); then d_head is what
+//! [`HeadGradients`] asks for.
+//!
 //! Shapes: `hidden [T,D]`, `head [V,D]`, each f32 or bf16; `rows [N]` in `0..T`, `targets [N]` in
 //! `0..V`. Gradients are those of the sum of the losses.
 //!
@@ -32,6 +35,7 @@ mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+mod head;
 #[cfg(test)]
 mod loss_tests;
 mod softmax;
@@ -40,6 +44,7 @@ mod tests;
 
 pub(crate) use accumulator::DeviceSums;
 pub use accumulator::{Accumulator, Sums};
+pub use head::{Head, HeadGradients, Update, UpdateGradients};
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};
@@ -47,27 +52,6 @@ use crate::{DType, Error, Indices, Result, View, ViewMut, Workspace};
 
 /// What stands in `rows` and `targets` for no row.
 pub const PADDING: u32 = u32::MAX;
-
-/// What turns hidden states into logits.
-#[derive(Clone, Copy, Debug)]
-pub struct Head<'a> {
-    /// `[V,D]`.
-    pub weight: View<'a>,
-    /// Factor of the logits.
-    pub scale: f32,
-    /// Bound c of the logits, which become `c * tanh(logit / c)`.
-    pub softcap: Option<f32>,
-}
-
-impl<'a> From<View<'a>> for Head<'a> {
-    fn from(weight: View<'a>) -> Self {
-        Self {
-            weight,
-            scale: 1.0,
-            softcap: None,
-        }
-    }
-}
 
 /// What the logits should say.
 #[derive(Clone, Copy, Debug)]
@@ -94,57 +78,48 @@ pub fn forward<'a>(
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward";
     let head = head.into();
-    let count = check(OP, hidden, head, labels)?;
-    let devices = [
-        hidden.device(),
-        head.weight.device(),
-        labels.rows.device(),
-        labels.targets.device(),
-    ];
-    if let Some(device) = common(OP, &devices)? {
-        return cuda::run(device, (hidden, head), labels, None, sums, workspace);
+    let count = check(OP, hidden, &head, labels)?;
+    if let Some(device) = common(OP, &devices(hidden, &head, labels))? {
+        return cuda::run(device, hidden, &head, labels, None, sums, workspace);
     }
-    sums.add(cpu::run(hidden, head, labels, count, None, workspace)?);
+    sums.add(cpu::run(hidden, &head, labels, count, None, workspace)?);
     Ok(())
 }
 
 /// [`forward`], and the gradients of the sum of the losses.
 ///
-/// `d_hidden [T,D]` is written, zero off the label rows. `d_head [V,D]` f32 is added to; without it the
-/// head is frozen and its gradient never computed.
+/// `d_hidden [T,D]` is written, zero off the label rows; it lacks what comes through the `s` of an
+/// update. `d_head [V,D]` f32 is added to; without it the head is frozen and its gradient never computed.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn forward_backward<'a>(
+pub fn forward_backward<'a, 'b>(
     hidden: View<'_>,
     head: impl Into<Head<'a>>,
     labels: Labels<'_>,
-    d_hidden: ViewMut<'_>,
-    d_head: Option<ViewMut<'_>>,
+    d_hidden: ViewMut<'b>,
+    d_head: impl Into<HeadGradients<'b>>,
     sums: &mut Accumulator,
     workspace: &Workspace,
 ) -> Result<()> {
     const OP: &str = "linear_cross_entropy::forward_backward";
-    let head = head.into();
-    let count = check(OP, hidden, head, labels)?;
+    let (head, d_head) = (head.into(), d_head.into());
+    let count = check(OP, hidden, &head, labels)?;
     check_shape(OP, "d_hidden [T,D]", hidden.shape(), d_hidden.shape())?;
-    if let Some(d_head) = &d_head {
-        check_shape(OP, "d_head [V,D]", head.weight.shape(), d_head.shape())?;
+    d_head.check(OP, &head)?;
+    let mut places = devices(hidden, &head, labels).to_vec();
+    places.push(d_hidden.device());
+    places.extend(d_head.weight.as_ref().map(ViewMut::device));
+    places.extend(d_head.tail.as_ref().map(ViewMut::device));
+    if let Some(update) = &d_head.update {
+        places.extend([update.s.device(), update.b.device()]);
     }
-    let d_head_device = d_head.as_ref().map_or(hidden.device(), ViewMut::device);
-    let devices = [
-        hidden.device(),
-        head.weight.device(),
-        labels.rows.device(),
-        labels.targets.device(),
-        d_hidden.device(),
-        d_head_device,
-    ];
     let gradients = Gradients { d_hidden, d_head };
-    if let Some(device) = common(OP, &devices)? {
+    if let Some(device) = common(OP, &places)? {
         return cuda::run(
             device,
-            (hidden, head),
+            hidden,
+            &head,
             labels,
             Some(gradients),
             sums,
@@ -153,7 +128,7 @@ pub fn forward_backward<'a>(
     }
     sums.add(cpu::run(
         hidden,
-        head,
+        &head,
         labels,
         count,
         Some(gradients),
@@ -185,11 +160,29 @@ pub fn scratch_bytes(
 /// Where the gradients go.
 struct Gradients<'a> {
     d_hidden: ViewMut<'a>,
-    d_head: Option<ViewMut<'a>>,
+    d_head: HeadGradients<'a>,
+}
+
+/// Where the operands of forward are.
+fn devices<'a>(
+    hidden: View<'a>,
+    head: &Head<'a>,
+    labels: Labels<'a>,
+) -> [Option<&'a std::sync::Arc<crate::cuda::CudaDevice>>; 7] {
+    let of = |view: Option<View<'a>>| view.unwrap_or(hidden).device();
+    [
+        hidden.device(),
+        head.weight.device(),
+        of(head.tail),
+        of(head.update.map(|update| update.s)),
+        of(head.update.map(|update| update.b)),
+        labels.rows.device(),
+        labels.targets.device(),
+    ]
 }
 
 /// The number of rows before the padding.
-fn check(op: &'static str, hidden: View<'_>, head: Head<'_>, labels: Labels<'_>) -> Result<usize> {
+fn check(op: &'static str, hidden: View<'_>, head: &Head<'_>, labels: Labels<'_>) -> Result<usize> {
     let Labels {
         rows,
         targets,
@@ -199,15 +192,7 @@ fn check(op: &'static str, hidden: View<'_>, head: Head<'_>, labels: Labels<'_>)
         let message = format!("label smoothing is {smoothing}, expected 0 to below 1");
         return Err(Error::Invalid { op, message });
     }
-    if let Some(softcap) = head.softcap
-        && !(softcap > 0.0 && softcap.is_finite())
-    {
-        let message = format!("a softcap of {softcap}; it must be positive and finite");
-        return Err(Error::Invalid { op, message });
-    }
-    let head = head.weight;
-    let expected = [head.rows(), hidden.cols()];
-    check_shape(op, "head [V,D]", expected, head.shape())?;
+    head.check(op, hidden)?;
     check_len(op, "targets", rows.len(), targets.len())?;
     let before_padding = |values: &[u32]| {
         let padding = values.iter().rev().take_while(|&&value| value == PADDING);
@@ -221,7 +206,7 @@ fn check(op: &'static str, hidden: View<'_>, head: Head<'_>, labels: Labels<'_>)
         before_padding(targets),
     )?;
     check_index(op, "rows", &rows[..labels], hidden.rows())?;
-    check_index(op, "targets", &targets[..labels], head.rows())?;
+    check_index(op, "targets", &targets[..labels], head.vocabulary())?;
     Ok(labels)
 }
 

@@ -381,3 +381,105 @@ fn rows_and_targets_outside_their_tables_are_refused() {
         })
     ));
 }
+
+/// The head in one matrix, and the same in two pieces with an update that makes up the difference.
+#[test]
+fn a_head_in_pieces_with_an_update_is_the_sum_of_them() {
+    let [tokens, width, vocabulary, rank, scale] = [9, 12, 37, 3, 2];
+    let Case {
+        hidden,
+        head,
+        rows,
+        targets,
+    } = case([tokens, width, vocabulary, 7], [DType::F32; 2]);
+    let (hidden, head) = (
+        hidden.view().columns(0..width),
+        head.view().columns(0..width),
+    );
+    let normal = |seed, rows: usize, cols: usize| {
+        let mut stream = Stream::new(seed);
+        let values = (0..rows * cols).map(|_| stream.normal() as f32).collect();
+        Tensor::from_f32(values, rows, cols)
+    };
+    // s = hidden A^T, so that the whole is hidden (W + scale B A)^T.
+    let (a, b) = (normal(1, rank, width), normal(2, vocabulary, rank));
+    let mut s = Tensor::zeros(DType::F32, tokens, rank);
+    crate::matmul::nt(s.view_mut(), 0.0, 1.0, hidden, a.view()).unwrap();
+    let mut whole = Tensor::from_f32(head.to_f32_vec(), vocabulary, width);
+    let scale = scale as f32;
+    crate::matmul::nn(whole.view_mut(), 1.0, scale, b.view(), a.view()).unwrap();
+    let workspace = Workspace::new(tokens);
+    let (rows, targets) = (Indices::host(&rows[..]), Indices::host(&targets[..]));
+    let mut d_hidden = Tensor::zeros(DType::F32, tokens, width);
+    let mut d_whole = Tensor::zeros(DType::F32, vocabulary, width);
+    let mut sums = Accumulator::default();
+    let d = Some(d_whole.view_mut());
+    let at = labels(&rows, &targets);
+    super::forward_backward(
+        hidden,
+        whole.view(),
+        at,
+        d_hidden.view_mut(),
+        d,
+        &mut sums,
+        &workspace,
+    )
+    .unwrap();
+    let want = sums.read().unwrap();
+
+    for first in [0, 20, vocabulary] {
+        let pieces = super::Head {
+            weight: head.row_range(0..first),
+            tail: Some(head.row_range(first..vocabulary)),
+            update: Some(super::Update {
+                s: s.view(),
+                b: b.view(),
+                scale,
+            }),
+            ..whole.view().into()
+        };
+        let mut d_pieces = Tensor::zeros(DType::F32, vocabulary, width);
+        let mut d_tail = Tensor::zeros(DType::F32, vocabulary - first, width);
+        let mut d_s = Tensor::from_f32(vec![f32::NAN; tokens * rank], tokens, rank);
+        let mut d_b = Tensor::zeros(DType::F32, vocabulary, rank);
+        let mut d_x = Tensor::zeros(DType::F32, tokens, width);
+        let mut sums = Accumulator::default();
+        let gradients = super::HeadGradients {
+            weight: Some(d_pieces.view_mut().row_range(0..first)),
+            tail: Some(d_tail.view_mut()),
+            update: Some(super::UpdateGradients {
+                s: d_s.view_mut(),
+                b: d_b.view_mut(),
+            }),
+        };
+        super::forward_backward(
+            hidden,
+            pieces,
+            at,
+            d_x.view_mut(),
+            gradients,
+            &mut sums,
+            &workspace,
+        )
+        .unwrap();
+        let got = sums.read().unwrap();
+        assert!((got.loss / want.loss - 1.0).abs() < 1e-5 && got.correct == want.correct);
+        // What comes through s joins the rest; dB = scale dW A^T.
+        crate::matmul::nn(d_x.view_mut(), 1.0, 1.0, d_s.view(), a.view()).unwrap();
+        let mut d_b_want = Tensor::zeros(DType::F32, vocabulary, rank);
+        crate::matmul::nt(d_b_want.view_mut(), 0.0, scale, d_whole.view(), a.view()).unwrap();
+        let close = |got: Vec<f32>, want: Vec<f32>| {
+            let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs());
+            assert!(worst.fold(0.0f32, f32::max) <= 1e-5 * largest, "{first}");
+        };
+        let weights = [d_pieces.view().row_range(0..first), d_tail.view()];
+        let d_weight = weights.map(View::to_f32_vec).concat();
+        close(d_weight, d_whole.to_f32_vec());
+        close(d_x.to_f32_vec(), d_hidden.to_f32_vec());
+        close(d_b.to_f32_vec(), d_b_want.to_f32_vec());
+        let mut out = super::Accumulator::default();
+        super::forward(hidden, pieces, at, &mut out, &workspace).unwrap();
+        assert_eq!(out.read().unwrap().loss, got.loss);
+    }
+}

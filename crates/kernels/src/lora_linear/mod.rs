@@ -63,10 +63,23 @@ pub fn forward(
     workspace: &Workspace,
 ) -> Result<()> {
     low_rank.check("lora_linear::forward", x, y.shape(), s.as_view())?;
+    down(x, low_rank, s.reborrow(), workspace)?;
+    matmul::nt(y, 1.0, low_rank.scale, s.as_view(), low_rank.b)
+}
+
+/// The first half of [`forward`]: writes `s [T,R] = dropout(x) A^T`.
+///
+/// # Errors
+/// If a shape or dtype does not fit, or the dropout probability is not in `[0, 1]`.
+pub fn down(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    mut s: ViewMut<'_>,
+    workspace: &Workspace,
+) -> Result<()> {
     with_dropped(x, low_rank, workspace, |x| {
         matmul::nt(s.reborrow(), 0.0, 1.0, x, low_rank.a)
-    })?;
-    matmul::nt(y, 1.0, low_rank.scale, s.as_view(), low_rank.b)
+    })
 }
 
 /// Adds the gradients of `A` to `d_a [R,in]`, of `B` to `d_b [out,R]` and, if asked for, of `x` to
@@ -101,13 +114,36 @@ pub fn backward(
     let mut wide = workspace.take(s.dtype(), x.rows(), Workspace::aligned(s.dtype(), rank));
     let ds = wide.view_mut().columns(0..rank);
     matmul::nn(ds, 0.0, low_rank.scale, dy, low_rank.b)?;
-    let ds = wide.view().columns(0..rank);
-    with_dropped(x, low_rank, workspace, |x| matmul::tn(d_a, 1.0, 1.0, ds, x))?;
-    if let Some(dx) = dx {
-        add_input_gradient(dx, low_rank, ds, workspace)?;
-    }
+    down_backward(
+        x,
+        low_rank,
+        wide.view().columns(0..rank),
+        dx,
+        d_a,
+        workspace,
+    )?;
     workspace.give(wide);
     Ok(())
+}
+
+/// Backward of [`down`]: adds `ds^T dropout(x)` to `d_a [R,in]` and, if asked for, `dropout(ds A)` to
+/// `dx [T,in]`; `ds [T,R]` is the gradient of `s`.
+///
+/// # Errors
+/// If a shape or dtype does not fit, or the dropout probability is not in `[0, 1]`.
+pub fn down_backward(
+    x: View<'_>,
+    low_rank: &LowRank<'_>,
+    ds: View<'_>,
+    dx: Option<ViewMut<'_>>,
+    d_a: ViewMut<'_>,
+    workspace: &Workspace,
+) -> Result<()> {
+    with_dropped(x, low_rank, workspace, |x| matmul::tn(d_a, 1.0, 1.0, ds, x))?;
+    match dx {
+        Some(dx) => add_input_gradient(dx, low_rank, ds, workspace),
+        None => Ok(()),
+    }
 }
 
 /// `dx += dropout(ds A)`.

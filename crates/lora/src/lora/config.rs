@@ -5,6 +5,7 @@ mod read;
 mod tests;
 mod write;
 
+use super::TokenIndices;
 use crate::target::{
     ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
 };
@@ -20,8 +21,33 @@ pub enum InitLoraWeights {
     Gaussian,
     /// `false` in PEFT: A uniform in ±1/√in_features, B uniform in ±1/√rank. Changes the model.
     Random,
-    /// `"orthogonal"`. Adapters that started so are read; starting one is not supported yet.
+    /// `"orthogonal"`: A of even, B of odd rows of one orthogonal matrix, so that B A is zero and both
+    /// learn from the start. Needs an even rank.
     Orthogonal,
+}
+
+/// Which biases of the base are trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoraBias {
+    /// `"none"`.
+    #[default]
+    None,
+    /// `"all"`: every bias of the model.
+    All,
+    /// `"lora_only"`: those of adapted layers.
+    LoraOnly,
+}
+
+impl LoraBias {
+    /// Its name in PEFT.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        }
+    }
 }
 
 /// What LoRA does: where, with which rank, scale, dropout and start.
@@ -55,6 +81,19 @@ pub struct LoraConfig {
     pub alpha_pattern: PatternMap<f64>,
     /// How A and B start.
     pub init_lora_weights: InitLoraWeights,
+    /// Biases of the base to train.
+    pub bias: LoraBias,
+    /// Give B a bias, which is scaled as B is.
+    pub lora_bias: bool,
+    /// Modules to train as a whole: every one whose path ends with an entry.
+    pub modules_to_save: Vec<String>,
+    /// Rows of the embedding or of the head to train.
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// Where the embedding is shared with the head and one of them is adapted or trained as a whole,
+    /// keep them the same. Otherwise the other keeps the base's weight.
+    pub ensure_weight_tying: bool,
+    /// As in the file. Decides nothing: whether a weight lies transposed is known of the base.
+    pub fan_in_fan_out: bool,
     /// PEFT's task, such as `CAUSAL_LM`.
     pub task_type: Option<String>,
     /// Path or hub name of the base model.
@@ -78,6 +117,12 @@ impl Default for LoraConfig {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            bias: LoraBias::None,
+            lora_bias: false,
+            modules_to_save: Vec::new(),
+            trainable_token_indices: None,
+            ensure_weight_tying: false,
+            fan_in_fan_out: false,
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: None,
             revision: None,
@@ -114,6 +159,13 @@ impl LoraConfig {
                     "{} is no probability in [0, 1); 0 and 0.05 are usual",
                     self.dropout
                 ),
+            ));
+        }
+        let plain = [InitLoraWeights::Kaiming, InitLoraWeights::Random];
+        if self.lora_bias && !plain.contains(&self.init_lora_weights) {
+            return Err(Error::config(
+                "lora_bias",
+                "true needs `init_lora_weights` true or false, as in PEFT",
             ));
         }
         Ok(())
@@ -200,6 +252,16 @@ impl LoraConfig {
                 "alpha_pattern",
                 format!("{:?}", self.alpha_pattern),
                 format!("{:?}", other.alpha_pattern),
+            ),
+            (
+                "trainable_token_indices",
+                format!("{:?}", self.trainable_token_indices),
+                format!("{:?}", other.trainable_token_indices),
+            ),
+            (
+                "ensure_weight_tying",
+                format!("{}", self.ensure_weight_tying),
+                format!("{}", other.ensure_weight_tying),
             ),
         ];
         pairs.into_iter().find(|(_, ours, theirs)| ours != theirs)

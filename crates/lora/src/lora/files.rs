@@ -4,7 +4,7 @@
 mod tests;
 
 use super::LoraConfig;
-use super::names::{self, Factor};
+use super::names::{self, Part};
 use crate::PeftConfig;
 use crate::target::{Target, TargetModules};
 use ferrotune_core::adapter::Site;
@@ -24,19 +24,7 @@ const PICKLE_FILE: &str = "adapter_model.bin";
 
 /// Writes both files. The configuration comes last: with it the adapter is complete.
 pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -> Result<()> {
-    std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
-    let tensors: BTreeMap<String, TensorData<'_>> = lora_segments(params)
-        .map(|(id, segment)| {
-            let data = TensorData {
-                dtype: FileDType::F32,
-                shape: segment.spec.shape.clone(),
-                bytes: Cow::Borrowed(bytemuck::cast_slice(params.get(id))),
-            };
-            (segment.spec.name.clone(), data)
-        })
-        .collect();
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    io::write_safetensors(&directory.join(WEIGHTS_FILE), &tensors, &metadata)?;
+    write_tensors(params, directory)?;
     let mut config = config.clone();
     if config.target_modules == Some(TargetModules::AllLinear) {
         // PEFT, too, writes what the shorthand stood for: readers other than PEFT do not know it.
@@ -45,10 +33,31 @@ pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -
     io::write_file(&directory.join(CONFIG_FILE), config.to_json().as_bytes())
 }
 
+/// Writes every tensor of `params` that is an adapter's, f32, under PEFT's names.
+pub(crate) fn write_tensors(params: &FlatBuffer, directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
+    let tensors: BTreeMap<String, TensorData<'_>> = lora_segments(params)
+        .map(|(id, segment)| {
+            let data = TensorData {
+                dtype: FileDType::F32,
+                shape: segment.spec.file_shape(),
+                bytes: match params.file_values(id) {
+                    Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+                    Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+                },
+            };
+            (segment.spec.name.clone(), data)
+        })
+        .collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    io::write_safetensors(&directory.join(WEIGHTS_FILE), &tensors, &metadata)
+}
+
 /// The last path segments of the adapted modules.
 fn adapted_names(params: &FlatBuffer) -> Vec<String> {
     let names: BTreeSet<&str> = lora_segments(params)
         .filter_map(|(_, segment)| names::parse(&segment.spec.name))
+        .filter(|(_, part)| *part == Part::A)
         .map(|(module, _)| last_segment(module))
         .collect();
     names.into_iter().map(str::to_owned).collect()
@@ -86,7 +95,12 @@ pub(super) fn require_expressible(sites: &[Site], targets: &[Target<'_>]) -> Res
 /// Reads both files into `params`, strictly.
 pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
     let config_path = directory.join(CONFIG_FILE);
-    let PeftConfig::Lora(saved) = PeftConfig::load(directory)?;
+    let PeftConfig::Lora(saved) = PeftConfig::load(directory)? else {
+        return Err(Error::adapter(
+            config_path,
+            "is of another method than LORA",
+        ));
+    };
     if let Some((key, ours, theirs)) = config.difference(&saved) {
         return Err(Error::adapter(
             config_path,
@@ -95,6 +109,11 @@ pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Pat
             ),
         ));
     }
+    read_tensors(params, directory)
+}
+
+/// Reads every tensor of `params` that is an adapter's from the weights file, strictly.
+pub(crate) fn read_tensors(params: &mut FlatBuffer, directory: &Path) -> Result<()> {
     let file = open_weights(directory)?;
     let layout = params.layout().clone();
     let expected: BTreeMap<&str, &Segment> = lora_segments(params)
@@ -102,12 +121,24 @@ pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Pat
         .collect();
     require_same_names(&file, &expected)?;
     for (id, segment) in layout.by_name() {
-        if Factor::of(&segment.spec.name).is_some() {
-            let values = file.read(&segment.spec.name, &segment.spec.shape)?;
-            params.get_mut(id).copy_from_slice(&values);
+        if Part::of(&segment.spec.name).is_some() {
+            let values = file.read(&segment.spec.name, &segment.spec.file_shape())?;
+            params.set_file_values(id, &values);
         }
     }
     Ok(())
+}
+
+/// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's
+/// weight of an adapted table, and what a head has of the embedding's update.
+fn repeats_another(name: &str, expected: &BTreeMap<&str, &Segment>) -> bool {
+    let has = |module: &str, part| expected.contains_key(names::tensor(module, part).as_str());
+    match names::parse(name) {
+        Some((module, Part::AdaptedWeight)) => {
+            has(module, Part::EmbeddingA) || has(module, Part::A)
+        }
+        _ => false,
+    }
 }
 
 fn lora_segments(
@@ -116,16 +147,16 @@ fn lora_segments(
     params
         .layout()
         .by_name()
-        .filter(|(_, segment)| Factor::of(&segment.spec.name).is_some())
+        .filter(|(_, segment)| Part::of(&segment.spec.name).is_some())
 }
 
 /// The weights file, open.
-struct Weights {
-    path: PathBuf,
-    file: SafetensorsFile,
+pub(crate) struct Weights {
+    pub(crate) path: PathBuf,
+    pub(crate) file: SafetensorsFile,
 }
 
-fn open_weights(directory: &Path) -> Result<Weights> {
+pub(crate) fn open_weights(directory: &Path) -> Result<Weights> {
     let path = directory.join(WEIGHTS_FILE);
     if !path.exists() && directory.join(PICKLE_FILE).exists() {
         return Err(Error::adapter(
@@ -150,7 +181,7 @@ fn as_adapter(error: Error) -> Error {
 
 impl Weights {
     /// A finite tensor of a known shape.
-    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    pub(crate) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let meta = self
             .file
             .meta(name)
@@ -186,7 +217,7 @@ fn require_same_names(file: &Weights, expected: &BTreeMap<&str, &Segment>) -> Re
     let extra: Vec<&str> = present
         .iter()
         .copied()
-        .filter(|name| !expected.contains_key(name))
+        .filter(|name| !expected.contains_key(name) && !repeats_another(name, expected))
         .collect();
     if let Some(name) = missing.first() {
         return Err(Error::adapter(
@@ -210,89 +241,4 @@ fn require_same_names(file: &Weights, expected: &BTreeMap<&str, &Segment>) -> Re
         ));
     }
     Ok(())
-}
-
-/// A and B of one module.
-#[derive(Debug)]
-pub(crate) struct Factors {
-    /// `[rank, in_features]`.
-    pub(crate) a: Vec<f32>,
-    /// `[out_features, rank]`.
-    pub(crate) b: Vec<f32>,
-    pub(crate) rank: usize,
-    pub(crate) in_features: usize,
-    pub(crate) out_features: usize,
-}
-
-/// Every update in an adapter directory, by module path, from names and shapes alone.
-///
-/// # Errors
-/// [`Error::Adapter`] naming file and tensor: a name that is no LoRA factor, a factor without the
-/// other, shapes that do not fit, values that are not finite.
-pub(crate) fn read_factors(directory: &Path) -> Result<BTreeMap<String, Factors>> {
-    let weights = open_weights(directory)?;
-    let mut modules = BTreeSet::new();
-    for name in weights.file.names() {
-        let (module, _) = names::parse(name).ok_or_else(|| {
-            Error::adapter(
-                &weights.path,
-                format!(
-                    "`{name}` is no factor of a LoRA on a linear layer, expected names such as `{}`",
-                    names::tensor("model.layers.0.self_attn.q_proj", Factor::A)
-                ),
-            )
-        })?;
-        modules.insert(module.to_owned());
-    }
-    if modules.is_empty() {
-        return Err(Error::adapter(&weights.path, "holds no tensors"));
-    }
-    modules
-        .into_iter()
-        .map(|module| {
-            let factors = weights.factors(&module)?;
-            Ok((module, factors))
-        })
-        .collect()
-}
-
-impl Weights {
-    fn factors(&self, module: &str) -> Result<Factors> {
-        let [a, b] = [Factor::A, Factor::B].map(|factor| names::tensor(module, factor));
-        let shape = |name: &str| -> Result<[usize; 2]> {
-            let meta = self.file.meta(name).ok_or_else(|| {
-                Error::adapter(
-                    &self.path,
-                    format!("`{name}` is missing, while the other factor of `{module}` is there"),
-                )
-            })?;
-            <[usize; 2]>::try_from(meta.shape.as_slice()).map_err(|_| {
-                Error::adapter(
-                    &self.path,
-                    format!(
-                        "`{name}` has shape {:?}, expected two dimensions",
-                        meta.shape
-                    ),
-                )
-            })
-        };
-        let [rank, in_features] = shape(&a)?;
-        let [out_features, rank_of_b] = shape(&b)?;
-        if rank != rank_of_b || rank == 0 {
-            return Err(Error::adapter(
-                &self.path,
-                format!(
-                    "`{a}` is [{rank}, {in_features}] and `{b}` is [{out_features}, {rank_of_b}]: \
-                     the rank must be the same and at least 1"
-                ),
-            ));
-        }
-        Ok(Factors {
-            a: self.read(&a, &[rank, in_features])?,
-            b: self.read(&b, &[out_features, rank])?,
-            rank,
-            in_features,
-            out_features,
-        })
-    }
 }

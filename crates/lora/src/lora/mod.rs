@@ -1,27 +1,32 @@
-//! LoRA and rsLoRA on linear layers.
+//! LoRA and rsLoRA on linear layers and embeddings, and what PEFT trains of the base beside them.
 //!
-//! `y = x W^T + scale * dropout(x) A^T B^T` with A `[rank, in_features]`, B
-//! `[out_features, rank]`, W frozen; scale = alpha / rank, or alpha / √rank for rsLoRA.
+//! `y = x W^T + scale * (dropout(x) A^T B^T + b)` with A `[rank, in_features]`, B
+//! `[out_features, rank]`, W frozen; scale = alpha / rank, or alpha / √rank for rsLoRA; b with
+//! `lora_bias` alone. Of the base itself, `bias` trains biases, `modules_to_save` whole modules and
+//! `trainable_token_indices` rows of a table.
 //!
 //! # Source
 //! Hu et al.: "LoRA: Low-Rank Adaptation of Large Language Models" (2021); Kalajdzievski: "A Rank
 //! Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023); file format: PEFT.
 
+mod attach;
 mod config;
 mod files;
 mod init;
 pub(crate) mod names;
+pub(crate) mod saved;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tokens;
 
-pub use config::{InitLoraWeights, LoraConfig};
-pub(crate) use files::{CONFIG_FILE, Factors, read_factors};
+pub use config::{InitLoraWeights, LoraBias, LoraConfig};
+pub(crate) use files::{CONFIG_FILE, open_weights, read_tensors, write_tensors};
+pub use tokens::TokenIndices;
 
-use crate::target::{self, TargetModules};
-use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId, SiteKind};
-use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
+use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
-use names::Factor;
+use names::Part;
 use std::path::Path;
 
 /// LoRA over a whole model.
@@ -60,7 +65,7 @@ impl LoraAdapter {
         for (id, segment) in params.layout().by_name() {
             let name = &segment.spec.name;
             let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
-            if Factor::of(name).is_some() && !params.get(id).iter().zip(read.get(id)).all(same) {
+            if Part::of(name).is_some() && !params.get(id).iter().zip(read.get(id)).all(same) {
                 return Err(Error::adapter(
                     directory,
                     format!("`{name}` reads back with other values than were written"),
@@ -77,20 +82,7 @@ impl Adapter for LoraAdapter {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>> {
-        let config = &self.config;
-        let selection = config.selection()?;
-        let targets = target::resolve(sites, &selection, &config.rank_and_alpha())?;
-        if *selection.target_modules == TargetModules::AllLinear {
-            files::require_expressible(sites, &targets)?;
-        }
-        targets
-            .iter()
-            .map(|target| {
-                require_linear(target.site)?;
-                let low_rank = declare(config, target, params);
-                Ok((target.site.id, Attachment::LowRank(low_rank)))
-            })
-            .collect()
+        attach::attach(&self.config, sites, params)
     }
 
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
@@ -128,39 +120,4 @@ impl Adapter for LoraAdapter {
             format!("{method} r={rank} alpha={alpha} dropout={dropout}{patterns}")
         }
     }
-}
-
-/// Declares A and B of one target.
-fn declare(
-    config: &LoraConfig,
-    target: &target::Target<'_>,
-    params: &mut ParamLayoutBuilder,
-) -> LowRank {
-    let (site, rank) = (target.site, target.rank);
-    let mut add = |factor, shape: [usize; 2]| {
-        let name = names::tensor(&site.name, factor);
-        params.add(ParamSpec::new(name, shape, site.execution_order))
-    };
-    LowRank {
-        a: add(Factor::A, [rank, site.in_features]),
-        b: add(Factor::B, [site.out_features, rank]),
-        rank,
-        scale: config.scale(rank, target.alpha),
-        dropout: config.dropout as f32,
-    }
-}
-
-fn require_linear(site: &Site) -> Result<()> {
-    let kind = match site.kind {
-        SiteKind::Linear => return Ok(()),
-        SiteKind::Embedding => "an embedding: LoRA on embeddings is not supported yet",
-        SiteKind::Norm => "a norm: LoRA needs a linear layer",
-    };
-    Err(Error::config(
-        "target_modules",
-        format!(
-            "`{}` is {kind}; leave it out, or put it into `exclude_modules`",
-            site.name
-        ),
-    ))
 }

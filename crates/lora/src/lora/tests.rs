@@ -1,4 +1,4 @@
-use super::names::{self, Factor};
+use super::names::{self, Part};
 use super::{InitLoraWeights, LoraAdapter, LoraConfig};
 use crate::testing::{adapter, attach, list, llama_sites};
 use ferrotune_core::adapter::{Adapter, LowRank};
@@ -11,8 +11,8 @@ fn attach_error(config: LoraConfig) -> String {
         .to_string()
 }
 
-fn tensor<'a>(params: &'a FlatBuffer, module: &str, factor: Factor) -> &'a [f32] {
-    let name = names::tensor(module, factor);
+fn tensor<'a>(params: &'a FlatBuffer, module: &str, part: Part) -> &'a [f32] {
+    let name = names::tensor(module, part);
     params.get(params.layout().find(&name).expect("attached"))
 }
 
@@ -57,8 +57,9 @@ fn shapes_scale_and_order_follow_the_site() {
         rank,
         scale,
         dropout,
+        bias,
     } = attachments[0];
-    assert_eq!((rank, scale, dropout), (4, 2.5, 0.25));
+    assert_eq!((rank, scale, dropout, bias), (4, 2.5, 0.25, None));
     let (a, b) = (
         &params.layout().segment(a).spec,
         &params.layout().segment(b).spec,
@@ -92,20 +93,15 @@ fn rank_and_alpha_patterns_reach_shapes_and_scale() {
 }
 
 #[test]
-fn embeddings_and_norms_are_refused() {
-    for (name, reason) in [
-        ("embed_tokens", "not supported yet"),
-        ("norm", "needs a linear layer"),
-    ] {
-        let message = attach_error(LoraConfig {
-            target_modules: list(&["q_proj", name]),
-            ..LoraConfig::default()
-        });
-        assert!(
-            message.contains(name) && message.contains(reason),
-            "{message}"
-        );
-    }
+fn a_norm_is_refused_and_the_way_to_train_it_named() {
+    let message = attach_error(LoraConfig {
+        target_modules: list(&["q_proj", "norm"]),
+        ..LoraConfig::default()
+    });
+    assert!(
+        message.contains("model.norm") && message.contains("modules_to_save"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -182,7 +178,7 @@ fn initial_values_have_pefts_distributions() {
         });
         let (mut params, _) = attach(&adapter);
         adapter.init(&mut params, 3).expect("supported");
-        let (mean, deviation, largest) = moments(tensor(&params, module, Factor::A));
+        let (mean, deviation, largest) = moments(tensor(&params, module, Part::A));
         // 1024 draws: three standard errors of the mean are a tenth of a deviation.
         assert!(mean.abs() < 0.1 * a_deviation, "{init:?} {mean}");
         assert!(
@@ -190,7 +186,7 @@ fn initial_values_have_pefts_distributions() {
             "{init:?} {deviation}"
         );
         assert!(largest <= a_bound, "{init:?} {largest}");
-        let (_, _, b_largest) = moments(tensor(&params, module, Factor::B));
+        let (_, _, b_largest) = moments(tensor(&params, module, Part::B));
         assert!(
             b_largest <= b_bound && b_largest >= 0.9 * b_bound,
             "{init:?} {b_largest}"
@@ -207,7 +203,7 @@ fn initial_values_depend_on_seed_and_name_alone() {
         });
         let (mut params, _) = attach(&adapter);
         adapter.init(&mut params, seed).expect("supported");
-        tensor(&params, "model.layers.1.self_attn.v_proj", Factor::A).to_vec()
+        tensor(&params, "model.layers.1.self_attn.v_proj", Part::A).to_vec()
     };
     let alone = values(&["v_proj"], 1);
     assert_eq!(alone, values(&["q_proj", "v_proj", "up_proj"], 1));
@@ -215,20 +211,38 @@ fn initial_values_depend_on_seed_and_name_alone() {
 }
 
 #[test]
-fn orthogonal_start_is_refused_by_name() {
-    let adapter = adapter(LoraConfig {
+fn an_orthogonal_start_changes_nothing_and_has_both_factors() {
+    let config = LoraConfig {
         init_lora_weights: InitLoraWeights::Orthogonal,
+        rank: 6,
+        target_modules: list(&["down_proj"]),
         ..LoraConfig::default()
-    });
+    };
+    let adapter = adapter(config.clone());
     let (mut params, _) = attach(&adapter);
-    let error = adapter
-        .init(&mut params, 0)
-        .expect_err("refused")
-        .to_string();
-    assert!(
-        error.contains("orthogonal") && error.contains("not supported yet"),
-        "{error}"
+    adapter.init(&mut params, 7).expect("an even rank");
+    let module = "model.layers.0.mlp.down_proj";
+    let (a, b) = (
+        tensor(&params, module, Part::A),
+        tensor(&params, module, Part::B),
     );
+    let (features, norm) = (a.len() / 6, |v: &[f32]| {
+        v.iter().map(|v| v * v).sum::<f32>().sqrt()
+    });
+    // A row of X Q_even has the expected norm sqrt(rank / 2) / 10 per feature.
+    let expected = (3.0 * features as f32).sqrt() / 10.0;
+    assert!((norm(a) / expected - 1.0).abs() < 0.2 && norm(b) > 0.1);
+    for row in b.chunks(6) {
+        for column in 0..features {
+            let dot: f32 = (0..6).map(|r| row[r] * a[r * features + column]).sum();
+            assert!(dot.abs() < 1e-6, "{dot}");
+        }
+    }
+    let odd =
+        super::LoraAdapter::new(LoraConfig { rank: 3, ..config }, "llama").expect("read as any");
+    let (mut params, _) = attach(&odd);
+    let error = odd.init(&mut params, 0).expect_err("refused").to_string();
+    assert!(error.contains("`orthogonal` needs even ranks"), "{error}");
 }
 
 #[test]

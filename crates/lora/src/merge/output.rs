@@ -1,6 +1,7 @@
 //! Everything in the output directory but the tensors.
 
 use super::{MergeDType, OutputDirectory};
+use ferrotune_core::adapter::Site;
 use ferrotune_core::io::{self, ModelFiles};
 use ferrotune_core::model::{DecoderConfig, HfConfig, ModelPlan, WeightSource, expected_tensors};
 use ferrotune_core::{Error, Result};
@@ -90,19 +91,32 @@ impl BaseConfig {
         })
     }
 
-    /// The model's sites, where its architecture is known.
+    /// Refuses weights that are of another model than this config, where its architecture is known:
+    /// the result would have the same fault.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the key, or a tensor: weights that are of another model than this config
-    /// are refused, because the result would have the same fault.
-    pub(super) fn matching_plan(&self, weights: &ModelFiles) -> Result<Option<ModelPlan>> {
+    /// [`Error::Model`] naming the tensor or the key.
+    pub(super) fn require_matching(&self, weights: &ModelFiles) -> Result<()> {
+        match self.model()? {
+            Some(plan) => weights.check(&expected_tensors(&plan)),
+            None => Ok(()),
+        }
+    }
+
+    /// The sites of the model, where its architecture is known.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the key.
+    pub(super) fn sites(&self) -> Result<Option<Vec<Site>>> {
+        Ok(self.model()?.map(|plan| plan.sites))
+    }
+
+    fn model(&self) -> Result<Option<ModelPlan>> {
         let config = HfConfig::from_value(&self.path, Value::Object(self.object.clone()))?;
         if !DecoderConfig::covers(&config) {
             return Ok(None);
         }
-        let plan = ModelPlan::new(&DecoderConfig::from_hf(&config)?);
-        weights.check(&expected_tensors(&plan))?;
-        Ok(Some(plan))
+        Ok(Some(ModelPlan::new(&DecoderConfig::from_hf(&config)?)))
     }
 
     pub(super) fn model_type(&self) -> &str {
@@ -128,19 +142,26 @@ impl BaseConfig {
         }
     }
 
-    /// Copies the file byte for byte, or with its dtype set to that of the output.
-    pub(super) fn write(&self, dtype: MergeDType, directory: &Path) -> Result<()> {
+    /// Copies the file byte for byte, or with what of it the output changes: its dtype, and whether the
+    /// head is the embedding.
+    pub(super) fn write(&self, dtype: MergeDType, unties: bool, directory: &Path) -> Result<()> {
         let path = directory.join(CONFIG_FILE);
         let name = match dtype {
-            MergeDType::SameAsBase => return io::write_file(&path, &self.bytes),
-            MergeDType::Float32 => "float32",
-            MergeDType::BFloat16 => "bfloat16",
+            MergeDType::SameAsBase if !unties => return io::write_file(&path, &self.bytes),
+            MergeDType::SameAsBase => None,
+            MergeDType::Float32 => Some("float32"),
+            MergeDType::BFloat16 => Some("bfloat16"),
         };
         let mut object = self.object.clone();
-        set_dtype(&mut object, name);
-        // `dtype` is Transformers 5's name; version 4 and most other readers know `torch_dtype`.
-        if !object.contains_key("dtype") && !object.contains_key("torch_dtype") {
-            object.insert("torch_dtype".into(), json!(name));
+        if unties {
+            object.insert("tie_word_embeddings".into(), json!(false));
+        }
+        if let Some(name) = name {
+            set_dtype(&mut object, name);
+            // `dtype` is Transformers 5's name; version 4 and most other readers know `torch_dtype`.
+            if !object.contains_key("dtype") && !object.contains_key("torch_dtype") {
+                object.insert("torch_dtype".into(), json!(name));
+            }
         }
         let text = format!("{:#}\n", Value::Object(object));
         io::write_file(&path, text.as_bytes())

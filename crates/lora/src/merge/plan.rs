@@ -1,129 +1,254 @@
 //! Which tensors of the checkpoint change, and by what. Everything is checked before any output.
 
 use super::output::BaseConfig;
-use crate::PeftConfig;
-use crate::lora::{CONFIG_FILE, Factors, LoraConfig, read_factors};
-use crate::target::{self, TargetModules};
-use ferrotune_core::adapter::{Site, SiteId, SiteKind};
+use crate::{PeftConfig, base_copies};
+use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::ModelPlan;
-use ferrotune_core::{Error, Result, suggest};
-use std::collections::{BTreeMap, BTreeSet};
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use ferrotune_core::{Error, Result};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The update of one tensor.
+/// Last segments of the paths of input embeddings, in checkpoints of architectures not known here.
+const EMBEDDINGS: [&str; 5] = [
+    "embed_in",
+    "embed_tokens",
+    "tok_embeddings",
+    "word_embeddings",
+    "wte",
+];
+/// The same of output heads.
+const HEADS: [&str; 3] = ["embed_out", "lm_head", "output"];
+
+/// What becomes of a checkpoint.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// The changes of each tensor, in order.
+    pub(super) changes: BTreeMap<String, Vec<Change>>,
+    /// Where head and embedding are one tensor and the merged ones are not: the tensor that each new
+    /// one starts from, by the name of the new one.
+    pub(super) copies: BTreeMap<String, String>,
+}
+
+/// One change of one tensor, in its own shape.
 #[derive(Debug)]
-pub(super) struct Update {
-    pub(super) factors: Factors,
-    pub(super) scale: f32,
-    /// Whether the tensor is `[in_features, out_features]`.
-    pub(super) stored_transposed: bool,
+pub(super) enum Change {
+    /// `W += scale * B A`.
+    LowRank {
+        /// `[rank, in_features]`.
+        a: Vec<f32>,
+        /// `[out_features, rank]`.
+        b: Vec<f32>,
+        rank: usize,
+        scale: f32,
+        /// Whether the tensor is `[in_features, out_features]`.
+        transposed: bool,
+    },
+    /// `b += scale * values`.
+    Vector { values: Vec<f32>, scale: f32 },
+    /// The tensor is another one.
+    Replace(Vec<f32>),
+    /// Some of its rows are.
+    Rows { indices: Vec<u32>, values: Vec<f32> },
 }
 
-/// Modules whose weights files hold as `[in_features, out_features]`.
-pub(super) fn stored_transposed(plan: Option<&ModelPlan>) -> BTreeSet<&str> {
-    let sites = plan.into_iter().flat_map(|plan| &plan.sites);
-    let transposed = sites.filter(|site| site.stored_transposed);
-    transposed.map(|site| site.name.as_str()).collect()
-}
-
-/// The updates by tensor name, checked against the checkpoint.
-pub(super) fn updates(
+/// The changes that the adapter makes, checked against the checkpoint.
+pub(super) fn plan(
     base: &ModelFiles,
     base_config: &BaseConfig,
-    transposed: &BTreeSet<&str>,
     adapter_directory: &Path,
-) -> Result<BTreeMap<String, Update>> {
-    let PeftConfig::Lora(config) = PeftConfig::load(adapter_directory)?;
-    let config = config.with_default_targets(base_config.model_type())?;
-    let factors = read_factors(adapter_directory)?;
-    require_targets_present(&config, base, &factors, adapter_directory)?;
-    let modules: Vec<&str> = factors.keys().map(String::as_str).collect();
-    let values = config.rank_and_alpha().resolve(&modules)?;
-    factors
-        .into_iter()
-        .zip(values)
-        .map(|((module, factors), (rank, alpha))| {
-            let stored_transposed = transposed.contains(module.as_str());
-            let mut expected = [factors.out_features, factors.in_features];
-            if stored_transposed {
-                expected.reverse();
+) -> Result<Plan> {
+    let in_adapter = |error: Error| error.of_adapter(adapter_directory);
+    let method = PeftConfig::load(adapter_directory)?
+        .into_adapter(base_config.model_type())
+        .map_err(in_adapter)?;
+    let sites = match base_config.sites()? {
+        Some(sites) => sites,
+        None => modules_of(base, base_config.ties_head()),
+    };
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = method.attach(&sites, &mut builder).map_err(in_adapter)?;
+    let mut params = FlatBuffer::zeros(&builder.build()?);
+    method.load(&mut params, adapter_directory)?;
+    base_copies::check(adapter_directory, base)?;
+    let mut plan = Plan::default();
+    let pair = tied_pair(&sites);
+    let shared = |id: SiteId| {
+        let both = pair.map(|[embedding, head]| [embedding.id, head.id]);
+        both.is_some_and(|both| both.contains(&id))
+    };
+    let mut of_pair = Vec::new();
+    for (id, attachment) in attachments {
+        let site = sites.iter().find(|site| site.id == id);
+        let site =
+            site.ok_or_else(|| in_adapter(Error::config("adapter", "attaches to no site")))?;
+        if shared(id) {
+            of_pair.push((site, attachment));
+        } else {
+            plan.add(&site.name, site, attachment, &params, adapter_directory)?;
+        }
+    }
+    if let Some([embedding, head]) = pair {
+        plan.add_pair([embedding, head], of_pair, &params, adapter_directory)?;
+    }
+    plan.require_finite_shapes(base, adapter_directory)?;
+    Ok(plan)
+}
+
+fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
+    let head = sites.iter().find(|site| site.tied_to.is_some())?;
+    let embedding = sites.iter().find(|site| Some(site.id) == head.tied_to)?;
+    Some([embedding, head])
+}
+
+impl Plan {
+    /// Head and embedding that are one tensor: they stay one where both change alike, else the head
+    /// becomes a tensor of its own.
+    fn add_pair(
+        &mut self,
+        [embedding, head]: [&Site; 2],
+        attachments: Vec<(&Site, Attachment)>,
+        params: &FlatBuffer,
+        directory: &Path,
+    ) -> Result<()> {
+        let low_rank = |site: &Site| {
+            attachments
+                .iter()
+                .find_map(|(at, attachment)| match attachment {
+                    Attachment::LowRank(update) if at.id == site.id => Some(*update),
+                    _ => None,
+                })
+        };
+        let (of_embedding, of_head) = (low_rank(embedding), low_rank(head));
+        let alike = of_embedding.is_some() && of_embedding == of_head;
+        // Only an update leaves the other one where it was, without anything standing there.
+        let apart = !alike
+            && (of_embedding.is_some() || attachments.iter().any(|(at, _)| at.id == head.id));
+        if apart {
+            let [head, embedding] = [head, embedding].map(|site| weight_name(&site.name));
+            self.changes.insert(head.clone(), Vec::new());
+            self.copies.insert(head, embedding);
+        }
+        for (site, attachment) in attachments {
+            if !(alike && site.id == head.id) {
+                self.add(&site.name, site, attachment, params, directory)?;
             }
-            require_fit(base, base_config, &module, expected, adapter_directory)?;
-            if factors.rank != rank {
+        }
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        module: &str,
+        site: &Site,
+        attachment: Attachment,
+        params: &FlatBuffer,
+        directory: &Path,
+    ) -> Result<()> {
+        let values = |id| params.get(id).to_vec();
+        let (weight, bias) = (weight_name(module), format!("{module}.bias"));
+        match attachment {
+            Attachment::LowRank(LowRank {
+                a,
+                b,
+                rank,
+                scale,
+                bias: of_b,
+                ..
+            }) => {
+                let (a, b) = (values(a), values(b));
+                let change = Change::LowRank {
+                    a,
+                    b,
+                    rank,
+                    scale,
+                    transposed: site.stored_transposed,
+                };
+                self.push(weight, change);
+                match of_b {
+                    Some(id) if site.bias => {
+                        let values = values(id);
+                        self.push(bias, Change::Vector { values, scale });
+                    }
+                    Some(_) => {
+                        return Err(Error::adapter(
+                            directory,
+                            format!(
+                                "`lora_bias`: the bias of `{module}` has nowhere to go, because the base has \
+                                 none there; this adapter cannot be merged"
+                            ),
+                        ));
+                    }
+                    None => {}
+                }
+            }
+            Attachment::TrainBase {
+                weight: id,
+                bias: of_base,
+            } => {
+                let stored = params.file_values(id).into_owned();
+                self.push(weight, Change::Replace(stored));
+                if let Some(id) = of_base {
+                    self.push(bias, Change::Replace(values(id)));
+                }
+            }
+            // What replaces comes before what is added.
+            Attachment::TrainBias(id) => {
+                let changes = self.changes.entry(bias).or_default();
+                changes.insert(0, Change::Replace(values(id)));
+            }
+            Attachment::TrainRows { rows, indices } => {
+                let values = values(rows);
+                self.push(weight, Change::Rows { indices, values });
+            }
+            Attachment::KeepBase => {}
+            Attachment::Custom(_) => {
                 return Err(Error::adapter(
-                    adapter_directory,
-                    format!(
-                        "`{module}` has rank {} in its tensors and {rank} in {CONFIG_FILE}",
-                        factors.rank
-                    ),
+                    directory,
+                    format!("what it does at `{module}` cannot be merged into a weight"),
                 ));
             }
-            let scale = config.scale(rank, alpha);
-            let update = Update {
-                factors,
-                scale,
-                stored_transposed,
-            };
-            Ok((weight_name(&module), update))
-        })
-        .collect()
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, tensor: String, change: Change) {
+        self.changes.entry(tensor).or_default().push(change);
+    }
+
+    /// Refuses changes of tensors that the checkpoint lacks: its shapes were compared with the model's.
+    fn require_finite_shapes(&self, base: &ModelFiles, directory: &Path) -> Result<()> {
+        let known = |name: &String| {
+            let from = self.copies.get(name).unwrap_or(name);
+            base.meta(from).is_some()
+        };
+        match self.changes.keys().find(|name| !known(name)) {
+            None => Ok(()),
+            Some(name) => Err(Error::adapter(
+                directory,
+                format!("changes `{name}`, which the base lacks; is it the right base?"),
+            )),
+        }
+    }
 }
 
 fn weight_name(module: &str) -> String {
     format!("{module}.weight")
 }
 
-/// Refuses an adapter that lacks modules its own configuration targets.
-///
-/// The checkpoint stands in for the model: each weight is a module. It does not tell an embedding
-/// or the head from a linear layer, so `all-linear` cannot be checked this way.
-fn require_targets_present(
-    config: &LoraConfig,
-    base: &ModelFiles,
-    factors: &BTreeMap<String, Factors>,
-    adapter_directory: &Path,
-) -> Result<()> {
-    let selection = config.selection()?;
-    if *selection.target_modules == TargetModules::AllLinear {
-        return Ok(());
-    }
-    let sites = modules_of(base);
-    let targeted: BTreeSet<&str> = target::select(&sites, &selection)?
-        .into_iter()
-        .map(|site| site.name.as_str())
-        .collect();
-    let present: BTreeSet<&str> = factors.keys().map(String::as_str).collect();
-    if let Some(module) = targeted.difference(&present).next() {
-        return Err(Error::adapter(
-            adapter_directory,
-            format!(
-                "{CONFIG_FILE} targets `{module}`, but its tensors are missing ({} of {} modules \
-                 have tensors)",
-                present.len(),
-                targeted.len()
-            ),
-        ));
-    }
-    // A module that the base lacks is reported by `require_fit`, with the nearest name.
-    let unexpected = present
-        .difference(&targeted)
-        .find(|module| base.meta(&weight_name(module)).is_some());
-    match unexpected {
-        None => Ok(()),
-        Some(module) => Err(Error::adapter(
-            adapter_directory,
-            format!("holds tensors for `{module}`, which {CONFIG_FILE} does not target"),
-        )),
-    }
-}
-
-fn modules_of(base: &ModelFiles) -> Vec<Site> {
-    base.names()
+/// The checkpoint instead of a model: each weight is a module. What is an embedding or the head is known
+/// by its name alone.
+fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
+    let last = |module: &str| module.rsplit('.').next().unwrap_or_default().to_owned();
+    let mut sites: Vec<Site> = base
+        .names()
         .filter_map(|name| Some((name.strip_suffix(".weight")?, base.meta(name)?)))
         .enumerate()
         .map(|(id, (module, meta))| {
             let (kind, in_features) = match meta.shape.as_slice() {
+                [_, columns] if EMBEDDINGS.contains(&last(module).as_str()) => {
+                    (SiteKind::Embedding, *columns)
+                }
                 [_, columns] => (SiteKind::Linear, *columns),
                 _ => (SiteKind::Norm, 1),
             };
@@ -133,51 +258,27 @@ fn modules_of(base: &ModelFiles) -> Vec<Site> {
                 kind,
                 in_features,
                 out_features: meta.shape.first().copied().unwrap_or(1),
-                bias: false,
+                bias: base.meta(&format!("{module}.bias")).is_some(),
                 stored_transposed: false,
                 layer: None,
-                output_head: false,
+                output_head: HEADS.contains(&last(module).as_str()),
                 tied_to: None,
                 execution_order: id,
             }
         })
-        .collect()
-}
-
-/// Refuses a module whose weight is not in the checkpoint, has other dimensions or is shared.
-fn require_fit(
-    base: &ModelFiles,
-    base_config: &BaseConfig,
-    module: &str,
-    expected: [usize; 2],
-    adapter_directory: &Path,
-) -> Result<()> {
-    let name = weight_name(module);
-    if module == "lm_head" && (base_config.ties_head() || base.meta(&name).is_none()) {
-        return Err(Error::adapter(
-            adapter_directory,
-            "adapts `lm_head`, whose weight the base shares with its input embedding \
-             (`tie_word_embeddings`): merging would change both",
-        ));
+        .collect();
+    let embedding = sites.iter().find(|site| site.kind == SiteKind::Embedding);
+    let has_head = sites.iter().any(|site| site.output_head);
+    if let (true, false, Some(embedding)) = (ties_head, has_head, embedding) {
+        let head = Site {
+            id: SiteId(sites.len()),
+            name: "lm_head".into(),
+            kind: SiteKind::Linear,
+            output_head: true,
+            tied_to: Some(embedding.id),
+            ..embedding.clone()
+        };
+        sites.push(head);
     }
-    let Some(meta) = base.meta(&name) else {
-        return Err(Error::adapter(
-            adapter_directory,
-            format!(
-                "adapts `{module}`, but the base has no tensor `{name}`{}; is it the right base?",
-                suggest::did_you_mean(&name, base.names())
-            ),
-        ));
-    };
-    if meta.shape != expected {
-        return Err(Error::adapter(
-            adapter_directory,
-            format!(
-                "the update of `{module}` is {expected:?}, but the base's `{name}` is {:?}; is it \
-                 the right base?",
-                meta.shape
-            ),
-        ));
-    }
-    Ok(())
+    sites
 }

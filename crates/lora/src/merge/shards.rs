@@ -1,8 +1,7 @@
 //! One file of the checkpoint at a time.
 
-use super::plan::Update;
+use super::plan::{Change, Plan};
 use super::{MergeDType, MergedTensor};
-use crate::lora::Factors;
 use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{View, ViewMut, matmul};
@@ -16,13 +15,15 @@ use std::path::Path;
 pub(super) struct Written {
     pub(super) file_name: String,
     pub(super) bytes: u64,
+    /// Of every tensor in it.
+    pub(super) names: Vec<String>,
     pub(super) tensors: Vec<MergedTensor>,
 }
 
 /// Writes the merged counterpart of one file into `directory`, under the same name.
 pub(super) fn merge_file(
     file: &SafetensorsFile,
-    updates: &BTreeMap<String, Update>,
+    plan: &Plan,
     dtype: MergeDType,
     directory: &Path,
 ) -> Result<Written> {
@@ -35,19 +36,25 @@ pub(super) fn merge_file(
     let mut written = Written {
         file_name,
         bytes: 0,
+        names: Vec::new(),
         tensors: Vec::new(),
     };
     let mut tensors = BTreeMap::new();
-    for name in file.names() {
-        let data = match updates.get(name) {
-            None => unchanged(file, name, dtype)?,
-            Some(update) => {
-                let (data, merged) = merged(file, name, update, dtype)?;
+    let is_new = |name: &str| plan.copies.contains_key(name);
+    let from_here = |source: &str| file.meta(source).is_some();
+    let kept = file.names().filter(|name| !is_new(name)).map(|n| (n, n));
+    let new = plan.copies.iter().filter(|(_, source)| from_here(source));
+    for (name, source) in kept.chain(new.map(|(name, source)| (name.as_str(), source.as_str()))) {
+        let data = match plan.changes.get(name) {
+            None => unchanged(file, source, dtype)?,
+            Some(changes) => {
+                let (data, merged) = merged(file, source, name, changes, dtype)?;
                 written.tensors.push(merged);
                 data
             }
         };
         written.bytes += data.bytes.len() as u64;
+        written.names.push(name.to_owned());
         tensors.insert(name.to_owned(), data);
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -94,24 +101,28 @@ fn unchanged(file: &SafetensorsFile, name: &str, dtype: MergeDType) -> Result<Te
     })
 }
 
+/// Tensor `name`, made of `source` by `changes`.
 fn merged(
     file: &SafetensorsFile,
+    source: &str,
     name: &str,
-    update: &Update,
+    changes: &[Change],
     dtype: MergeDType,
 ) -> Result<(TensorData<'static>, MergedTensor)> {
-    let (from, shape) = meta(file, name)?;
+    let (from, shape) = meta(file, source)?;
     if !is_float(from) {
         return Err(Error::model(
             file.path(),
             format!(
-                "`{name}` is {from:?}, expected F32, F16 or BF16: merge into the unquantised base"
+                "`{source}` is {from:?}, expected F32, F16 or BF16: merge into the unquantised base"
             ),
         ));
     }
     let to = output_dtype(from, dtype);
-    let mut weight = file.read_f32(name)?;
-    let (lost, norm) = add_rounded(&mut weight, &delta(update)?, to);
+    let old = file.read_f32(source)?;
+    let mut weight = old.clone();
+    let delta = apply(changes, &shape, &mut weight)?;
+    let (lost, norm) = add_rounded(&old, &mut weight, &delta, to);
     if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
         return Err(Error::Numeric {
             message: format!(
@@ -138,21 +149,77 @@ fn merged(
     Ok((data, tensor))
 }
 
+/// Puts what replaces values into `weight`, and returns what is to be added.
+fn apply(changes: &[Change], shape: &[usize], weight: &mut [f32]) -> Result<Vec<f32>> {
+    let columns = shape.last().copied().unwrap_or(1);
+    let mut delta = vec![0.0_f32; weight.len()];
+    for change in changes {
+        match change {
+            Change::Replace(values) => weight.copy_from_slice(values),
+            Change::Rows { indices, values } => {
+                for (&row, values) in indices.iter().zip(values.chunks(columns)) {
+                    let at = row as usize * columns;
+                    weight[at..at + columns].copy_from_slice(values);
+                }
+            }
+            Change::Vector { values, scale } => {
+                let sums = delta.iter_mut().zip(values);
+                sums.for_each(|(sum, value)| *sum += scale * value);
+            }
+            Change::LowRank {
+                a,
+                b,
+                rank,
+                scale,
+                transposed: true,
+            } => {
+                let inputs = weight.len() / columns.max(1);
+                let b_transposed: Vec<f32> = (0..rank * columns)
+                    .map(|i| b[i % columns * rank + i / columns])
+                    .collect();
+                matmul::tn(
+                    ViewMut::from_f32(&mut delta, inputs, columns),
+                    1.0,
+                    *scale,
+                    View::from_f32(a, *rank, inputs),
+                    View::from_f32(&b_transposed, *rank, columns),
+                )?;
+            }
+            Change::LowRank {
+                a, b, rank, scale, ..
+            } => {
+                let rows = weight.len() / columns.max(1);
+                matmul::nn(
+                    ViewMut::from_f32(&mut delta, rows, columns),
+                    1.0,
+                    *scale,
+                    View::from_f32(b, rows, *rank),
+                    View::from_f32(a, *rank, columns),
+                )?;
+            }
+        }
+    }
+    Ok(delta)
+}
+
 /// Elements whose squares are summed together: fixed, so that the sums do not depend on the number
 /// of threads.
 const CHUNK: usize = 1 << 16;
 
-/// `weight = round(weight + delta)`; the squared norms of what rounding lost of delta, and of delta.
-fn add_rounded(weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64) {
+/// `weight = round(weight + delta)`; the squared norms of what rounding lost of the change from `old`,
+/// and of that change.
+fn add_rounded(old: &[f32], weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64) {
     let partial: Vec<(f64, f64)> = weight
         .par_chunks_mut(CHUNK)
         .zip(delta.par_chunks(CHUNK))
-        .map(|(weight, delta)| {
+        .zip(old.par_chunks(CHUNK))
+        .map(|((weight, delta), old)| {
             let (mut lost, mut norm) = (0.0_f64, 0.0_f64);
-            for (w, d) in weight.iter_mut().zip(delta) {
+            for ((w, d), old) in weight.iter_mut().zip(delta).zip(old) {
                 let new = round(*w + d, dtype);
-                lost += (f64::from(new) - f64::from(*w) - f64::from(*d)).powi(2);
-                norm += f64::from(*d).powi(2);
+                let wanted = f64::from(*w) - f64::from(*old) + f64::from(*d);
+                lost += (f64::from(new) - f64::from(*old) - wanted).powi(2);
+                norm += wanted.powi(2);
                 *w = new;
             }
             (lost, norm)
@@ -161,39 +228,6 @@ fn add_rounded(weight: &mut [f32], delta: &[f32], dtype: FileDType) -> (f64, f64
     partial
         .into_iter()
         .fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
-}
-
-/// `scale * B A`, `[out_features, in_features]`, in f32; its transpose where the tensor is that.
-fn delta(update: &Update) -> Result<Vec<f32>> {
-    let Factors {
-        a,
-        b,
-        rank,
-        in_features,
-        out_features,
-    } = &update.factors;
-    let mut delta = vec![0.0_f32; out_features * in_features];
-    if update.stored_transposed {
-        let b_transposed: Vec<f32> = (0..rank * out_features)
-            .map(|i| b[i % out_features * rank + i / out_features])
-            .collect();
-        matmul::tn(
-            ViewMut::from_f32(&mut delta, *in_features, *out_features),
-            0.0,
-            update.scale,
-            View::from_f32(a, *rank, *in_features),
-            View::from_f32(&b_transposed, *rank, *out_features),
-        )?;
-        return Ok(delta);
-    }
-    matmul::nn(
-        ViewMut::from_f32(&mut delta, *out_features, *in_features),
-        0.0,
-        update.scale,
-        View::from_f32(b, *out_features, *rank),
-        View::from_f32(a, *rank, *in_features),
-    )?;
-    Ok(delta)
 }
 
 /// Rounds to nearest even; types other than the two short floats do not round.

@@ -116,7 +116,7 @@ impl<'a, T: Copy> Patterns<'a, T> {
                         "`{0}` matches no adapted module{1}; a key is the end of a module's path \
                          or a regular expression that reaches its end",
                         expression.source,
-                        super::nearest_suffix(&expression.source, names.iter().copied()),
+                        super::nearest_end(&expression.source, names.iter().copied()),
                     ),
                 ));
             }

@@ -87,7 +87,8 @@ section! {
         lora_target_modules: Option<Names> = None, TRL_MODEL;
         /// Modules to leave out: a list of names or a regular expression.
         lora_exclude_modules: Option<Names> = None, PEFT;
-        /// Modules trained as a whole and saved with the adapter.
+        /// Modules trained as a whole and saved with the adapter: every module whose path ends with an
+        /// entry, such as lm_head, embed_tokens or norm.
         lora_modules_to_save: Vec<String> = Vec::new(), TRL_MODEL;
         /// PEFT's task type. Only CAUSAL_LM can be trained.
         lora_task_type: String = "CAUSAL_LM".to_owned(), TRL_MODEL;
@@ -97,7 +98,7 @@ section! {
         use_dora: bool = false, TRL_MODEL;
         /// How the update starts: true, false, or a method by PEFT's name.
         init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
-        /// Biases to train: none, all or lora_only.
+        /// Biases of the base to train: none, all or lora_only, those of adapted layers (PEFT's bias).
         lora_bias: LoraBias = LoraBias::None, PEFT;
         /// Other ranks for modules whose path ends with, or matches, a name.
         lora_rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), PEFT;
@@ -105,5 +106,16 @@ section! {
         lora_alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), PEFT;
         /// Decoder layers to adapt, counted from 0; empty for all.
         lora_layers_to_transform: Vec<usize> = Vec::new(), PEFT;
+        /// What stands before a layer's number in a module's path, where that is not the first number:
+        /// names or regular expressions. Needs lora_layers_to_transform.
+        lora_layers_pattern: Vec<String> = Vec::new(), PEFT;
+        /// Give B a bias, which is trained and scaled as B is (PEFT's own lora_bias).
+        lora_b_bias: bool = false, PEFT;
+        /// Tokens whose rows of the input embedding are trained, and those of the head where the two are
+        /// one weight: what a few new tokens need, without training all of them.
+        lora_trainable_token_indices: Vec<usize> = Vec::new(), PEFT;
+        /// Where head and embedding are one weight and one of them is adapted or trained as a whole, keep
+        /// them the same; otherwise the other one keeps the base's values.
+        lora_ensure_weight_tying: bool = false, PEFT;
     }
 }

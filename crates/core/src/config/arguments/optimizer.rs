@@ -1,4 +1,4 @@
-use super::source::{OURS, TRANSFORMERS, TRL_SFT};
+use super::source::{OURS, PEFT, TRANSFORMERS, TRL_SFT};
 use crate::config::section::section;
 use crate::config::value::choices;
 
@@ -31,6 +31,8 @@ section! {
         label_smoothing_factor: f64 = 0.0, TRANSFORMERS;
         /// LoRA+: learning rate of B over that of A; null for the same. The paper suggests 16.
         loraplus_lr_ratio: Option<f64> = None, OURS;
+        /// LoRA+: learning rate of an adapted embedding, before the schedule's factor.
+        loraplus_lr_embedding: f64 = 1e-6, PEFT;
         /// Largest L2 norm of the gradient, larger ones are scaled down; 0 for no clipping.
         max_grad_norm: f64 = 1.0, TRANSFORMERS;
         /// Micro-batches per optimizer step and rank.

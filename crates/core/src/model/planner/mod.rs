@@ -15,7 +15,7 @@ use super::{DecoderConfig, Keep, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
-use shape::LayerShape;
+use shape::{LayerShape, Method};
 use std::collections::BTreeSet;
 
 /// Most numbers of recomputed layers that are tried; a deeper model is searched in larger strides.
@@ -53,7 +53,10 @@ pub struct StepShape {
     layers: Vec<LayerShape>,
     /// Columns of the statistics of the final norm.
     final_norm: usize,
-    embedding_trained: bool,
+    embedding: Method,
+    /// Whether anything before the layers is trained.
+    input_trained: bool,
+    head_method: Method,
     on_gpu: bool,
     activations: DType,
     head: DType,
@@ -114,7 +117,7 @@ impl StepShape {
         [weights, activations]: [DType; 2],
         workload: &Workload,
     ) -> Self {
-        let (layers, embedding_trained) = shape::layers(config, attachments);
+        let (layers, [embedding, head_method, positions]) = shape::layers(config, attachments);
         let on_gpu = device.is_cuda();
         // As `Inputs` pads them.
         let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
@@ -129,7 +132,9 @@ impl StepShape {
             vocabulary: config.vocab_size,
             layers,
             final_norm: config.norm.statistics(),
-            embedding_trained,
+            embedding,
+            input_trained: embedding != Method::Frozen || positions != Method::Frozen,
+            head_method,
             on_gpu,
             activations,
             head: weights,
@@ -267,7 +272,7 @@ impl StepShape {
 
     /// The first layer that backward reaches.
     fn first_reached(&self) -> usize {
-        if self.embedding_trained {
+        if self.input_trained {
             return 0;
         }
         let trained = self.layers.iter().position(|layer| layer.trained);

@@ -63,35 +63,48 @@ pub(super) enum Method {
     Frozen,
     LowRank { rank: usize, dropout: bool },
     TrainBase,
+    TrainBias,
     Custom,
 }
 
-/// The layers of `config` with `attachments`, and whether what is before them is trained.
+/// The layers of `config` with `attachments`, and what stands at the embedding, at the head and at the
+/// table of positions.
 pub(super) fn layers(
     config: &DecoderConfig,
     attachments: &[(SiteId, Attachment)],
-) -> (Vec<LayerShape>, bool) {
+) -> (Vec<LayerShape>, [Method; 3]) {
     let plan = ModelPlan::new(config);
-    let methods: BTreeMap<SiteId, Method> = attachments
-        .iter()
-        .map(|(site, attachment)| (*site, method(attachment)))
-        .collect();
+    let mut methods: BTreeMap<SiteId, Method> = BTreeMap::new();
+    for (site, attachment) in attachments {
+        // A trained bias beside another method adds nothing that is held.
+        match attachment {
+            Attachment::TrainBias(_) => {
+                methods.entry(*site).or_insert(Method::TrainBias);
+            }
+            other => drop(methods.insert(*site, method(other))),
+        }
+    }
     let layers = plan
         .layers
         .iter()
         .map(|l| layer(config, &plan, &methods, l));
-    let tables = [Some(plan.embedding), plan.positions];
-    let input_trained = tables.iter().flatten().any(|id| methods.contains_key(id));
-    (layers.collect(), input_trained)
+    let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
+    let positions = plan.positions.map_or(Method::Frozen, at);
+    (
+        layers.collect(),
+        [at(plan.embedding), at(plan.head), positions],
+    )
 }
 
 fn method(attachment: &Attachment) -> Method {
     match attachment {
+        Attachment::TrainBias(_) => Method::TrainBias,
+        Attachment::KeepBase => Method::Frozen,
         Attachment::LowRank(low_rank) => Method::LowRank {
             rank: low_rank.rank,
             dropout: low_rank.dropout > 0.0,
         },
-        Attachment::TrainBase { .. } => Method::TrainBase,
+        Attachment::TrainBase { .. } | Attachment::TrainRows { .. } => Method::TrainBase,
         Attachment::Custom(_) => Method::Custom,
     }
 }

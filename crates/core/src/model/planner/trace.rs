@@ -29,6 +29,9 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         .collect();
     // Forward: the stream, its norm and the norm's statistics.
     let stream = trace.pool.take(act, width);
+    if let Method::LowRank { rank, .. } = shape.embedding {
+        trace.pool.pass(shape.factors, trace.aligned(rank));
+    }
     if shape.learned_positions {
         trace.pool.pass(act, width);
     }
@@ -47,16 +50,23 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let kept = trace.pool.live() - no_layers.sum::<u64>();
     // Loss and the gradient of the last norm.
     let d_hidden = trace.pool.take(act, width);
+    let head = trace.head_update();
     if !shape.on_gpu {
         let chunk = [(); 2].map(|()| trace.pool.take(DType::F32, width));
         chunk.into_iter().for_each(|slot| trace.pool.give(slot));
     }
+    trace.give_all(head);
     trace.give_all(flow.y);
     let d_stream = trace.pool.take(act, width);
     trace.give_all([d_hidden, flow.stream].into_iter().chain(flow.statistics));
     while let Some((i, layer_saved)) = saved.pop() {
-        let needs_input = shape.embedding_trained || i > reached;
+        let needs_input = shape.input_trained || i > reached;
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
+    }
+    if let Method::LowRank { rank, .. } = shape.embedding {
+        let cols = trace.aligned(rank);
+        let both = [(); 2].map(|()| trace.pool.take(shape.factors, cols));
+        trace.give_all(both);
     }
     trace.pool.give(d_stream);
     trace.give_all(angles);
@@ -328,6 +338,22 @@ impl Trace<'_> {
         self.give_all(gate_up);
         self.give_all(normed);
         self.pool.give(d_normed);
+    }
+
+    /// What the head's update holds while the loss is computed: s and its gradient.
+    fn head_update(&mut self) -> Vec<Slot> {
+        let Method::LowRank { rank, dropout } = self.shape.head_method else {
+            return Vec::new();
+        };
+        let cols = self.aligned(rank);
+        let slots = [(); 2].map(|()| self.pool.take(self.shape.factors, cols));
+        if dropout {
+            let act = self.shape.activations;
+            let width = self.shape.hidden;
+            let dropped = [(); 2].map(|()| self.pool.take(act, width));
+            self.give_all(dropped);
+        }
+        slots.to_vec()
     }
 
     /// Columns of a low-rank intermediate.

@@ -36,6 +36,16 @@ pub(crate) struct Operand {
     pub(crate) pitch: usize,
 }
 
+impl Operand {
+    /// The matrix from one of its columns on.
+    pub(crate) fn at_column(self, column: usize) -> Self {
+        Self {
+            ptr: self.ptr + (column * self.dtype.bytes()) as u64,
+            ..self
+        }
+    }
+}
+
 /// One product: `dst [M,N] = beta * dst + alpha * op(a) op(b)`, stored as `layout` says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gemm {

@@ -1,10 +1,12 @@
 //! From `adapter_config.json`.
 
-use super::{InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// Features of PEFT's LoRA that are not implemented here. Their keys are fine while they are off:
 /// null, false, 0, or empty.
@@ -12,19 +14,14 @@ const MUST_BE_OFF: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "loftq_config",
-    "lora_bias",
     "lora_ga_config",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_dora",
     "use_qalora",
@@ -99,16 +96,30 @@ impl LoraConfig {
             "task_type" => self.task_type = field.task_type()?,
             "base_model_name_or_path" => self.base_model_name_or_path = field.text()?,
             "revision" => self.revision = field.text()?,
-            "bias" => field.bias()?,
-            key => tracing::warn!(
+            "bias" => self.bias = field.bias()?,
+            "lora_bias" => self.lora_bias = field.boolean()?,
+            "modules_to_save" => self.modules_to_save = field.one_or_more()?,
+            "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
+            "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
+            "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
+            key if is_news(field.path, key) => tracing::warn!(
                 path = %field.path.display(),
                 key,
                 value = %field.value,
                 "unknown key ignored; it may come from a newer PEFT"
             ),
+            _ => {}
         }
         Ok(())
     }
+}
+
+/// Whether this process has said nothing of `key` in this file yet: a file is read more than once.
+fn is_news(path: &Path, key: &str) -> bool {
+    static SAID: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
+    let said = (path.to_path_buf(), key.to_owned());
+    // A poisoned lock costs one more note at most.
+    SAID.lock().map_or(true, |mut all| all.insert(said))
 }
 
 /// A key with its value and the file that holds them.
@@ -148,11 +159,42 @@ impl Field<'_> {
         ))
     }
 
-    fn bias(&self) -> Result<()> {
-        if self.value.is_null() || self.value == "none" {
-            return Ok(());
+    fn bias(&self) -> Result<LoraBias> {
+        let all = [LoraBias::None, LoraBias::All, LoraBias::LoraOnly];
+        let name = self.value.as_str().unwrap_or_default();
+        if self.value.is_null() {
+            return Ok(LoraBias::None);
         }
-        Err(self.wrong("\"none\": training the base's biases is not supported yet"))
+        all.into_iter()
+            .find(|bias| bias.as_str() == name)
+            .ok_or_else(|| {
+                let nearest = suggest::did_you_mean(name, all.map(LoraBias::as_str));
+                self.wrong(&format!("\"none\", \"all\" or \"lora_only\"{nearest}"))
+            })
+    }
+
+    fn tokens(&self, value: &Value) -> Result<Vec<u32>> {
+        let token = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+        let tokens = value
+            .as_array()
+            .map(|items| items.iter().map(token).collect());
+        tokens.flatten().ok_or_else(|| {
+            self.wrong("a list of token ids, or an object from modules to such lists")
+        })
+    }
+
+    fn token_indices(&self) -> Result<Option<TokenIndices>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::Array(items) if items.is_empty() => Ok(None),
+            Value::Object(modules) if modules.is_empty() => Ok(None),
+            Value::Object(modules) => {
+                let modules = modules.iter();
+                let modules = modules.map(|(name, ids)| Ok((name.clone(), self.tokens(ids)?)));
+                Ok(Some(TokenIndices::Modules(modules.collect::<Result<_>>()?)))
+            }
+            list => Ok(Some(TokenIndices::Embedding(self.tokens(list)?))),
+        }
     }
 
     fn integer(&self, value: &Value) -> Result<usize> {
@@ -277,5 +319,21 @@ impl Field<'_> {
             )));
         }
         Ok(task)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_news_once_per_file() {
+        let (a, b) = (
+            Path::new("a/adapter_config.json"),
+            Path::new("b/adapter_config.json"),
+        );
+        let asked = [(a, "x"), (a, "x"), (a, "y"), (b, "x"), (b, "x")];
+        let news = asked.map(|(path, key)| is_news(path, key));
+        assert_eq!(news, [true, false, true, true, false]);
     }
 }

@@ -45,15 +45,10 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
     use serde_json::json;
     for (key, value) in [
         ("use_dora", json!(true)),
-        ("modules_to_save", json!(["lm_head"])),
-        ("bias", json!("lora_only")),
-        ("lora_bias", json!(true)),
-        ("trainable_token_indices", json!([1])),
         ("target_parameters", json!(["experts.gate_up_proj"])),
         ("layer_replication", json!([[0, 1]])),
         ("alora_invocation_tokens", json!([5])),
         ("loftq_config", json!({"loftq_bits": 4})),
-        ("fan_in_fan_out", json!(true)),
         ("init_lora_weights", json!("pissa_niter_4")),
     ] {
         let error = config_error(key, value.clone());
@@ -77,6 +72,15 @@ fn wrong_types_and_values_name_key_and_expectation() {
         ("target_modules", json!([1]), "list of strings"),
         ("rank_pattern", json!({"q_proj": 1.5}), "whole numbers"),
         ("init_lora_weights", json!("gausian"), "\"gaussian\""),
+        ("bias", json!("lora_onyl"), "did you mean `lora_only`"),
+        ("lora_bias", json!("all"), "true or false"),
+        ("modules_to_save", json!([1]), "list of strings"),
+        ("trainable_token_indices", json!([-1]), "list of token ids"),
+        (
+            "trainable_token_indices",
+            json!({"embed_tokens": 3}),
+            "list of token ids",
+        ),
         ("task_type", json!("CAUSAL_LN"), "did you mean `CAUSAL_LM`"),
         ("peft_type", json!("IA3"), "not supported yet"),
         ("peft_type", json!("LORE"), "did you mean `LORA`"),

@@ -1,6 +1,6 @@
 //! To `adapter_config.json`.
 
-use super::{InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LoraConfig, TokenIndices};
 use crate::target::{ExcludeModules, TargetModules};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -20,15 +20,15 @@ impl LoraConfig {
                 "base_model_name_or_path",
                 json!(self.base_model_name_or_path),
             ),
-            ("bias", json!("none")),
-            ("fan_in_fan_out", json!(false)),
+            ("bias", json!(self.bias.as_str())),
+            ("fan_in_fan_out", json!(self.fan_in_fan_out)),
             ("inference_mode", json!(true)),
             ("init_lora_weights", init_value(self.init_lora_weights)),
             ("layers_pattern", names_or_null(&self.layers_pattern)),
             ("layers_to_transform", json!(self.layers_to_transform)),
             ("lora_alpha", number(self.alpha)),
             ("lora_dropout", json!(self.dropout)),
-            ("modules_to_save", Value::Null),
+            ("modules_to_save", names_or_null(&self.modules_to_save)),
             ("peft_type", json!("LORA")),
             ("r", json!(self.rank)),
             ("revision", json!(self.revision)),
@@ -42,6 +42,22 @@ impl LoraConfig {
                 pattern(&self.alpha_pattern, |&alpha| number(alpha)),
             ),
         ]);
+        if self.lora_bias {
+            keys.insert("lora_bias", json!(true));
+        }
+        if self.ensure_weight_tying {
+            keys.insert("ensure_weight_tying", json!(true));
+        }
+        match &self.trainable_token_indices {
+            None => {}
+            Some(TokenIndices::Embedding(ids)) => {
+                keys.insert("trainable_token_indices", json!(ids));
+            }
+            Some(TokenIndices::Modules(modules)) => {
+                let modules = pattern(modules, |ids| json!(ids));
+                keys.insert("trainable_token_indices", modules);
+            }
+        }
         match &self.exclude_modules {
             None => {}
             Some(ExcludeModules::List(names)) => {

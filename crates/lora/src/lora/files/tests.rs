@@ -50,7 +50,10 @@ fn what_is_saved_reads_back_bit_for_bit_with_pefts_keys() {
         );
         let (ours, theirs) = (PeftConfig::load(ours), PeftConfig::load(&theirs));
         let (PeftConfig::Lora(ours), PeftConfig::Lora(mut theirs)) =
-            (ours.expect("ours"), theirs.expect("theirs"));
+            (ours.expect("ours"), theirs.expect("theirs"))
+        else {
+            panic!("two LoRAs")
+        };
         if let Some(TargetModules::List(names)) = &mut theirs.target_modules {
             names.sort_unstable();
         }
@@ -102,7 +105,9 @@ fn all_linear_is_saved_as_sorted_names() {
     let (params, _) = attach(&adapter);
     let directory = tempfile::tempdir().expect("temporary directory");
     adapter.save(&params, directory.path()).expect("saved");
-    let PeftConfig::Lora(saved) = PeftConfig::load(directory.path()).expect("readable");
+    let PeftConfig::Lora(saved) = PeftConfig::load(directory.path()).expect("readable") else {
+        panic!("a LoRA")
+    };
     let names = [
         "down_proj",
         "gate_proj",
@@ -148,7 +153,10 @@ fn edit_tensors(directory: &Path, edit: impl FnOnce(&mut Tensors)) {
 
 fn load_error(directory: &Path) -> String {
     let PeftConfig::Lora(config) =
-        PeftConfig::load(&golden("lora_qv").join("adapter")).expect("fixture");
+        PeftConfig::load(&golden("lora_qv").join("adapter")).expect("fixture")
+    else {
+        panic!("a LoRA")
+    };
     let adapter = adapter(config);
     let (mut params, _) = attach(&adapter);
     let error = adapter.load(&mut params, directory).expect_err("refused");

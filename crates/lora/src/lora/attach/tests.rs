@@ -1,0 +1,134 @@
+use super::super::{LoraAdapter, LoraConfig, TokenIndices};
+use crate::testing::{list, llama_sites};
+use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
+use ferrotune_core::params::ParamLayoutBuilder;
+
+/// A Llama whose head is its embedding.
+fn tied_sites() -> Vec<Site> {
+    let mut sites = llama_sites(2);
+    if let Some(head) = sites.last_mut() {
+        head.tied_to = Some(SiteId(0));
+    }
+    sites
+}
+
+fn attached(config: LoraConfig, sites: &[Site]) -> Vec<(SiteId, Attachment)> {
+    let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let mut params = ParamLayoutBuilder::new();
+    adapter.attach(sites, &mut params).expect("attaches")
+}
+
+fn refusal(config: LoraConfig, sites: &[Site]) -> String {
+    let adapter = LoraAdapter::new(config, "llama").expect("each value is valid");
+    let error = adapter.attach(sites, &mut ParamLayoutBuilder::new());
+    error.expect_err("refused").to_string()
+}
+
+fn saves(names: &[&str]) -> LoraConfig {
+    LoraConfig {
+        modules_to_save: names.iter().map(|&name| name.into()).collect(),
+        ..LoraConfig::default()
+    }
+}
+
+fn trains(tokens: TokenIndices) -> LoraConfig {
+    LoraConfig {
+        trainable_token_indices: Some(tokens),
+        ..LoraConfig::default()
+    }
+}
+
+#[test]
+fn each_mistake_names_its_key_its_value_and_the_way_out() {
+    let rows = |ids: &[u32]| trains(TokenIndices::Embedding(ids.to_vec()));
+    let of = |name: &str| trains(TokenIndices::Modules(vec![(name.into(), vec![1])]));
+    let targets = |names: &[&str], config: LoraConfig| LoraConfig {
+        target_modules: list(names),
+        ..config
+    };
+    let head_bias = LoraConfig {
+        lora_bias: true,
+        ..LoraConfig::default()
+    };
+    for (config, parts) in [
+        (
+            saves(&["lm_haed"]),
+            ["`modules_to_save`", "did you mean `lm_head`"],
+        ),
+        (
+            saves(&["lm_.*"]),
+            ["entry `lm_.*` matches no module", "end of a module's path"],
+        ),
+        (
+            targets(&["lm_head"], saves(&["lm_head"])),
+            ["`lm_head`", "`modules_to_save`"],
+        ),
+        (rows(&[3, 256]), ["token 256", "has 256 rows"]),
+        (rows(&[3, 5, 3]), ["token 3", "named twice"]),
+        (of("embed_tokns"), ["`embed_tokns`", "did you mean"]),
+        (
+            of("q_proj"),
+            ["no table of token rows", "model.embed_tokens, lm_head"],
+        ),
+        (
+            targets(&["q_proj", "embed_tokens"], rows(&[1])),
+            ["`trainable_token_indices`", "adapted"],
+        ),
+        (
+            targets(&["lm_head"], head_bias),
+            ["`lora_bias`", "`lm_head`"],
+        ),
+    ] {
+        let error = refusal(config, &llama_sites(2));
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
+    let error = refusal(of("lm_head"), &tied_sites());
+    assert!(
+        error.contains("shares its weight") && error.contains("name the embedding"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_name_to_save_means_every_module_that_ends_with_it() {
+    let trained: Vec<SiteId> = attached(saves(&["norm"]), &llama_sites(2))
+        .into_iter()
+        .filter(|(_, attachment)| matches!(attachment, Attachment::TrainBase { .. }))
+        .map(|(id, _)| id)
+        .collect();
+    // Two norms in each of two layers, and the last one.
+    assert_eq!(trained.len(), 5);
+    let whole = attached(saves(&["layers.1"]), &llama_sites(2));
+    let low_rank = |a: &&(SiteId, Attachment)| matches!(a.1, Attachment::LowRank(_));
+    assert_eq!(
+        whole.iter().filter(low_rank).count(),
+        2,
+        "layer 0 alone is adapted"
+    );
+    assert_eq!(whole.len() - 2, 9, "every module of layer 1 is trained");
+}
+
+#[test]
+fn a_tied_pair_stays_one_only_where_that_is_asked_for() {
+    let sites = tied_sites();
+    let head = sites.len() - 1;
+    let at = |config: &LoraConfig, id: usize| {
+        let mut all = attached(config.clone(), &sites).into_iter();
+        all.find(|(site, _)| site.0 == id)
+            .map(|(_, attachment)| attachment)
+    };
+    let mut config = saves(&["embed_tokens"]);
+    assert!(matches!(at(&config, head), Some(Attachment::KeepBase)));
+    config.ensure_weight_tying = true;
+    assert!(at(&config, head).is_none());
+    let mut config = LoraConfig {
+        target_modules: list(&["lm_head"]),
+        ..LoraConfig::default()
+    };
+    assert!(at(&config, 0).is_none());
+    config.ensure_weight_tying = true;
+    match [at(&config, 0), at(&config, head)] {
+        [Some(Attachment::LowRank(a)), Some(Attachment::LowRank(b))] => assert_eq!(a, b),
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,0 +1,84 @@
+//! `inspect model`, `adapter` and `diff` as a person and a program read them.
+
+mod common;
+
+use common::{ferrotune, text};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+fn golden(path: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters");
+    root.join(path)
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let finished = ferrotune(&[&["inspect"], arguments, &["--json"]].concat()).expect(0);
+    serde_json::from_str(&finished.stdout).expect("JSON")
+}
+
+#[test]
+fn a_model_shows_its_modules_and_what_would_be_adapted() {
+    let base = golden("_bases/llama_tied");
+    let whole = json(&["model", text(&base)]);
+    assert_eq!(
+        (&whole["parameters"], &whole["dtypes"]["F32"]),
+        (&26784.into(), &20.into())
+    );
+    let modules = whole["modules"].as_array().expect("a list");
+    assert_eq!(modules.len(), 21);
+    assert_eq!(modules[20]["tied_to"], "model.embed_tokens");
+    let choices = whole["choices"].as_array().expect("a list");
+    assert_eq!(choices[0]["target_modules"], "q_proj, v_proj");
+    assert_eq!(choices[1]["modules"].as_array().map(Vec::len), Some(14));
+
+    let asked = [
+        "model",
+        text(&base),
+        "--rank",
+        "2",
+        "--target-modules",
+        "q_proj,embed_tokens",
+    ];
+    let choice = &json(&asked)["choices"][0];
+    // 2 (32 + 32) in two layers, and 2 (256 + 32).
+    assert_eq!(choice["trained_values"], 2 * 128 + 576);
+    let shown = ferrotune(&["inspect", "model", text(&base)])
+        .expect(0)
+        .stdout;
+    assert!(
+        shown.contains("2 x  model.layers.N.mlp.down_proj"),
+        "{shown}"
+    );
+    let wrong = ["inspect", "model", text(&base), "--target-modules", "q_prj"];
+    let wrong = ferrotune(&wrong).expect(78).stderr;
+    assert!(wrong.contains("did you mean `q_proj`"), "{wrong}");
+}
+
+#[test]
+fn an_adapter_shows_its_updates_and_a_difference_its_modules() {
+    let [qv, tokens] = ["lora_qv", "lora_trainable_tokens"].map(|c| golden(c).join("adapter"));
+    let facts = json(&["adapter", text(&tokens)]);
+    assert_eq!(facts["updates"].as_array().map(Vec::len), Some(4));
+    assert_eq!(facts["tensors"][0]["shape"], serde_json::json!([3, 32]));
+    let shown = ferrotune(&["inspect", "adapter", text(&tokens)])
+        .expect(0)
+        .stdout;
+    assert!(
+        shown.starts_with("LORA of adapters/_bases/llama: 4 updates, 1 other"),
+        "{shown}"
+    );
+
+    let found = json(&["diff", text(&qv), text(&tokens)]);
+    assert_eq!(found["config"][0]["key"], "trainable_token_indices");
+    assert_eq!(found["only_second"].as_array().map(Vec::len), Some(1));
+    let same = ferrotune(&["inspect", "diff", text(&qv), text(&qv)])
+        .expect(0)
+        .stdout;
+    assert!(same.contains("0 keys differ, 0 modules"), "{same}");
+    let none = ferrotune(&["inspect", "adapter", text(&golden("_bases"))]).expect(65);
+    assert!(
+        none.stderr.contains("is no PEFT adapter"),
+        "{}",
+        none.stderr
+    );
+}

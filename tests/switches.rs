@@ -1,0 +1,255 @@
+//! What PEFT trains of a base beside LoRA, where no recorded case reaches: weights that stay tied, and
+//! gradients with dropout on the head.
+
+mod common;
+
+use common::{Shape, Stored, add_noise, examples, write_model};
+use ferrotune::core::adapter::Adapter;
+use ferrotune::core::data::PackedBatch;
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
+use ferrotune::core::trainer::attach;
+use ferrotune::kernels::linear_cross_entropy::Accumulator;
+use ferrotune::kernels::rng::Stream;
+use ferrotune::kernels::{DType, Workspace};
+use ferrotune::lora::{
+    LoraAdapter, LoraBias, LoraConfig, MergeOptions, TargetModules, TokenIndices, merge,
+};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+struct Subject {
+    adapter: LoraAdapter,
+    model: Model,
+    params: FlatBuffer,
+    workspace: Workspace,
+}
+
+/// A model with the parts of an adapter moved away from where they start.
+fn subject(base: &Path, config: LoraConfig) -> Subject {
+    let decoder = DecoderConfig::open(base).expect("written");
+    let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let (attachments, mut params) = attach(&decoder, &adapter).expect("attaches");
+    let files = ModelFiles::open(base).expect("written");
+    let model = Model::load(&decoder, attachments, &files, &mut params, DType::F32);
+    adapter.init(&mut params, 5).expect("initial values");
+    add_noise(&mut params, 6);
+    Subject {
+        model: model.expect("loads"),
+        adapter,
+        params,
+        workspace: Workspace::new(64),
+    }
+}
+
+impl Subject {
+    fn pass(&self, mode: Mode) -> Pass<'_> {
+        Pass {
+            workspace: &self.workspace,
+            dtype: DType::F32,
+            mode,
+        }
+    }
+
+    fn loss_and_gradients(&self, mode: Mode, params: &FlatBuffer) -> (f64, FlatBuffer) {
+        let mut grads = FlatBuffer::zeros(params.layout());
+        let mut sums = Accumulator::default();
+        let batch = batch();
+        self.model
+            .loss_and_gradients(self.pass(mode), params, &mut grads, &batch, &mut sums)
+            .expect("computes");
+        (sums.read().expect("a CPU does not fail").loss, grads)
+    }
+
+    fn logits(&self) -> Vec<f32> {
+        let pass = self.pass(Mode::Eval);
+        let logits = self.model.logits(pass, &self.params, &batch());
+        logits.expect("computes").to_f32_vec()
+    }
+}
+
+fn batch() -> PackedBatch {
+    let documents = examples(3, Shape::default().vocab, 9);
+    PackedBatch::pack(documents.iter().enumerate().map(|(i, d)| (i as u64, d)))
+}
+
+fn targets(names: &[&str]) -> Option<TargetModules> {
+    Some(TargetModules::List(
+        names.iter().map(|n| (*n).into()).collect(),
+    ))
+}
+
+/// Every switch over a tied and an untied base, with biases.
+fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
+    // Two tokens that occur, the larger one first.
+    let seen: BTreeSet<u32> = batch().input_ids.into_iter().collect();
+    let seen: Vec<u32> = seen.into_iter().rev().take(2).collect();
+    let plain = LoraConfig {
+        rank: 4,
+        alpha: 6.0,
+        target_modules: targets(&["q_proj", "down_proj"]),
+        ..LoraConfig::default()
+    };
+    let with = |names: &[&str]| LoraConfig {
+        target_modules: targets(names),
+        ..plain.clone()
+    };
+    vec![
+        (
+            "a tied update of both",
+            true,
+            LoraConfig {
+                ensure_weight_tying: true,
+                ..with(&["q_proj", "embed_tokens"])
+            },
+        ),
+        (
+            "an update of a tied head",
+            true,
+            with(&["q_proj", "lm_head"]),
+        ),
+        (
+            "an update of a head with dropout",
+            false,
+            LoraConfig {
+                dropout: 0.3,
+                ..with(&["q_proj", "lm_head", "embed_tokens"])
+            },
+        ),
+        (
+            "a tied table trained as one",
+            true,
+            LoraConfig {
+                modules_to_save: vec!["lm_head".into()],
+                ensure_weight_tying: true,
+                ..plain.clone()
+            },
+        ),
+        (
+            "an embedding trained apart from its head",
+            true,
+            LoraConfig {
+                modules_to_save: vec!["embed_tokens".into()],
+                ..plain.clone()
+            },
+        ),
+        (
+            "a head trained apart from its embedding",
+            true,
+            LoraConfig {
+                modules_to_save: vec!["lm_head".into(), "mlp".into()],
+                target_modules: targets(&["q_proj"]),
+                ..plain.clone()
+            },
+        ),
+        (
+            "rows of two tables",
+            false,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Modules(vec![
+                    ("embed_tokens".into(), seen),
+                    ("lm_head".into(), vec![1, 9, 3]),
+                ])),
+                bias: LoraBias::All,
+                lora_bias: true,
+                ..plain
+            },
+        ),
+    ]
+}
+
+fn base(root: &Path, tied: bool) -> std::path::PathBuf {
+    let shape = Shape {
+        tied,
+        bias: true,
+        ..Shape::default()
+    };
+    let directory = root.join(if tied { "tied" } else { "apart" });
+    write_model(&directory, &shape, Stored::F32, 3);
+    directory
+}
+
+/// Moves all parameters by `step` times a random direction, in which the loss then changes.
+#[test]
+fn gradients_of_every_switch_are_the_slope_of_the_loss() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    for (name, tied, config) in configs() {
+        let subject = subject(&base(root.path(), tied), config);
+        let mode = Mode::Train { seed: 1, step: 2 };
+        let (_, grads) = subject.loss_and_gradients(mode, &subject.params);
+        let layout = subject.params.layout();
+        for (id, segment) in layout.by_name() {
+            let mut stream = Stream::new(segment.offset as u64 + 1);
+            let direction: Vec<f32> = (0..segment.spec.len())
+                .map(|_| stream.normal() as f32)
+                .collect();
+            let dot = |g: &[f32]| -> f64 {
+                let products = g.iter().zip(&direction);
+                products.map(|(g, d)| f64::from(*g) * f64::from(*d)).sum()
+            };
+            let slope = dot(grads.get(id));
+            let size = grads
+                .get(id)
+                .iter()
+                .map(|g| f64::from(*g).powi(2))
+                .sum::<f64>();
+            let at = |step: f32| {
+                let mut params = subject.params.clone();
+                let values = params.get_mut(id).iter_mut();
+                values.zip(&direction).for_each(|(v, d)| *v += step * d);
+                subject.loss_and_gradients(mode, &params).0
+            };
+            // Of two steps, so that the curvature of third order drops out as well.
+            let central = |step: f32| (at(step) - at(-step)) / (2.0 * f64::from(step));
+            let measured = (4.0 * central(1e-3) - central(2e-3)) / 3.0;
+            // A random direction has a slope of about the gradient's norm; f32 logits leave some 1e-3.
+            assert!(size > 0.0, "{name}: {} has no gradient", segment.spec.name);
+            let error = (slope - measured).abs() / size.sqrt();
+            assert!(
+                error < 1e-2,
+                "{name}: {} {slope} {measured}",
+                segment.spec.name
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_merged_computes_what_the_adapter_did_and_unties_only_what_differs() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    for (i, (name, tied, config)) in configs().into_iter().enumerate() {
+        let stays_tied = config.ensure_weight_tying;
+        let base = base(root.path(), tied);
+        let subject = subject(&base, config);
+        let [saved, merged] = ["adapter", "merged"].map(|n| root.path().join(format!("{n}{i}")));
+        subject
+            .adapter
+            .save(&subject.params, &saved)
+            .expect("saved");
+        let before = common::read(&base.join("model.safetensors"));
+        merge(&base, &saved, &merged, &MergeOptions::default()).expect("merges");
+        assert_eq!(
+            before,
+            common::read(&base.join("model.safetensors")),
+            "{name}"
+        );
+        let files = ModelFiles::open(&merged).expect("merged");
+        let decoder = DecoderConfig::open(&merged).expect("merged");
+        assert_eq!(decoder.tie_word_embeddings, stays_tied, "{name}");
+        assert_eq!(files.meta("lm_head.weight").is_none(), stays_tied, "{name}");
+        let layout = ParamLayoutBuilder::new().build().expect("empty");
+        let mut none = FlatBuffer::zeros(&layout);
+        let model = Model::load(&decoder, Vec::new(), &files, &mut none, DType::F32);
+        let merged = Subject {
+            model: model.expect("loads"),
+            params: none,
+            adapter: subject.adapter.clone(),
+            workspace: Workspace::new(64),
+        };
+        let (ours, theirs) = (subject.logits(), merged.logits());
+        let largest = ours.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
+        assert!(worst.fold(0.0, f32::max) < 1e-5 * largest, "{name}");
+    }
+}
