@@ -5,6 +5,7 @@ mod gemma;
 mod gemma2;
 mod gemma3_text;
 mod gpt2;
+mod granite;
 mod layer_types;
 mod llama;
 mod mistral;
@@ -28,6 +29,7 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("gemma2", gemma2::decoder),
     ("gemma3_text", gemma3_text::decoder),
     ("gpt2", gpt2::decoder),
+    ("granite", granite::decoder),
     ("llama", llama::decoder),
     ("mistral", mistral::decoder),
     ("olmo2", olmo2::decoder),
