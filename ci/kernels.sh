@@ -41,10 +41,10 @@ expect() {
 name=$(grep -o 'gated_silu_forward_bf16' "$table" | head -1)
 : "${name:?$table has no gated_silu_forward_bf16}"
 sed -E "/\"$name\"/s/\"registers\":\[[0-9]+/\"registers\":[1/" "$table" >"$work/less.json"
-expect 70 "gated_activation/$name on sm_80: " "$ferrotune" kernels --check "$work/less.json"
+expect 70 "activation/$name on sm_80: " "$ferrotune" kernels --check "$work/less.json"
 sed "s/\"$name\"/\"renamed\"/" "$table" >"$work/renamed.json"
-expect 70 "gated_activation/$name on sm_80: not in the table" "$ferrotune" kernels --check "$work/renamed.json"
-expect 70 "gated_activation/renamed on sm_90a: in the table, but no such kernel" \
+expect 70 "activation/$name on sm_80: not in the table" "$ferrotune" kernels --check "$work/renamed.json"
+expect 70 "activation/renamed on sm_90a: in the table, but no such kernel" \
     "$ferrotune" kernels --check "$work/renamed.json"
 
 # A table that is written again holds.

@@ -288,10 +288,8 @@ fn every_architecture_takes_the_memory_that_is_predicted() {
         .flat_map(|family| [(family, Device::Cpu), (family, gpu())])
     {
         let shape = Shape {
-            family,
             layers: LAYERS,
-            tied: true,
-            ..Shape::default()
+            ..family.shape()
         };
         let directory = tempfile::tempdir().expect("temporary directory");
         write_model(directory.path(), &shape, Stored::F32, SEED);

@@ -4,11 +4,12 @@ use ferrotune::core::EXIT_CODES;
 use ferrotune::core::config::markdown_reference;
 use std::path::Path;
 
-const TEXTS: [&str; 11] = [
+const TEXTS: [&str; 12] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/adding-a-model.md",
     "docs/config.md",
     "docs/data.md",
     "docs/gpu.md",

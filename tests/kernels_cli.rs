@@ -52,7 +52,7 @@ fn the_list_needs_neither_gpu_nor_compiler() {
     let modules = listed["modules"].as_array().expect("a list");
     let gated = modules
         .iter()
-        .find(|module| module["module"] == "gated_activation");
+        .find(|module| module["module"] == "activation");
     let gated = gated.expect("gated activations have kernels");
     let kernels = gated["kernels"].as_array().expect("a list");
     assert!(

@@ -4,6 +4,7 @@ mod common;
 
 use common::copy_dir;
 use ferrotune::core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+use ferrotune::core::model::{DecoderConfig, HfConfig};
 use ferrotune::kernels::Device;
 use ferrotune::parity::{CaseReport, Quantity, run};
 use std::borrow::Cow;
@@ -46,17 +47,8 @@ fn is_known(case: &Path) -> bool {
         .and_then(|n| n.to_str());
     match group {
         Some("arch") => {
-            let families = [
-                "gemma",
-                "llama",
-                "mistral",
-                "qwen2_swa",
-                "qwen2_tied",
-                "qwen3",
-                "smollm3",
-            ];
-            families.iter().any(|family| name.starts_with(family))
-                && !["llama_seqcls", "qwen3_moe"].contains(&name)
+            let config = HfConfig::open(case).expect("a model's config");
+            DecoderConfig::covers(&config)
         }
         Some("quant") => name.starts_with("hf_") && name.contains("4_"),
         Some("adapters") => {
@@ -79,8 +71,6 @@ fn is_known(case: &Path) -> bool {
             ];
             let of = |method: &&str| name == *method || name.starts_with(&format!("{method}_"));
             let not_yet = [
-                "lora_fan_in_fan_out_gpt2",
-                "lora_phi3_fused",
                 "lora_mixtral_attn",
                 "lora_mixtral_target_parameters",
                 "lora_seqcls_bert",
@@ -175,7 +165,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 79, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 86, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

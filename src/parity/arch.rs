@@ -13,6 +13,7 @@ use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::Accumulator;
 use ferrotune_kernels::{Tensor, Workspace};
+use std::borrow::Cow;
 
 /// f32 logits, hidden states and loss.
 pub(super) const FORWARD: f64 = 1e-5;
@@ -200,14 +201,14 @@ impl Judge<'_> {
                 let recorded = self.expected.read_f32(&name)?;
                 match self.fp32(&name)? {
                     Some(reference) => {
-                        self.bf16(comparison, "grad", &name, ours, &recorded, &reference);
+                        self.bf16(comparison, "grad", &name, &ours, &recorded, &reference);
                     }
-                    None => comparison.tensor("grad", &name, ours, &recorded, tolerance),
+                    None => comparison.tensor("grad", &name, &ours, &recorded, tolerance),
                 }
             } else if let (Some(parameter), false) =
                 (name.strip_prefix("gradnorm."), self.is_bf16())
             {
-                let norm = norm(self.gradient(ours, parameter)?);
+                let norm = norm(&self.gradient(ours, parameter)?);
                 let recorded = scalar(self.expected, &name)?;
                 comparison.number("gradnorm", &name, norm, recorded, tolerance);
             }
@@ -215,7 +216,8 @@ impl Judge<'_> {
         Ok(())
     }
 
-    fn gradient<'a>(&self, ours: &'a Recomputed, parameter: &str) -> Result<&'a [f32]> {
+    /// In the order of the file, as it was recorded.
+    fn gradient<'a>(&self, ours: &'a Recomputed, parameter: &str) -> Result<Cow<'a, [f32]>> {
         let id = ours.grads.layout().find(parameter).ok_or_else(|| {
             Error::data(
                 self.expected.path(),
@@ -223,7 +225,7 @@ impl Judge<'_> {
                 format!("`grad.{parameter}` names no parameter of the model"),
             )
         })?;
-        Ok(ours.grads.get(id))
+        Ok(ours.grads.file_values(id))
     }
 
     /// Name of the recorded f32 twin of a quantity of a bf16 case.

@@ -72,6 +72,8 @@ impl Shape {
         let mut config = json!({
             "architectures": ["TinyForCausalLM"],
             "model_type": self.family.model_type(),
+        });
+        let llama = json!({
             "hidden_act": self.hidden_act,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -89,52 +91,55 @@ impl Shape {
             "bos_token_id": 1,
             "eos_token_id": 2,
         });
-        if let (Some(config), Value::Object(keys)) =
-            (config.as_object_mut(), self.family.keys(self.hidden_act))
-        {
-            config.extend(keys);
+        let own = self.family.keys(self);
+        let keys = match self.family.has_own_keys() {
+            true => vec![own],
+            false => vec![llama, own],
+        };
+        for keys in keys {
+            if let (Some(config), Value::Object(keys)) = (config.as_object_mut(), keys) {
+                config.extend(keys);
+            }
         }
         config
     }
 
     /// Names and shapes of the weights, written down independently of the engine.
     pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (hidden, wide) = (self.hidden, self.intermediate);
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let mut tensors = vec![
-            (
-                "model.embed_tokens.weight".to_owned(),
-                vec![self.vocab, hidden],
-            ),
-            ("model.norm.weight".to_owned(), vec![hidden]),
-        ];
-        if !self.tied {
-            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab, hidden]));
+        let (family, hidden) = (self.family, self.hidden);
+        let table = |name: &str, rows| (format!("{name}.weight"), vec![rows, hidden]);
+        let mut tensors = vec![table(family.embedding(), self.vocab)];
+        if let Some(positions) = family.positions() {
+            tensors.push(table(positions, self.max_position));
         }
+        if !self.tied {
+            tensors.push(table("lm_head", self.vocab));
+        }
+        let mut norms = vec![(family.final_norm().to_owned(), hidden)];
         for layer in 0..self.layers {
-            let at = |name: &str| format!("model.layers.{layer}.{name}");
-            for norm in self.family.norms().into_iter().flatten() {
-                tensors.push((at(&format!("{norm}.weight")), vec![hidden]));
+            let at = |name: &str| family.in_layer(layer, name);
+            for norm in family.norms().into_iter().flatten() {
+                norms.push((at(norm), hidden));
             }
-            if self.family.has_qk_norm() {
-                for norm in ["q_norm", "k_norm"] {
-                    tensors.push((at(&format!("self_attn.{norm}.weight")), vec![self.head_dim]));
-                }
+            if let Some([q, k]) = family.qk_norms(self) {
+                norms.extend([(at("self_attn.q_norm"), q), (at("self_attn.k_norm"), k)]);
             }
-            for (name, out, input) in [
-                ("self_attn.q_proj", q, hidden),
-                ("self_attn.k_proj", kv, hidden),
-                ("self_attn.v_proj", kv, hidden),
-                ("self_attn.o_proj", hidden, q),
-                ("mlp.gate_proj", wide, hidden),
-                ("mlp.up_proj", wide, hidden),
-                ("mlp.down_proj", hidden, wide),
-            ] {
-                tensors.push((at(&format!("{name}.weight")), vec![out, input]));
-                if self.bias {
+            for (name, [out, input]) in family.linears(self) {
+                let shape = match family.is_conv1d() {
+                    true => vec![input, out],
+                    false => vec![out, input],
+                };
+                tensors.push((at(&format!("{name}.weight")), shape));
+                if self.bias || family.is_conv1d() {
                     tensors.push((at(&format!("{name}.bias")), vec![out]));
                 }
             }
+        }
+        for (name, width) in norms {
+            if family.has_layer_norm() {
+                tensors.push((format!("{name}.bias"), vec![width]));
+            }
+            tensors.push((format!("{name}.weight"), vec![width]));
         }
         tensors
     }
@@ -144,7 +149,7 @@ impl Shape {
         let mean = 1.0 - self.family.norm_offset();
         let draw = |(name, shape): (String, Vec<usize>)| {
             let mut stream = Stream::new(key_for(seed, &name));
-            let norm = name.contains("norm");
+            let norm = shape.len() == 1 && name.ends_with(".weight");
             let std = match shape[..] {
                 [_] => 0.2,
                 [_, columns] => self.gain / (columns as f64).sqrt(),

@@ -3,6 +3,7 @@
 //! (its fused softmax, norm and rope drop gradients without a word).
 
 use super::Shape;
+use super::family::Rope;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use ferrotune::core::data::{Example, IGNORE_INDEX};
 use std::collections::BTreeMap;
@@ -81,37 +82,70 @@ impl Oracle {
 
     /// Logits of one document, `[T, V]`.
     pub(crate) fn logits(&self, ids: &[u32]) -> Result<Tensor> {
-        let shape = &self.shape;
+        let (shape, family) = (&self.shape, self.shape.family);
+        let tokens = ids.len();
         let ids = Tensor::new(ids, &Device::Cpu)?;
-        let table = self.weight("model.embed_tokens.weight");
-        let mut stream =
-            (table.index_select(&ids, 0)? * shape.family.embedding_scale(shape.hidden))?;
+        let table = self.weight(&format!("{}.weight", family.embedding()));
+        let mut stream = (table.index_select(&ids, 0)? * family.embedding_scale(shape.hidden))?;
+        if let Some(positions) = family.positions() {
+            let rows = self.weight(&format!("{positions}.weight"));
+            stream = (stream + rows.narrow(0, 0, tokens)?)?;
+        }
+        let join = |stream: Tensor, output: Tensor| stream + (output * family.residual_scale())?;
         for layer in 0..shape.layers {
             let [before_attention, behind_attention, before_mlp, behind_mlp] =
-                shape.family.norms().map(|name| (layer, name));
+                family.norms().map(|name| (layer, name));
             let normed = self.layer_norm(before_attention, &stream)?;
             let output = self.attention(layer, &normed)?;
-            stream = (stream + self.layer_norm(behind_attention, &output)?)?;
+            stream = join(stream, self.layer_norm(behind_attention, &output)?)?;
             let normed = self.layer_norm(before_mlp, &stream)?;
             let output = self.mlp(layer, &normed)?;
-            stream = (stream + self.layer_norm(behind_mlp, &output)?)?;
+            stream = join(stream, self.layer_norm(behind_mlp, &output)?)?;
         }
-        let hidden = self.norm("model.norm", &stream)?;
+        let hidden = self.norm(family.final_norm(), &stream)?;
         let head = if shape.tied {
             table
         } else {
             self.weight("lm_head.weight")
         };
-        let logits = hidden.matmul(&head.t()?)?;
-        cap(logits, shape.family.softcaps()[1])
+        let logits = (hidden.matmul(&head.t()?)? * family.logits_scale())?;
+        cap(logits, family.softcaps()[1])
+    }
+
+    /// Names of the linears of a layer: to q, k and v, to the output, to the mlp's width, and back.
+    fn linears(&self, layer: usize) -> [Vec<String>; 4] {
+        let family = self.shape.family;
+        let named = family.linears(&self.shape).into_iter();
+        let names: Vec<String> = named
+            .map(|(name, _)| family.in_layer(layer, name))
+            .collect();
+        // Seven, or q, k and v in one, and gate and up in one.
+        let ends = if names.len() == 7 {
+            [3, 4, 6]
+        } else {
+            [1, 2, 3]
+        };
+        let [qkv, o, up] = ends;
+        [&names[..qkv], &names[qkv..o], &names[o..up], &names[up..]].map(<[String]>::to_vec)
+    }
+
+    /// The outputs of `names` side by side.
+    fn side_by_side(&self, names: &[String], x: &Tensor) -> Result<Tensor> {
+        let outputs: Result<Vec<Tensor>> = names.iter().map(|n| self.linear(n, x)).collect();
+        Tensor::cat(&outputs?, D::Minus1)
     }
 
     fn mlp(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
-        let at = |name: &str| format!("model.layers.{layer}.mlp.{name}");
-        let gate = self.linear(&at("gate_proj"), x)?;
-        let up = self.linear(&at("up_proj"), x)?;
-        let hidden = (activate(self.shape.hidden_act, &gate)? * up)?;
-        self.linear(&at("down_proj"), &hidden)
+        let [_, _, up, down] = self.linears(layer);
+        let (wide, act) = (self.side_by_side(&up, x)?, self.shape.hidden_act);
+        let width = self.shape.intermediate;
+        let hidden = if self.shape.family.has_gate() {
+            let gate = wide.narrow(1, 0, width)?.contiguous()?;
+            (activate(act, &gate)? * wide.narrow(1, width, width)?)?
+        } else {
+            activate(act, &wide)?
+        };
+        self.linear(&down[0], &hidden)
     }
 
     fn loss(&self, document: &Example) -> Result<Tensor> {
@@ -131,22 +165,28 @@ impl Oracle {
     }
 
     fn attention(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
-        let shape = &self.shape;
-        let (family, name) = (shape.family, format!("model.layers.{layer}.self_attn"));
+        let (shape, family) = (&self.shape, self.shape.family);
         let (tokens, width) = (x.dim(0)?, shape.head_dim);
-        let heads = |part: &str, count: usize| -> Result<Tensor> {
-            let heads = self
-                .linear(&format!("{name}.{part}_proj"), x)?
+        let [qkv, o, _, _] = self.linears(layer);
+        let qkv = self.side_by_side(&qkv, x)?;
+        let rope = family.rope(shape, layer, tokens);
+        let heads = |part: &str, first: usize, count: usize| -> Result<Tensor> {
+            let mut heads = qkv.narrow(1, first * width, count * width)?;
+            let norm = family.in_layer(layer, &format!("self_attn.{part}_norm"));
+            let over = family.qk_norms(shape).map(|[over, _]| over);
+            if over.is_some_and(|over| over > width) && part != "v" {
+                heads = self.norm(&norm, &heads)?;
+            }
+            let heads = heads
                 .reshape((tokens, count, width))?
                 .transpose(0, 1)?
                 .contiguous()?;
-            if part == "v" || !family.has_qk_norm() {
-                return Ok(heads);
+            match over {
+                Some(over) if over == width && part != "v" => self.norm(&norm, &heads),
+                _ => Ok(heads),
             }
-            self.norm(&format!("{name}.{part}_norm"), &heads)
         };
-        let rope = family.rope(layer);
-        let q = rotate(&heads("q", shape.heads)?, rope)?;
+        let q = rotate(&heads("q", 0, shape.heads)?, &rope)?;
         let group = shape.heads / shape.kv_heads;
         let spread = |t: Tensor| -> Result<Tensor> {
             t.unsqueeze(1)?
@@ -154,8 +194,8 @@ impl Oracle {
                 .contiguous()?
                 .reshape((shape.heads, tokens, width))
         };
-        let k = spread(rotate(&heads("k", shape.kv_heads)?, rope)?)?;
-        let v = spread(heads("v", shape.kv_heads)?)?;
+        let k = spread(rotate(&heads("k", shape.heads, shape.kv_heads)?, &rope)?)?;
+        let v = spread(heads("v", shape.heads + shape.kv_heads, shape.kv_heads)?)?;
         let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?;
         let scores = cap(
             (scores * family.attention_scale(width))?,
@@ -183,11 +223,15 @@ impl Oracle {
             .transpose(0, 1)?
             .contiguous()?
             .reshape((tokens, shape.heads * width))?;
-        self.linear(&format!("{name}.o_proj"), &mixed)
+        self.linear(&o[0], &mixed)
     }
 
     fn linear(&self, name: &str, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.matmul(&self.weight(&format!("{name}.weight")).t()?)?;
+        let weight = self.weight(&format!("{name}.weight"));
+        let mut y = match self.shape.family.is_conv1d() {
+            true => x.matmul(weight)?,
+            false => x.matmul(&weight.t()?)?,
+        };
         if let Some(bias) = self.weights.get(&format!("{name}.bias")) {
             y = y.broadcast_add(bias.as_tensor())?;
         }
@@ -204,14 +248,20 @@ impl Oracle {
     fn layer_norm(&self, (layer, name): (usize, Option<&str>), x: &Tensor) -> Result<Tensor> {
         match name {
             None => Ok(x.clone()),
-            Some(name) => self.norm(&format!("model.layers.{layer}.{name}"), x),
+            Some(name) => self.norm(&self.shape.family.in_layer(layer, name), x),
         }
     }
 
     fn norm(&self, name: &str, x: &Tensor) -> Result<Tensor> {
         let weight = self.weight(&format!("{name}.weight"));
         let weight = (weight + self.shape.family.norm_offset())?;
-        root_mean_square(x)?.broadcast_mul(&weight)
+        if !self.shape.family.has_layer_norm() {
+            return root_mean_square(x)?.broadcast_mul(&weight);
+        }
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        root_mean_square(&centred)?
+            .broadcast_mul(&weight)?
+            .broadcast_add(self.weight(&format!("{name}.bias")))
     }
 
     fn weight(&self, name: &str) -> &Tensor {
@@ -233,7 +283,7 @@ fn activate(name: &str, x: &Tensor) -> Result<Tensor> {
     match name {
         "silu" => x * (x.neg()?.exp()? + 1.0)?.recip()?,
         "gelu" => (x * ((x / 2.0_f64.sqrt())?.erf()? + 1.0)?)? * 0.5,
-        "gelu_pytorch_tanh" => {
+        "gelu_pytorch_tanh" | "gelu_new" => {
             let cubed = (x.sqr()? * x)?;
             let u = ((x + (cubed * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
             (x * (u.tanh()? + 1.0)?)? * 0.5
@@ -250,23 +300,24 @@ fn cap(x: Tensor, softcap: Option<f64>) -> Result<Tensor> {
     }
 }
 
-/// Rotate-half RoPE over `[heads, T, width]`, with a base and a divisor of positions.
-fn rotate(x: &Tensor, [base, divisor]: [f64; 2]) -> Result<Tensor> {
+/// Rotate-half RoPE over `[heads, T, width]`; what has no frequency stays.
+fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
     let (_, tokens, width) = x.dims3()?;
-    let half = width / 2;
+    let half = rope.frequencies.len();
+    if half == 0 {
+        return Ok(x.clone());
+    }
     let angles: Vec<f64> = (0..tokens * half)
-        .map(|i| {
-            let position = (i / half) as f64 / divisor;
-            position / base.powf((2 * (i % half)) as f64 / width as f64)
-        })
+        .map(|i| (i / half) as f64 * rope.frequencies[i % half])
         .collect();
     let table = |f: fn(f64) -> f64| {
-        let values = angles.iter().copied().map(f).collect::<Vec<f64>>();
-        Tensor::from_vec(values, (tokens, half), &Device::Cpu)
+        let values = angles.iter().map(|angle| f(*angle) * rope.scale);
+        Tensor::from_vec(values.collect::<Vec<f64>>(), (tokens, half), &Device::Cpu)
     };
     let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
     let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let rest = x.narrow(2, 2 * half, width - 2 * half)?;
     let first = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
     let second = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)
+    Tensor::cat(&[first, second, rest], 2)
 }

@@ -41,6 +41,9 @@ pub struct Site {
     pub out_features: usize,
     /// Whether the base has a bias here.
     pub bias: bool,
+    /// Whether files hold the weight as `[in_features, out_features]`, as GPT-2's do. In memory, and to
+    /// adapters, it is `[out_features, in_features]` like all others.
+    pub stored_transposed: bool,
     /// Decoder layer, if it is in one.
     pub layer: Option<usize>,
     /// Whether it is the output head (PEFT's `all-linear` leaves that one out).

@@ -27,18 +27,15 @@ impl Adapter for FullFineTuning {
                 SiteKind::Norm => vec![site.out_features],
                 SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
             };
-            let weight = params.add(ParamSpec::new(
-                format!("{}.weight", site.name),
-                shape,
-                site.execution_order,
-            ));
+            let order = site.execution_order;
+            let mut weight = ParamSpec::new(format!("{}.weight", site.name), shape, order);
+            weight.transposed = site.stored_transposed;
+            // Whatever it is called.
+            weight.weight_decay &= site.kind != SiteKind::Norm;
+            let weight = params.add(weight);
             let bias = site.bias.then(|| {
-                let spec = ParamSpec::new(
-                    format!("{}.bias", site.name),
-                    [site.out_features],
-                    site.execution_order,
-                );
-                params.add(spec)
+                let (name, shape) = (format!("{}.bias", site.name), [site.out_features]);
+                params.add(ParamSpec::new(name, shape, order))
             });
             attachments.push((site.id, Attachment::TrainBase { weight, bias }));
         }
@@ -54,10 +51,13 @@ impl Adapter for FullFineTuning {
             .layout()
             .by_name()
             .map(|(id, segment)| {
-                let bytes = Cow::Borrowed(bytemuck::cast_slice(params.get(id)));
+                let bytes = match params.file_values(id) {
+                    Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+                    Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+                };
                 let data = TensorData {
                     dtype: FileDType::F32,
-                    shape: segment.spec.shape.clone(),
+                    shape: segment.spec.file_shape(),
                     bytes,
                 };
                 (segment.spec.name.clone(), data)
@@ -82,14 +82,14 @@ impl Adapter for FullFineTuning {
         for (id, segment) in layout.by_name() {
             let name = &segment.spec.name;
             let shape = file.meta(name).map(|m| m.shape.as_slice());
-            if shape != Some(&segment.spec.shape) {
-                let expected = &segment.spec.shape;
+            let expected = segment.spec.file_shape();
+            if shape != Some(&expected) {
                 return Err(Error::model(
                     &path,
                     format!("tensor `{name}`: found shape {shape:?}, expected {expected:?}"),
                 ));
             }
-            params.get_mut(id).copy_from_slice(&file.read_f32(name)?);
+            params.set_file_values(id, &file.read_f32(name)?);
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 
 #![warn(clippy::print_stdout)]
 
+pub mod activation;
 pub mod adamw;
 mod allocator;
 pub mod attention;
@@ -25,7 +26,6 @@ pub mod dora;
 pub mod dropout;
 pub mod embedding;
 mod error;
-pub mod gated_activation;
 #[doc(hidden)]
 pub mod host_cuda;
 mod lanes;

@@ -21,6 +21,7 @@
 //!     in_features: 32,
 //!     out_features: 64,
 //!     bias: false,
+//!     stored_transposed: false,
 //!     layer: Some(0),
 //!     output_head: false,
 //!     tied_to: None,

@@ -21,6 +21,7 @@ fn site(id: usize, name: &str, kind: SiteKind, shape: [usize; 2]) -> Site {
         in_features: shape[1],
         out_features: shape[0],
         bias: false,
+        stored_transposed: false,
         layer: name
             .split('.')
             .nth(2)

@@ -19,13 +19,21 @@ pub(crate) struct Angles {
 
 /// The angles of every position up to the last that was asked for, of each rope: they are made once,
 /// not for every micro-batch.
+///
+/// All positions of the first set of frequencies come first, then those of the next ([`variants`]).
 #[derive(Debug, Default)]
 pub(crate) struct AngleTable {
     made: Mutex<Arc<Vec<Angles>>>,
 }
 
+/// The largest number of sets of frequencies that one of `ropes` has.
+pub(crate) fn variants(ropes: &[RopeConfig]) -> usize {
+    let each = ropes.iter().map(|rope| rope.variants().len());
+    each.max().unwrap_or(1)
+}
+
 impl AngleTable {
-    /// Tables whose row is the position, of at least `positions` rows on `device`.
+    /// Tables of at least `positions` rows for each set of frequencies, on `device`.
     pub(crate) fn up_to(
         &self,
         ropes: &[RopeConfig],
@@ -33,13 +41,19 @@ impl AngleTable {
         positions: usize,
     ) -> Arc<Vec<Angles>> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_missing = |table: &Angles| table.cos.rows() < positions;
+        let (variants, rows) = (variants(ropes), positions.next_power_of_two());
+        let is_missing = |table: &Angles| table.cos.rows() < variants * positions;
         if made.len() < ropes.len() || made.iter().any(is_missing) {
-            let rows: Vec<u32> = (0..positions.next_power_of_two() as u32).collect();
+            let positions: Vec<u32> = (0..rows as u32).collect();
             let table = |rope: &RopeConfig| {
-                let frequencies = rope.inverse_frequencies(0);
-                let mut angles = Host::zeros(rope, rows.len());
-                angles.fill(rope, &frequencies, &rows, 0);
+                let mut angles = Host::zeros(rope, variants * rows);
+                let lengths = rope.variants();
+                // One that has fewer sets than another repeats its last.
+                let lengths = lengths.iter().chain(lengths.last().into_iter().cycle());
+                for (variant, &length) in lengths.take(variants).enumerate() {
+                    let frequencies = rope.inverse_frequencies(length);
+                    angles.fill(rope, &frequencies, &positions, variant * rows);
+                }
                 angles.on(device)
             };
             *made = Arc::new(ropes.iter().map(table).collect());

@@ -5,7 +5,7 @@ use super::modules::ModuleNames;
 use super::rope::RopeConfig;
 use crate::{Error, Result, models, suggest};
 use ferrotune_kernels::DType;
-use ferrotune_kernels::gated_activation::Activation;
+use ferrotune_kernels::activation::Activation;
 use serde_json::Value;
 use std::path::Path;
 
@@ -13,9 +13,11 @@ use std::path::Path;
 const MAX_LAYERS: usize = 4096;
 
 /// Names of activations, as Transformers has them.
-const ACTIVATIONS: [(&str, Activation); 3] = [
+const ACTIVATIONS: [(&str, Activation); 5] = [
     ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
     ("gelu", Activation::Gelu),
+    ("gelu_new", Activation::GeluTanh),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
 ];
 
@@ -45,6 +47,8 @@ impl NormKind {
 pub enum QkNorm {
     /// Over each head, with one weight `[head_dim]` for all of them, as in Qwen 3.
     PerHead,
+    /// Over all heads together, with a weight for each element, as in OLMo 2.
+    Whole,
 }
 
 /// Factor of the rows of the embedding.
@@ -89,8 +93,10 @@ pub struct DecoderConfig {
     pub vocab_size: usize,
     /// Longest context the checkpoint was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// What the mlp applies to its gate.
+    /// What the mlp applies to its gate, or, without a gate, to what it projects up.
     pub activation: Activation,
+    /// Whether the mlp has a gate.
+    pub gated_mlp: bool,
     /// What its norms compute.
     pub norm: NormKind,
     /// Added to the mean square, or the variance, in norms.
@@ -113,6 +119,8 @@ pub struct DecoderConfig {
     pub o_bias: bool,
     /// Whether gate, up and down have a bias.
     pub mlp_bias: bool,
+    /// Whether checkpoints hold the linears of layers as `[in, out]`.
+    pub stored_transposed: bool,
     /// Factor of the rows of the embedding.
     pub embedding_scale: Option<EmbeddingScale>,
     /// Factor of what a block adds to the stream.
@@ -139,7 +147,8 @@ impl DecoderConfig {
     pub fn covers(config: &HfConfig) -> bool {
         let classes = config.get("architectures").and_then(Value::as_array);
         let class = classes.and_then(|c| c.first()?.as_str());
-        models::is_known(config) && class.is_none_or(|c| c.ends_with("ForCausalLM"))
+        let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("LMHeadModel");
+        models::is_known(config) && class.is_none_or(is_causal)
     }
 
     /// The same from a config already read.
@@ -157,6 +166,19 @@ impl DecoderConfig {
     /// # Errors
     /// [`Error::Model`] naming file, key, value and what was expected.
     pub fn common(config: &HfConfig) -> Result<Self> {
+        let common = Self::without_rope(config)?;
+        Ok(Self {
+            ropes: vec![RopeConfig::from_hf(config, common.head_dim)?],
+            layer_ropes: vec![Some(0); common.layers],
+            ..common
+        })
+    }
+
+    /// [`DecoderConfig::common`] with no layer that rotates.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn without_rope(config: &HfConfig) -> Result<Self> {
         let hidden_size = config.size("hidden_size")?;
         let heads = config.size("num_attention_heads")?;
         let layers = config.size("num_hidden_layers")?;
@@ -169,7 +191,10 @@ impl DecoderConfig {
         if config.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
             return Err(config.error(
                 "num_attention_heads",
-                format!("is {heads}, which does not divide hidden_size {hidden_size}; set head_dim or mend one of them"),
+                format!(
+                    "is {heads}, which does not divide hidden_size {hidden_size}; {}; or set head_dim",
+                    nearest_divisor(heads, hidden_size)
+                ),
             ));
         }
         let head_dim = config.size_or("head_dim", Some(hidden_size / heads))?;
@@ -184,11 +209,12 @@ impl DecoderConfig {
             head_dim,
             vocab_size: config.size("vocab_size")?,
             max_position_embeddings: config.size_or("max_position_embeddings", Some(2048))?,
-            activation: activation(config)?,
+            activation: activation(config, "hidden_act", "silu")?,
+            gated_mlp: true,
             norm: NormKind::Rms,
             norm_eps: norm_eps(config, "rms_norm_eps", 1e-6)?,
-            ropes: vec![RopeConfig::from_hf(config, head_dim)?],
-            layer_ropes: vec![Some(0); layers],
+            ropes: Vec::new(),
+            layer_ropes: vec![None; layers],
             qk_norm: None,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             attention_softcap: None,
@@ -196,6 +222,7 @@ impl DecoderConfig {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
+            stored_transposed: false,
             embedding_scale: None,
             residual_scale: 1.0,
             logits_scale: 1.0,
@@ -233,8 +260,10 @@ impl DecoderConfig {
             return Err(config.error(
                 "num_key_value_heads",
                 format!(
-                    "is {}, which does not divide num_attention_heads {}",
-                    self.kv_heads, self.heads
+                    "is {}, which does not divide num_attention_heads {}; {}",
+                    self.kv_heads,
+                    self.heads,
+                    nearest_divisor(self.kv_heads, self.heads)
                 ),
             ));
         }
@@ -261,8 +290,17 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
     }
 }
 
+/// What to write instead of a number that does not divide another.
+pub(crate) fn nearest_divisor(wrong: usize, of: usize) -> String {
+    let divides = |n: &usize| of.is_multiple_of(*n);
+    let below = (1..wrong).rev().find(divides);
+    let above = (wrong + 1..=of).find(divides);
+    let nearest: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
+    format!("the nearest that does: {}", nearest.join(" or "))
+}
+
 /// What a norm adds, by its key.
-fn norm_eps(config: &HfConfig, key: &str, default: f64) -> Result<f32> {
+pub(crate) fn norm_eps(config: &HfConfig, key: &str, default: f64) -> Result<f32> {
     let eps = config.number_or(key, default)?;
     if eps < 0.0 {
         let message = format!("is {eps}; expected 0 or more, such as {default:e}");
@@ -271,14 +309,14 @@ fn norm_eps(config: &HfConfig, key: &str, default: f64) -> Result<f32> {
     Ok(eps as f32)
 }
 
-/// The activation that `hidden_act` names.
-fn activation(config: &HfConfig) -> Result<Activation> {
-    let name = config.text_or("hidden_act", "silu")?;
+/// The activation that `key` names.
+pub(crate) fn activation(config: &HfConfig, key: &str, default: &str) -> Result<Activation> {
+    let name = config.text_or(key, default)?;
     let known = || ACTIVATIONS.iter().map(|(name, _)| *name);
     match ACTIVATIONS.iter().find(|(n, _)| *n == name) {
         Some((_, activation)) => Ok(*activation),
         None => Err(config.error(
-            "hidden_act",
+            key,
             format!(
                 "`{name}` is not supported{}; supported: {}",
                 suggest::did_you_mean(name, known()),

@@ -5,13 +5,16 @@ use super::{Inputs, Model, Normed, Pass, Run};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{DType, Indices, Tensor, attention, gated_activation};
+use ferrotune_kernels::{DType, Indices, Tensor, attention};
+use std::borrow::Cow;
 
 /// Keys and values of one document, for every layer.
 #[derive(Debug)]
 pub struct KvCache {
     /// Per layer: keys and values `[capacity, K E]`.
     layers: Vec<[Tensor; 2]>,
+    /// The document so far.
+    tokens: Vec<u32>,
     len: usize,
     capacity: usize,
 }
@@ -27,6 +30,7 @@ impl KvCache {
             .collect();
         Self {
             layers,
+            tokens: Vec::with_capacity(capacity),
             len: 0,
             capacity,
         }
@@ -58,7 +62,9 @@ impl Model {
         caches: &mut [&mut KvCache],
         new_tokens: &[&[u32]],
     ) -> Result<Tensor> {
-        let batch = new_batch(caches, new_tokens)?;
+        let restarted = self.restart_longer(caches, new_tokens);
+        let new_tokens: Vec<&[u32]> = restarted.iter().map(AsRef::as_ref).collect();
+        let batch = new_batch(caches, &new_tokens)?;
         let inputs = Inputs::new(self, pass, &batch, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
@@ -72,8 +78,10 @@ impl Model {
             (stream, normed) = layer.mlp_once(&run, middle, middle_normed, next_norm)?;
         }
         let hidden = normed.into_read(&run, stream);
-        for (cache, tokens) in caches.iter_mut().zip(new_tokens) {
+        for (cache, tokens) in caches.iter_mut().zip(&new_tokens) {
             cache.len += tokens.len();
+            cache.tokens.truncate(cache.len - tokens.len());
+            cache.tokens.extend_from_slice(tokens);
         }
         let mut last = Tensor::empty(
             workspace.device(),
@@ -90,6 +98,28 @@ impl Model {
         workspace.give(hidden);
         run.end();
         self.project(pass, params, last.view())
+    }
+}
+
+impl Model {
+    /// The tokens to append to each document: where these make it so long that its angles are others,
+    /// all of it from the start.
+    fn restart_longer<'a>(
+        &self,
+        caches: &mut [&mut KvCache],
+        new_tokens: &[&'a [u32]],
+    ) -> Vec<Cow<'a, [u32]>> {
+        let append = |(cache, &tokens): (&mut &mut KvCache, &&'a [u32])| {
+            let lengths = [cache.len, cache.len + tokens.len()].map(|len| len as u32);
+            let mut ropes = self.config.ropes.iter();
+            let same = ropes.all(|rope| rope.variant(lengths[0]) == rope.variant(lengths[1]));
+            if same || cache.len == 0 {
+                return tokens.into();
+            }
+            cache.len = 0;
+            [&cache.tokens[..], tokens].concat().into()
+        };
+        caches.iter_mut().zip(new_tokens).map(append).collect()
     }
 }
 
@@ -159,7 +189,8 @@ impl Layer {
         self.gate_up.forward(run, x, gate_up.view_mut())?;
         run.give(normed.y.into_iter().chain(normed.statistics));
         let mut activated = workspace.take(run.dtype, run.rows, self.down.in_features);
-        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
+        self.activation
+            .forward(gate_up.view(), activated.view_mut())?;
         workspace.give(gate_up);
         let mut output = workspace.take(run.dtype, run.rows, self.down.out_features());
         self.down

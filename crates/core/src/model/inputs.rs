@@ -54,10 +54,15 @@ impl<'a> Inputs<'a> {
             Mode::Train { .. } => draws(batch),
         };
         let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
-        let mut positions: Cow<'_, [u32]> = if own_angles {
-            (0..batch.rows() as u32).collect()
+        let (angles, mut positions) = if own_angles {
+            let angles = Arc::new(angles::by_row(ropes, batch, device));
+            (angles, (0..batch.rows() as u32).collect())
         } else {
-            (&batch.position_ids[..]).into()
+            let last = batch.position_ids.iter().max();
+            let positions = last.map_or(0, |last| *last as usize + 1);
+            let angles = model.angles.up_to(ropes, device, positions);
+            let rows = angle_rows(ropes, &angles, batch);
+            (angles, rows)
         };
         let mut ids: Cow<'_, [u32]> = (&batch.input_ids[..]).into();
         if let Some(rows) = &model.embedding.table.rows {
@@ -86,13 +91,6 @@ impl<'a> Inputs<'a> {
             draws.resize(2 * rows, 0);
             draws.push(step as u32);
         }
-        let angles = if own_angles {
-            Arc::new(angles::by_row(ropes, batch, device))
-        } else {
-            let last = batch.position_ids.iter().max();
-            let positions = last.map_or(0, |last| *last as usize + 1);
-            model.angles.up_to(ropes, device, positions)
-        };
         let tables = [
             ids,
             cu_seqlens,
@@ -131,6 +129,27 @@ impl<'a> Inputs<'a> {
             documents: self.cu_seqlens.len().saturating_sub(1),
         }
     }
+}
+
+/// The row of each token in the tables of angles: its position, behind those of other sets of frequencies.
+fn angle_rows<'a>(
+    ropes: &[RopeConfig],
+    angles: &[Angles],
+    batch: &'a PackedBatch,
+) -> Cow<'a, [u32]> {
+    let variants = angles::variants(ropes);
+    let (1.., Some(table)) = (variants - 1, angles.first()) else {
+        return (&batch.position_ids[..]).into();
+    };
+    let positions_each = (table.cos.rows() / variants) as u32;
+    let mut rows = batch.position_ids.clone();
+    for (bounds, &length) in batch.cu_seqlens.windows(2).zip(&batch.rope_lengths) {
+        let variant = ropes.iter().map(|rope| rope.variant(length)).max();
+        let first = variant.unwrap_or(0) as u32 * positions_each;
+        let document = bounds[0] as usize..bounds[1] as usize;
+        rows[document].iter_mut().for_each(|row| *row += first);
+    }
+    rows.into()
 }
 
 fn draws(batch: &PackedBatch) -> Vec<u32> {

@@ -5,6 +5,7 @@
 //! Normed inputs and `act(gate) up` are never kept: to compute them again costs bandwidth and no
 //! product. What else is kept depends on the layer's [`Keep`].
 
+use super::activation::Activation;
 use super::keep::Keep;
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
@@ -14,7 +15,7 @@ use super::run::Run;
 use super::saved::{AttentionSaved, DownSaved, GateUpSaved, LayerSaved, Stream};
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Tensor, attention, gated_activation};
+use ferrotune_kernels::{DType, Tensor, attention};
 
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -25,7 +26,7 @@ pub(crate) struct Layer {
     pub(crate) attention_residual: Residual,
     pub(crate) mlp_norm: Norm,
     pub(crate) gate_up: LinearGroup,
-    pub(crate) activation: gated_activation::Activation,
+    pub(crate) activation: Activation,
     pub(crate) down: LinearGroup,
     pub(crate) mlp_residual: Residual,
     pub(crate) attention: attention::Config,
@@ -49,7 +50,8 @@ impl Layer {
         let (attention, y) = self.attend(run, &input, y)?;
         let gate_up = self.gate_up(run, &attention.middle.x, y)?;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        gated_activation::forward(self.activation, gate_up.values.view(), activated.view_mut())?;
+        self.activation
+            .forward(gate_up.values.view(), activated.view_mut())?;
         let mut output = workspace.take(dtype, tokens, self.down.out_features());
         let down_parts = self
             .down
@@ -240,7 +242,8 @@ impl Layer {
             .mlp_residual
             .backward(run, grads, down.output, d_stream)?;
         let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        gated_activation::forward(self.activation, gate_up.view(), activated.view_mut())?;
+        self.activation
+            .forward(gate_up.view(), activated.view_mut())?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
         let dx = Some(d_activated.view_mut());
         let dy = d_output.as_ref().unwrap_or(d_stream).view();
@@ -248,11 +251,8 @@ impl Layer {
             .backward(run, grads, activated.view(), down.parts, dy, dx)?;
         run.give(d_output);
         workspace.give(activated);
-        gated_activation::backward_in_place(
-            self.activation,
-            gate_up.view_mut(),
-            d_activated.view(),
-        )?;
+        self.activation
+            .backward_in_place(gate_up.view_mut(), d_activated.view())?;
         workspace.give(d_activated);
         let normed = middle.normed(run, &self.mlp_norm)?;
         let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);

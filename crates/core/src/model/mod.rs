@@ -3,6 +3,7 @@
 //! [`DecoderConfig`] says what the model is, [`ModelPlan`] which sites it has, [`Model`] holds the
 //! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
 
+mod activation;
 mod angles;
 mod attached;
 mod base;
@@ -19,6 +20,7 @@ mod modules;
 mod norm;
 mod plan;
 mod planner;
+mod positions;
 mod qk_norm;
 mod residual;
 mod rope;
@@ -29,6 +31,7 @@ mod weight_format;
 mod weights;
 
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
+pub(crate) use config::{activation, nearest_divisor, norm_eps};
 pub use decode::KvCache;
 pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
@@ -51,6 +54,7 @@ use ferrotune_kernels::{DType, Device, Tensor, axpby};
 use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
+use positions::Positions;
 use run::Run;
 use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
@@ -62,6 +66,8 @@ pub struct Model {
     config: DecoderConfig,
     device: Device,
     embedding: Embedding,
+    /// Where they are learned.
+    positions: Option<Positions>,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -328,16 +334,22 @@ impl Model {
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
+        if let Some(positions) = &self.positions {
+            positions.add(run, &mut stream)?;
+        }
         Ok(stream)
     }
 
-    /// Adds the gradients of what is trained of the embedding, given that of the stream.
+    /// Adds the gradients of what is trained of the embedding and of positions, given that of the stream.
     fn embed_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         d_stream: &mut Tensor,
     ) -> Result<()> {
+        if let Some(positions) = &self.positions {
+            positions.backward(run, grads, d_stream)?;
+        }
         if !self.embedding.trained() {
             return Ok(());
         }
@@ -363,11 +375,10 @@ impl Model {
         stream.norm_backward(run, grads, &self.norm, &d_hidden, &mut d_stream)?;
         run.workspace.give(d_hidden);
         stream.release(run.workspace);
-        let embedding = self.embedding.trained();
-        let reached = self.first_reached();
+        let (input_trained, reached) = (self.input_trained(), self.first_reached());
         while let Some(saved) = layers.pop() {
             let index = reached + layers.len();
-            let needs_input = embedding || index > reached;
+            let needs_input = input_trained || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
@@ -376,9 +387,14 @@ impl Model {
         Ok(())
     }
 
+    /// Whether anything before the layers is trained.
+    fn input_trained(&self) -> bool {
+        self.embedding.trained() || self.positions.as_ref().is_some_and(Positions::trained)
+    }
+
     /// The first layer that backward reaches: before it nothing is trained.
     fn first_reached(&self) -> usize {
-        if self.embedding.trained() {
+        if self.input_trained() {
             return 0;
         }
         let trained = self.layers.iter().position(Layer::trained);

@@ -2,11 +2,13 @@
 //! which of its linears are fused.
 
 /// Module paths as the checkpoint has them: the first ones whole, those of a layer behind
-/// `layers.NUMBER.`. A norm that is `None` is not there.
+/// `layers.NUMBER.`. What is `None` is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModuleNames {
     /// Table of token embeddings.
     pub embedding: &'static str,
+    /// Table of learned positions.
+    pub positions: Option<&'static str>,
     /// What stands before the number of a layer.
     pub layers: &'static str,
     /// Norm of what the attention block reads.
@@ -21,7 +23,7 @@ pub struct ModuleNames {
     pub attention_norm: Option<&'static str>,
     /// Norm of what the mlp reads.
     pub mlp_norm: Option<&'static str>,
-    /// Projections to gate and up: two, or one that writes them side by side.
+    /// Projections to gate and up: two, or one that writes them side by side, or, without a gate, one.
     pub gate_up: &'static [&'static str],
     /// Output projection of the mlp.
     pub down: &'static str,
@@ -37,6 +39,7 @@ impl ModuleNames {
     /// Those of Llama and most others: a norm before each block.
     pub const LLAMA: Self = Self {
         embedding: "model.embed_tokens",
+        positions: None,
         layers: "model.layers",
         input_norm: Some("input_layernorm"),
         qkv: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

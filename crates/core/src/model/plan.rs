@@ -1,6 +1,6 @@
 //! The model by names and shapes alone: what adapters are matched against before a weight is read.
 
-use super::config::{DecoderConfig, NormKind};
+use super::config::{DecoderConfig, NormKind, QkNorm};
 use crate::adapter::{Site, SiteId, SiteKind};
 
 /// Sites of one decoder layer, in execution order. Examples are those of a Llama.
@@ -18,7 +18,7 @@ pub struct LayerPlan {
     pub attention_norm: Option<SiteId>,
     /// `post_attention_layernorm`.
     pub mlp_norm: Option<SiteId>,
-    /// `mlp.gate_proj` and `mlp.up_proj`, or one for both.
+    /// `mlp.gate_proj` and `mlp.up_proj`, or one for both, or that without a gate.
     pub gate_up: Vec<SiteId>,
     /// `mlp.down_proj`.
     pub down: SiteId,
@@ -60,6 +60,8 @@ pub struct ModelPlan {
     pub sites: Vec<Site>,
     /// `model.embed_tokens`.
     pub embedding: SiteId,
+    /// The table of learned positions, where there is one.
+    pub positions: Option<SiteId>,
     /// The layers' sites.
     pub layers: Vec<LayerPlan>,
     /// `model.norm`.
@@ -80,6 +82,14 @@ impl ModelPlan {
             in_features: d,
             ..Place::new(names.embedding)
         });
+        let positions = names.positions.map(|name| {
+            sites.add(Place {
+                kind: SiteKind::Embedding,
+                out_features: config.max_position_embeddings,
+                in_features: d,
+                ..Place::new(name)
+            })
+        });
         let layers = (0..config.layers).map(|layer| sites.layer(config, layer));
         let layers = layers.collect();
         let has_bias = config.norm == NormKind::Layer;
@@ -95,6 +105,7 @@ impl ModelPlan {
         Self {
             sites,
             embedding,
+            positions,
             layers,
             norm,
             head,
@@ -127,6 +138,7 @@ struct Place {
     out_features: usize,
     in_features: usize,
     bias: bool,
+    stored_transposed: bool,
     layer: Option<usize>,
 }
 
@@ -138,6 +150,7 @@ impl Place {
             out_features: 0,
             in_features: 1,
             bias: false,
+            stored_transposed: false,
             layer: None,
         }
     }
@@ -161,6 +174,7 @@ impl Sites {
                 out_features: out,
                 in_features: input,
                 bias,
+                stored_transposed: config.stored_transposed,
                 layer: Some(layer),
                 ..Place::new(at(name))
             })
@@ -176,13 +190,21 @@ impl Sites {
         LayerPlan {
             input_norm: names.input_norm.map(|name| norm(self, name, d)),
             qkv: group(self, names.qkv, &[q, kv, kv], config.qkv_bias),
-            qk_norm: config
-                .qk_norm
-                .map(|_| names.qk_norm.map(|name| norm(self, name, config.head_dim))),
+            qk_norm: config.qk_norm.map(|over| {
+                let [q_width, k_width] = match over {
+                    QkNorm::PerHead => [config.head_dim; 2],
+                    QkNorm::Whole => [q, kv],
+                };
+                let [q_norm, k_norm] = names.qk_norm;
+                [norm(self, q_norm, q_width), norm(self, k_norm, k_width)]
+            }),
             o: linear(self, names.o, [d, q], config.o_bias),
             attention_norm: names.attention_norm.map(|name| norm(self, name, d)),
             mlp_norm: names.mlp_norm.map(|name| norm(self, name, d)),
-            gate_up: group(self, names.gate_up, &[f, f], config.mlp_bias),
+            gate_up: match config.gated_mlp {
+                true => group(self, names.gate_up, &[f, f], config.mlp_bias),
+                false => group(self, names.gate_up, &[f], config.mlp_bias),
+            },
             down: linear(self, names.down, [d, f], config.mlp_bias),
             mlp_output_norm: names.mlp_output_norm.map(|name| norm(self, name, d)),
         }
@@ -207,6 +229,7 @@ impl Sites {
             in_features: place.in_features,
             out_features: place.out_features,
             bias: place.bias,
+            stored_transposed: place.stored_transposed,
             layer: place.layer,
             output_head: false,
             tied_to: None,

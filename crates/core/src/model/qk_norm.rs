@@ -1,18 +1,20 @@
 //! Where q and k get their positions: RoPE in place, or, where their heads are normed first, a normed
 //! and rotated copy beside the projection that backward starts from.
 
+use super::config::QkNorm;
 use super::layer::Layer;
 use super::norm::RmsNorm;
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{Tensor, View, attention, qk_norm, rope};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, attention, qk_norm, rms_norm, rope};
 
-/// Norms of the heads of q and of k.
+/// Norms of q and of k.
 #[derive(Debug)]
 pub(crate) struct QkNorms {
     pub(crate) q: RmsNorm,
     pub(crate) k: RmsNorm,
+    pub(crate) over: QkNorm,
     /// The rope behind them.
     pub(crate) rope: usize,
 }
@@ -57,9 +59,15 @@ impl Layer {
         let [q, k] = self.widths();
         let mut out = run.workspace.take(run.dtype, run.rows, q + k);
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
-            let out = out.view_mut().columns(columns.clone());
-            let norm = norms.of(norm, run);
-            qk_norm::forward(qkv.view().columns(columns), &norm, out)?;
+            let (x, out) = (qkv.view().columns(columns.clone()), out.view_mut());
+            let out = out.columns(columns);
+            match norms.over {
+                QkNorm::PerHead => qk_norm::forward(x, &norms.of(norm, run), out)?,
+                QkNorm::Whole => run.give([whole_forward(run, norm, x, out)?]),
+            }
+        }
+        if norms.over == QkNorm::Whole {
+            self.rotate(run, &mut out, rope::Direction::Forward)?;
         }
         Ok(Some(out))
     }
@@ -75,6 +83,9 @@ impl Layer {
         let Some(norms) = &self.qk_norms else {
             return self.rotate(run, d_qkv, rope::Direction::Backward);
         };
+        if norms.over == QkNorm::Whole {
+            return self.whole_backward(run, grads, norms, qkv, d_qkv);
+        }
         let [q, k] = self.widths();
         for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
             let d_weight = norm.weight.gradient(grads);
@@ -82,6 +93,43 @@ impl Layer {
             let (x, norm) = (qkv.view().columns(columns), norms.of(norm, run));
             qk_norm::backward_in_place(d, x, &norm, d_weight, run.workspace)?;
         }
+        Ok(())
+    }
+
+    /// The same behind norms over all heads together.
+    fn whole_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        norms: &QkNorms,
+        qkv: &Tensor,
+        d_qkv: &mut Tensor,
+    ) -> Result<()> {
+        self.rotate(run, d_qkv, rope::Direction::Backward)?;
+        let [q, k] = self.widths();
+        let mut normed = run.workspace.take(run.dtype, run.rows, q + k);
+        let mut d_normed = run.workspace.take(run.dtype, run.rows, q + k);
+        d_normed
+            .view_mut()
+            .copy_from(d_qkv.view().columns(0..q + k));
+        // The norm's backward adds.
+        d_qkv.view_mut().columns(0..q + k).fill(0.0);
+        for (columns, norm) in [(0..q, &norms.q), (q..q + k, &norms.k)] {
+            let x = qkv.view().columns(columns.clone());
+            // For its statistics: to compute them again costs less than to keep them for all layers.
+            let out = normed.view_mut().columns(columns.clone());
+            let rstd = whole_forward(run, norm, x, out)?;
+            rms_norm::backward(
+                d_normed.view().columns(columns.clone()),
+                x,
+                norm.weight(run.params),
+                rstd.view(),
+                d_qkv.view_mut().columns(columns),
+                norm.weight.gradient(grads),
+            )?;
+            run.give([rstd]);
+        }
+        run.give([normed, d_normed]);
         Ok(())
     }
 
@@ -126,4 +174,12 @@ impl Layer {
         } = self.attention;
         [heads * head_dim, kv_heads * head_dim]
     }
+}
+
+/// The norm of all columns of `x` together, into `out`; its statistics `[T, 1]`.
+fn whole_forward(run: &Run<'_>, norm: &RmsNorm, x: View<'_>, out: ViewMut<'_>) -> Result<Tensor> {
+    let mut rstd = run.workspace.take(DType::F32, x.rows(), 1);
+    let weight = norm.weight(run.params);
+    rms_norm::forward(x, weight, norm.eps, out, rstd.view_mut())?;
+    Ok(rstd)
 }

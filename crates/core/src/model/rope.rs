@@ -9,7 +9,7 @@ use crate::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::f64::consts::TAU;
 
-const TYPES: [&str; 5] = ["default", "linear", "dynamic", "llama3", "yarn"];
+const TYPES: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
 
 /// How positions become angles.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,13 +65,26 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE: each frequency has a divisor of its own, for documents up to a length and beyond it, and
+    /// cos and sin are scaled.
+    LongRope {
+        /// Divisors up to `original_max_position`, one per pair of dimensions.
+        short_factor: Vec<f64>,
+        /// Divisors of longer documents.
+        long_factor: Vec<f64>,
+        /// Context length of pre-training.
+        original_max_position: f64,
+        /// Factor of cos and sin.
+        attention_factor: f64,
+    },
 }
 
 impl RopeConfig {
     /// Reads `rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (4.x).
     ///
     /// `rotary_dim` is the architecture's to say: Llama rotates whole heads, and a
-    /// `partial_rotary_factor` in its config means nothing, to Transformers as here.
+    /// `partial_rotary_factor` in its config means nothing, to Transformers as here; where it means
+    /// something, see [`RopeConfig::partial`].
     ///
     /// # Errors
     /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter.
@@ -103,20 +116,43 @@ impl RopeConfig {
         read.rope(theta, rotary_dim)
     }
 
+    /// The rotated dimensions of a head of `head_dim`, by `partial_rotary_factor`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the key, if it is no share of a head.
+    pub fn partial(config: &HfConfig, head_dim: usize) -> Result<usize> {
+        const KEY: &str = "partial_rotary_factor";
+        let (group, map) = parameters(config)?;
+        let read = Parameters { config, group, map };
+        let factor = read.number(KEY, Some(config.number_or(KEY, 1.0)?))?;
+        if factor > 1.0 {
+            return Err(config.error(KEY, format!("is {factor}; expected at most 1")));
+        }
+        Ok((head_dim as f64 * factor) as usize)
+    }
+
     /// Angles per position, `[rotary_dim / 2]`, for a document of `length` tokens.
     #[must_use]
     pub fn inverse_frequencies(&self, length: u32) -> Vec<f32> {
         let dim = self.rotary_dim as f64;
         let plain = |theta: f64, i: usize| 1.0 / theta.powf(2.0 * i as f64 / dim);
         let half = self.rotary_dim / 2;
-        let frequency = |i: usize| match self.scaling {
+        let frequency = |i: usize| match &self.scaling {
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                ..
+            } => {
+                let factors = [short_factor, long_factor][self.variant(length)];
+                plain(self.theta, i) / factors[i]
+            }
             RopeScaling::Default => plain(self.theta, i),
             RopeScaling::Linear { factor } => plain(self.theta, i) / factor,
             RopeScaling::Dynamic {
                 factor,
                 max_position,
             } => {
-                let length = f64::from(length).max(max_position);
+                let length = f64::from(length).max(*max_position);
                 let growth = factor * length / max_position - (factor - 1.0);
                 plain(self.theta * growth.powf(dim / (dim - 2.0)), i)
             }
@@ -128,9 +164,11 @@ impl RopeConfig {
             } => {
                 let f = plain(self.theta, i);
                 let wavelength = TAU / f;
-                if wavelength > original_max_position / low_freq_factor {
+                let [low, high] =
+                    [low_freq_factor, high_freq_factor].map(|f| original_max_position / f);
+                if wavelength > low {
                     f / factor
-                } else if wavelength < original_max_position / high_freq_factor {
+                } else if wavelength < high {
                     f
                 } else {
                     let smooth = (original_max_position / wavelength - low_freq_factor)
@@ -147,18 +185,42 @@ impl RopeConfig {
         (0..half).map(|i| frequency(i) as f32).collect()
     }
 
-    /// Factor of cos and sin; 1 except for YaRN.
+    /// Factor of cos and sin; 1 except for YaRN and LongRoPE.
     #[must_use]
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
+                attention_factor, ..
+            }
+            | RopeScaling::LongRope {
                 attention_factor, ..
             } => attention_factor,
             _ => 1.0,
         }
     }
 
-    /// Whether the frequencies depend on the document's length.
+    /// Which of its sets of frequencies a document of `length` tokens has, of [`RopeConfig::variants`].
+    #[must_use]
+    pub fn variant(&self, length: u32) -> usize {
+        match self.scaling {
+            RopeScaling::LongRope {
+                original_max_position,
+                ..
+            } => usize::from(f64::from(length) > original_max_position),
+            _ => 0,
+        }
+    }
+
+    /// A length of each set of frequencies that are fixed but for the choice between them.
+    #[must_use]
+    pub fn variants(&self) -> Vec<u32> {
+        match self.scaling {
+            RopeScaling::LongRope { .. } => vec![0, u32::MAX],
+            _ => vec![0],
+        }
+    }
+
+    /// Whether the frequencies are other ones for every length of a document.
     #[must_use]
     pub fn depends_on_length(&self) -> bool {
         matches!(self.scaling, RopeScaling::Dynamic { .. })
@@ -250,11 +312,11 @@ impl Parameters<'_> {
         Ok(RopeConfig {
             theta,
             rotary_dim,
-            scaling: self.scaling(max_position)?,
+            scaling: self.scaling(max_position, rotary_dim)?,
         })
     }
 
-    fn scaling(&self, max_position: f64) -> Result<RopeScaling> {
+    fn scaling(&self, max_position: f64, rotary_dim: usize) -> Result<RopeScaling> {
         // `type` is the key's name before Transformers 4.43.
         let name = ["rope_type", "type"]
             .iter()
@@ -276,6 +338,7 @@ impl Parameters<'_> {
                 original_max_position: self.number("original_max_position_embeddings", None)?,
             }),
             "yarn" => self.yarn(max_position),
+            "longrope" => self.long_rope(max_position, rotary_dim / 2),
             other => Err(self.error(
                 "rope_type",
                 format!(
@@ -284,6 +347,42 @@ impl Parameters<'_> {
                     TYPES.join(", ")
                 ),
             )),
+        }
+    }
+
+    fn long_rope(&self, max_position: f64, pairs: usize) -> Result<RopeScaling> {
+        const ORIGINAL: &str = "original_max_position_embeddings";
+        // Phi 3 has it outside of the group.
+        let original = self.config.number_or(ORIGINAL, max_position)?;
+        let original = self.number(ORIGINAL, Some(original))?;
+        let factor = self.number("factor", Some(max_position / original))?;
+        let attention_factor = if factor <= 1.0 {
+            1.0
+        } else {
+            (1.0 + factor.ln() / original.ln()).sqrt()
+        };
+        Ok(RopeScaling::LongRope {
+            short_factor: self.numbers("short_factor", pairs)?,
+            long_factor: self.numbers("long_factor", pairs)?,
+            original_max_position: original,
+            attention_factor: self.number("attention_factor", Some(attention_factor))?,
+        })
+    }
+
+    /// A list of `count` numbers above 0.
+    fn numbers(&self, key: &str, count: usize) -> Result<Vec<f64>> {
+        let expected =
+            format!("expected {count} numbers above 0, one per pair of rotated dimensions");
+        let Some(value) = self.map.get(key) else {
+            return Err(self.error(key, format!("is missing; {expected}")));
+        };
+        let number = |v: &Value| v.as_f64().filter(|v| v.is_finite() && *v > 0.0);
+        let list = value.as_array();
+        let numbers: Option<Vec<f64>> = list.and_then(|list| list.iter().map(number).collect());
+        match numbers {
+            Some(numbers) if numbers.len() == count => Ok(numbers),
+            Some(numbers) => Err(self.error(key, format!("has {}; {expected}", numbers.len()))),
+            None => Err(self.error(key, format!("is {value}; {expected}"))),
         }
     }
 

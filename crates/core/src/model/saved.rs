@@ -38,7 +38,7 @@ pub(crate) struct AttentionSaved {
     pub(crate) middle: Stream,
 }
 
-/// gate and up, `[T, 2 F]`.
+/// gate and up, `[T, 2 F]`, or up alone.
 pub(crate) struct GateUpSaved {
     pub(crate) values: Tensor,
     pub(crate) parts: Vec<PartSaved>,

@@ -106,7 +106,8 @@ impl Table {
         }
     }
 
-    fn whole<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
+    /// Its values without those of trained rows, in `dtype` where it is trained.
+    pub(crate) fn whole<'a>(&'a self, params: &'a FlatBuffer, dtype: DType) -> View<'a> {
         match &self.weight {
             TableWeight::Frozen(tensor) => tensor.view(),
             TableWeight::Trained(id) => params.view_as(*id, dtype),

@@ -1,5 +1,6 @@
 //! From names and shapes to a model: each weight streams from its source straight into its place.
 
+use super::activation::Activation;
 use super::angles::AngleTable;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
@@ -8,13 +9,14 @@ use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
+use super::positions::Positions;
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
 use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
-use crate::params::{FlatBuffer, ParamId};
+use crate::params::{FlatBuffer, ParamId, transpose};
 use crate::{Error, Result, suggest};
 use ferrotune_kernels::dequantise::FourBit;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention, rng};
@@ -61,7 +63,8 @@ impl WeightSource for RandomWeights {
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
         let [rows, cols] = to.shape();
         let mut values = vec![1.0; rows * cols];
-        if !name.contains("norm") {
+        let is_norm = rows == 1 && name.ends_with(".weight");
+        if !is_norm {
             let mut stream = rng::Stream::new(rng::key_for(self.seed, name));
             // A sum of four uniforms is close enough to a normal, and quick for a billion draws.
             let std = 0.02 * 3.0_f32.sqrt() / 2.0_f32.powi(16);
@@ -106,6 +109,7 @@ pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
     for site in plan.sites.iter().filter(|s| s.tied_to.is_none()) {
         let weight = match site.kind {
             SiteKind::Norm => vec![site.out_features],
+            _ if site.stored_transposed => vec![site.in_features, site.out_features],
             SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
         };
         expected.push((format!("{}.weight", site.name), weight));
@@ -147,7 +151,11 @@ pub fn check_tensors(
     }
     let wanted = |name: &str| expected.iter().any(|(n, _)| n == name);
     // Old checkpoints keep a buffer of frequencies; a tied head may be stored once more.
-    let ignorable = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
+    // GPT-2's keep their causal mask.
+    let buffers = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+    let ignorable = |name: &str| {
+        buffers.iter().any(|buffer| name.ends_with(buffer)) || name == "lm_head.weight"
+    };
     match found.keys().find(|name| !wanted(name) && !ignorable(name)) {
         None => Ok(()),
         Some(extra) => Err(Error::model(
@@ -176,6 +184,7 @@ impl Builder<'_> {
         let plan = self.plan;
         self.source.check(&expected_tensors(plan))?;
         let embedding = self.embedding()?;
+        let positions = self.positions()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
         for (index, layer) in plan.layers.iter().enumerate() {
             layers.push(self.layer(index, layer)?);
@@ -190,6 +199,7 @@ impl Builder<'_> {
             config: self.config.clone(),
             device: self.params.device().clone(),
             embedding,
+            positions,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
             angles: AngleTable::default(),
@@ -210,7 +220,10 @@ impl Builder<'_> {
             attention_residual: self.residual(layer.attention_norm)?,
             mlp_norm: self.norm(layer.mlp_norm)?,
             gate_up: self.linears(&layer.gate_up)?,
-            activation: config.activation,
+            activation: Activation {
+                function: config.activation,
+                gated: config.gated_mlp,
+            },
             down: self.linears(&[layer.down])?,
             mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
@@ -233,7 +246,7 @@ impl Builder<'_> {
     }
 
     fn qk_norms(&mut self, index: usize, layer: &LayerPlan) -> Result<Option<QkNorms>> {
-        let Some([q, k]) = layer.qk_norm else {
+        let Some(([q, k], over)) = layer.qk_norm.zip(self.config.qk_norm) else {
             return Ok(None);
         };
         let Some(rope) = self.config.layer_ropes[index] else {
@@ -243,6 +256,7 @@ impl Builder<'_> {
         Ok(Some(QkNorms {
             q: self.rms_norm(q)?,
             k: self.rms_norm(k)?,
+            over,
             rope,
         }))
     }
@@ -320,8 +334,7 @@ impl Builder<'_> {
         for site in sites {
             let rows = first..first + site.out_features;
             first = rows.end;
-            let to = values.view_mut().row_range(rows);
-            self.source.read(&format!("{}.weight", site.name), to)?;
+            self.read_weight(site, values.view_mut().row_range(rows))?;
         }
         Ok(FrozenWeight::Dense(values))
     }
@@ -342,7 +355,7 @@ impl Builder<'_> {
             (None, Some(format)) => {
                 let [rows, cols] = [site.out_features, site.in_features];
                 let mut values = Tensor::empty(&Device::Cpu, self.format.dtype, rows, cols);
-                self.source.read(&name, values.view_mut())?;
+                self.read_weight(site, values.view_mut())?;
                 format.quantise(values.view())?
             }
         };
@@ -422,6 +435,19 @@ impl Builder<'_> {
         })
     }
 
+    fn positions(&mut self) -> Result<Option<Positions>> {
+        let (Some(id), Some(name)) = (self.plan.positions, self.config.modules.positions) else {
+            return Ok(None);
+        };
+        let site = self.plan.site(id);
+        let attachment = match self.attachments.remove(&id) {
+            attachment @ (None | Some(Attachment::TrainBase { .. })) => attachment,
+            Some(_) => return Err(unsupported(site)),
+        };
+        let table = self.table(site, site, attachment)?;
+        Ok(Some(Positions { table, name }))
+    }
+
     fn head(&mut self, embedding: &Embedding) -> Result<Head> {
         let site = self.plan.site(self.plan.head);
         let (attachment, update) = match self.attachments.remove(&site.id) {
@@ -489,9 +515,22 @@ impl Builder<'_> {
     fn frozen(&self, site: &Site) -> Result<Tensor> {
         let [rows, cols] = [site.out_features, site.in_features];
         let mut tensor = Tensor::empty(self.params.device(), self.format.dtype, rows, cols);
-        self.source
-            .read(&format!("{}.weight", site.name), tensor.view_mut())?;
+        self.read_weight(site, tensor.view_mut())?;
         Ok(tensor)
+    }
+
+    /// Reads the weight of a site into `to [out, in]`, however its file holds it.
+    fn read_weight(&self, site: &Site, to: ViewMut<'_>) -> Result<()> {
+        let name = format!("{}.weight", site.name);
+        if !site.stored_transposed {
+            return self.source.read(&name, to);
+        }
+        let [rows, cols] = to.shape();
+        let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
+        self.source.read(&name, stored.view_mut())?;
+        let values = transpose(&stored.to_f32_vec(), cols, rows);
+        to_rows(to, &values);
+        Ok(())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
@@ -501,6 +540,17 @@ impl Builder<'_> {
     }
 
     fn read_param(&mut self, site: &Site, id: ParamId, suffix: &str) -> Result<()> {
+        if suffix == "weight" && site.stored_transposed {
+            let mut values = Tensor::empty(
+                &Device::Cpu,
+                DType::F32,
+                site.out_features,
+                site.in_features,
+            );
+            self.read_weight(site, values.view_mut())?;
+            self.params.view_mut(id).copy_from(values.view());
+            return Ok(());
+        }
         let to = self.params.view_mut(id);
         self.source.read(&format!("{}.{suffix}", site.name), to)
     }

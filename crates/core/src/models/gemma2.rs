@@ -2,7 +2,7 @@
 
 use super::{gemma, layer_types};
 use crate::Result;
-use crate::model::{DecoderConfig, HfConfig, ModuleNames};
+use crate::model::{DecoderConfig, HfConfig, ModuleNames, activation};
 use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
@@ -16,18 +16,19 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
 
 /// What Gemma 2 and 3 share; `slides` says which layers have a window where `layer_types` does not.
 pub(super) fn common(config: &HfConfig, slides: impl Fn(usize) -> bool) -> Result<DecoderConfig> {
-    let activation = config.text_or("hidden_activation", "gelu_pytorch_tanh")?;
-    let common = gemma::common(&config.with("hidden_act", json!(activation)))?;
-    let window = config.get("sliding_window");
-    let window = window.map(|_| config.size("sliding_window")).transpose()?;
+    let common = gemma::common(config)?;
+    let window = match config.get("sliding_window") {
+        None => None,
+        Some(_) => Some(config.size("sliding_window")?),
+    };
     let scalar = config.positive("query_pre_attn_scalar")?.unwrap_or(256.0);
+    let softcap = |key| -> Result<Option<f32>> { Ok(config.positive(key)?.map(|c| c as f32)) };
     Ok(DecoderConfig {
         modules: ModuleNames::BOTH_NORMS,
+        activation: activation(config, "hidden_activation", "gelu_pytorch_tanh")?,
         attention_scale: scalar.sqrt().recip() as f32,
-        attention_softcap: config.positive("attn_logit_softcapping")?.map(|c| c as f32),
-        logits_softcap: config
-            .positive("final_logit_softcapping")?
-            .map(|c| c as f32),
+        attention_softcap: softcap("attn_logit_softcapping")?,
+        logits_softcap: softcap("final_logit_softcapping")?,
         sliding_windows: layer_types::windows(config, common.layers, window, slides)?,
         ..common
     })

@@ -4,12 +4,18 @@
 mod gemma;
 mod gemma2;
 mod gemma3_text;
+mod gpt2;
+mod granite;
 mod layer_types;
 mod llama;
 mod mistral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod smollm3;
+#[cfg(test)]
+mod tests;
 
 use crate::model::{DecoderConfig, HfConfig};
 use crate::{Result, suggest};
@@ -22,8 +28,12 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("gemma", gemma::decoder),
     ("gemma2", gemma2::decoder),
     ("gemma3_text", gemma3_text::decoder),
+    ("gpt2", gpt2::decoder),
+    ("granite", granite::decoder),
     ("llama", llama::decoder),
     ("mistral", mistral::decoder),
+    ("olmo2", olmo2::decoder),
+    ("phi3", phi3::decoder),
     ("qwen2", qwen2::decoder),
     ("qwen3", qwen3::decoder),
     ("smollm3", smollm3::decoder),

@@ -8,6 +8,7 @@
 mod flat_buffer;
 
 pub use flat_buffer::FlatBuffer;
+pub(crate) use flat_buffer::transpose;
 
 use crate::{Error, Result};
 use std::collections::BTreeMap;

@@ -5,6 +5,7 @@ use crate::attention::cuda::MODULES as ATTENTION;
 
 /// One line per module, by operation.
 static MODULES: &[&Module] = &[
+    &crate::activation::cuda::MODULE,
     &crate::adamw::cuda::MODULE,
     &ATTENTION[0].1,
     &ATTENTION[1].1,
@@ -17,7 +18,6 @@ static MODULES: &[&Module] = &[
     &crate::dora::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,
-    &crate::gated_activation::cuda::MODULE,
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,

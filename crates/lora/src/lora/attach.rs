@@ -191,8 +191,10 @@ fn train(site: &Site, params: &mut ParamLayoutBuilder) -> Attachment {
         SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
     };
     let name = names::tensor(&site.name, Part::Weight);
+    let mut weight = ParamSpec::new(name, shape, site.execution_order);
+    weight.transposed = site.stored_transposed;
     Attachment::TrainBase {
-        weight: params.add(ParamSpec::new(name, shape, site.execution_order)),
+        weight: params.add(weight),
         bias: site.bias.then(|| vector(site, Part::Bias, params)),
     }
 }

@@ -43,6 +43,8 @@ pub(super) enum Change {
         b: Vec<f32>,
         rank: usize,
         scale: f32,
+        /// Whether the tensor is `[in_features, out_features]`.
+        transposed: bool,
     },
     /// `b += scale * values`.
     Vector { values: Vec<f32>, scale: f32 },
@@ -61,6 +63,8 @@ pub(super) struct Attached {
     params: Arc<FlatBuffer>,
     /// `[out, in]` of the linear.
     shape: [usize; 2],
+    /// Whether the file has the weight as `[in, out]`.
+    transposed: bool,
     bias: bool,
 }
 
@@ -69,14 +73,27 @@ impl Attached {
     pub(super) fn apply(&self, values: &mut [f32]) -> Result<()> {
         let [out, inputs] = self.shape;
         if !self.bias {
-            let weight = ViewMut::from_f32(values, out, inputs);
-            return self.attachment.merge(&self.params, weight, None);
+            let mut turned = self.transposed.then(|| transposed(values, inputs, out));
+            let weight = turned.as_mut().map_or(&mut *values, |turned| turned);
+            let weight = ViewMut::from_f32(weight, out, inputs);
+            self.attachment.merge(&self.params, weight, None)?;
+            if let Some(turned) = turned {
+                values.copy_from_slice(&transposed(&turned, out, inputs));
+            }
+            return Ok(());
         }
         let mut weight = vec![0.0; out * inputs];
         let weight = ViewMut::from_f32(&mut weight, out, inputs);
         let bias = Some(ViewMut::from_f32(values, 1, out));
         self.attachment.merge(&self.params, weight, bias)
     }
+}
+
+/// `[rows, cols]` as `[cols, rows]`.
+fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..rows * cols)
+        .map(|i| values[i % rows * cols + i / rows])
+        .collect()
 }
 
 /// The changes that the adapter makes, checked against the checkpoint.
@@ -183,6 +200,7 @@ impl Plan {
                     attachment: Arc::new(method),
                     params: Arc::clone(params),
                     shape: [site.out_features, site.in_features],
+                    transposed: site.stored_transposed,
                     bias: false,
                 };
                 self.push(weight, Change::Method(attached));
@@ -196,7 +214,14 @@ impl Plan {
                 ..
             }) => {
                 let (a, b) = (values(a), values(b));
-                self.push(weight, Change::LowRank { a, b, rank, scale });
+                let change = Change::LowRank {
+                    a,
+                    b,
+                    rank,
+                    scale,
+                    transposed: site.stored_transposed,
+                };
+                self.push(weight, change);
                 match of_b {
                     Some(id) if site.bias => {
                         let values = values(id);
@@ -218,7 +243,8 @@ impl Plan {
                 weight: id,
                 bias: of_base,
             } => {
-                self.push(weight, Change::Replace(values(id)));
+                let stored = params.file_values(id).into_owned();
+                self.push(weight, Change::Replace(stored));
                 if let Some(id) = of_base {
                     self.push(bias, Change::Replace(values(id)));
                 }
@@ -243,6 +269,7 @@ impl Plan {
                         attachment,
                         params,
                         shape,
+                        transposed: site.stored_transposed,
                         bias,
                     };
                     self.push(name, Change::Method(attached));
@@ -303,6 +330,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
                 in_features,
                 out_features: meta.shape.first().copied().unwrap_or(1),
                 bias: base.meta(&format!("{module}.bias")).is_some(),
+                stored_transposed: false,
                 layer: None,
                 output_head: HEADS.contains(&last(module).as_str()),
                 tied_to: None,

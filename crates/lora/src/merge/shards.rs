@@ -167,7 +167,28 @@ fn apply(changes: &[Change], shape: &[usize], weight: &mut [f32]) -> Result<Vec<
                 let sums = delta.iter_mut().zip(values);
                 sums.for_each(|(sum, value)| *sum += scale * value);
             }
-            Change::LowRank { a, b, rank, scale } => {
+            Change::LowRank {
+                a,
+                b,
+                rank,
+                scale,
+                transposed: true,
+            } => {
+                let inputs = weight.len() / columns.max(1);
+                let b_transposed: Vec<f32> = (0..rank * columns)
+                    .map(|i| b[i % columns * rank + i / columns])
+                    .collect();
+                matmul::tn(
+                    ViewMut::from_f32(&mut delta, inputs, columns),
+                    1.0,
+                    *scale,
+                    View::from_f32(a, *rank, inputs),
+                    View::from_f32(&b_transposed, *rank, columns),
+                )?;
+            }
+            Change::LowRank {
+                a, b, rank, scale, ..
+            } => {
                 let rows = weight.len() / columns.max(1);
                 matmul::nn(
                     ViewMut::from_f32(&mut delta, rows, columns),

@@ -11,7 +11,7 @@ mod shape;
 mod tests;
 mod trace;
 
-use super::{DecoderConfig, Keep};
+use super::{DecoderConfig, Keep, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
@@ -46,11 +46,16 @@ pub struct StepShape {
     heads: usize,
     /// Of each rope.
     rotary_dims: Vec<usize>,
+    /// Blocks of rows that the tables of angles have.
+    angle_variants: usize,
+    learned_positions: bool,
     vocabulary: usize,
     layers: Vec<LayerShape>,
     /// Columns of the statistics of the final norm.
     final_norm: usize,
     embedding: Method,
+    /// Whether anything before the layers is trained.
+    input_trained: bool,
     head_method: Method,
     on_gpu: bool,
     activations: DType,
@@ -112,7 +117,7 @@ impl StepShape {
         [weights, activations]: [DType; 2],
         workload: &Workload,
     ) -> Self {
-        let (layers, [embedding, head_method]) = shape::layers(config, attachments);
+        let (layers, [embedding, head_method, positions]) = shape::layers(config, attachments);
         let on_gpu = device.is_cuda();
         // As `Inputs` pads them.
         let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
@@ -122,10 +127,13 @@ impl StepShape {
             hidden: config.hidden_size,
             heads: config.heads,
             rotary_dims: config.ropes.iter().map(|rope| rope.rotary_dim).collect(),
+            angle_variants: angles::variants(&config.ropes),
+            learned_positions: config.modules.positions.is_some(),
             vocabulary: config.vocab_size,
             layers,
             final_norm: config.norm.statistics(),
             embedding,
+            input_trained: embedding != Method::Frozen || positions != Method::Frozen,
             head_method,
             on_gpu,
             activations,
@@ -264,7 +272,7 @@ impl StepShape {
 
     /// The first layer that backward reaches.
     fn first_reached(&self) -> usize {
-        if self.embedding != Method::Frozen {
+        if self.input_trained {
             return 0;
         }
         let trained = self.layers.iter().position(|layer| layer.trained);
@@ -279,7 +287,9 @@ impl StepShape {
 
     /// Scratch of the gradients of trained norms of q and k on a GPU: a sum per column of all heads.
     fn qk_norm_bytes(&self) -> u64 {
+        let per_head = |norms: &shape::QkNormShape| norms.over == QkNorm::PerHead;
         let norms = self.layers.iter().filter_map(|layer| layer.positioned);
+        let norms = norms.filter(per_head);
         let columns = norms.flat_map(|norms| norms.widths.into_iter().zip(norms.trained));
         let trained: BTreeSet<usize> = columns
             .filter_map(|(columns, trained)| (trained && self.on_gpu).then_some(columns))
@@ -297,7 +307,8 @@ impl StepShape {
     fn other_bytes(&self) -> u64 {
         // No position is beyond the longest document, which is no longer than a micro-batch.
         let positions = self.tokens.next_power_of_two() as u64;
-        let row = self.rotary_dims.iter().sum::<usize>() * DType::F32.bytes();
+        let columns = self.rotary_dims.iter().sum::<usize>() * self.angle_variants;
+        let row = columns * DType::F32.bytes();
         let angles = positions.saturating_mul(row as u64);
         let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
         let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };

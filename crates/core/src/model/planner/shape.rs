@@ -1,7 +1,7 @@
 //! Widths and attachments of the layers, which say what a step holds and computes.
 
 use crate::adapter::{Attachment, SiteId};
-use crate::model::{DecoderConfig, LayerPlan, ModelPlan};
+use crate::model::{DecoderConfig, LayerPlan, ModelPlan, QkNorm};
 use std::collections::BTreeMap;
 
 /// One decoder layer.
@@ -38,6 +38,7 @@ pub(super) struct QkNormShape {
     pub(super) heads: [usize; 2],
     /// Whether the norm of q, and of k, is trained.
     pub(super) trained: [bool; 2],
+    pub(super) over: QkNorm,
 }
 
 /// Linears over one input.
@@ -66,11 +67,12 @@ pub(super) enum Method {
     Custom,
 }
 
-/// The layers of `config` with `attachments`, and what stands at the embedding and at the head.
+/// The layers of `config` with `attachments`, and what stands at the embedding, at the head and at the
+/// table of positions.
 pub(super) fn layers(
     config: &DecoderConfig,
     attachments: &[(SiteId, Attachment)],
-) -> (Vec<LayerShape>, [Method; 2]) {
+) -> (Vec<LayerShape>, [Method; 3]) {
     let plan = ModelPlan::new(config);
     let mut methods: BTreeMap<SiteId, Method> = BTreeMap::new();
     for (site, attachment) in attachments {
@@ -87,7 +89,11 @@ pub(super) fn layers(
         .iter()
         .map(|l| layer(config, &plan, &methods, l));
     let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
-    (layers.collect(), [plan.embedding, plan.head].map(at))
+    let positions = plan.positions.map_or(Method::Frozen, at);
+    (
+        layers.collect(),
+        [at(plan.embedding), at(plan.head), positions],
+    )
 }
 
 fn method(attachment: &Attachment) -> Method {
@@ -130,11 +136,15 @@ fn layer(
     let [qkv, o, gate_up, down] = layer.groups().map(group);
     let in_linears = layer.groups().into_iter().flatten().any(is_trained);
     LayerShape {
-        positioned: layer.qk_norm.map(|norms| QkNormShape {
-            widths: [config.q_width(), config.kv_width()],
-            heads: [config.heads, config.kv_heads],
-            trained: norms.map(|id| is_trained(&id)),
-        }),
+        positioned: layer
+            .qk_norm
+            .zip(config.qk_norm)
+            .map(|(norms, over)| QkNormShape {
+                over,
+                widths: [config.q_width(), config.kv_width()],
+                heads: [config.heads, config.kv_heads],
+                trained: norms.map(|id| is_trained(&id)),
+            }),
         input_norm: statistics(layer.input_norm),
         mlp_norm: statistics(layer.mlp_norm),
         attention_norm: statistics(layer.attention_norm),

@@ -4,7 +4,7 @@
 use super::StepShape;
 use super::pool::{Pool, Slot, row_bytes};
 use super::shape::{GroupShape, LayerShape, Method, NormShape};
-use crate::model::Keep;
+use crate::model::{Keep, QkNorm};
 use ferrotune_kernels::{DType, Workspace};
 
 /// Bytes per row of the pool after a step.
@@ -32,6 +32,9 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     if let Method::LowRank { rank, .. } = shape.embedding {
         trace.pool.pass(shape.factors, trace.aligned(rank));
     }
+    if shape.learned_positions {
+        trace.pool.pass(act, width);
+    }
     let mut flow = trace.normed(stream, shape.norm_before(0));
     let reached = shape.first_reached();
     let mut saved = Vec::new();
@@ -57,7 +60,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let d_stream = trace.pool.take(act, width);
     trace.give_all([d_hidden, flow.stream].into_iter().chain(flow.statistics));
     while let Some((i, layer_saved)) = saved.pop() {
-        let needs_input = shape.embedding != Method::Frozen || i > reached;
+        let needs_input = shape.input_trained || i > reached;
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
     }
     if let Method::LowRank { rank, .. } = shape.embedding {
@@ -233,8 +236,13 @@ impl Trace<'_> {
 
     /// q and k with their norms and positions.
     fn positioned(&mut self, layer: &LayerShape) -> Option<Slot> {
-        let columns = layer.positioned.map(|norms| norms.widths.iter().sum());
-        columns.map(|columns| self.pool.take(self.shape.activations, columns))
+        let norms = layer.positioned?;
+        let columns = norms.widths.iter().sum();
+        let positioned = self.pool.take(self.shape.activations, columns);
+        if norms.over == QkNorm::Whole {
+            self.pool.pass(DType::F32, 1);
+        }
+        Some(positioned)
     }
 
     /// gate and up with their low-rank intermediates; gives the normed stream back.
@@ -298,17 +306,20 @@ impl Trace<'_> {
         self.give_all(saved.input);
     }
 
-    /// What the gradients of trained norms of q and k take.
+    /// What the backward of norms of q and k takes.
     fn position_backward(&mut self, layer: &LayerShape) {
-        let Some(norms) = layer.positioned.filter(|_| self.shape.on_gpu) else {
+        let Some(norms) = layer.positioned else {
             return;
         };
-        for (heads, _) in norms
-            .heads
-            .into_iter()
-            .zip(norms.trained)
-            .filter(|(_, t)| *t)
-        {
+        if norms.over == QkNorm::Whole {
+            let columns = norms.widths.iter().sum();
+            let buffers = [(); 2].map(|()| self.pool.take(self.shape.activations, columns));
+            self.pool.pass(DType::F32, 1);
+            self.give_all(buffers);
+            return;
+        }
+        let trained = norms.heads.into_iter().zip(norms.trained);
+        for (heads, _) in trained.filter(|(_, trained)| *trained && self.shape.on_gpu) {
             self.pool.pass(DType::F32, heads);
         }
     }

@@ -95,19 +95,22 @@ fn normal_share(x: f32) -> f32 {
     if x < 0.0 { tail } else { 1.0 - tail }
 }
 
-pub(super) fn forward<X: Element, Y: Element>(
+pub(super) fn forward_gated<X: Element, Y: Element>(
     activation: Activation,
     gate_up: Rows<'_, X>,
     out: RowsMut<'_, Y>,
 ) {
     match activation {
-        Activation::Silu => forward_of::<Silu, X, Y>(gate_up, out),
-        Activation::Gelu => forward_of::<Gelu, X, Y>(gate_up, out),
-        Activation::GeluTanh => forward_of::<GeluTanh, X, Y>(gate_up, out),
+        Activation::Silu => forward_gated_of::<Silu, X, Y>(gate_up, out),
+        Activation::Gelu => forward_gated_of::<Gelu, X, Y>(gate_up, out),
+        Activation::GeluTanh => forward_gated_of::<GeluTanh, X, Y>(gate_up, out),
     }
 }
 
-fn forward_of<A: Gate, X: Element, Y: Element>(gate_up: Rows<'_, X>, mut out: RowsMut<'_, Y>) {
+fn forward_gated_of<A: Gate, X: Element, Y: Element>(
+    gate_up: Rows<'_, X>,
+    mut out: RowsMut<'_, Y>,
+) {
     let step = rows_per_block(out.cols());
     blocks(&mut out).enumerate().for_each(|(block, mut out)| {
         dispatch(
@@ -124,19 +127,22 @@ fn forward_of<A: Gate, X: Element, Y: Element>(gate_up: Rows<'_, X>, mut out: Ro
     });
 }
 
-pub(super) fn backward_in_place<X: Element, G: Element>(
+pub(super) fn backward_gated_in_place<X: Element, G: Element>(
     activation: Activation,
     gate_up: RowsMut<'_, X>,
     d_out: Rows<'_, G>,
 ) {
     match activation {
-        Activation::Silu => backward_of::<Silu, X, G>(gate_up, d_out),
-        Activation::Gelu => backward_of::<Gelu, X, G>(gate_up, d_out),
-        Activation::GeluTanh => backward_of::<GeluTanh, X, G>(gate_up, d_out),
+        Activation::Silu => backward_gated_of::<Silu, X, G>(gate_up, d_out),
+        Activation::Gelu => backward_gated_of::<Gelu, X, G>(gate_up, d_out),
+        Activation::GeluTanh => backward_gated_of::<GeluTanh, X, G>(gate_up, d_out),
     }
 }
 
-fn backward_of<A: Gate, X: Element, G: Element>(mut gate_up: RowsMut<'_, X>, d_out: Rows<'_, G>) {
+fn backward_gated_of<A: Gate, X: Element, G: Element>(
+    mut gate_up: RowsMut<'_, X>,
+    d_out: Rows<'_, G>,
+) {
     let step = rows_per_block(gate_up.cols());
     blocks(&mut gate_up)
         .enumerate()
@@ -162,6 +168,63 @@ fn backward_row<A: Gate, X: Element, G: Element>(gate: &mut [X], up: &mut [X], d
         *gate = X::from_f32(d * u * slope);
         *up = X::from_f32(d * value);
     }
+}
+
+pub(super) fn forward<X: Element, Y: Element>(
+    activation: Activation,
+    x: Rows<'_, X>,
+    out: RowsMut<'_, Y>,
+) {
+    match activation {
+        Activation::Silu => forward_of::<Silu, X, Y>(x, out),
+        Activation::Gelu => forward_of::<Gelu, X, Y>(x, out),
+        Activation::GeluTanh => forward_of::<GeluTanh, X, Y>(x, out),
+    }
+}
+
+fn forward_of<A: Gate, X: Element, Y: Element>(x: Rows<'_, X>, mut out: RowsMut<'_, Y>) {
+    let step = rows_per_block(out.cols());
+    blocks(&mut out).enumerate().for_each(|(block, mut out)| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (t, out) in (block * step..).zip(out.rows()) {
+                    for (out, x) in out.iter_mut().zip(x.row(t)) {
+                        *out = Y::from_f32(A::value(x.to_f32()));
+                    }
+                }
+            },
+        );
+    });
+}
+
+pub(super) fn backward_in_place<X: Element, G: Element>(
+    activation: Activation,
+    x: RowsMut<'_, X>,
+    d_out: Rows<'_, G>,
+) {
+    match activation {
+        Activation::Silu => backward_of::<Silu, X, G>(x, d_out),
+        Activation::Gelu => backward_of::<Gelu, X, G>(x, d_out),
+        Activation::GeluTanh => backward_of::<GeluTanh, X, G>(x, d_out),
+    }
+}
+
+fn backward_of<A: Gate, X: Element, G: Element>(mut x: RowsMut<'_, X>, d_out: Rows<'_, G>) {
+    let step = rows_per_block(x.cols());
+    blocks(&mut x).enumerate().for_each(|(block, mut x)| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (t, x) in (block * step..).zip(x.rows()) {
+                    for (x, d_out) in x.iter_mut().zip(d_out.row(t)) {
+                        let [_, slope] = A::with_slope(x.to_f32());
+                        *x = X::from_f32(d_out.to_f32() * slope);
+                    }
+                }
+            },
+        );
+    });
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 use super::Activation::{Gelu, GeluTanh, Silu};
-use super::{backward_in_place, forward};
+use super::{backward_gated_in_place, backward_in_place, forward, forward_gated};
 use crate::test_support::DTYPES;
 use crate::twins::assert_cuda_matches;
 
@@ -16,10 +16,19 @@ fn matches_the_cpu() {
                 assert_cuda_matches(&what, |place| {
                     let mut gate_up = place.matrix(1, wide, x_dtype);
                     let mut out = place.poisoned(shape, y_dtype);
-                    forward(activation, gate_up.view(), out.view_mut()).unwrap();
+                    forward_gated(activation, gate_up.view(), out.view_mut()).unwrap();
                     let d_out = place.matrix(2, shape, y_dtype);
-                    backward_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
-                    vec![(y_dtype, out.values()), (x_dtype, gate_up.values())]
+                    backward_gated_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
+                    let mut x = place.matrix(3, shape, x_dtype);
+                    let mut plain = place.poisoned(shape, y_dtype);
+                    forward(activation, x.view(), plain.view_mut()).unwrap();
+                    backward_in_place(activation, x.view_mut(), d_out.view()).unwrap();
+                    vec![
+                        (y_dtype, out.values()),
+                        (x_dtype, gate_up.values()),
+                        (y_dtype, plain.values()),
+                        (x_dtype, x.values()),
+                    ]
                 });
             }
         }

@@ -1,8 +1,8 @@
 use super::Activation::{self, Gelu, GeluTanh, Silu};
-use super::{backward_in_place, forward};
+use super::{backward_gated_in_place, backward_in_place, forward, forward_gated};
 use crate::test_support::{
-    DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_on_any_thread_count, flat,
-    oracle_gradients, tolerance, var,
+    DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
+    flat, oracle_gradients, tolerance, var,
 };
 use crate::{DType, Tensor};
 use candle_core::Var;
@@ -45,10 +45,10 @@ fn check_against_candle(activation: Activation, [x_dtype, y_dtype]: [DType; 2], 
     let what = format!("{activation:?}: gate_up {x_dtype}, out {y_dtype}, {cols} columns");
 
     let mut out = Pitched::zeros(shape, y_dtype);
-    forward(activation, gate_up.view(), out.view_mut()).unwrap();
+    forward_gated(activation, gate_up.view(), out.view_mut()).unwrap();
     assert_close(&out.values(), &flat(&want), tolerance(y_dtype), &what);
 
-    backward_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
+    backward_gated_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
     assert_close(&gate_up.values(), &gradients[0], tolerance(x_dtype), &what);
 }
 
@@ -105,9 +105,9 @@ fn gelu_is_what_50_digits_give() {
         {
             let mut gate_up = Tensor::from_f32(vec![gate as f32, 1.0], 1, 2);
             let mut out = Tensor::zeros(DType::F32, 1, 1);
-            forward(activation, gate_up.view(), out.view_mut()).unwrap();
+            forward_gated(activation, gate_up.view(), out.view_mut()).unwrap();
             let one = Tensor::from_f32(vec![1.0], 1, 1);
-            backward_in_place(activation, gate_up.view_mut(), one.view()).unwrap();
+            backward_gated_in_place(activation, gate_up.view_mut(), one.view()).unwrap();
             let got = [out.to_f32_vec()[0], gate_up.to_f32_vec()[0]];
             for (got, want) in got.into_iter().zip([value, slope]) {
                 // Of the value itself: it keeps its digits in the tail, too.
@@ -128,7 +128,7 @@ fn large_gates_saturate_without_nan() {
     for activation in ACTIVATIONS {
         let mut gate_up = Tensor::from_f32(both.clone(), 1, 14);
         let mut out = Tensor::zeros(DType::F32, 1, 7);
-        forward(activation, gate_up.view(), out.view_mut()).unwrap();
+        forward_gated(activation, gate_up.view(), out.view_mut()).unwrap();
         for (out, gate) in out.to_f32_vec().iter().zip(gates) {
             assert!(
                 (out - 2.0 * gate.max(0.0)).abs() <= 1e-36,
@@ -136,7 +136,7 @@ fn large_gates_saturate_without_nan() {
             );
         }
         let d_out = Tensor::from_f32(vec![1.0; 7], 1, 7);
-        backward_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
+        backward_gated_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
         let d_gate = &gate_up.to_f32_vec()[..7];
         assert_close(d_gate, &[0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0], 1e-6, "d_gate");
     }
@@ -149,8 +149,8 @@ fn results_do_not_depend_on_the_thread_count() {
     assert_same_on_any_thread_count(|| {
         let mut gate_up = Pitched::normal(1, wide, DType::F32);
         let mut out = Pitched::zeros(shape, DType::F32);
-        forward(Gelu, gate_up.view(), out.view_mut()).unwrap();
-        backward_in_place(Gelu, gate_up.view_mut(), d_out.view()).unwrap();
+        forward_gated(Gelu, gate_up.view(), out.view_mut()).unwrap();
+        backward_gated_in_place(Gelu, gate_up.view_mut(), d_out.view()).unwrap();
         vec![out.values(), gate_up.values()]
     });
 }
@@ -161,8 +161,8 @@ fn no_rows_is_legal() {
         Tensor::zeros(DType::F32, 0, 8),
         Tensor::zeros(DType::Bf16, 0, 4),
     );
-    forward(Silu, wide.view(), out.view_mut()).unwrap();
-    backward_in_place(Silu, wide.view_mut(), out.view()).unwrap();
+    forward_gated(Silu, wide.view(), out.view_mut()).unwrap();
+    backward_gated_in_place(Silu, wide.view_mut(), out.view()).unwrap();
 }
 
 #[test]
@@ -171,14 +171,49 @@ fn wrong_shapes_are_refused() {
         Tensor::zeros(DType::F32, 2, 7),
         Tensor::zeros(DType::F32, 2, 4),
     );
-    let message = forward(Silu, wide.view(), out.view_mut())
+    let message = forward_gated(Silu, wide.view(), out.view_mut())
         .unwrap_err()
         .to_string();
     assert_eq!(
         message,
-        "gated_activation::forward: gate_up is [2, 7] [rows, columns], expected [2, 8]"
+        "activation::forward_gated: gate_up is [2, 7] [rows, columns], expected [2, 8]"
     );
-    assert!(backward_in_place(Silu, wide.view_mut(), out.view()).is_err());
+    assert!(backward_gated_in_place(Silu, wide.view_mut(), out.view()).is_err());
     let taller = Tensor::zeros(DType::F32, 3, 8);
-    assert!(forward(Silu, taller.view(), out.view_mut()).is_err());
+    assert!(forward_gated(Silu, taller.view(), out.view_mut()).is_err());
+    assert!(forward(Silu, wide.view(), out.view_mut()).is_err());
+    assert!(backward_in_place(Silu, wide.view_mut(), out.view()).is_err());
+}
+
+#[test]
+fn a_plain_activation_is_one_whose_gate_lets_everything_through() {
+    for (x_dtype, y_dtype) in DTYPES.into_iter().flat_map(|x| DTYPES.map(|y| (x, y))) {
+        for (activation, cols) in ACTIVATIONS
+            .into_iter()
+            .flat_map(|a| ODD_COLUMNS.map(|cols| (a, cols)))
+        {
+            let shape = [ROWS, cols];
+            let mut x = Pitched::normal(1, shape, x_dtype);
+            let d_out = Pitched::normal(2, shape, y_dtype);
+            let rows = x.values();
+            let ones = rows
+                .chunks(cols)
+                .flat_map(|row| [row, &vec![1.0; cols][..]].concat());
+            let mut gate_up = Pitched::new(&ones.collect::<Vec<_>>(), [ROWS, 2 * cols], x_dtype);
+            let (mut out, mut gated) = (
+                Pitched::zeros(shape, y_dtype),
+                Pitched::zeros(shape, y_dtype),
+            );
+            forward(activation, x.view(), out.view_mut()).unwrap();
+            forward_gated(activation, gate_up.view(), gated.view_mut()).unwrap();
+            let what = format!("{activation:?}: x {x_dtype}, out {y_dtype}, {cols} columns");
+            assert_same_bits(&out.values(), &gated.values(), &what);
+            backward_in_place(activation, x.view_mut(), d_out.view()).unwrap();
+            backward_gated_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
+            let d_gate = gate_up.values();
+            let d_gate = d_gate.chunks(2 * cols).flat_map(|row| &row[..cols]);
+            let d_gate: Vec<f32> = d_gate.copied().collect();
+            assert_same_bits(&x.values(), &d_gate, &what);
+        }
+    }
 }

@@ -1,0 +1,81 @@
+//! GPT-2: learned positions, LayerNorm, an mlp without a gate, one projection to q, k and v, and linears
+//! stored as `[in, out]`.
+
+use crate::Result;
+use crate::model::{
+    DecoderConfig, HfConfig, ModuleNames, NormKind, activation, nearest_divisor, norm_eps,
+};
+use serde_json::json;
+
+const MODULES: ModuleNames = ModuleNames {
+    embedding: "transformer.wte",
+    positions: Some("transformer.wpe"),
+    layers: "transformer.h",
+    input_norm: Some("ln_1"),
+    qkv: &["attn.c_attn"],
+    qk_norm: ["", ""],
+    o: "attn.c_proj",
+    attention_norm: None,
+    mlp_norm: Some("ln_2"),
+    gate_up: &["mlp.c_fc"],
+    down: "mlp.c_proj",
+    mlp_output_norm: None,
+    norm: "transformer.ln_f",
+    head: "lm_head",
+};
+
+pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    config.require_false("add_cross_attention")?;
+    config.require_false("scale_attn_by_inverse_layer_idx")?;
+    warn_of_dropout(config)?;
+    let common = DecoderConfig::without_rope(&renamed(config)?)?;
+    Ok(DecoderConfig {
+        modules: MODULES,
+        activation: activation(config, "activation_function", "gelu_new")?,
+        gated_mlp: false,
+        norm: NormKind::Layer,
+        norm_eps: norm_eps(config, "layer_norm_epsilon", 1e-5)?,
+        attention_scale: match config.flag_or("scale_attn_weights", true)? {
+            true => common.attention_scale,
+            false => 1.0,
+        },
+        qkv_bias: true,
+        o_bias: true,
+        mlp_bias: true,
+        stored_transposed: true,
+        tie_word_embeddings: config.flag_or("tie_word_embeddings", true)?,
+        ..common
+    })
+}
+
+/// The same under the names that others give these keys.
+fn renamed(config: &HfConfig) -> Result<HfConfig> {
+    let hidden = config.size_or("n_embd", Some(768))?;
+    let heads = config.size_or("n_head", Some(12))?;
+    if !hidden.is_multiple_of(heads) {
+        let message = format!(
+            "is {heads}, which does not divide n_embd {hidden}; {}",
+            nearest_divisor(heads, hidden)
+        );
+        return Err(config.error("n_head", message));
+    }
+    Ok(config.with_defaults(&json!({
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": config.size_or("n_layer", Some(12))?,
+        "intermediate_size": config.size_or("n_inner", Some(4 * hidden))?,
+        "max_position_embeddings": config.size_or("n_positions", Some(1024))?,
+        "vocab_size": 50257,
+    })))
+}
+
+/// Dropout of the base itself, in which Transformers would train it.
+fn warn_of_dropout(config: &HfConfig) -> Result<()> {
+    for key in ["resid_pdrop", "embd_pdrop", "attn_pdrop"] {
+        let p = config.number_or(key, 0.1)?;
+        if p != 0.0 {
+            tracing::warn!("{key} of the base is {p} and is ignored: only adapters have dropout");
+        }
+    }
+    Ok(())
+}

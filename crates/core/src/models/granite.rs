@@ -1,0 +1,22 @@
+//! Granite: factors of embeddings, scores, what blocks add, and logits.
+
+use crate::Result;
+use crate::model::{DecoderConfig, EmbeddingScale, HfConfig};
+
+pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let attention_bias = config.flag_or("attention_bias", false)?;
+    let factor = |key| -> Result<f32> { Ok(config.positive(key)?.unwrap_or(1.0) as f32) };
+    Ok(DecoderConfig {
+        qkv_bias: attention_bias,
+        o_bias: attention_bias,
+        mlp_bias: config.flag_or("mlp_bias", false)?,
+        attention_scale: factor("attention_multiplier")?,
+        embedding_scale: Some(EmbeddingScale {
+            factor: factor("embedding_multiplier")?,
+            rounded: false,
+        }),
+        residual_scale: factor("residual_multiplier")?,
+        logits_scale: factor("logits_scaling")?.recip(),
+        ..DecoderConfig::common(config)?
+    })
+}

@@ -1,0 +1,201 @@
+//! What a config says wrongly is named: file, key, value, and what would do.
+
+use super::architecture;
+use crate::model::{DecoderConfig, HfConfig, RopeScaling};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// A config of `model_type` with keys on top.
+fn config(model_type: &str, keys: &Value) -> HfConfig {
+    let config = json!({
+        "model_type": model_type,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 99,
+        "max_position_embeddings": 128,
+    });
+    let read = |value| HfConfig::from_value(Path::new("config.json"), value).expect("an object");
+    read(keys.clone()).with_defaults(&config)
+}
+
+#[track_caller]
+fn decoder(model_type: &str, keys: &Value) -> DecoderConfig {
+    DecoderConfig::from_hf(&config(model_type, keys)).expect("a valid config")
+}
+
+/// The message names the file and holds each of `parts`.
+#[track_caller]
+fn assert_refused(model_type: &str, keys: &Value, parts: &[&str]) {
+    let refused = DecoderConfig::from_hf(&config(model_type, keys));
+    let message = refused.expect_err("must be refused").to_string();
+    for part in [&["config.json"], parts].concat() {
+        assert!(message.contains(part), "`{part}` is not in: {message}");
+    }
+}
+
+#[test]
+fn an_unknown_model_type_is_refused_with_the_nearest() {
+    let parts = [
+        "model_type",
+        "`gemma2_text`",
+        "did you mean `gemma",
+        "gpt2",
+        "olmo2",
+    ];
+    assert_refused("gemma2_text", &json!({}), &parts);
+}
+
+#[test]
+fn heads_that_do_not_divide_are_refused_with_the_nearest_that_do() {
+    let parts = [
+        "num_key_value_heads",
+        "is 3",
+        "num_attention_heads 4",
+        "2 or 4",
+    ];
+    assert_refused("olmo2", &json!({"num_key_value_heads": 3}), &parts);
+    let keys = json!({"num_attention_heads": 5, "head_dim": null});
+    let parts = ["num_attention_heads", "is 5", "hidden_size 32", "4 or 8"];
+    assert_refused("llama", &keys, &parts);
+    let keys = json!({"n_embd": 32, "n_head": 5});
+    assert_refused("gpt2", &keys, &["n_head", "is 5", "n_embd 32", "4 or 8"]);
+}
+
+#[test]
+fn an_unknown_rope_type_is_refused_with_the_nearest() {
+    let keys = json!({"rope_parameters": {"rope_type": "longropes"}});
+    let parts = [
+        "rope_parameters.rope_type",
+        "`longropes`",
+        "did you mean `longrope`",
+    ];
+    assert_refused("phi3", &keys, &parts);
+    let nested = json!({"rope_parameters": {"full_attention": {"rope_type": "liner"}}});
+    let parts = [
+        "rope_parameters.full_attention.rope_type",
+        "`liner`",
+        "`linear`",
+    ];
+    assert_refused("gemma3_text", &nested, &parts);
+}
+
+#[test]
+fn divisors_of_longrope_are_one_per_pair() {
+    let rope = |short: Value| {
+        let scaling =
+            json!({"type": "longrope", "short_factor": short, "long_factor": vec![1.0; 8]});
+        json!({"rope_scaling": scaling})
+    };
+    let refused = |short, parts: &[&str]| assert_refused("phi3", &rope(short), parts);
+    let key = "rope_scaling.short_factor";
+    refused(json!(vec![1.0; 7]), &[key, "has 7", "expected 8 numbers"]);
+    refused(json!(null), &[key, "expected 8 numbers"]);
+    refused(json!(["1"]), &[key, "[\"1\"]", "expected 8 numbers"]);
+    refused(json!(vec![0.0; 8]), &[key, "above 0"]);
+    decoder("phi3", &rope(json!(vec![1.0; 8])));
+}
+
+#[test]
+fn heads_rotate_by_a_share_of_at_most_one() {
+    let keys = json!({"partial_rotary_factor": 1.5});
+    assert_refused(
+        "phi3",
+        &keys,
+        &["partial_rotary_factor", "1.5", "at most 1"],
+    );
+    let half = json!({"rope_parameters": {"partial_rotary_factor": 0.5}});
+    assert_eq!(decoder("phi3", &half).ropes[0].rotary_dim, 8);
+}
+
+#[test]
+fn flags_for_what_is_not_computed_are_refused() {
+    for (model_type, key) in [
+        ("gemma", "use_bidirectional_attention"),
+        ("gemma3_text", "use_bidirectional_attention"),
+        ("gpt2", "add_cross_attention"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx"),
+    ] {
+        let parts = [key, "true", "expected false"];
+        assert_refused(model_type, &json!({key: true}), &parts);
+        decoder(model_type, &json!({key: false}));
+    }
+}
+
+#[test]
+fn bounds_and_factors_are_above_zero() {
+    let keys = json!({"attn_logit_softcapping": -1});
+    assert_refused(
+        "gemma2",
+        &keys,
+        &["attn_logit_softcapping", "-1", "above 0"],
+    );
+    let keys = json!({"query_pre_attn_scalar": 0});
+    assert_refused("gemma3_text", &keys, &["query_pre_attn_scalar", "above 0"]);
+}
+
+#[test]
+fn activations_are_named_by_their_own_key() {
+    for (model_type, key) in [
+        ("gemma", "hidden_act"),
+        ("gemma2", "hidden_activation"),
+        ("gpt2", "activation_function"),
+    ] {
+        let parts = [key, "`gelu_neww`", "did you mean `gelu_new`"];
+        assert_refused(model_type, &json!({key: "gelu_neww"}), &parts);
+    }
+}
+
+#[test]
+fn what_a_config_leaves_out_is_what_its_class_has() {
+    let gemma2 = decoder("gemma2", &json!({}));
+    assert_eq!(gemma2.attention_softcap, Some(50.0));
+    assert_eq!(gemma2.sliding_windows, [Some(4096), None, Some(4096), None]);
+    let none = json!({"final_logit_softcapping": null, "sliding_window": null});
+    let gemma2 = decoder("gemma2", &none);
+    assert_eq!(gemma2.logits_softcap, None);
+    assert_eq!(gemma2.sliding_windows, [None; 4]);
+    let gemma3 = decoder("gemma3_text", &json!({"sliding_window_pattern": 2}));
+    assert_eq!(gemma3.layer_ropes, [Some(1), Some(0), Some(1), Some(0)]);
+    assert_eq!([gemma3.ropes[0].theta, gemma3.ropes[1].theta], [1e6, 1e4]);
+    let gpt2 = decoder(
+        "gpt2",
+        &json!({"n_embd": 32, "n_head": 4, "head_dim": null}),
+    );
+    assert_eq!([gpt2.head_dim, gpt2.intermediate_size], [8, 64]);
+    assert!(gpt2.tie_word_embeddings && gpt2.ropes.is_empty());
+}
+
+#[test]
+fn older_names_of_longrope_are_known() {
+    let keys = json!({
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "su", "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8]},
+    });
+    let rope = &decoder("phi3", &keys).ropes[0];
+    let RopeScaling::LongRope {
+        original_max_position,
+        ..
+    } = rope.scaling
+    else {
+        panic!("{rope:?} is no longrope");
+    };
+    assert_eq!(original_max_position, 32.0);
+    assert_eq!([rope.variant(32), rope.variant(33)], [0, 1]);
+    let [short, long] = [32, 33].map(|length| rope.inverse_frequencies(length));
+    assert!(short.iter().zip(&long).all(|(s, l)| *s == 2.0 * l));
+    // sqrt(1 + ln 4 / ln 32)
+    assert!((rope.attention_factor() - 1.4_f64.sqrt()).abs() < 1e-12);
+}
+
+#[test]
+fn every_architecture_is_found_by_its_name() {
+    for (name, _) in super::ARCHITECTURES {
+        let config = config(name, &json!({}));
+        assert!(super::is_known(&config));
+        assert_eq!(architecture(&config).expect("valid").model_type, *name);
+    }
+}

@@ -1,0 +1,126 @@
+//! The activations of MLPs, gated (SwiGLU and GeGLU) and plain.
+//!
+//! ```text
+//! out    = act(gate) * up             out = act(x)
+//! d_gate = d_out * up * act'(gate)    dx  = d_out * act'(x)
+//! d_up   = d_out * act(gate)
+//!
+//! act(g) = g * p(g),  act'(g) = p(g) + g * p'(g)
+//! silu       p(g) = s(g),       p'(g) = s(g) (1 - s(g)),  s(x) = 1 / (1 + e^-x)
+//! gelu       p(g) = (1 + erf(g / sqrt 2)) / 2,  p'(g) = e^(-g^2 / 2) / sqrt(2 pi)
+//! gelu tanh  p(g) = (1 + tanh u) / 2 = s(2 u),  u(g) = sqrt(2 / pi) (g + 0.044715 g^3)
+//! ```
+//!
+//! Gate and up are the left and right halves of one matrix `[T, 2F]`, as one GEMM writes them.
+//! Data is f32 or bf16, each argument its own; arithmetic is f32.
+//!
+//! # Source
+//! Shazeer: "GLU Variants Improve Transformer" (2020), SwiGLU and GEGLU without bias; Hendrycks, Gimpel:
+//! "Gaussian Error Linear Units" (2016), with its approximation by tanh.
+
+mod cpu;
+pub(crate) mod cuda;
+#[cfg(test)]
+mod cuda_tests;
+#[cfg(test)]
+mod tests;
+
+use crate::device::common;
+use crate::error::check_shape;
+use crate::row_blocks::{typed, typed_mut};
+use crate::tensor::with_dtype;
+use crate::{Result, View, ViewMut};
+
+/// What is applied to the gate, or to all there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `g / (1 + e^-g)`; with a gate, SwiGLU.
+    Silu,
+    /// `g` times the normal distribution's share below `g`; with a gate, GeGLU.
+    Gelu,
+    /// The approximation of it by tanh.
+    GeluTanh,
+}
+
+/// Writes `act(gate) * up` of `gate_up [T, 2F]` (gate, then up) to `out [T, F]`.
+///
+/// # Errors
+/// If `gate_up` has not as many rows as `out` and twice its columns.
+pub fn forward_gated(activation: Activation, gate_up: View<'_>, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "activation::forward_gated";
+    let expected = [out.rows(), 2 * out.cols()];
+    check_shape(OP, "gate_up", expected, gate_up.shape())?;
+    if let Some(device) = common(OP, &[gate_up.device(), out.device()])? {
+        return cuda::launch(
+            device,
+            "gated",
+            "forward",
+            activation,
+            [gate_up, out.as_view()],
+        );
+    }
+    with_dtype!(gate_up.dtype(), X => with_dtype!(out.dtype(), Y =>
+        cpu::forward_gated::<X, Y>(activation, typed(gate_up), typed_mut(out))
+    ));
+    Ok(())
+}
+
+/// Replaces the values of `gate_up [T, 2F]` by their gradients, given `d_out [T, F]`.
+///
+/// # Errors
+/// If `gate_up` has not as many rows as `d_out` and twice its columns.
+pub fn backward_gated_in_place(
+    activation: Activation,
+    gate_up: ViewMut<'_>,
+    d_out: View<'_>,
+) -> Result<()> {
+    const OP: &str = "activation::backward_gated_in_place";
+    let expected = [d_out.rows(), 2 * d_out.cols()];
+    check_shape(OP, "gate_up", expected, gate_up.shape())?;
+    if let Some(device) = common(OP, &[gate_up.device(), d_out.device()])? {
+        return cuda::launch(
+            device,
+            "gated",
+            "backward_in_place",
+            activation,
+            [gate_up.as_view(), d_out],
+        );
+    }
+    with_dtype!(gate_up.dtype(), X => with_dtype!(d_out.dtype(), G =>
+        cpu::backward_gated_in_place::<X, G>(activation, typed_mut(gate_up), typed(d_out))
+    ));
+    Ok(())
+}
+
+/// Writes `act(x)` of `x [T, F]` to `out [T, F]`.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn forward(activation: Activation, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "activation::forward";
+    check_shape(OP, "out", x.shape(), out.shape())?;
+    if let Some(device) = common(OP, &[x.device(), out.device()])? {
+        return cuda::launch(device, "plain", "forward", activation, [x, out.as_view()]);
+    }
+    with_dtype!(x.dtype(), X => with_dtype!(out.dtype(), Y =>
+        cpu::forward::<X, Y>(activation, typed(x), typed_mut(out))
+    ));
+    Ok(())
+}
+
+/// Replaces the values of `x [T, F]` by their gradients, given `d_out [T, F]`.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn backward_in_place(activation: Activation, x: ViewMut<'_>, d_out: View<'_>) -> Result<()> {
+    const OP: &str = "activation::backward_in_place";
+    check_shape(OP, "d_out", x.shape(), d_out.shape())?;
+    if let Some(device) = common(OP, &[x.device(), d_out.device()])? {
+        let matrices = [x.as_view(), d_out];
+        return cuda::launch(device, "plain", "backward_in_place", activation, matrices);
+    }
+    with_dtype!(x.dtype(), X => with_dtype!(d_out.dtype(), G =>
+        cpu::backward_in_place::<X, G>(activation, typed_mut(x), typed(d_out))
+    ));
+    Ok(())
+}
