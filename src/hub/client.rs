@@ -152,7 +152,7 @@ impl<'a> Client<'a> {
         for _ in 1..TRIES {
             match self.ask_once(url, &mut read) {
                 Err(Fault::Transient(reason)) => {
-                    tracing::info!("asking again in {wait:?}: {reason}")
+                    tracing::info!("asking again in {wait:?}: {reason}");
                 }
                 answer => return answer,
             }

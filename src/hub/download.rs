@@ -38,7 +38,7 @@ pub(super) fn snapshot(
         Ok(listing) => listing,
         Err(Fault::Transient(reason)) => {
             let Some(path) = cache.snapshot(&repository.revision) else {
-                return Err(transient(reason));
+                return Err(transient(&reason));
             };
             tracing::warn!(
                 "{reason}; going on with {}, as it was fetched before",
@@ -127,7 +127,7 @@ fn wanted<'l>(repository: &Repository, listing: &'l Listing, key: &str) -> Resul
     ))
 }
 
-fn transient(reason: String) -> Error {
+fn transient(reason: &str) -> Error {
     Error::Transient {
         message: format!("the hub cannot be reached: {reason}"),
     }
@@ -135,7 +135,7 @@ fn transient(reason: String) -> Error {
 
 fn explain(fault: Fault, repository: &Repository, key: &str) -> Error {
     match fault {
-        Fault::Transient(reason) => transient(reason),
+        Fault::Transient(reason) => transient(&reason),
         Fault::Refused(reason) => Error::config(
             key,
             format!("`{repository}` is no directory here and cannot be had from the hub: {reason}"),

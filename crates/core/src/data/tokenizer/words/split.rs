@@ -197,10 +197,11 @@ fn means_the_same(pattern: &str) -> bool {
             '[' => depth += 1,
             ']' if depth > 0 => depth -= 1,
             _ if depth > 0 => {}
-            '(' if rest.starts_with("(?") => {
-                if !rest.starts_with("(?:") && !rest.starts_with("(?i:") {
-                    return false;
-                }
+            '(' if rest.starts_with("(?")
+                && !rest.starts_with("(?:")
+                && !rest.starts_with("(?i:") =>
+            {
+                return false;
             }
             '*' | '+' | '?' | '}' if rest[1..].starts_with('+') => return false,
             '{' if rest[1..].starts_with(',') => return false,
