@@ -149,7 +149,7 @@ impl<M: Method> Adapter for MethodAdapter<M> {
             .flat_map(|attached| &attached.sites)
         {
             let weight = base.read(site.id)?;
-            let values = self.method.from_base(site, weight.view())?;
+            let values = self.method.base_values(site, weight.view())?;
             for (spec, values) in self.method.tensors(site)?.iter().zip(values) {
                 let id = params
                     .layout()

@@ -104,14 +104,14 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
     /// How the tensor called `name` starts; `name` ends as its [`TensorSpec`] says.
     fn init(&self, name: &str, shape: &[usize]) -> Init;
 
-    /// Whether [`Method::from_base`] has something to say.
+    /// Whether [`Method::base_values`] has something to say.
     fn uses_base(&self) -> bool {
         false
     }
 
     /// Values that follow from W `[out, in]` of the base at `site`: one list per tensor of
     /// [`Method::tensors`], `None` for those that keep their start.
-    fn from_base(&self, site: &Site, weight: View<'_>) -> Result<Vec<Option<Vec<f32>>>> {
+    fn base_values(&self, site: &Site, weight: View<'_>) -> Result<Vec<Option<Vec<f32>>>> {
         let _ = (site, weight);
         Ok(Vec::new())
     }

@@ -84,7 +84,7 @@ impl Method for Delora {
         true
     }
 
-    fn from_base(&self, site: &Site, weight: View<'_>) -> Result<Vec<Option<Vec<f32>>>> {
+    fn base_values(&self, site: &Site, weight: View<'_>) -> Result<Vec<Option<Vec<f32>>>> {
         let lambda = self.lambda.of(&site.name)? as f32;
         let mut squares = vec![0.0_f64; weight.cols()];
         for row in elements(weight).chunks_exact(weight.cols()) {
