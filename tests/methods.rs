@@ -143,7 +143,6 @@ fn batch() -> PackedBatch {
             Example {
                 labels: ids.iter().map(|&id| id as i32).collect(),
                 input_ids: ids,
-                ..Example::default()
             }
         })
         .into();
@@ -192,7 +191,7 @@ fn relative_error(a: &[f32], b: &[f32]) -> f64 {
 
 fn trainer(keys: &Value) -> Trainer {
     let config = DecoderConfig::open(&base()).expect("a config");
-    let files = ModelFiles::open(&base()).expect("weights");
+    let files = ModelFiles::open(base()).expect("weights");
     let options = TrainerOptions::default();
     Trainer::new(&config, &files, adapter(keys), Box::new(Solo), options).expect("fits")
 }
