@@ -82,7 +82,7 @@ fn wrong_types_and_values_name_key_and_expectation() {
             "list of token ids",
         ),
         ("task_type", json!("CAUSAL_LN"), "did you mean `CAUSAL_LM`"),
-        ("peft_type", json!("IA3"), "not supported yet"),
+        ("peft_type", json!("XLORA"), "not supported yet"),
         ("peft_type", json!("LORE"), "did you mean `LORA`"),
         ("peft_type", json!(null), "no `peft_type`"),
     ] {
