@@ -3,8 +3,8 @@
 //! PEFT loads them into the base. Where they are the base's own values, that changes nothing; where the
 //! adapter was trained on another table, as after a resize, its base here would be the wrong one.
 
+use crate::files::Weights;
 use crate::lora::names::{self, Part};
-use crate::lora::open_weights;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::{Error, Result};
 use std::path::Path;
@@ -14,7 +14,7 @@ use std::path::Path;
 /// # Errors
 /// [`Error::Adapter`] naming the tensor; [`Error::Read`].
 pub fn check(directory: &Path, base: &ModelFiles) -> Result<()> {
-    let weights = open_weights(directory)?;
+    let weights = Weights::open(directory)?;
     for name in weights.file.names() {
         let Some((module, Part::AdaptedWeight)) = names::parse(name) else {
             continue;

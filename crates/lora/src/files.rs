@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// Configuration of an adapter.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 /// Tensors of an adapter.
-pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Tensors of an adapter as a pickle, which is never read.
 const PICKLE_FILE: &str = "adapter_model.bin";
 
@@ -18,10 +18,18 @@ pub(crate) fn write(
     tensors: &BTreeMap<String, TensorData<'_>>,
     config: &str,
 ) -> Result<()> {
+    write_tensors(directory, tensors)?;
+    io::write_file(&directory.join(CONFIG_FILE), config.as_bytes())
+}
+
+/// Writes the weights file, and the directory where there is none.
+pub(crate) fn write_tensors(
+    directory: &Path,
+    tensors: &BTreeMap<String, TensorData<'_>>,
+) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    io::write_safetensors(&directory.join(WEIGHTS_FILE), tensors, &metadata)?;
-    io::write_file(&directory.join(CONFIG_FILE), config.as_bytes())
+    io::write_safetensors(&directory.join(WEIGHTS_FILE), tensors, &metadata)
 }
 
 /// The weights file, open.

@@ -6,8 +6,9 @@
 //! `TRAINABLE_TOKENS`.
 
 use crate::PeftConfig;
+use crate::files::CONFIG_FILE;
 use crate::lora::names::{self, Part};
-use crate::lora::{CONFIG_FILE, LoraConfig, TokenIndices, read_tensors, tokens, write_tensors};
+use crate::lora::{LoraConfig, TokenIndices, read_tensors, tokens, write_tensors};
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId, SiteKind};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};

@@ -2,7 +2,8 @@
 
 mod absent;
 
-use crate::lora::{CONFIG_FILE, LoraAdapter, LoraConfig};
+use crate::files::CONFIG_FILE;
+use crate::lora::{LoraAdapter, LoraConfig};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
 use crate::parts::{PartsAdapter, PartsConfig};

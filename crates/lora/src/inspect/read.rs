@@ -1,8 +1,8 @@
 //! The files of an adapter, whatever the values are: what is not finite is a finding here, not an error.
 
 use crate::LoraConfig;
+use crate::files::{CONFIG_FILE, Weights};
 use crate::lora::names::{self, Part};
-use crate::lora::{CONFIG_FILE, open_weights};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ impl Adapter {
             .map_err(|error| Error::adapter(&path, format!("is no JSON object: {error}")))?;
         let peft_type = config.get("peft_type").and_then(Value::as_str);
         let peft_type = peft_type.unwrap_or_default().to_owned();
-        let weights = open_weights(directory)?;
+        let weights = Weights::open(directory)?;
         let mut tensors = BTreeMap::new();
         for name in weights.file.names() {
             let shape = weights.file.meta(name).map(|meta| meta.shape.clone());

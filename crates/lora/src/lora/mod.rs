@@ -21,7 +21,7 @@ mod tests;
 pub(crate) mod tokens;
 
 pub use config::{InitLoraWeights, LoraBias, LoraConfig};
-pub(crate) use files::{CONFIG_FILE, open_weights, read_tensors, write_tensors};
+pub(crate) use files::{read_tensors, write_tensors};
 pub use tokens::TokenIndices;
 
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};

@@ -1,6 +1,6 @@
 //! What to say about a directory that holds no adapter.
 
-use crate::lora::CONFIG_FILE;
+use crate::files::CONFIG_FILE;
 use ferrotune_core::{Error, checkpoint};
 use std::path::Path;
 
