@@ -7,12 +7,12 @@
 //! Liu et al.: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (2023); PEFT's
 //! `tuners/boft`, which has more than one factor with its CUDA extension only.
 
-use super::cayley::Rotation;
+use super::cayley::{Rotation, blocks};
 use super::matrix::{elements, tn, update};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
 
@@ -28,25 +28,11 @@ pub(crate) struct Boft {
 impl Boft {
     /// Size and number of blocks.
     fn blocks(&self, site: &Site) -> Result<[usize; 2]> {
-        let inputs = site.in_features;
-        let by_size = self.block_size > 0;
-        let (key, given) = if by_size {
-            ("boft_block_size", self.block_size)
-        } else {
-            ("boft_block_num", self.block_num)
-        };
-        if given > inputs || !inputs.is_multiple_of(given) {
-            let message = format!(
-                "is {given}, but `{}` has {inputs} inputs, which it must divide",
-                site.name
-            );
-            return Err(Error::config(key, message));
-        }
-        Ok(if by_size {
-            [given, inputs / given]
-        } else {
-            [inputs / given, given]
-        })
+        blocks(
+            site,
+            ("boft_block_size", self.block_size),
+            ("boft_block_num", self.block_num),
+        )
     }
 }
 

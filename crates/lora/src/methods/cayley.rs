@@ -1,5 +1,35 @@
 //! Rotations made of skew-symmetric matrices, and their gradients, in f64: blocks are small.
 
+use ferrotune_core::adapter::Site;
+use ferrotune_core::{Error, Result};
+
+/// Size and number of the blocks that inputs are rotated in: one of them is given, with its key, the
+/// other is 0.
+///
+/// # Errors
+/// [`Error::Config`] if it does not divide the inputs of `site`.
+pub(super) fn blocks(
+    site: &Site,
+    size: (&'static str, usize),
+    number: (&'static str, usize),
+) -> Result<[usize; 2]> {
+    let inputs = site.in_features;
+    let (key, given) = if size.1 > 0 { size } else { number };
+    if given > inputs || !inputs.is_multiple_of(given) {
+        let message = format!(
+            "is {given}, but `{}` has {inputs} inputs, which it must divide",
+            site.name
+        );
+        return Err(Error::config(key, message));
+    }
+    let other = inputs / given;
+    Ok(if size.1 > 0 {
+        [given, other]
+    } else {
+        [other, given]
+    })
+}
+
 /// A square matrix, row by row.
 pub(super) type Square = Vec<f64>;
 

@@ -7,12 +7,12 @@
 //! Qiu et al.: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (2023) and "Orthogonal
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
-use super::cayley::Rotation;
+use super::cayley::{Rotation, blocks};
 use super::matrix::tn;
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
 
@@ -34,25 +34,7 @@ pub(crate) struct Oft {
 impl Oft {
     /// Size and number of blocks.
     fn blocks(&self, site: &Site) -> Result<[usize; 2]> {
-        let inputs = site.in_features;
-        let (key, given) = if self.block_size > 0 {
-            ("oft_block_size", self.block_size)
-        } else {
-            ("r", self.rank)
-        };
-        if given > inputs || !inputs.is_multiple_of(given) {
-            let message = format!(
-                "is {given}, but `{}` has {inputs} inputs, which it must divide",
-                site.name
-            );
-            return Err(Error::config(key, message));
-        }
-        let other = inputs / given;
-        Ok(if self.block_size > 0 {
-            [given, other]
-        } else {
-            [other, given]
-        })
+        blocks(site, ("oft_block_size", self.block_size), ("r", self.rank))
     }
 }
 
