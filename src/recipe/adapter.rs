@@ -22,16 +22,19 @@ pub fn adapter_of(
     if !config.lora.use_peft {
         return Ok(Box::new(FullFineTuning));
     }
-    if let Some(keys) = &config.lora.peft_config {
-        let object = keys.clone().into_iter().collect();
-        let method = PeftConfig::from_config("peft_config", &object)?.for_base(base);
-        return method
-            .into_adapter(&decoder.model_type)
-            .map_err(|e| in_peft_config(config, e));
-    }
-    let lora = lora_config(config, base)?;
-    let adapter = LoraAdapter::new(lora, &decoder.model_type);
-    let adapter = Box::new(adapter.map_err(|e| in_trl_names(config, e))?);
+    let adapter: Box<dyn Adapter> = match &config.lora.peft_config {
+        Some(keys) => {
+            require_no_lora_keys(config)?;
+            let object = keys.clone().into_iter().collect();
+            let method = PeftConfig::from_config(PEFT_CONFIG, &object)?.for_base(base);
+            let adapter = method.into_adapter(&decoder.model_type);
+            adapter.map_err(|e| in_its_names(config, e))?
+        }
+        None => {
+            let adapter = LoraAdapter::new(lora_config(config, base)?, &decoder.model_type);
+            Box::new(adapter.map_err(|e| in_its_names(config, e))?)
+        }
+    };
     Ok(match config.optimizer.loraplus_lr_ratio {
         Some(ratio) => {
             let optimizer = &config.optimizer;
@@ -55,7 +58,7 @@ pub(super) fn attach(
     let mut builder = ParamLayoutBuilder::new();
     let attachments = adapter_of(config, base, decoder)?
         .attach(&sites, &mut builder)
-        .map_err(|e| in_trl_names(config, e))?;
+        .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
     Ok(Attached {
         trainable: builder.build()?.trainable(),
@@ -165,15 +168,49 @@ fn in_trl_names(config: &TrainConfig, error: Error) -> Error {
     Error::config(key, message)
 }
 
+/// The key of a method beside LoRA.
+const PEFT_CONFIG: &str = "peft_config";
+
+/// Refuses keys of LoRA beside the configuration of another method, where they would do nothing.
+fn require_no_lora_keys(config: &TrainConfig) -> Result<()> {
+    let others = ["init_lora_weights", "use_dora", "use_rslora"];
+    // The task is no property of LoRA.
+    let of_lora = |name: &str| {
+        name.starts_with("lora_") && name != "lora_task_type" || others.contains(&name)
+    };
+    let names = TrainConfig::keys().into_iter().map(|key| key.name);
+    let set = names
+        .filter(|name| of_lora(name))
+        .find_map(|name| Some((name, config.origin(name)?)));
+    match set {
+        None => Ok(()),
+        Some((name, origin)) => Err(Error::config(
+            name,
+            format!(
+                "does nothing beside `{PEFT_CONFIG}` ({origin}): give the method its own keys there, and leave \
+                 this one out"
+            ),
+        )),
+    }
+}
+
+/// The method speaks of its own keys; this says them as the configuration has them.
+fn in_its_names(config: &TrainConfig, error: Error) -> Error {
+    match &config.lora.peft_config {
+        Some(_) => in_peft_config(config, error),
+        None => in_trl_names(config, error),
+    }
+}
+
 /// An error of a method that `peft_config` configures, with where that stands.
 fn in_peft_config(config: &TrainConfig, error: Error) -> Error {
     let Error::Config { key, mut message } = error else {
         return error;
     };
-    if let Some(origin) = config.origin("peft_config") {
+    if let Some(origin) = config.origin(PEFT_CONFIG) {
         message += &format!(" ({origin})");
     }
-    Error::config(format!("peft_config.{key}"), message)
+    Error::config(format!("{PEFT_CONFIG}.{key}"), message)
 }
 
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {

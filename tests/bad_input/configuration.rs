@@ -242,6 +242,13 @@ fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
             &["`lora_b_bias`", "init_lora_weights"],
         ),
         fault(
+            "keys of LoRA beside another method",
+            json!({"peft_config": {"peft_type": "VERA", "r": 8}, "lora_r": 4}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_r`", "does nothing beside `peft_config`", "yaml:"],
+        ),
+        fault(
             "two features that exclude each other",
             json!({"use_dora": true, "lora_b_bias": true}),
             untouched,

@@ -205,7 +205,7 @@ impl Attached {
 
 fn require_linear<M: Method>(site: &Site) -> Result<()> {
     let kind = match site.kind {
-        SiteKind::Linear if site.layer.is_some() => return Ok(()),
+        SiteKind::Linear if !site.output_head => return Ok(()),
         SiteKind::Linear => "the output head",
         SiteKind::Embedding => "an embedding",
         SiteKind::Norm => "a norm",
