@@ -59,6 +59,14 @@ fn configurations() -> Vec<(Value, Start)> {
         ),
         (of("HRA", json!({"r": 4})), Nothing),
         (of("HRA", json!({"r": 3, "apply_GS": true})), Something),
+        (of("IA3", json!({})), Nothing),
+        (
+            of(
+                "IA3",
+                json!({"feedforward_modules": ["v_proj", "down_proj"]}),
+            ),
+            Nothing,
+        ),
         (
             of("IA3", json!({"feedforward_modules": ["down_proj"]})),
             Nothing,

@@ -8,7 +8,7 @@
 
 use super::matrix::{elements, update};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
-use crate::target::{self, Selection, TargetModules};
+use crate::target::{Expression, TargetModules, is_suffix};
 use ferrotune_core::adapter::{Attachment, CustomLinear, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
@@ -54,17 +54,15 @@ impl Ia3 {
         let Some(modules) = &self.feedforward else {
             return Ok(FEEDFORWARD.iter().any(|end| site.name.ends_with(end)));
         };
-        if *modules == TargetModules::List(Vec::new()) {
-            return Ok(false);
-        }
-        let one = [site.clone()];
-        let selection = Selection {
-            target_modules: modules,
-            exclude_modules: None,
-            layers_to_transform: None,
-            layers_pattern: &[],
-        };
-        Ok(target::select(&one, &selection).is_ok_and(|selected| !selected.is_empty()))
+        Ok(match modules {
+            TargetModules::AllLinear => true,
+            TargetModules::List(names) => names
+                .iter()
+                .any(|name| *name == site.name || is_suffix(name, &site.name)),
+            TargetModules::Regex(source) => {
+                Expression::full("feedforward_modules", source)?.matches(&site.name)?
+            }
+        })
     }
 }
 
@@ -79,8 +77,12 @@ impl Method for Ia3 {
     }
 
     fn write(&self, keys: &mut Map<String, Value>) {
+        // PEFT wants them to be among the targets, where both are lists.
+        let targets = keys.get("target_modules").and_then(Value::as_array);
+        let targeted = |name: &&&str| targets.is_none_or(|t| t.contains(&json!(name)));
+        let default = || FEEDFORWARD.iter().filter(targeted).collect::<Vec<_>>();
         let modules = match &self.feedforward {
-            None => json!(FEEDFORWARD),
+            None => json!(default()),
             Some(TargetModules::List(names)) => json!(names),
             Some(TargetModules::Regex(source)) => json!(source),
             Some(TargetModules::AllLinear) => json!("all-linear"),
