@@ -24,11 +24,63 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_rank_pattern": {"layers.1.self_attn.q_proj": 2},
         "lora_alpha_pattern": {"up_proj": 3},
     });
-    vec![
+    let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
+    let mut variants = vec![
         ("q_v_down", plain.clone(), json!({})),
-        ("all_linear", biased, every),
+        ("all_linear", biased.clone(), every),
         ("rslora", plain.clone(), rslora),
         ("patterns", plain, patterns),
+        ("dora", biased.clone(), dora),
+    ];
+    for (name, keys) in methods() {
+        let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
+        let keys = keys.as_object().expect("an object").clone();
+        method.as_object_mut().expect("an object").extend(keys);
+        let changes = json!({"peft_config": method, "learning_rate": 2e-2});
+        variants.push((name, biased.clone(), changes));
+    }
+    variants
+}
+
+/// Methods beside LoRA. On linears with biases, which some scale and others do not.
+fn methods() -> Vec<(&'static str, Value)> {
+    vec![
+        ("boft", json!({"peft_type": "BOFT", "boft_block_size": 4})),
+        ("c3a", json!({"peft_type": "C3A", "block_size": 8})),
+        ("delora", json!({"peft_type": "DELORA", "r": 4})),
+        (
+            "fourierft",
+            json!({"peft_type": "FOURIERFT", "n_frequency": 50}),
+        ),
+        ("hira", json!({"peft_type": "HIRA", "r": 4})),
+        ("hra", json!({"peft_type": "HRA", "r": 4})),
+        (
+            "hra_gs",
+            json!({"peft_type": "HRA", "r": 3, "apply_GS": true}),
+        ),
+        ("ia3", json!({"peft_type": "IA3"})),
+        ("loha", json!({"peft_type": "LOHA", "r": 4})),
+        ("lokr", json!({"peft_type": "LOKR", "r": 2})),
+        ("miss", json!({"peft_type": "MISS", "r": 8})),
+        (
+            "miss_bat",
+            json!({"peft_type": "MISS", "r": 8, "init_weights": "bat"}),
+        ),
+        ("oft", json!({"peft_type": "OFT", "oft_block_size": 8})),
+        ("randlora", json!({"peft_type": "RANDLORA", "r": 8})),
+        (
+            "road",
+            json!({"peft_type": "ROAD", "group_size": 8, "variant": "road_4"}),
+        ),
+        (
+            "vblora",
+            json!({"peft_type": "VBLORA", "r": 2, "vector_length": 8, "num_vectors": 12}),
+        ),
+        ("vera", json!({"peft_type": "VERA", "r": 8})),
+        (
+            "vera_drawn",
+            json!({"peft_type": "VERA", "r": 8, "save_projection": false, "projection_prng_key": 5}),
+        ),
     ]
 }
 

@@ -243,10 +243,10 @@ fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
         ),
         fault(
             "keys of LoRA beside another method",
-            json!({"peft_config": {"peft_type": "VERA", "r": 8}, "lora_r": 4}),
+            json!({"peft_config": {"peft_type": "VERA", "r": 8}, "use_rslora": true}),
             untouched,
             BAD_CONFIG,
-            &["`lora_r`", "does nothing beside `peft_config`", "yaml:"],
+            &["`use_rslora`", "does nothing beside `peft_config`", "yaml:"],
         ),
         fault(
             "two features that exclude each other",

@@ -377,7 +377,12 @@ impl Workbench {
             "report_to": "none",
         });
         let keys = changes.as_object().expect("an object of keys").clone();
-        config.as_object_mut().expect("an object").extend(keys);
+        let config_keys = config.as_object_mut().expect("an object");
+        config_keys.extend(keys);
+        if config_keys.contains_key("peft_config") {
+            // LoRA's keys have no meaning beside another method's.
+            config_keys.retain(|key, _| !key.starts_with("lora_"));
+        }
         let path = self.path(&format!("{name}.yaml"));
         // JSON is YAML.
         write_json(&path, &config);
