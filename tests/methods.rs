@@ -22,6 +22,7 @@ enum Start {
 }
 
 /// A configuration of every method and variant.
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn configurations() -> Vec<(Value, Start)> {
     use Start::{Nothing, Something};
     let of = |peft_type: &str, keys: Value| {
