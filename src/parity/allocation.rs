@@ -51,7 +51,13 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (ours, theirs) = (ours?, theirs?);
     for name in theirs.names() {
         let tensor = ours.read_f32(name)?;
-        comparison.tensor("final weights", name, &tensor, &theirs.read_f32(name)?, GRADIENT);
+        comparison.tensor(
+            "final weights",
+            name,
+            &tensor,
+            &theirs.read_f32(name)?,
+            GRADIENT,
+        );
     }
     // Read back from our own files and from theirs.
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;

@@ -189,12 +189,7 @@ pub trait Adapter: Debug + Send + Sync {
     ///
     /// # Errors
     /// If a value cannot be computed.
-    fn regularise(
-        &self,
-        params: &FlatBuffer,
-        weight: f32,
-        grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
         let _ = (params, weight, grads);
         Ok(0.0)
     }

@@ -74,7 +74,11 @@ impl Part {
         (0..shape[0] * cols)
             .map(|at| {
                 let kept = self.kept[[at / cols, at % cols][self.axis]];
-                if kept { rest.next().unwrap_or_default() } else { 0.0 }
+                if kept {
+                    rest.next().unwrap_or_default()
+                } else {
+                    0.0
+                }
             })
             .collect()
     }

@@ -63,12 +63,7 @@ impl Adapter for LoraPlus {
         self.method.state()
     }
 
-    fn regularise(
-        &self,
-        params: &FlatBuffer,
-        weight: f32,
-        grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
         self.method.regularise(params, weight, grads)
     }
 

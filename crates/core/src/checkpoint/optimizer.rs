@@ -176,10 +176,7 @@ mod tests {
         );
         let mut read = empty(&layout);
         assert_eq!(read_optimizer(&path, &mut read).expect("whole"), 12);
-        assert_eq!(
-            [bits(&m), bits(&v)],
-            [bits(&read[0].1), bits(&read[1].1)]
-        );
+        assert_eq!([bits(&m), bits(&v)], [bits(&read[0].1), bits(&read[1].1)]);
     }
 
     #[test]

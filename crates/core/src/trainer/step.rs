@@ -193,9 +193,9 @@ impl Trainer {
         if let Some(totals) = reduced {
             self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
-        let penalty =
-            self.adapter
-                .regularise(&self.params, count as f32, &mut self.grads)?;
+        let penalty = self
+            .adapter
+            .regularise(&self.params, count as f32, &mut self.grads)?;
         let (grad_norm, sums) = self.update(lr, count)?;
         let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;

@@ -158,12 +158,7 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         self.method.state()
     }
 
-    fn regularise(
-        &self,
-        params: &FlatBuffer,
-        weight: f32,
-        grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
         self.method
             .regularise(self.targets(), params, weight, grads)
     }

@@ -41,9 +41,7 @@ pub(super) fn save<M: Method>(
             Some(part) => TensorData {
                 dtype: FileDType::F32,
                 shape: part.shape(shape),
-                bytes: Cow::Owned(
-                    bytemuck::cast_slice(&part.take(params.get(id), shape)).to_vec(),
-                ),
+                bytes: Cow::Owned(bytemuck::cast_slice(&part.take(params.get(id), shape)).to_vec()),
             },
         };
         tensors.insert(name.clone(), data);

@@ -17,8 +17,8 @@ pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
 pub(crate) use shared::Frozen;
 
-use crate::target::{TargetModules, default_target_modules};
 use crate::files::Part;
+use crate::target::{TargetModules, default_target_modules};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone};
 use ferrotune_core::params::{FlatBuffer, ParamId};

@@ -49,7 +49,9 @@ impl LowRankFactors for Triplets {
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
         let [out, rank, inputs] = self.shape;
         let rows = params.get(self.a).chunks_exact(inputs);
-        let scaled = rows.zip(params.get(self.e)).flat_map(|(row, e)| row.iter().map(move |a| a * e));
+        let scaled = rows
+            .zip(params.get(self.e))
+            .flat_map(|(row, e)| row.iter().map(move |a| a * e));
         Ok([
             Tensor::from_f32(scaled.collect::<Vec<f32>>(), rank, inputs),
             Tensor::from_f32(params.get(self.b).to_vec(), out, rank),
@@ -110,7 +112,11 @@ fn away_from_identity(gram: Tensor) -> (f64, Tensor) {
     for i in 0..rows {
         values[i * cols + i] -= 1.0;
     }
-    let norm = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
+    let norm = values
+        .iter()
+        .map(|&v| f64::from(v) * f64::from(v))
+        .sum::<f64>()
+        .sqrt();
     (norm, Tensor::from_f32(values, rows, cols))
 }
 

@@ -45,11 +45,19 @@ pub(super) fn after_step(
             uncertainty.zero();
             for (target, kept) in targets.iter().zip(&kept) {
                 let marks = sensitivity.get_mut(target.ids[2]).iter_mut();
-                marks.zip(kept).for_each(|(mark, kept)| *mark = f32::from(u8::from(*kept)));
+                marks
+                    .zip(kept)
+                    .for_each(|(mark, kept)| *mark = f32::from(u8::from(*kept)));
             }
         }
         Left::Kept => {
-            let of = |target: &Target| sensitivity.get(target.ids[2]).iter().map(|&m| m != 0.0).collect();
+            let of = |target: &Target| {
+                sensitivity
+                    .get(target.ids[2])
+                    .iter()
+                    .map(|&m| m != 0.0)
+                    .collect()
+            };
             let kept: Vec<Vec<bool>> = targets.iter().map(of).collect();
             mask(&kept, targets, params);
         }
@@ -97,7 +105,9 @@ fn most_important(
     let mut sorted: Vec<f32> = scores.iter().flatten().copied().collect();
     sorted.sort_by(f32::total_cmp);
     let dropped = sorted.len().saturating_sub(count);
-    let threshold = dropped.checked_sub(1).map_or(f32::NEG_INFINITY, |last| sorted[last]);
+    let threshold = dropped
+        .checked_sub(1)
+        .map_or(f32::NEG_INFINITY, |last| sorted[last]);
     let above = |module: &Vec<f32>| module.iter().map(|&score| score > threshold).collect();
     scores.iter().map(above).collect()
 }

@@ -81,10 +81,7 @@ impl Method for AdaLora {
             keys.require_off(key)?;
         }
         let init_r = keys.positive("init_r", 12)?;
-        let betas = [
-            smoothing(keys, "beta1")?,
-            smoothing(keys, "beta2")?,
-        ];
+        let betas = [smoothing(keys, "beta1")?, smoothing(keys, "beta2")?];
         let orth_reg_weight = keys.number("orth_reg_weight", 0.5)?;
         if orth_reg_weight < 0.0 {
             return Err(keys.error(
@@ -126,13 +123,7 @@ impl Method for AdaLora {
     /// PEFT's list, which has fewer decoders than LoRA's.
     fn default_targets(model_type: &str) -> Option<TargetModules> {
         const NONE: [&str; 7] = [
-            "chatglm",
-            "falcon",
-            "mistral",
-            "mixtral",
-            "mpt",
-            "phi",
-            "stablelm",
+            "chatglm", "falcon", "mistral", "mixtral", "mpt", "phi", "stablelm",
         ];
         default_target_modules(model_type).filter(|_| !NONE.contains(&model_type))
     }
@@ -184,7 +175,8 @@ impl Method for AdaLora {
         let each = self.orth_reg_weight / (2 * targets.len()) as f64;
         let mut sum = 0.0;
         for target in targets {
-            sum += factors::orthogonality(target, self.init_r, params, weight * each as f32, grads)?;
+            sum +=
+                factors::orthogonality(target, self.init_r, params, weight * each as f32, grads)?;
         }
         Ok(each * sum)
     }
@@ -238,5 +230,8 @@ fn smoothing(keys: &mut Keys<'_>, key: &'static str) -> Result<f32> {
     if beta > 0.0 && beta < 1.0 {
         return Ok(beta as f32);
     }
-    Err(keys.error(key, format!("is {beta}, expected more than 0 and less than 1")))
+    Err(keys.error(
+        key,
+        format!("is {beta}, expected more than 0 and less than 1"),
+    ))
 }

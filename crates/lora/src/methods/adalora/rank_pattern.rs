@@ -23,7 +23,11 @@ pub(super) fn clear(targets: &[Target], params: &mut FlatBuffer) {
         let (rank, inputs) = (values.len(), target.site.in_features);
         for i in (0..rank).filter(|&i| values[i] == 0.0) {
             params.get_mut(target.ids[0])[i * inputs..(i + 1) * inputs].fill(0.0);
-            let column = params.get_mut(target.ids[1]).iter_mut().skip(i).step_by(rank);
+            let column = params
+                .get_mut(target.ids[1])
+                .iter_mut()
+                .skip(i)
+                .step_by(rank);
             column.for_each(|b| *b = 0.0);
         }
     }
@@ -122,7 +126,9 @@ fn lists(value: &Value, init_r: usize) -> std::result::Result<Vec<(String, Vec<b
             format!("has {value} at \"{name}\", expected a list of {init_r} (init_r) true or false")
         })?;
         // PEFT writes the adapter's name into it while the adapter is in memory.
-        let name = name.trim_end_matches(".default").trim_end_matches(".lora_E");
+        let name = name
+            .trim_end_matches(".default")
+            .trim_end_matches(".lora_E");
         Ok((name.to_owned(), flags))
     };
     entries.iter().map(list).collect()
