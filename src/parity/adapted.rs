@@ -43,6 +43,14 @@ impl Recomputed {
     pub(super) fn logits(&self) -> &[f32] {
         &self.logits
     }
+
+    pub(super) fn loss(&self) -> f64 {
+        self.loss
+    }
+
+    pub(super) fn grads(&self) -> &FlatBuffer {
+        &self.grads
+    }
 }
 
 impl Adapted {
@@ -103,7 +111,7 @@ impl Adapted {
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
         let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
         if let Some(method) = &self.method {
-            loss += method.regularise(&self.params, 1.0, &mut grads)?;
+            loss += method.complete_gradients(&self.params, 1.0, &mut grads)?;
         }
         Ok(Recomputed {
             logits,

@@ -4,7 +4,7 @@ use super::adapted::{Adapted, Recorded};
 use super::arch::{FORWARD, GRADIENT, norm};
 use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::Comparison;
-use super::complete;
+use super::{complete, prompt};
 use ferrotune_core::io::{FileDType, ModelFiles, SafetensorsFile};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
@@ -24,6 +24,9 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
     let adapted = Adapted::load(&base, Some(&adapter), dtype, &case.device)?;
+    if adapted.model.prompt().is_some() {
+        return prompt::compare(case, &expected, &adapted, &padded);
+    }
     complete::adapter(case, &expected, adapted.params.layout())?;
     let recorded = Recorded {
         file: &expected,

@@ -12,6 +12,7 @@ mod compare;
 mod complete;
 mod cpu_kernel;
 mod padded;
+mod prompt;
 mod quantised;
 mod schedule;
 mod sft;

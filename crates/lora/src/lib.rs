@@ -22,6 +22,7 @@
 //!     out_features: 64,
 //!     bias: false,
 //!     stored_transposed: false,
+//!     keys: None,
 //!     layer: Some(0),
 //!     output_head: false,
 //!     tied_to: None,
@@ -55,6 +56,7 @@ pub mod merge;
 mod method;
 mod methods;
 mod parts;
+mod prompt;
 mod registry;
 pub mod target;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::frozen::FrozenWeight;
 use super::layer::Layer;
 use super::linear::{LinearGroup, PartWeight};
+use super::vocabulary::TableWeight;
 use super::{Model, ModelPlan};
 use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
@@ -29,6 +30,30 @@ impl BaseWeights for Model {
             }
         }
         Err(no_linear(site))
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let TableWeight::Frozen(table) = &self.embedding.table.weight else {
+            return Err(Error::config("target_modules", "the embedding is trained"));
+        };
+        let vocabulary = table.rows();
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+            let message = format!("token {token} is outside the vocabulary of {vocabulary}");
+            return Err(Error::config("model_name_or_path", message));
+        }
+        let rows = tokens.iter().map(|&token| token as usize);
+        let mut values: Vec<f32> = rows
+            .flat_map(|row| table.view().row_range(row..row + 1).to_f32_vec())
+            .collect();
+        // Where the embedding itself scales, and not the model whatever comes in.
+        if let Some(scale) = self.config.embedding_scale.filter(|scale| scale.rounded) {
+            values.iter_mut().for_each(|value| *value *= scale.factor);
+        }
+        Ok(Tensor::from_f32(values, tokens.len(), table.cols()))
     }
 
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {

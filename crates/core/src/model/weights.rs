@@ -10,11 +10,12 @@ use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
 use super::positions::Positions;
+use super::prompt::{EmbeddedPrompt, Prefix};
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
 use super::{Keep, Model, WeightFormat};
-use crate::adapter::{Attachment, Site, SiteId, SiteKind};
+use crate::adapter::{Attachment, Prompt, Site, SiteId, SiteKind};
 use crate::io::{ModelFiles, SafetensorsFile};
 use crate::params::{FlatBuffer, ParamId, transpose};
 use crate::{Error, Result, suggest};
@@ -174,6 +175,7 @@ pub(super) struct Builder<'a> {
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
+    pub(super) prompt: Option<Prompt>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
@@ -200,6 +202,9 @@ impl Builder<'_> {
             device: self.params.device().clone(),
             embedding,
             positions,
+            embedded_prompt: (self.prompt.as_ref())
+                .and_then(|prompt| EmbeddedPrompt::new(prompt, self.config)),
+            prompt: self.prompt,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
             angles: AngleTable::default(),
@@ -235,6 +240,8 @@ impl Builder<'_> {
                 softcap: config.attention_softcap,
             },
             rope: config.layer_ropes[index],
+            prefix: (self.prompt.as_ref())
+                .and_then(|prompt| Prefix::new(prompt, index, config.kv_width())),
         })
     }
 

@@ -184,7 +184,7 @@ impl Trainer {
         } else {
             self.gradients(micro_batches)?
         };
-        let trained = |batch: &PackedBatch| batch.trained_tokens() as u64;
+        let trained = |batch: &PackedBatch| self.model.trained_tokens(batch) as u64;
         let count = match reduced {
             Some(totals) => totals.sums.count,
             None => micro_batches.iter().map(trained).sum(),
@@ -193,9 +193,9 @@ impl Trainer {
         if let Some(totals) = reduced {
             self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
-        let penalty = self
-            .adapter
-            .regularise(&self.params, count as f32, &mut self.grads)?;
+        let penalty =
+            self.adapter
+                .complete_gradients(&self.params, count as f32, &mut self.grads)?;
         let (grad_norm, sums) = self.update(lr, count)?;
         let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;

@@ -259,6 +259,11 @@ impl Plan {
                 self.push(weight, Change::Rows { indices, values });
             }
             Attachment::KeepBase => {}
+            Attachment::Prompt(_) => {
+                let message = "is a prompt, which stands before the text and is part of no weight; use the \
+                               adapter with its base, without merging";
+                return Err(Error::adapter(directory, message));
+            }
             method @ (Attachment::Factors(_) | Attachment::Weight(_) | Attachment::Custom(_)) => {
                 let changes_bias = site.bias && matches!(method, Attachment::Custom(_));
                 let attachment = Arc::new(method);
@@ -331,6 +336,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
                 out_features: meta.shape.first().copied().unwrap_or(1),
                 bias: base.meta(&format!("{module}.bias")).is_some(),
                 stored_transposed: false,
+                keys: None,
                 layer: None,
                 output_head: HEADS.contains(&last(module).as_str()),
                 tied_to: None,

@@ -100,6 +100,8 @@ fn method(attachment: &Attachment) -> Method {
     match attachment {
         Attachment::TrainBias(_) => Method::TrainBias,
         Attachment::KeepBase => Method::Frozen,
+        // Rows of the stream, or of keys and values, that are there anyway.
+        Attachment::Prompt(_) => Method::TrainBias,
         Attachment::LowRank(low_rank) => Method::LowRank {
             rank: low_rank.rank,
             dropout: low_rank.dropout > 0.0,
