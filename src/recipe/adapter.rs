@@ -108,6 +108,20 @@ pub(super) struct Attached {
     pub(super) notes: Vec<String>,
 }
 
+impl Attached {
+    /// Virtual tokens before each document.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        let prompt = self
+            .attachments
+            .iter()
+            .find_map(|(_, attachment)| match attachment {
+                Attachment::Prompt(prompt) => Some(prompt.tokens),
+                _ => None,
+            });
+        prompt.unwrap_or(0)
+    }
+}
+
 /// A rank above the smaller dimension of a weight is legal, and for nothing.
 fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<String> {
     let too_high: Vec<(&Site, usize)> = attachments

@@ -158,7 +158,7 @@ impl Recipe {
         let (dataset, held_out) = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer, held_out)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
-            data::check_fits_context(&config, rows, &decoder, &base)?;
+            data::check_fits_context(&config, rows, attached.prompt_tokens(), &decoder, &base)?;
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
         }
         let epochs = EpochData::new(&config, &dataset, decoder.hidden_size, place);
@@ -169,6 +169,7 @@ impl Recipe {
             &decoder,
         )?;
         let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref())?;
+        let workload = workload.behind_prompt(attached.prompt_tokens());
         let weights = weight_format(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset)?;
         let mut recipe = Self {

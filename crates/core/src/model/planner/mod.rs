@@ -31,12 +31,31 @@ const INDEX_BYTES: usize = 24;
 pub struct Workload {
     /// Tokens of the longest, without padding.
     pub tokens: usize,
+    /// Documents of the micro-batch that has most.
+    pub documents: usize,
     /// Numbers of label rows that occur. Those of one power of two count as one.
     pub label_rows: BTreeSet<usize>,
     /// Mean number of tokens of a document.
     pub mean_length: f64,
     /// Sizes of training, of which every padded size has one at least.
     pub sizes: Vec<BatchSize>,
+}
+
+impl Workload {
+    /// The same behind a prompt of `tokens` virtual tokens before each document.
+    #[must_use]
+    pub fn behind_prompt(mut self, tokens: usize) -> Self {
+        if tokens == 0 {
+            return self;
+        }
+        // The largest micro-batch may have as many documents as any; each may have one more label.
+        self.tokens += tokens * self.documents;
+        self.mean_length += tokens as f64;
+        let more = self.label_rows.iter().map(|rows| rows + self.documents);
+        let more: Vec<usize> = more.collect();
+        self.label_rows.extend(more);
+        self
+    }
 }
 
 /// Shapes of a training step: all that its memory and its work depend on.
