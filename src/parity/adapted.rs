@@ -4,7 +4,7 @@ use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
-use ferrotune_core::adapter::{Attachment, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, SiteId};
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
@@ -63,16 +63,38 @@ impl Adapted {
         device: &Device,
         change: impl FnOnce(Attachments) -> Result<Attachments>,
     ) -> Result<Self> {
+        let model_type = DecoderConfig::open(base)?.model_type;
+        let method = ferrotune_lora::load_as_peft(directory, &model_type)?;
+        Self::with(
+            base,
+            method.as_ref(),
+            Some(directory),
+            dtype,
+            device,
+            change,
+        )
+    }
+
+    /// A base with `method`, at its start or as it is in `directory`.
+    pub(super) fn with(
+        base: &Path,
+        method: &dyn Adapter,
+        directory: Option<&Path>,
+        dtype: DType,
+        device: &Device,
+        change: impl FnOnce(Attachments) -> Result<Attachments>,
+    ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
-        let method = ferrotune_lora::load_as_peft(directory, &config.model_type)?;
-        let (attachments, mut params) = attach(&config, method.as_ref())?;
+        let (attachments, mut params) = attach(&config, method)?;
         params.move_to(device);
         let attachments = change(attachments)?;
         let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
         method.prepare(&mut params, &mut model)?;
-        method.load(&mut params, directory)?;
-        ferrotune_lora::check_base_copies(directory, &files)?;
+        if let Some(directory) = directory {
+            method.load(&mut params, directory)?;
+            ferrotune_lora::check_base_copies(directory, &files)?;
+        }
         Ok(Self { model, params })
     }
 
@@ -98,6 +120,7 @@ type GradientPair<'a> = (String, Cow<'a, [f32]>, Vec<f32>);
 
 /// What was recorded of one run: `logits`, `loss` and `grad.*` behind a prefix, at the places that are
 /// not padding.
+#[derive(Clone, Copy)]
 pub(super) struct Recorded<'a> {
     pub(super) file: &'a SafetensorsFile,
     pub(super) prefix: &'a str,

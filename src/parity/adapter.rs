@@ -5,6 +5,7 @@ use super::arch::{FORWARD, GRADIENT, norm};
 use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::Comparison;
 use super::complete;
+use super::initialised::Initialised;
 use ferrotune_core::io::{FileDType, ModelFiles, SafetensorsFile};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
@@ -23,7 +24,13 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let padded = inputs(&SafetensorsFile::open(base.join("inputs.safetensors"))?, "")?;
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
-    let adapted = Adapted::load(&base, Some(&adapter), dtype, &case.device)?;
+    let plain = Adapted::load(&base, Some(&adapter), dtype, &case.device)?;
+    let initialised = Initialised::of(case, &base)?;
+    // Gradients are those of the run, which trained another form of what was saved.
+    let (adapted, plain) = match &initialised {
+        Some(run) => (run.trained()?, Some(plain)),
+        None => (plain, None),
+    };
     complete::adapter(case, &expected, adapted.params.layout())?;
     let recorded = Recorded {
         file: &expected,
@@ -39,6 +46,11 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
         let exact = Adapted::load(&base, Some(&adapter), DType::F32, &case.device)?;
         let reference = exact.run(DType::F32, &batch)?;
         recorded.compare_bf16(&mut comparison, &ours, &reference)?;
+    }
+    if let (Some(run), Some(plain)) = (&initialised, &plain) {
+        run.compare_start(&mut comparison, &recorded, &batch)?;
+        let ours = plain.run(dtype, &batch)?;
+        recorded.compare_logits(&mut comparison, "plain LoRA logits", &ours)?;
     }
     let temporary = tempfile::tempdir().map_err(Error::write(std::env::temp_dir()))?;
     let output = temporary.path().join("merged");

@@ -10,6 +10,7 @@ mod case;
 mod compare;
 mod complete;
 mod cpu_kernel;
+mod initialised;
 mod padded;
 mod quantised;
 mod schedule;

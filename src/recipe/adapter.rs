@@ -6,7 +6,7 @@ use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
     ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraPlus, PeftConfig,
-    TargetModules, TokenIndices,
+    Start, TargetModules, TokenIndices,
 };
 use std::path::Path;
 
@@ -18,6 +18,16 @@ pub fn adapter_of(
     config: &TrainConfig,
     base: &Path,
     decoder: &DecoderConfig,
+) -> Result<Box<dyn Adapter>> {
+    adapter_from(config, base, decoder, None)
+}
+
+/// [`adapter_of`] that starts from what is known of its start.
+pub(super) fn adapter_from(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+    start: Option<Start>,
 ) -> Result<Box<dyn Adapter>> {
     if !config.lora.use_peft {
         return Ok(Box::new(FullFineTuning));
@@ -31,8 +41,11 @@ pub fn adapter_of(
             adapter.map_err(|e| in_its_names(config, e))?
         }
         None => {
-            let adapter = LoraAdapter::new(lora_config(config, base)?, &decoder.model_type);
-            Box::new(adapter.map_err(|e| in_its_names(config, e))?)
+            let adapter = lora(config, base, decoder)?;
+            Box::new(match start {
+                Some(start) => adapter.starting_from(start),
+                None => adapter,
+            })
         }
     };
     Ok(match config.optimizer.loraplus_lr_ratio {
@@ -42,6 +55,20 @@ pub fn adapter_of(
             Box::new(LoraPlus::new(adapter, ratio, embedding))
         }
         None => adapter,
+    })
+}
+
+/// The LoRA that the keys of one describe.
+pub(super) fn lora(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+) -> Result<LoraAdapter> {
+    let adapter = LoraAdapter::new(lora_config(config, base)?, &decoder.model_type);
+    let adapter = adapter.map_err(|e| in_its_names(config, e))?;
+    Ok(match config.lora.lora_convert_init {
+        true => adapter,
+        false => adapter.without_conversion(),
     })
 }
 
@@ -228,7 +255,8 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         rank_pattern: lora.lora_rank_pattern.clone().into_iter().collect(),
         alpha_pattern: lora.lora_alpha_pattern.clone().into_iter().collect(),
         layers_pattern: lora.lora_layers_pattern.clone(),
-        init_lora_weights: init(&lora.init_lora_weights)?,
+        init_lora_weights: init(&lora.init_lora_weights)
+            .map_err(|error| in_trl_names(config, error))?,
         bias: bias(lora.lora_bias),
         lora_bias: lora.lora_b_bias,
         modules_to_save: lora.lora_modules_to_save.clone(),
@@ -282,11 +310,7 @@ fn init(init: &Init) -> Result<InitLoraWeights> {
     match init {
         Init::Default => Ok(InitLoraWeights::Kaiming),
         Init::Random => Ok(InitLoraWeights::Random),
-        Init::Method(name) if name == "gaussian" => Ok(InitLoraWeights::Gaussian),
-        Init::Method(name) if name == "orthogonal" => Ok(InitLoraWeights::Orthogonal),
-        Init::Method(name) => Err(Error::config(
-            "init_lora_weights",
-            format!("`{name}` is not supported yet; supported: true, false, gaussian, orthogonal"),
-        )),
+        Init::Method(name) => InitLoraWeights::from_name(name)
+            .map_err(|fault| Error::config("init_lora_weights", fault)),
     }
 }

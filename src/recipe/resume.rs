@@ -194,7 +194,7 @@ pub(super) fn restore(
     let directory = checkpoint.path();
     let layout = std::sync::Arc::clone(trainer.params().layout());
     let mut params = FlatBuffer::zeros(&layout);
-    recipe.adapter()?.load(&mut params, directory)?;
+    trainer.adapter().load(&mut params, directory)?;
     let (mut exp_avg, mut exp_avg_sq) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
     let step = read_optimizer(&directory.join(OPTIMIZER), &mut exp_avg, &mut exp_avg_sq)?;
     if step != checkpoint.step() {
@@ -239,9 +239,7 @@ pub(super) fn go_back_to_best(
     };
     if step != trainer.steps_done() {
         let checkpoint = Checkpoint::verify(&checkpoint::path_of(output, step))?;
-        recipe
-            .adapter()?
-            .load(trainer.params_mut(), checkpoint.path())?;
+        trainer.load_adapter(checkpoint.path())?;
     }
     tracing::info!("the result is that of step {step}, whose eval_{metric} of {best} is the best");
     Ok(())

@@ -119,6 +119,12 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if no frozen linear stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
+    /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
+    fn is_quantised(&self, site: SiteId) -> bool {
+        let _ = site;
+        false
+    }
+
     /// Replaces W, rounded or quantised to what the base is held in.
     ///
     /// # Errors

@@ -61,7 +61,7 @@ pub mod target;
 mod testing;
 
 pub use base_copies::check as check_base_copies;
-pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, TokenIndices};
+pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, Start, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};

@@ -31,6 +31,12 @@ impl BaseWeights for Model {
         Err(no_linear(site))
     }
 
+    fn is_quantised(&self, site: SiteId) -> bool {
+        let mut groups = self.layers.iter().flat_map(Layer::groups);
+        let found = groups.find_map(|group| frozen_rows(group, site));
+        found.is_some_and(|(weight, rows)| weight.is_quantised(rows))
+    }
+
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
         let groups = self.layers.iter_mut().flat_map(Layer::groups_mut);
         for group in groups {

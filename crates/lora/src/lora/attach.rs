@@ -39,6 +39,7 @@ pub(super) fn attach(
         tied.and_then(|[embedding, head]| move_to_embedding(&mut targets, embedding, head));
     for target in &targets {
         require_adaptable(config, target.site)?;
+        require_startable(config, target)?;
         let low_rank = declare(config, target, params);
         attachments.push((target.site.id, Attachment::LowRank(low_rank)));
         if let (Some(head), true) = (embedding, target.site.kind == SiteKind::Embedding) {
@@ -206,6 +207,33 @@ fn vector(site: &Site, part: Part, params: &mut ParamLayoutBuilder) -> ParamId {
         [site.out_features],
         site.execution_order,
     ))
+}
+
+/// Refuses targets whose weight a start cannot be read from.
+fn require_startable(config: &LoraConfig, target: &Target<'_>) -> Result<()> {
+    let (init, Target { site, rank, .. }) = (config.init_lora_weights, *target);
+    if !init.changes_base() {
+        return Ok(());
+    }
+    if site.kind != SiteKind::Linear || site.output_head {
+        let message = format!(
+            "{} starts from the weights of linears inside the layers, and `{}` is none; leave that out",
+            init.name(),
+            site.name
+        );
+        return Err(Error::config("init_lora_weights", message));
+    }
+    let most = site.in_features.min(site.out_features);
+    if rank > most {
+        let message = format!(
+            "{rank} is more than the {most} directions that the weight of `{}` has, from which {} takes as many \
+             as the rank is; lower it to {most}, for that module alone by `rank_pattern`",
+            site.name,
+            init.name()
+        );
+        return Err(Error::config("r", message));
+    }
+    Ok(())
 }
 
 fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {

@@ -5,26 +5,11 @@ mod read;
 mod tests;
 mod write;
 
-use super::TokenIndices;
+use super::{InitLoraWeights, TokenIndices};
 use crate::target::{
     ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
 };
 use ferrotune_core::{Error, Result};
-
-/// How A and B start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum InitLoraWeights {
-    /// `true` in PEFT: A uniform in ±1/√in_features (Kaiming with a = √5), B zero.
-    #[default]
-    Kaiming,
-    /// `"gaussian"`: A normal with standard deviation 1/rank, B zero.
-    Gaussian,
-    /// `false` in PEFT: A uniform in ±1/√in_features, B uniform in ±1/√rank. Changes the model.
-    Random,
-    /// `"orthogonal"`: A of even, B of odd rows of one orthogonal matrix, so that B A is zero and both
-    /// learn from the start. Needs an even rank.
-    Orthogonal,
-}
 
 /// Which biases of the base are trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,6 +159,15 @@ impl LoraConfig {
                 "lora_bias",
                 "true needs `init_lora_weights` true or false, as in PEFT",
             ));
+        }
+        let patterned = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        let least = std::iter::once(self.alpha).chain(patterned);
+        if self.init_lora_weights.changes_base() && least.fold(f64::MAX, f64::min) <= 0.0 {
+            let init = self.init_lora_weights.name();
+            let message = format!(
+                "{init} needs an alpha above 0: what is taken out of the base is divided by it"
+            );
+            return Err(Error::config("lora_alpha", message));
         }
         Ok(())
     }

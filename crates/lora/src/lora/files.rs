@@ -3,8 +3,8 @@
 #[cfg(test)]
 mod tests;
 
-use super::LoraConfig;
 use super::names::{self, Part};
+use super::{InitLoraWeights, LoraConfig, Start, convert};
 use crate::PeftConfig;
 use crate::files::{self, CONFIG_FILE, Weights};
 use crate::target::{Target, TargetModules};
@@ -15,6 +15,9 @@ use ferrotune_core::{Error, Result};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+
+/// Where an update of a changed base has what it started from.
+const INITIAL: &str = "initial_adapter";
 
 /// Writes both files. The configuration comes last: with it the adapter is complete.
 pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -> Result<()> {
@@ -84,8 +87,26 @@ pub(super) fn require_expressible(sites: &[Site], targets: &[Target<'_>]) -> Res
     }
 }
 
-/// Reads both files into `params`, strictly.
-pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+/// Writes what a run started from, which an update of a changed base needs, as PEFT asks for it when it is to
+/// convert the update.
+pub(super) fn save_start(config: &LoraConfig, start: &Start, directory: &Path) -> Result<()> {
+    let config = LoraConfig {
+        init_lora_weights: InitLoraWeights::Kaiming,
+        ..config.clone()
+    };
+    save(&config, start.factors(), &directory.join(INITIAL))
+}
+
+/// How an adapter lies in a directory.
+enum Form {
+    /// As the run has it.
+    Own,
+    /// As a plain LoRA of the base, where the run changed that.
+    Plain,
+}
+
+/// Which form the adapter in `directory` has, if it is one of `config`.
+fn form(config: &LoraConfig, directory: &Path) -> Result<Form> {
     let config_path = directory.join(CONFIG_FILE);
     let PeftConfig::Lora(saved) = PeftConfig::load(directory)? else {
         return Err(Error::adapter(
@@ -93,15 +114,58 @@ pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Pat
             "is of another method than LORA",
         ));
     };
-    if let Some((key, ours, theirs)) = config.difference(&saved) {
-        return Err(Error::adapter(
-            config_path,
-            format!(
-                "`{key}` is {theirs}, but this run has {ours}; the same tensors would give a different model"
-            ),
-        ));
+    let (ours, theirs) = (config.init_lora_weights, saved.init_lora_weights);
+    let plain = ours.changes_base() && theirs == InitLoraWeights::Kaiming;
+    let (expected, form) = if plain {
+        (&convert::config(config), Form::Plain)
+    } else {
+        (config, Form::Own)
+    };
+    let unlike = |key: &str, theirs: &str, ours: &str| {
+        let message = format!(
+            "`{key}` is {theirs}, but this run has {ours}; the same tensors would give a different model"
+        );
+        Err(Error::adapter(&config_path, message))
+    };
+    if !plain && ours != theirs && (ours.changes_base() || theirs.changes_base()) {
+        return unlike("init_lora_weights", &theirs.name(), &ours.name());
     }
-    read_tensors(params, directory)
+    match expected.difference(&saved) {
+        None => Ok(form),
+        Some((key, ours, theirs)) => unlike(key, &theirs, &ours),
+    }
+}
+
+/// Reads both files into `params`, strictly. Returns what the run started from, where that is there.
+pub(super) fn load(
+    config: &LoraConfig,
+    params: &mut FlatBuffer,
+    directory: &Path,
+) -> Result<Option<Start>> {
+    match form(config, directory)? {
+        Form::Own => {
+            read_tensors(params, directory)?;
+            start(config, directory)
+        }
+        Form::Plain => {
+            let mut plain = FlatBuffer::zeros(&convert::layout(params.layout())?);
+            read_tensors(&mut plain, directory)?;
+            convert::split(&plain, params).map(Some)
+        }
+    }
+}
+
+/// What the run that wrote `directory` started from, where that changed the base and is there.
+pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Start>> {
+    if !config.init_lora_weights.changes_base() {
+        return Ok(None);
+    }
+    if let Form::Plain = form(config, directory)? {
+        return Start::read_half(directory).map(Some);
+    }
+    let initial = directory.join(INITIAL);
+    let there = initial.is_dir().then(|| Start::read(&initial));
+    there.transpose()
 }
 
 /// Reads every tensor of `params` that is an adapter's from the weights file, strictly.

@@ -1,12 +1,13 @@
 //! Which tensors of the checkpoint change, and by what. Everything is checked before any output.
 
 use super::output::BaseConfig;
-use crate::{PeftConfig, base_copies};
-use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
+use crate::registry::lora_of;
+use crate::{LoraConfig, PeftConfig, base_copies};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::ViewMut;
+use ferrotune_kernels::{Tensor, View, ViewMut};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -103,17 +104,26 @@ pub(super) fn plan(
     adapter_directory: &Path,
 ) -> Result<Plan> {
     let in_adapter = |error: Error| error.of_adapter(adapter_directory);
-    let method = PeftConfig::load(adapter_directory)?
-        .into_adapter(base_config.model_type())
-        .map_err(in_adapter)?;
     let sites = match base_config.sites()? {
         Some(sites) => sites,
         None => modules_of(base, base_config.ties_head()),
     };
-    let mut builder = ParamLayoutBuilder::new();
-    let attachments = method.attach(&sites, &mut builder).map_err(in_adapter)?;
-    let mut params = FlatBuffer::zeros(&builder.build()?);
-    method.load(&mut params, adapter_directory)?;
+    let model_type = base_config.model_type();
+    let (attachments, params) = match PeftConfig::load(adapter_directory)? {
+        PeftConfig::Lora(config) if config.init_lora_weights.changes_base() => {
+            let weights = Weights {
+                files: base,
+                sites: &sites,
+            };
+            plain(config, weights, adapter_directory, model_type)
+        }
+        config => {
+            let method = config.into_adapter(model_type).map_err(in_adapter)?;
+            let (attachments, mut params) = attach(method.as_ref(), &sites).map_err(in_adapter)?;
+            method.load(&mut params, adapter_directory)?;
+            Ok((attachments, params))
+        }
+    }?;
     let params = Arc::new(params);
     base_copies::check(adapter_directory, base)?;
     let mut plan = Plan::default();
@@ -138,6 +148,63 @@ pub(super) fn plan(
     }
     plan.require_finite_shapes(base, adapter_directory)?;
     Ok(plan)
+}
+
+type Attachments = Vec<(SiteId, Attachment)>;
+
+fn attach(method: &dyn Adapter, sites: &[Site]) -> Result<(Attachments, FlatBuffer)> {
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = method.attach(sites, &mut builder)?;
+    Ok((attachments, FlatBuffer::zeros(&builder.build()?)))
+}
+
+/// An update of a base that its start changed, as one of the base in its files.
+fn plain(
+    config: LoraConfig,
+    mut base: Weights<'_>,
+    directory: &Path,
+    model_type: &str,
+) -> Result<(Attachments, FlatBuffer)> {
+    let in_adapter = |error: Error| error.of_adapter(directory);
+    let adapter = lora_of(config, directory, model_type).map_err(in_adapter)?;
+    let (_, mut params) = attach(&adapter, base.sites).map_err(in_adapter)?;
+    let (adapter, joined) = adapter.plain(directory, &mut params, &mut base)?;
+    let (attachments, mut params) = attach(&adapter, base.sites).map_err(in_adapter)?;
+    let layout = Arc::clone(params.layout());
+    for (id, segment) in layout.by_name() {
+        if let Some(from) = joined.layout().find(&segment.spec.name) {
+            params.get_mut(id).copy_from_slice(joined.get(from));
+        }
+    }
+    Ok((attachments, params))
+}
+
+/// The base in its files, of which starts are computed anew; it stays as it is.
+struct Weights<'a> {
+    files: &'a ModelFiles,
+    sites: &'a [Site],
+}
+
+impl BaseWeights for Weights<'_> {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        let found = self.sites.iter().find(|site| site.name == name);
+        found.map(|site| site.id)
+    }
+
+    fn read(&self, id: SiteId) -> Result<Tensor> {
+        let site = self.sites.iter().find(|site| site.id == id);
+        let site = site.ok_or_else(|| Error::config("target_modules", "no such site"))?;
+        let [out, inputs] = [site.out_features, site.in_features];
+        let values = self.files.read_f32(&weight_name(&site.name))?;
+        Ok(match site.stored_transposed {
+            true => Tensor::from_f32(transposed(&values, inputs, out), out, inputs),
+            false => Tensor::from_f32(values, out, inputs),
+        })
+    }
+
+    fn replace(&mut self, _: SiteId, _: View<'_>) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {

@@ -101,6 +101,9 @@ section! {
         use_dora: bool = false, TRL_MODEL;
         /// How the update starts: true, false, or a method by PEFT's name.
         init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
+        /// Where the start takes the update out of the base (pissa, olora), write it as a plain LoRA of twice
+        /// the rank for the untouched base; false writes it as it is, which PEFT reads by doing the start again.
+        lora_convert_init: bool = true, PEFT;
         /// Biases of the base to train: none, all or lora_only, those of adapted layers (PEFT's bias).
         lora_bias: LoraBias = LoraBias::None, PEFT;
         /// Other ranks for modules whose path ends with, or matches, a name.

@@ -38,9 +38,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "runtime_config",
 ];
 
-/// Starts that change the base's weights, so that the adapter alone does not describe the model.
-const CHANGES_BASE: &[&str] = &["corda", "loftq", "lora_ga", "olora", "pissa"];
-
 const TASK_TYPES: &[&str] = &[
     "CAUSAL_LM",
     "FEATURE_EXTRACTION",
@@ -287,23 +284,9 @@ impl Field<'_> {
         match self.value {
             Value::Bool(true) => Ok(InitLoraWeights::Kaiming),
             Value::Bool(false) => Ok(InitLoraWeights::Random),
-            Value::String(text) => match text.to_ascii_lowercase().as_str() {
-                "gaussian" => Ok(InitLoraWeights::Gaussian),
-                "orthogonal" => Ok(InitLoraWeights::Orthogonal),
-                name if CHANGES_BASE.iter().any(|start| name.starts_with(start)) => {
-                    Err(Error::adapter(
-                        self.path,
-                        format!(
-                            "`init_lora_weights` is \"{text}\": such an adapter is only valid on a \
-                             base whose weights were changed at its start, which is not supported \
-                             yet; convert it to a plain LoRA with PEFT \
-                             (`path_initial_model_for_weight_conversion` of `save_pretrained`)"
-                        ),
-                    ))
-                }
-                _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
-            },
-            _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
+            Value::String(name) => InitLoraWeights::from_name(name)
+                .map_err(|fault| Error::adapter(self.path, format!("`{}` {fault}", self.key))),
+            _ => Err(self.wrong("true, false or the name of a start, such as \"gaussian\"")),
         }
     }
 
