@@ -25,12 +25,18 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_alpha_pattern": {"up_proj": 3},
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
+    let replicated = json!({
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "lora_layer_replication": [[0, 2], [0, 1], [1, 2]],
+        "lora_modules_to_save": ["layers.2.mlp"],
+    });
     let mut variants = vec![
         ("q_v_down", plain.clone(), json!({})),
         ("all_linear", biased.clone(), every),
         ("rslora", plain.clone(), rslora),
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
+        ("layer_replication", biased.clone(), replicated),
     ];
     for (name, keys) in methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});

@@ -78,6 +78,7 @@ impl Adapted {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
         let method = ferrotune_lora::load_as_peft(directory, &config.model_type)?;
+        let config = method.decoder(config)?;
         let (attachments, mut params) = attach(&config, method.as_ref())?;
         params.move_to(device);
         let attachments = change(attachments)?;

@@ -141,6 +141,7 @@ impl Recipe {
         }
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
+        let decoder = adapter::decoder(&config, &base, decoder)?;
         let base_digest = outputs::base_digest(&base, files.as_ref())?;
         let identity = outputs::identity_without_data(&config, &base_digest, place.world_size);
         if place.is_first() {

@@ -260,6 +260,27 @@ impl<T: KeyValue> KeyValue for Vec<T> {
     }
 }
 
+/// A range `[start, end)`.
+impl KeyValue for [usize; 2] {
+    fn schema() -> Value {
+        json!({"type": "array", "items": usize::schema(), "minItems": 2, "maxItems": 2})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let number = |value| usize::from_value(value).ok();
+        let pair = match value.as_array().map(Vec::as_slice) {
+            Some([start, end]) => number(start).zip(number(end)),
+            _ => None,
+        };
+        pair.map(|(start, end)| [start, end])
+            .ok_or_else(|| "a range [start, end] of whole numbers of at least 0".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
 /// Named values; in YAML also as a JSON string, which is how Transformers takes them on the
 /// command line.
 impl<T: KeyValue> KeyValue for BTreeMap<String, T> {

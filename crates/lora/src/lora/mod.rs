@@ -25,6 +25,7 @@ pub(crate) use files::{read_tensors, write_tensors};
 pub use tokens::TokenIndices;
 
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use names::Part;
@@ -78,6 +79,13 @@ impl LoraAdapter {
 }
 
 impl Adapter for LoraAdapter {
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        match self.config.layer_replication.as_slice() {
+            [] => Ok(base),
+            ranges => base.stacked(ranges),
+        }
+    }
+
     fn attach(
         &self,
         sites: &[Site],

@@ -4,6 +4,7 @@ use super::output::BaseConfig;
 use crate::{PeftConfig, base_copies};
 use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::ViewMut;
@@ -27,9 +28,12 @@ const HEADS: [&str; 3] = ["embed_out", "lm_head", "output"];
 pub(super) struct Plan {
     /// The changes of each tensor, in order.
     pub(super) changes: BTreeMap<String, Vec<Change>>,
-    /// Where head and embedding are one tensor and the merged ones are not: the tensor that each new
-    /// one starts from, by the name of the new one.
+    /// The tensor that each new one starts from, by the name of the new one.
     pub(super) copies: BTreeMap<String, String>,
+    /// Whether head and embedding are one tensor of the base, and the merged ones are not.
+    pub(super) unties: bool,
+    /// The model, where its layers are others than the base's: copies take the place of all of these.
+    pub(super) stack: Option<DecoderConfig>,
 }
 
 /// One change of one tensor, in its own shape.
@@ -106,8 +110,11 @@ pub(super) fn plan(
     let method = PeftConfig::load(adapter_directory)?
         .into_adapter(base_config.model_type())
         .map_err(in_adapter)?;
-    let sites = match base_config.sites()? {
-        Some(sites) => sites,
+    let decoder = base_config.decoder()?;
+    let decoder = decoder.map(|base| method.decoder(base)).transpose();
+    let decoder = decoder.map_err(in_adapter)?;
+    let sites = match &decoder {
+        Some(decoder) => ModelPlan::new(decoder).sites,
         None => modules_of(base, base_config.ties_head()),
     };
     let mut builder = ParamLayoutBuilder::new();
@@ -117,6 +124,9 @@ pub(super) fn plan(
     let params = Arc::new(params);
     base_copies::check(adapter_directory, base)?;
     let mut plan = Plan::default();
+    if let Some(decoder) = decoder.filter(DecoderConfig::is_restacked) {
+        plan.stack(decoder, &sites);
+    }
     let pair = tied_pair(&sites);
     let shared = |id: SiteId| {
         let both = pair.map(|[embedding, head]| [embedding.id, head.id]);
@@ -147,6 +157,25 @@ fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
 }
 
 impl Plan {
+    /// Whether a tensor of the base has no place of its own in the output.
+    pub(super) fn drops(&self, tensor: &str) -> bool {
+        let layers = self.stack.as_ref().map(|stack| stack.modules.layers);
+        let rest = layers.and_then(|layers| tensor.strip_prefix(layers));
+        rest.is_some_and(|rest| rest.starts_with('.'))
+    }
+
+    /// Each layer of `decoder` is a copy of one of the base's.
+    fn stack(&mut self, decoder: DecoderConfig, sites: &[Site]) {
+        for site in sites.iter().filter(|site| site.layer.is_some()) {
+            let bias = site.bias.then_some("bias");
+            for suffix in std::iter::once("weight").chain(bias) {
+                let name = format!("{}.{suffix}", site.name);
+                self.copies.insert(name, site.tensor(suffix));
+            }
+        }
+        self.stack = Some(decoder);
+    }
+
     /// Head and embedding that are one tensor: they stay one where both change alike, else the head
     /// becomes a tensor of its own.
     fn add_pair(
@@ -173,6 +202,7 @@ impl Plan {
             let [head, embedding] = [head, embedding].map(|site| weight_name(&site.name));
             self.changes.insert(head.clone(), Vec::new());
             self.copies.insert(head, embedding);
+            self.unties = true;
         }
         for (site, attachment) in attachments {
             if !(alike && site.id == head.id) {
@@ -326,6 +356,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
             Site {
                 id: SiteId(id),
                 name: module.into(),
+                stored_name: module.into(),
                 kind,
                 in_features,
                 out_features: meta.shape.first().copied().unwrap_or(1),
@@ -344,6 +375,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
         let head = Site {
             id: SiteId(sites.len()),
             name: "lm_head".into(),
+            stored_name: "lm_head".into(),
             kind: SiteKind::Linear,
             output_head: true,
             tied_to: Some(embedding.id),

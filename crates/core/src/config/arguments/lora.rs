@@ -112,6 +112,10 @@ section! {
         /// What stands before a layer's number in a module's path, where that is not the first number:
         /// names or regular expressions. Needs lora_layers_to_transform.
         lora_layers_pattern: Vec<String> = Vec::new(), PEFT;
+        /// Another stack of the base's layers, as ranges [start, end) one after the other, such as [[0, 4],
+        /// [2, 5]]: copies of a layer share its weights and have updates of their own. Layers are numbered
+        /// in this stack.
+        lora_layer_replication: Vec<[usize; 2]> = Vec::new(), PEFT;
         /// Give B a bias, which is trained and scaled as B is (PEFT's own lora_bias).
         lora_b_bias: bool = false, PEFT;
         /// Tokens whose rows of the input embedding are trained, and those of the head where the two are
