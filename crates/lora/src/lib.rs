@@ -55,6 +55,7 @@ mod lora_plus;
 pub mod merge;
 mod method;
 mod methods;
+mod modules;
 mod parts;
 mod registry;
 pub mod target;

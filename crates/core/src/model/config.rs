@@ -151,7 +151,8 @@ impl DecoderConfig {
     pub fn covers(config: &HfConfig) -> bool {
         let classes = config.get("architectures").and_then(Value::as_array);
         let class = classes.and_then(|c| c.first()?.as_str());
-        let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("LMHeadModel");
+        // Saved without its head, a model is of the class that has none.
+        let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("Model");
         models::is_known(config) && class.is_none_or(is_causal)
     }
 

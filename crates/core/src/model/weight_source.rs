@@ -71,7 +71,9 @@ impl WeightSource for ModelFiles {
             .shards()
             .first()
             .map_or(Path::new(""), SafetensorsFile::path);
-        check_tensors(file, expected, &self.weight_shapes())
+        let own = expected.iter();
+        let own = own.map(|(name, shape)| (self.own_name(name).to_owned(), shape.clone()));
+        check_tensors(file, &own.collect::<Vec<_>>(), &self.weight_shapes())
     }
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {

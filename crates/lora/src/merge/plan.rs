@@ -1,6 +1,7 @@
 //! Which tensors of the checkpoint change, and by what. Everything is checked before any output.
 
 use super::output::BaseConfig;
+use crate::modules::{EMBEDDINGS, HEADS};
 use crate::{PeftConfig, base_copies};
 use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
@@ -11,17 +12,6 @@ use ferrotune_kernels::ViewMut;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Last segments of the paths of input embeddings, in checkpoints of architectures not known here.
-const EMBEDDINGS: [&str; 5] = [
-    "embed_in",
-    "embed_tokens",
-    "tok_embeddings",
-    "word_embeddings",
-    "wte",
-];
-/// The same of output heads.
-const HEADS: [&str; 3] = ["embed_out", "lm_head", "output"];
 
 /// What becomes of a checkpoint.
 #[derive(Debug, Default)]
@@ -146,6 +136,7 @@ pub(super) fn plan(
     if let Some([embedding, head]) = pair {
         plan.add_pair([embedding, head], of_pair, &params, adapter_directory)?;
     }
+    plan.name_as(base);
     plan.require_finite_shapes(base, adapter_directory)?;
     Ok(plan)
 }
@@ -159,9 +150,37 @@ fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
 impl Plan {
     /// Whether a tensor of the base has no place of its own in the output.
     pub(super) fn drops(&self, tensor: &str) -> bool {
-        let layers = self.stack.as_ref().map(|stack| stack.modules.layers);
-        let rest = layers.and_then(|layers| tensor.strip_prefix(layers));
-        rest.is_some_and(|rest| rest.starts_with('.'))
+        let Some(layers) = self.stack.as_ref().map(|stack| stack.modules.layers) else {
+            return false;
+        };
+        // A base saved without its head has only the last part of that path.
+        let last = layers.rsplit('.').next().unwrap_or(layers);
+        let rest = [layers, last].map(|layers| tensor.strip_prefix(layers));
+        rest.into_iter().flatten().any(|rest| rest.starts_with('.'))
+    }
+
+    /// Calls every tensor as the files of `base` do, new ones like those they start from.
+    fn name_as(&mut self, base: &ModelFiles) {
+        let own = |name: &str, from: &str| {
+            let lacks = from.len() - base.own_name(from).len();
+            match name.split_once('.') {
+                Some((_, rest)) if lacks > 0 && name[..lacks] == from[..lacks] => rest.to_owned(),
+                _ => name.to_owned(),
+            }
+        };
+        let changes = std::mem::take(&mut self.changes);
+        self.changes = changes
+            .into_iter()
+            .map(|(name, changes)| {
+                let from = self.copies.get(&name).unwrap_or(&name);
+                (own(&name, from), changes)
+            })
+            .collect();
+        let copies = std::mem::take(&mut self.copies);
+        self.copies = copies
+            .into_iter()
+            .map(|(name, from)| (own(&name, &from), base.own_name(&from).to_owned()))
+            .collect();
     }
 
     /// Each layer of `decoder` is a copy of one of the base's.
