@@ -1,6 +1,6 @@
 use super::source::{OURS, PEFT, TRL_MODEL};
 use crate::config::section::section;
-use crate::config::value::{KeyValue, Names, choices};
+use crate::config::value::{KeyValue, Names, Ordered, choices};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -103,10 +103,10 @@ section! {
         init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
         /// Biases of the base to train: none, all or lora_only, those of adapted layers (PEFT's bias).
         lora_bias: LoraBias = LoraBias::None, PEFT;
-        /// Other ranks for modules whose path ends with, or matches, a name.
-        lora_rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), PEFT;
-        /// Other alphas for modules whose path ends with, or matches, a name.
-        lora_alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), PEFT;
+        /// Other ranks for modules whose path ends with, or matches, a name; the first that does decides.
+        lora_rank_pattern: Ordered<usize> = Ordered::new(), PEFT;
+        /// Other alphas for modules whose path ends with, or matches, a name; the first that does decides.
+        lora_alpha_pattern: Ordered<f64> = Ordered::new(), PEFT;
         /// Decoder layers to adapt, counted from 0; empty for all.
         lora_layers_to_transform: Vec<usize> = Vec::new(), PEFT;
         /// What stands before a layer's number in a module's path, where that is not the first number:
