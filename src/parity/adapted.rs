@@ -1,6 +1,6 @@
 //! A base with or without an adapter, forward and backward, beside what was recorded of it.
 
-use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
+use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, largest_gradient, mean_gradient, select};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
@@ -132,8 +132,10 @@ impl Recorded<'_> {
         let (logits, loss) = (self.logits()?, self.loss()?);
         c.tensor(&name("logits"), "logits", &ours.logits, &logits, FORWARD);
         c.number(&name("loss"), "loss", ours.loss, loss, FORWARD);
+        let largest = largest_gradient(self.file, &name("grad."))?;
         for (parameter, ours, theirs) in self.gradients(&ours.grads)? {
-            c.tensor(&name("grad"), &parameter, &ours, &theirs, GRADIENT);
+            let pair = (&*ours, &*theirs);
+            c.gradient(&name("grad"), &parameter, pair, largest, GRADIENT);
         }
         Ok(())
     }
