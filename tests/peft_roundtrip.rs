@@ -31,6 +31,11 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_rank_pattern": {"v_proj": 2}, "lora_alpha_pattern": {"down_proj": 5},
         "lora_modules_to_save": ["norm"],
     });
+    let replicated = json!({
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "lora_layer_replication": [[0, 2], [0, 1], [1, 2]],
+        "lora_modules_to_save": ["layers.2.mlp"],
+    });
     let mut variants = vec![
         (
             "pissa",
@@ -55,6 +60,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("rslora", plain.clone(), rslora),
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
+        ("layer_replication", biased.clone(), replicated),
     ];
     for (name, keys) in methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});

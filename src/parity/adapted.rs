@@ -1,6 +1,6 @@
 //! A base with or without an adapter, forward and backward, beside what was recorded of it.
 
-use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
+use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, largest_gradient, mean_gradient, select};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
@@ -29,6 +29,7 @@ pub(super) type Attachments = Vec<(SiteId, Attachment)>;
 pub(super) struct Adapted {
     pub(super) model: Model,
     pub(super) params: FlatBuffer,
+    method: Option<Box<dyn Adapter>>,
 }
 
 /// What one forward and backward gave.
@@ -36,6 +37,12 @@ pub(super) struct Recomputed {
     logits: Vec<f32>,
     loss: f64,
     grads: FlatBuffer,
+}
+
+impl Recomputed {
+    pub(super) fn logits(&self) -> &[f32] {
+        &self.logits
+    }
 }
 
 impl Adapted {
@@ -50,7 +57,12 @@ impl Adapted {
             let files = ModelFiles::open(base)?;
             let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
             let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
-            return Ok(Self { model, params });
+            let method = None;
+            return Ok(Self {
+                model,
+                params,
+                method,
+            });
         };
         Self::load_with(base, directory, dtype, device, Ok)
     }
@@ -65,14 +77,18 @@ impl Adapted {
     ) -> Result<Self> {
         let model_type = DecoderConfig::open(base)?.model_type;
         let method = ferrotune_lora::load_as_peft(directory, &model_type)?;
-        Self::with(
+        let adapted = Self::with(
             base,
             method.as_ref(),
             Some(directory),
             dtype,
             device,
             change,
-        )
+        )?;
+        Ok(Self {
+            method: Some(method),
+            ..adapted
+        })
     }
 
     /// A base with `method`, at its start or as it is in `directory`.
@@ -86,6 +102,7 @@ impl Adapted {
     ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
+        let config = method.decoder(config)?;
         let (attachments, mut params) = attach(&config, method)?;
         params.move_to(device);
         let attachments = change(attachments)?;
@@ -95,7 +112,12 @@ impl Adapted {
             method.load(&mut params, directory)?;
             ferrotune_lora::check_base_copies(directory, &files)?;
         }
-        Ok(Self { model, params })
+        let method = None;
+        Ok(Self {
+            model,
+            params,
+            method,
+        })
     }
 
     pub(super) fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
@@ -106,7 +128,10 @@ impl Adapted {
             mode: Mode::Eval,
         };
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
-        let (loss, grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
+        let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
+        if let Some(method) = &self.method {
+            loss += method.regularise(&self.params, 1.0, &mut grads)?;
+        }
         Ok(Recomputed {
             logits,
             loss,
@@ -134,8 +159,10 @@ impl Recorded<'_> {
         let (logits, loss) = (self.logits()?, self.loss()?);
         c.tensor(&name("logits"), "logits", &ours.logits, &logits, FORWARD);
         c.number(&name("loss"), "loss", ours.loss, loss, FORWARD);
+        let largest = largest_gradient(self.file, &name("grad."))?;
         for (parameter, ours, theirs) in self.gradients(&ours.grads)? {
-            c.tensor(&name("grad"), &parameter, &ours, &theirs, GRADIENT);
+            let pair = (&*ours, &*theirs);
+            c.gradient(&name("grad"), &parameter, pair, largest, GRADIENT);
         }
         Ok(())
     }

@@ -72,6 +72,19 @@ pub(super) fn lora(
     })
 }
 
+/// The model that the method works on, made of the base's.
+///
+/// # Errors
+/// [`Error::Config`] as [`adapter_of`], and for layers that the base has not.
+pub(super) fn decoder(
+    config: &TrainConfig,
+    base: &Path,
+    of_base: DecoderConfig,
+) -> Result<DecoderConfig> {
+    let method = adapter_of(config, base, &of_base)?;
+    method.decoder(of_base).map_err(|e| in_its_names(config, e))
+}
+
 /// What the method attaches to the shape of the base, and the layout of what it trains.
 ///
 /// # Errors
@@ -162,13 +175,14 @@ fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<Strin
 }
 
 /// The keys of a LoRA in a configuration, by PEFT's names for them.
-const TRL_NAMES: [(&str, &str); 12] = [
+const TRL_NAMES: [(&str, &str); 13] = [
     ("alpha_pattern", "lora_alpha_pattern"),
     // Before `bias`, which takes its name in a configuration.
     ("lora_bias", "lora_b_bias"),
     ("bias", "lora_bias"),
     ("ensure_weight_tying", "lora_ensure_weight_tying"),
     ("exclude_modules", "lora_exclude_modules"),
+    ("layer_replication", "lora_layer_replication"),
     ("layers_pattern", "lora_layers_pattern"),
     ("layers_to_transform", "lora_layers_to_transform"),
     ("modules_to_save", "lora_modules_to_save"),
@@ -252,8 +266,8 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         target_modules: lora.lora_target_modules.as_ref().map(targets),
         exclude_modules: lora.lora_exclude_modules.as_ref().map(excludes),
         layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
-        rank_pattern: lora.lora_rank_pattern.clone().into_iter().collect(),
-        alpha_pattern: lora.lora_alpha_pattern.clone().into_iter().collect(),
+        rank_pattern: lora.lora_rank_pattern.0.clone(),
+        alpha_pattern: lora.lora_alpha_pattern.0.clone(),
         layers_pattern: lora.lora_layers_pattern.clone(),
         init_lora_weights: init(&lora.init_lora_weights)
             .map_err(|error| in_trl_names(config, error))?,
@@ -262,6 +276,7 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         modules_to_save: lora.lora_modules_to_save.clone(),
         trainable_token_indices: token_indices(&lora.lora_trainable_token_indices)?,
         ensure_weight_tying: lora.lora_ensure_weight_tying,
+        layer_replication: lora.lora_layer_replication.clone(),
         task_type: Some(lora.lora_task_type.clone()),
         base_model_name_or_path: Some(name_of(config, base)),
         ..LoraConfig::default()

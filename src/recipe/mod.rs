@@ -46,6 +46,7 @@ use ferrotune_core::{Error, Result};
 use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::AdamW;
 use ferrotune_kernels::cuda;
+use ferrotune_lora::Start;
 use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -144,6 +145,7 @@ impl Recipe {
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
         start::require_readable(&config, &base, &decoder, files.as_ref())?;
+        let decoder = adapter::decoder(&config, &base, decoder)?;
         let base_digest = outputs::base_digest(&base, files.as_ref())?;
         let identity = outputs::identity_without_data(&config, &base_digest, place.world_size);
         if place.is_first() {
@@ -193,6 +195,7 @@ impl Recipe {
             weights,
             fingerprints,
         };
+        recipe.adapter()?;
         let (activations, note) = memory::plan(&recipe, &attached, recipe.available_memory)?;
         recipe.activations = activations;
         recipe.config.notes.extend(note);
@@ -310,6 +313,7 @@ impl Recipe {
             if self.config.output.load_best_model_at_end {
                 resume::go_back_to_best(self, output, &state, &mut trainer)?;
             }
+            trainer.finish();
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         // Whoever returns knows that what the run leaves behind is whole.
@@ -400,7 +404,7 @@ impl Recipe {
         from: Option<&Path>,
     ) -> Result<Trainer> {
         let start = start::agree(self, group.as_mut(), from)?;
-        let adapter = adapter_from(&self.config, &self.base, &self.decoder, start)?;
+        let adapter = self.adapter_from(start)?;
         let random = RandomWeights {
             seed: self.config.runtime.seed,
         };
@@ -460,7 +464,13 @@ impl Recipe {
     /// # Errors
     /// [`Error::Config`] if its settings contradict each other.
     pub fn adapter(&self) -> Result<Box<dyn Adapter>> {
-        adapter_of(&self.config, &self.base, &self.decoder)
+        self.adapter_from(None)
+    }
+
+    fn adapter_from(&self, start: Option<Start>) -> Result<Box<dyn Adapter>> {
+        let mut adapter = adapter_from(&self.config, &self.base, &self.decoder, start)?;
+        adapter.plan_steps(self.plan.total_steps)?;
+        Ok(adapter)
     }
 
     fn run_started(&self, trainer: &Trainer, first_num_tokens: u64) -> RunStarted {

@@ -6,6 +6,7 @@ mod update;
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
 
 use crate::Result;
+use crate::model::DecoderConfig;
 use crate::params::{FlatBuffer, ParamId, ParamLayoutBuilder};
 use ferrotune_kernels::{Tensor, View};
 use std::fmt::Debug;
@@ -33,6 +34,9 @@ pub struct Site {
     pub id: SiteId,
     /// Module path in the Hugging Face model, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
+    /// Module path under which files have its weights: `name`, but for a layer of a stack made anew
+    /// ([`DecoderConfig::stacked`]), where several sites may have one.
+    pub stored_name: String,
     /// What stands there.
     pub kind: SiteKind,
     /// Columns of the weight; 1 for a norm.
@@ -52,6 +56,14 @@ pub struct Site {
     pub tied_to: Option<SiteId>,
     /// When forward uses it: smaller is earlier.
     pub execution_order: usize,
+}
+
+impl Site {
+    /// Name of its tensor `weight` or `bias` in files.
+    #[must_use]
+    pub fn tensor(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.stored_name)
+    }
 }
 
 /// What a method does at one site.
@@ -132,8 +144,30 @@ pub trait BaseWeights {
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()>;
 }
 
+/// An optimizer step that was just made, as a method sees it.
+#[derive(Debug)]
+pub struct StepDone<'a> {
+    /// Steps before it.
+    pub step: u64,
+    /// The gradient, a sum over the step's trained tokens.
+    pub grads: &'a FlatBuffer,
+    /// What the optimizer multiplied it with: clipping over the number of tokens.
+    pub grad_scale: f32,
+    /// The method's [`Adapter::state`], in its order.
+    pub state: &'a mut [FlatBuffer],
+}
+
 /// A PEFT method over a whole model.
 pub trait Adapter: Debug + Send + Sync {
+    /// The model that the method works on: `base`, or one made of its layers. What is attached to and
+    /// loaded is this model.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if it cannot be made of `base`.
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        Ok(base)
+    }
+
     /// Declares what is trained and where it attaches, from names and shapes alone.
     ///
     /// # Errors
@@ -161,6 +195,45 @@ pub trait Adapter: Debug + Send + Sync {
     /// # Errors
     /// If a value cannot be computed.
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()>;
+
+    /// Hears of the length of the run, for methods with a schedule. Called before anything else.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the schedule does not fit into it.
+    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
+        let _ = total_steps;
+        Ok(())
+    }
+
+    /// Names of what the method remembers from step to step: buffers of the parameters' layout, zero at
+    /// first, that checkpoints hold beside AdamW's moments.
+    fn state(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// A term of the objective beside the mean loss over the data: returns it, and adds `weight` times its
+    /// gradient to `grads`.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+        let _ = (params, weight, grads);
+        Ok(0.0)
+    }
+
+    /// Changes the parameters after an optimizer step, in the same way on every rank.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
+        let _ = (params, done);
+        Ok(())
+    }
+
+    /// Clears what has no effect and would only take room in the result. Called when training is over.
+    fn finish(&self, params: &mut FlatBuffer) {
+        let _ = params;
+    }
 
     /// Writes the method's files (for PEFT: `adapter_config.json`, `adapter_model.safetensors`).
     ///

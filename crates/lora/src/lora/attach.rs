@@ -18,6 +18,7 @@ pub(super) fn attach(
     sites: &[Site],
     params: &mut ParamLayoutBuilder,
 ) -> Result<Vec<(SiteId, Attachment)>> {
+    require_stack(&config.layer_replication, sites)?;
     let mut attachments = Vec::new();
     let tied = config
         .ensure_weight_tying
@@ -75,6 +76,30 @@ pub(super) fn attach(
         attachments.push((site.id, Attachment::TrainBias(vector(site, part, params))));
     }
     Ok(attachments)
+}
+
+/// Refuses sites of another stack of layers than `ranges` make.
+fn require_stack(ranges: &[[usize; 2]], sites: &[Site]) -> Result<()> {
+    let order: Vec<usize> = ranges.iter().flat_map(|&[start, end]| start..end).collect();
+    let fits = |site: &Site| {
+        let Some(layer) = site.layer else {
+            return true;
+        };
+        let source = order.get(layer).map(|source| {
+            let [at, from] = [layer, *source].map(|number| format!(".{number}."));
+            site.name.replacen(&at, &from, 1)
+        });
+        source.is_some_and(|name| name == site.stored_name)
+    };
+    let knows_layers = sites.iter().any(|site| site.layer.is_some());
+    if order.is_empty() || (knows_layers && sites.iter().all(fits)) {
+        return Ok(());
+    }
+    Err(Error::config(
+        "layer_replication",
+        "the model has other layers than it asks for: it must be the one that `Adapter::decoder` makes of the base, \
+         whose architecture must be known",
+    ))
 }
 
 /// The input embedding and the head that shares its weight.

@@ -79,6 +79,10 @@ pub struct LoraConfig {
     /// Where the embedding is shared with the head and one of them is adapted or trained as a whole,
     /// keep them the same. Otherwise the other keeps the base's weight.
     pub ensure_weight_tying: bool,
+    /// Another stack of the base's layers: those of each range `[start, end)`, one range after the other,
+    /// each copy with updates of its own. Names and numbers of layers are those of this stack. Empty for
+    /// the base's own.
+    pub layer_replication: Vec<[usize; 2]>,
     /// As in the file. Decides nothing: whether a weight lies transposed is known of the base.
     pub fan_in_fan_out: bool,
     /// PEFT's task, such as `CAUSAL_LM`.
@@ -110,6 +114,7 @@ impl Default for LoraConfig {
             modules_to_save: Vec::new(),
             trainable_token_indices: None,
             ensure_weight_tying: false,
+            layer_replication: Vec::new(),
             fan_in_fan_out: false,
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: None,
@@ -146,6 +151,16 @@ impl LoraConfig {
                 format!(
                     "{} is no probability in [0, 1); 0 and 0.05 are usual",
                     self.dropout
+                ),
+            ));
+        }
+        if !self.layer_replication.is_empty() && self.bias != LoraBias::None {
+            return Err(Error::config(
+                "bias",
+                format!(
+                    "{} trains biases of the base, which the copies of `layer_replication` share, and a file of \
+                     PEFT has no way to say so; set it to none",
+                    self.bias.as_str()
                 ),
             ));
         }
@@ -263,6 +278,11 @@ impl LoraConfig {
                 "trainable_token_indices",
                 format!("{:?}", self.trainable_token_indices),
                 format!("{:?}", other.trainable_token_indices),
+            ),
+            (
+                "layer_replication",
+                format!("{:?}", self.layer_replication),
+                format!("{:?}", other.layer_replication),
             ),
             (
                 "ensure_weight_tying",

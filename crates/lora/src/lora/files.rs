@@ -7,6 +7,7 @@ use super::names::{self, Part};
 use super::{InitLoraWeights, LoraConfig, Start, convert};
 use crate::PeftConfig;
 use crate::files::{self, CONFIG_FILE, Weights};
+use crate::modules::{EMBEDDINGS, HEADS};
 use crate::target::{Target, TargetModules};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::io::{self, FileDType, TensorData};
@@ -144,12 +145,12 @@ pub(super) fn load(
 ) -> Result<Option<Start>> {
     match form(config, directory)? {
         Form::Own => {
-            read_tensors(params, directory)?;
+            read_all(params, directory, config.ensure_weight_tying)?;
             start(config, directory)
         }
         Form::Plain => {
             let mut plain = FlatBuffer::zeros(&convert::layout(params.layout())?);
-            read_tensors(&mut plain, directory)?;
+            read_all(&mut plain, directory, config.ensure_weight_tying)?;
             convert::split(&plain, params).map(Some)
         }
     }
@@ -170,24 +171,60 @@ pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Star
 
 /// Reads every tensor of `params` that is an adapter's from the weights file, strictly.
 pub(crate) fn read_tensors(params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+    read_all(params, directory, false)
+}
+
+/// The same, with the copies that PEFT writes of what head and embedding share if they are `tied`.
+fn read_all(params: &mut FlatBuffer, directory: &Path, tied: bool) -> Result<()> {
     let file = Weights::open(directory)?;
     let layout = params.layout().clone();
     let expected: BTreeSet<String> = lora_segments(params)
         .map(|(_, segment)| segment.spec.name.clone())
         .collect();
-    file.require_same_names(&expected, |name| repeats_another(name, &expected))?;
+    let twin = |name: &str| twin(name, &expected).filter(|_| tied);
+    file.require_same_names(&expected, |name| {
+        repeats_base(name, &expected) || twin(name).is_some()
+    })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
             let values = file.read(&segment.spec.name, &segment.spec.file_shape())?;
             params.set_file_values(id, &values);
         }
     }
+    let copies = file.file.names().filter(|name| !expected.contains(*name));
+    for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
+        // A head's factors are the transposes of the embedding's in files, and the same here.
+        let own = layout.find(twin).map_or(&[][..], |id| params.get(id));
+        if file.read_flat(name, own.len())? != own {
+            return Err(Error::adapter(
+                &file.path,
+                format!("`{name}` and `{twin}` differ, but `ensure_weight_tying` makes them one"),
+            ));
+        }
+    }
     Ok(())
 }
 
+/// What of the embedding's the tensor `name` of a head repeats.
+fn twin<'a>(name: &str, expected: &'a BTreeSet<String>) -> Option<&'a str> {
+    let (module, part) = names::parse(name)?;
+    let of = match part {
+        Part::A => Part::EmbeddingB,
+        Part::B => Part::EmbeddingA,
+        Part::Weight => Part::Weight,
+        _ => return None,
+    };
+    let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
+    let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
+    let found = expected.iter().find(twin)?;
+    HEADS
+        .contains(&last_segment(module))
+        .then_some(found.as_str())
+}
+
 /// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's
-/// weight of an adapted table, and what a head has of the embedding's update.
-fn repeats_another(name: &str, expected: &BTreeSet<String>) -> bool {
+/// weight of an adapted table.
+fn repeats_base(name: &str, expected: &BTreeSet<String>) -> bool {
     let has = |module: &str, part| expected.contains(&names::tensor(module, part));
     match names::parse(name) {
         Some((module, Part::AdaptedWeight)) => {

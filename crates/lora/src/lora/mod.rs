@@ -27,6 +27,7 @@ pub use init::{InitLoraWeights, Start};
 pub use tokens::TokenIndices;
 
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use names::Part;
@@ -130,6 +131,13 @@ impl LoraAdapter {
 }
 
 impl Adapter for LoraAdapter {
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        match self.config.layer_replication.as_slice() {
+            [] => Ok(base),
+            ranges => base.stacked(ranges),
+        }
+    }
+
     fn attach(
         &self,
         sites: &[Site],

@@ -16,7 +16,6 @@ const MUST_BE_OFF: &[&str] = &[
     "corda_config",
     "eva_config",
     "kasa_config",
-    "layer_replication",
     "loftq_config",
     "lora_ga_config",
     "megatron_config",
@@ -98,6 +97,7 @@ impl LoraConfig {
             "modules_to_save" => self.modules_to_save = field.one_or_more()?,
             "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
             "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
+            "layer_replication" => self.layer_replication = field.layer_ranges()?,
             "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
             key if is_news(field.path, key) => tracing::warn!(
                 path = %field.path.display(),
@@ -267,6 +267,24 @@ impl Field<'_> {
                 .map(Some),
             single => Ok(Some(vec![self.integer(single)?])),
         }
+    }
+
+    fn layer_ranges(&self) -> Result<Vec<[usize; 2]>> {
+        let items = match self.value {
+            Value::Null => return Ok(Vec::new()),
+            Value::Array(items) => Some(items),
+            _ => None,
+        };
+        let number = |item: &Value| item.as_u64().and_then(|n| usize::try_from(n).ok());
+        let range = |item: &Value| match item.as_array()?.as_slice() {
+            [start, end] => Some([number(start)?, number(end)?]),
+            _ => None,
+        };
+        items
+            .and_then(|items| items.iter().map(range).collect())
+            .ok_or_else(|| {
+                self.wrong("a list of ranges [start, end) of layers, such as [[0, 4], [2, 5]]")
+            })
     }
 
     fn pattern<T>(&self, convert: impl Fn(&Value) -> Result<T>) -> Result<PatternMap<T>> {

@@ -46,7 +46,6 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
     for (key, value) in [
         ("use_bdlora", json!(true)),
         ("target_parameters", json!(["experts.gate_up_proj"])),
-        ("layer_replication", json!([[0, 1]])),
         ("alora_invocation_tokens", json!([5])),
         ("loftq_config", json!({"loftq_bits": 4})),
         ("eva_config", json!({"rho": 2.0})),

@@ -48,6 +48,9 @@ impl LoraConfig {
         if self.ensure_weight_tying {
             keys.insert("ensure_weight_tying", json!(true));
         }
+        if !self.layer_replication.is_empty() {
+            keys.insert("layer_replication", json!(self.layer_replication));
+        }
         match &self.trainable_token_indices {
             None => {}
             Some(TokenIndices::Embedding(ids)) => {
