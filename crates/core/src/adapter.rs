@@ -8,6 +8,7 @@ pub use prompt::{Prompt, PromptOf};
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
 
 use crate::Result;
+use crate::model::DecoderConfig;
 use crate::params::{FlatBuffer, ParamId, ParamLayoutBuilder};
 use ferrotune_kernels::{Tensor, View};
 use std::fmt::Debug;
@@ -44,6 +45,9 @@ pub struct Site {
     pub id: SiteId,
     /// Module path in the Hugging Face model, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
+    /// Module path under which files have its weights: `name`, but for a layer of a stack made anew
+    /// ([`DecoderConfig::stacked`]), where several sites may have one.
+    pub stored_name: String,
     /// What stands there.
     pub kind: SiteKind,
     /// Columns of the weight; 1 for a norm.
@@ -65,6 +69,14 @@ pub struct Site {
     pub tied_to: Option<SiteId>,
     /// When forward uses it: smaller is earlier.
     pub execution_order: usize,
+}
+
+impl Site {
+    /// Name of its tensor `weight` or `bias` in files.
+    #[must_use]
+    pub fn tensor(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.stored_name)
+    }
 }
 
 /// What a method does at one site.
@@ -134,14 +146,28 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if no frozen linear stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
-    /// Rows of the embedding.
-    fn vocabulary(&self) -> usize;
+    /// Rows of the embedding; 0 where it is not at hand.
+    fn vocabulary(&self) -> usize {
+        0
+    }
 
     /// The rows of `tokens` as the embedding gives them, `[tokens, hidden]`, f32 in host memory.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] if a token lies outside the vocabulary.
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor>;
+    /// [`crate::Error::Config`] if a token lies outside the vocabulary, or the embedding is not at hand.
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let _ = tokens;
+        Err(crate::Error::config(
+            "peft_type",
+            "the embedding is not at hand",
+        ))
+    }
+
+    /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
+    fn is_quantised(&self, site: SiteId) -> bool {
+        let _ = site;
+        false
+    }
 
     /// Replaces W, rounded or quantised to what the base is held in.
     ///
@@ -165,6 +191,15 @@ pub struct StepDone<'a> {
 
 /// A PEFT method over a whole model.
 pub trait Adapter: Debug + Send + Sync {
+    /// The model that the method works on: `base`, or one made of its layers. What is attached to and
+    /// loaded is this model.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if it cannot be made of `base`.
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        Ok(base)
+    }
+
     /// Declares what is trained and where it attaches, from names and shapes alone.
     ///
     /// # Errors
