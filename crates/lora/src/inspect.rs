@@ -1,6 +1,6 @@
 //! What an adapter's files say, and how two adapters differ, without their base.
 
-mod read;
+pub(crate) mod read;
 mod spectrum;
 #[cfg(test)]
 mod tests;

@@ -49,6 +49,7 @@
 #![warn(clippy::print_stdout)]
 
 mod base_copies;
+mod combine;
 mod files;
 pub mod inspect;
 pub mod lora;
@@ -65,6 +66,9 @@ pub mod target;
 mod testing;
 
 pub use base_copies::check as check_base_copies;
+pub use combine::{
+    Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
+};
 pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, Start, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
