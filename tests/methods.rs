@@ -33,6 +33,14 @@ fn configurations() -> Vec<(Value, Start)> {
         object
     };
     vec![
+        (
+            // The term that keeps vectors orthogonal is no part of the loss of an evaluation.
+            of(
+                "ADALORA",
+                json!({"init_r": 6, "target_r": 2, "total_step": 100, "orth_reg_weight": 0.0}),
+            ),
+            Nothing,
+        ),
         (of("BOFT", json!({"boft_block_size": 4})), Nothing),
         (
             of("C3A", json!({"block_size": 8, "init_weights": true})),
@@ -268,6 +276,87 @@ fn what_is_saved_is_what_was_trained_and_merges_to_the_same_model() {
     }
 }
 
+/// Ranks are cut while training goes on, whether it stops in between or not, and files hold what is left.
+#[test]
+fn adalora_cuts_ranks_and_goes_on_where_it_stopped() {
+    let keys = json!({
+        "peft_type": "ADALORA", "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "init_r": 6, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 4,
+    });
+    let run = |trainer: &mut Trainer, steps: usize| {
+        for _ in 0..steps {
+            trainer.step(&[batch()], 1e-2).expect("a step");
+        }
+    };
+    let mut whole = trainer(&keys);
+    run(&mut whole, 12);
+    // Before ranks are cut, between two cuts, and after they are decided.
+    for stop in [2, 5, 10] {
+        let mut first = trainer(&keys);
+        run(&mut first, stop);
+        let moments: Vec<(&str, FlatBuffer)> = first
+            .moments()
+            .into_iter()
+            .map(|(name, buffer)| (name, buffer.clone()))
+            .collect();
+        let mut second = trainer(&keys);
+        second.restore(stop as u64, first.params(), &moments);
+        run(&mut second, 12 - stop);
+        assert_eq!(
+            second.params().as_slice(),
+            whole.params().as_slice(),
+            "stopped after {stop} steps"
+        );
+    }
+
+    let trained = logits(whole.model(), whole.params());
+    whole.finish();
+    let place = tempfile::tempdir().expect("temporary directory");
+    let save = |to: &Path| {
+        whole.adapter().save(whole.params(), to).expect("saved");
+        let text = std::fs::read(to.join("adapter_config.json")).expect("written");
+        let config: Value = serde_json::from_slice(&text).expect("JSON");
+        config["rank_pattern"].clone()
+    };
+    let pattern = save(place.path());
+    let flags = pattern.as_object().expect("ranks were cut").values();
+    let flags: Vec<&Value> = flags
+        .flat_map(|list| list.as_array().expect("a list"))
+        .collect();
+    let kept = flags.iter().filter(|flag| ***flag == json!(true)).count();
+    assert_eq!((flags.len(), kept), (6 * 6, 2 * 6));
+    let ours = logits_of(&base(), Some(place.path()));
+    assert!(relative_error(&ours, &trained) < 1e-6);
+
+    let path = place.path().join("adapter_config.json");
+    let text = std::fs::read(&path).expect("written");
+    let mut config: Value = serde_json::from_slice(&text).expect("JSON");
+    config["rank_pattern"]["model.layers.0.self_attn.q_proj.lora_E"] = json!([true, false]);
+    std::fs::write(&path, config.to_string()).expect("writable");
+    let error = load(place.path(), "llama").expect_err("a pattern of numbers");
+    assert!(error.to_string().contains("a list of 6"), "{error}");
+}
+
+/// COFT's rotations stay near none after each step.
+#[test]
+fn constrained_rotations_do_not_leave_their_bounds() {
+    let keys = json!({
+        "peft_type": "OFT", "target_modules": ["q_proj"], "oft_block_size": 8, "coft": true, "eps": 0.01,
+    });
+    let mut trainer = trainer(&keys);
+    for _ in 0..5 {
+        trainer.step(&[batch()], 1e-1).expect("a step");
+    }
+    for (id, segment) in trainer.params().layout().by_name() {
+        let blocks = segment.spec.shape[0];
+        for block in trainer.params().get(id).chunks(segment.spec.shape[1]) {
+            let norm = block.iter().map(|v| 2.0 * v * v).sum::<f32>().sqrt();
+            let bound = 0.01 / (blocks as f32).sqrt();
+            assert!(norm > 0.0 && norm < bound * 1.0001, "{norm} above {bound}");
+        }
+    }
+}
+
 /// Along the gradient the loss grows as the gradient says.
 #[test]
 fn gradients_are_slopes_of_the_loss() {
@@ -322,6 +411,27 @@ fn mistakes_in_a_configuration_are_named() {
         (json!({"peft_type": "VERRA"}), "VERA"),
         (json!({"peft_type": "XLORA"}), "not supported yet"),
         (json!({"peft_type": "LORA"}), "lora_r"),
+        (
+            json!({"peft_type": "ADALORA", "total_step": 5, "tinit": 3, "tfinal": 2}),
+            "no step to cut",
+        ),
+        (
+            json!({"peft_type": "ADALORA", "init_r": 4}),
+            "ranks are only cut",
+        ),
+        (json!({"peft_type": "ADALORA", "beta2": 1.0}), "less than 1"),
+        (
+            json!({"peft_type": "ADALORA", "orth_reg_weight": -0.1}),
+            "0 or more",
+        ),
+        (
+            json!({"peft_type": "ADALORA", "use_dora": true}),
+            "use_dora",
+        ),
+        (
+            json!({"peft_type": "ADALORA", "rank_pattern": {"q_proj": 3}}),
+            "leave it out",
+        ),
         (json!({"peft_type": "VERA", "rank": 3}), "rank"),
         (json!({"peft_type": "VERA", "r": 0}), "at least 1"),
         (json!({"peft_type": "VERA", "r": "eight"}), "a whole number"),

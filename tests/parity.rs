@@ -52,7 +52,8 @@ fn is_known(case: &Path) -> bool {
         }
         Some("quant") => name.starts_with("hf_") && name.contains("4_"),
         Some("adapters") => {
-            const METHODS: [&str; 15] = [
+            const METHODS: [&str; 16] = [
+                "adalora",
                 "boft",
                 "c3a",
                 "delora",
@@ -165,7 +166,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 86, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 88, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

@@ -4,7 +4,7 @@ use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
-use ferrotune_core::adapter::{Attachment, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, SiteId};
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
@@ -29,6 +29,7 @@ pub(super) type Attachments = Vec<(SiteId, Attachment)>;
 pub(super) struct Adapted {
     pub(super) model: Model,
     pub(super) params: FlatBuffer,
+    method: Option<Box<dyn Adapter>>,
 }
 
 /// What one forward and backward gave.
@@ -36,6 +37,12 @@ pub(super) struct Recomputed {
     logits: Vec<f32>,
     loss: f64,
     grads: FlatBuffer,
+}
+
+impl Recomputed {
+    pub(super) fn logits(&self) -> &[f32] {
+        &self.logits
+    }
 }
 
 impl Adapted {
@@ -50,7 +57,12 @@ impl Adapted {
             let files = ModelFiles::open(base)?;
             let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
             let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
-            return Ok(Self { model, params });
+            let method = None;
+            return Ok(Self {
+                model,
+                params,
+                method,
+            });
         };
         Self::load_with(base, directory, dtype, device, Ok)
     }
@@ -73,7 +85,12 @@ impl Adapted {
         method.prepare(&mut params, &mut model)?;
         method.load(&mut params, directory)?;
         ferrotune_lora::check_base_copies(directory, &files)?;
-        Ok(Self { model, params })
+        let method = Some(method);
+        Ok(Self {
+            model,
+            params,
+            method,
+        })
     }
 
     pub(super) fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
@@ -84,7 +101,10 @@ impl Adapted {
             mode: Mode::Eval,
         };
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
-        let (loss, grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
+        let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
+        if let Some(method) = &self.method {
+            loss += method.regularise(&self.params, 1.0, &mut grads)?;
+        }
         Ok(Recomputed {
             logits,
             loss,

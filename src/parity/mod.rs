@@ -5,6 +5,7 @@
 
 mod adapted;
 mod adapter;
+mod allocation;
 mod arch;
 mod case;
 mod compare;
@@ -73,6 +74,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
     match case.kind.as_str() {
         "causal_lm" => arch::compare(case),
         "adapter" => adapter::compare(case),
+        "adalora allocation" => allocation::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
         "HF bitsandbytes checkpoint" => quantised::compare(case),
@@ -83,8 +85,8 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, training \
-                 trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, \
+                 training trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -190,6 +190,7 @@ impl Recipe {
             weights,
             fingerprints,
         };
+        recipe.adapter()?;
         let (activations, note) = memory::plan(&recipe, &attached, recipe.available_memory)?;
         recipe.activations = activations;
         recipe.config.notes.extend(note);
@@ -307,6 +308,7 @@ impl Recipe {
             if self.config.output.load_best_model_at_end {
                 resume::go_back_to_best(self, output, &state, &mut trainer)?;
             }
+            trainer.finish();
             outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
         }
         // Whoever returns knows that what the run leaves behind is whole.
@@ -386,7 +388,7 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::trainer`]; [`Error::Transient`] if a peer is lost.
     pub fn trainer_with(&self, group: Box<dyn ProcessGroup>) -> Result<Trainer> {
-        let adapter = adapter_of(&self.config, &self.base, &self.decoder)?;
+        let adapter = self.adapter()?;
         let random = RandomWeights {
             seed: self.config.runtime.seed,
         };
@@ -447,7 +449,9 @@ impl Recipe {
     /// # Errors
     /// [`Error::Config`] if its settings contradict each other.
     pub fn adapter(&self) -> Result<Box<dyn Adapter>> {
-        adapter_of(&self.config, &self.base, &self.decoder)
+        let mut adapter = adapter_of(&self.config, &self.base, &self.decoder)?;
+        adapter.plan_steps(self.plan.total_steps)?;
+        Ok(adapter)
     }
 
     fn run_started(&self, trainer: &Trainer, first_num_tokens: u64) -> RunStarted {

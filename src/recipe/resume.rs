@@ -195,8 +195,9 @@ pub(super) fn restore(
     let layout = std::sync::Arc::clone(trainer.params().layout());
     let mut params = FlatBuffer::zeros(&layout);
     recipe.adapter()?.load(&mut params, directory)?;
-    let (mut exp_avg, mut exp_avg_sq) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
-    let step = read_optimizer(&directory.join(OPTIMIZER), &mut exp_avg, &mut exp_avg_sq)?;
+    let empty = |(name, _)| (name, FlatBuffer::zeros(&layout));
+    let mut moments: Vec<_> = trainer.moments().into_iter().map(empty).collect();
+    let step = read_optimizer(&directory.join(OPTIMIZER), &mut moments)?;
     if step != checkpoint.step() {
         let message = format!(
             "is of step {step}, the checkpoint of step {}",
@@ -204,7 +205,7 @@ pub(super) fn restore(
         );
         return Err(Error::checkpoint(directory.join(OPTIMIZER), message));
     }
-    trainer.restore(step, &params, &exp_avg, &exp_avg_sq);
+    trainer.restore(step, &params, &moments);
     replay_algorithms(&directory.join(ALGORITHMS), trainer)?;
     let read = |name: &str| {
         let path = directory.join(name);

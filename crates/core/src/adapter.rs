@@ -126,6 +126,19 @@ pub trait BaseWeights {
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()>;
 }
 
+/// An optimizer step that was just made, as a method sees it.
+#[derive(Debug)]
+pub struct StepDone<'a> {
+    /// Steps before it.
+    pub step: u64,
+    /// The gradient, a sum over the step's trained tokens.
+    pub grads: &'a FlatBuffer,
+    /// What the optimizer multiplied it with: clipping over the number of tokens.
+    pub grad_scale: f32,
+    /// The method's [`Adapter::state`], in its order.
+    pub state: &'a mut [FlatBuffer],
+}
+
 /// A PEFT method over a whole model.
 pub trait Adapter: Debug + Send + Sync {
     /// Declares what is trained and where it attaches, from names and shapes alone.
@@ -155,6 +168,45 @@ pub trait Adapter: Debug + Send + Sync {
     /// # Errors
     /// If a value cannot be computed.
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()>;
+
+    /// Hears of the length of the run, for methods with a schedule. Called before anything else.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the schedule does not fit into it.
+    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
+        let _ = total_steps;
+        Ok(())
+    }
+
+    /// Names of what the method remembers from step to step: buffers of the parameters' layout, zero at
+    /// first, that checkpoints hold beside AdamW's moments.
+    fn state(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// A term of the objective beside the mean loss over the data: returns it, and adds `weight` times its
+    /// gradient to `grads`.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+        let _ = (params, weight, grads);
+        Ok(0.0)
+    }
+
+    /// Changes the parameters after an optimizer step, in the same way on every rank.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
+        let _ = (params, done);
+        Ok(())
+    }
+
+    /// Clears what has no effect and would only take room in the result. Called when training is over.
+    fn finish(&self, params: &mut FlatBuffer) {
+        let _ = params;
+    }
 
     /// Writes the method's files (for PEFT: `adapter_config.json`, `adapter_model.safetensors`).
     ///

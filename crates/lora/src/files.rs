@@ -36,6 +36,52 @@ pub(crate) fn write_tensors(
 pub(crate) struct Weights {
     pub(crate) path: PathBuf,
     pub(crate) file: SafetensorsFile,
+    /// Tensors of which the file holds a part, by name.
+    parts: BTreeMap<String, Part>,
+}
+
+/// Which rows (or columns, for `axis` 1) of a matrix a file holds; the others are zero.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Part {
+    pub(crate) axis: usize,
+    pub(crate) kept: Vec<bool>,
+}
+
+impl Part {
+    /// The shape in the file of a matrix of `shape`.
+    pub(crate) fn shape(&self, shape: &[usize]) -> Vec<usize> {
+        let mut part = shape.to_vec();
+        if let Some(length) = part.get_mut(self.axis) {
+            *length = self.kept.iter().filter(|kept| **kept).count();
+        }
+        part
+    }
+
+    /// What the file holds of `values`, of `shape`.
+    pub(crate) fn take(&self, values: &[f32], shape: &[usize]) -> Vec<f32> {
+        let cols = shape[1];
+        let kept = |at: &usize| self.kept[[at / cols, at % cols][self.axis]];
+        (0..values.len())
+            .filter(kept)
+            .map(|at| values[at])
+            .collect()
+    }
+
+    /// The inverse of [`Part::take`].
+    fn expand(&self, values: &[f32], shape: &[usize]) -> Vec<f32> {
+        let cols = shape[1];
+        let mut rest = values.iter().copied();
+        (0..shape[0] * cols)
+            .map(|at| {
+                let kept = self.kept[[at / cols, at % cols][self.axis]];
+                if kept {
+                    rest.next().unwrap_or_default()
+                } else {
+                    0.0
+                }
+            })
+            .collect()
+    }
 }
 
 impl Weights {
@@ -55,7 +101,13 @@ impl Weights {
             ));
         }
         let file = SafetensorsFile::open(&path).map_err(as_adapter)?;
-        Ok(Self { path, file })
+        let parts = BTreeMap::new();
+        Ok(Self { path, file, parts })
+    }
+
+    /// The same, of which the tensors in `parts` are read with zeros for what is not there.
+    pub(crate) fn with_parts(self, parts: BTreeMap<String, Part>) -> Self {
+        Self { parts, ..self }
     }
 
     /// A finite tensor of a known shape.
@@ -67,15 +119,20 @@ impl Weights {
             .file
             .meta(name)
             .ok_or_else(|| Error::adapter(&self.path, format!("`{name}` is missing")))?;
-        if meta.shape != shape {
+        let part = self.parts.get(name);
+        let expected = part.map_or_else(|| shape.to_vec(), |part| part.shape(shape));
+        if meta.shape != expected {
             return Err(Error::adapter(
                 &self.path,
-                format!("`{name}` has shape {:?}, expected {shape:?}", meta.shape),
+                format!("`{name}` has shape {:?}, expected {expected:?}", meta.shape),
             ));
         }
         let values = self.file.read_f32(name).map_err(as_adapter)?;
         match values.iter().position(|value| !value.is_finite()) {
-            None => Ok(values),
+            None => Ok(match part {
+                Some(part) => part.expand(&values, shape),
+                None => values,
+            }),
             Some(at) => Err(Error::adapter(
                 &self.path,
                 format!(

@@ -5,7 +5,7 @@
 //! which group: `create_loraplus_optimizer` of PEFT 0.21.
 
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, StepDone};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::path::Path;
 
@@ -53,6 +53,26 @@ impl Adapter for LoraPlus {
 
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
         self.method.init(params, seed)
+    }
+
+    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
+        self.method.plan_steps(total_steps)
+    }
+
+    fn state(&self) -> &'static [&'static str] {
+        self.method.state()
+    }
+
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+        self.method.regularise(params, weight, grads)
+    }
+
+    fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
+        self.method.after_step(params, done)
+    }
+
+    fn finish(&self, params: &mut FlatBuffer) {
+        self.method.finish(params);
     }
 
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {

@@ -15,7 +15,6 @@ use std::path::Path;
 
 /// Methods that PEFT has and this crate does not.
 const NOT_SUPPORTED: &[&str] = &[
-    "ADALORA",
     "ADAMSS",
     "ADAPTION_PROMPT",
     "BEFT",

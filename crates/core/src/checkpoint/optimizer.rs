@@ -1,4 +1,4 @@
-//! `optimizer.safetensors`: the moments of AdamW, bit by bit.
+//! `optimizer.safetensors`: the moments of AdamW and what a method keeps beside them, bit by bit.
 
 use crate::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
 use crate::params::{FlatBuffer, Segment};
@@ -11,22 +11,14 @@ use std::sync::Arc;
 /// Name of the file in a checkpoint.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// Names of the moments, as PyTorch's optimizers call them.
-const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
-
-/// Writes first and second moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, f32, one pair for each
-/// trainable tensor, and the step counter as metadata.
+/// Writes `moments` (name and buffer, all of one layout) as `MOMENT.NAME`, f32, for each trainable tensor,
+/// and the step counter as metadata. AdamW's are called `exp_avg` and `exp_avg_sq`, as PyTorch has them.
 ///
 /// # Errors
 /// [`Error::Write`].
-pub fn write_optimizer(
-    path: &Path,
-    exp_avg: &FlatBuffer,
-    exp_avg_sq: &FlatBuffer,
-    step: u64,
-) -> Result<()> {
+pub fn write_optimizer(path: &Path, moments: &[(&str, &FlatBuffer)], step: u64) -> Result<()> {
     let mut tensors = BTreeMap::new();
-    for (moment, buffer) in MOMENTS.iter().zip([exp_avg, exp_avg_sq]) {
+    for (moment, buffer) in moments {
         for (id, segment) in buffer.layout().by_name() {
             let data = TensorData::from_f32(buffer.get(id), segment.spec.shape.clone());
             tensors.insert(format!("{moment}.{}", segment.spec.name), data);
@@ -42,27 +34,23 @@ pub fn write_optimizer(
 /// # Errors
 /// [`Error::Checkpoint`] if a trainable tensor has no moments in the file, the file has moments of
 /// another, or a dtype or shape differs.
-pub fn read_optimizer(
-    path: &Path,
-    exp_avg: &mut FlatBuffer,
-    exp_avg_sq: &mut FlatBuffer,
-) -> Result<u64> {
+pub fn read_optimizer(path: &Path, moments: &mut [(&str, FlatBuffer)]) -> Result<u64> {
     let file = SafetensorsFile::open(path).map_err(of_checkpoint)?;
     let step = file.metadata().get("step").and_then(|s| s.parse().ok());
     let Some(step) = step else {
         return Err(mismatch(path, "has no step counter in its metadata"));
     };
     let mut expected = 0;
-    for (moment, buffer) in MOMENTS.iter().zip([&*exp_avg, &*exp_avg_sq]) {
+    for (moment, buffer) in moments.iter() {
         for (_, segment) in buffer.layout().by_name() {
             check(&file, &format!("{moment}.{}", segment.spec.name), segment)?;
             expected += 1;
         }
     }
     if file.names().count() != expected {
-        return Err(mismatch(path, &foreign(&file, exp_avg)));
+        return Err(mismatch(path, &foreign(&file, moments)));
     }
-    for (moment, buffer) in MOMENTS.iter().zip([exp_avg, exp_avg_sq]) {
+    for (moment, buffer) in moments {
         let layout = Arc::clone(buffer.layout());
         for (id, segment) in layout.by_name() {
             let name = format!("{moment}.{}", segment.spec.name);
@@ -93,9 +81,9 @@ fn check(file: &SafetensorsFile, name: &str, segment: &Segment) -> Result<()> {
 }
 
 /// The first tensor of the file that the run does not train.
-fn foreign(file: &SafetensorsFile, buffer: &FlatBuffer) -> String {
+fn foreign(file: &SafetensorsFile, moments: &[(&str, FlatBuffer)]) -> String {
     let trained = |name: &str| {
-        MOMENTS.iter().any(|moment| {
+        moments.iter().any(|(moment, buffer)| {
             let parameter = name.strip_prefix(moment).and_then(|n| n.strip_prefix('.'));
             parameter.is_some_and(|p| buffer.layout().find(p).is_some())
         })
@@ -108,7 +96,7 @@ fn mismatch(path: &Path, defect: &str) -> Error {
     Error::checkpoint(
         path,
         format!(
-            "{defect}; expected both moments of every trainable tensor and nothing else: resume with \
+            "{defect}; expected the moments of every trainable tensor and nothing else: resume with \
              the adapter configuration of the checkpoint"
         ),
     )
@@ -162,6 +150,10 @@ mod tests {
         buffer
     }
 
+    fn empty(layout: &Arc<ParamLayout>) -> [(&'static str, FlatBuffer); 2] {
+        ["exp_avg", "exp_avg_sq"].map(|name| (name, FlatBuffer::zeros(layout)))
+    }
+
     fn bits(buffer: &FlatBuffer) -> Vec<u32> {
         buffer.as_slice().iter().map(|v| v.to_bits()).collect()
     }
@@ -176,15 +168,15 @@ mod tests {
             ("scale", &[3]),
         ]);
         let (m, v) = (moments(&layout, 0x7fa0_0000), moments(&layout, 0x8000_0001));
-        write_optimizer(&path, &m, &v, 12).expect("writable");
+        write_optimizer(&path, &[("exp_avg", &m), ("exp_avg_sq", &v)], 12).expect("writable");
         let file = SafetensorsFile::open(&path).expect("sound");
         assert_eq!(
             file.meta("exp_avg_sq.q.lora_A").expect("there").shape,
             [8, 33]
         );
-        let (mut m2, mut v2) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
-        assert_eq!(read_optimizer(&path, &mut m2, &mut v2).expect("whole"), 12);
-        assert_eq!((bits(&m), bits(&v)), (bits(&m2), bits(&v2)));
+        let mut read = empty(&layout);
+        assert_eq!(read_optimizer(&path, &mut read).expect("whole"), 12);
+        assert_eq!([bits(&m), bits(&v)], [bits(&read[0].1), bits(&read[1].1)]);
     }
 
     #[test]
@@ -192,7 +184,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(OPTIMIZER);
         let ab = layout(&[("a", &[2, 3]), ("b", &[4])]);
-        write_optimizer(&path, &moments(&ab, 1), &moments(&ab, 2), 1).expect("writable");
+        let (m, v) = (moments(&ab, 1), moments(&ab, 2));
+        write_optimizer(&path, &[("exp_avg", &m), ("exp_avg_sq", &v)], 1).expect("writable");
         let cases: [(Specs<'_>, &str); 4] = [
             (
                 &[("a", &[2, 3])],
@@ -213,11 +206,11 @@ mod tests {
         ];
         for (specs, expected) in cases {
             let other = layout(specs);
-            let (mut m, mut v) = (FlatBuffer::zeros(&other), FlatBuffer::zeros(&other));
-            let text = message(read_optimizer(&path, &mut m, &mut v));
+            let mut read = empty(&other);
+            let text = message(read_optimizer(&path, &mut read));
             assert!(text.contains(expected), "{text}");
             assert!(
-                bits(&m).iter().chain(&bits(&v)).all(|&b| b == 0),
+                read.iter().all(|(_, b)| bits(b).iter().all(|&b| b == 0)),
                 "untouched on error"
             );
         }
@@ -228,11 +221,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(OPTIMIZER);
         let a = layout(&[("a", &[2])]);
-        let (mut m, mut v) = (FlatBuffer::zeros(&a), FlatBuffer::zeros(&a));
-        let text = message(read_optimizer(&path, &mut m, &mut v));
+        let mut read = empty(&a);
+        let text = message(read_optimizer(&path, &mut read));
         assert!(text.contains("is missing"), "{text}");
         std::fs::write(&path, "garbage garbage").expect("writable");
-        message(read_optimizer(&path, &mut m, &mut v));
+        message(read_optimizer(&path, &mut read));
         let data = |dtype, bytes: usize| TensorData {
             dtype,
             shape: vec![2],
@@ -250,7 +243,7 @@ mod tests {
                 .map(|n| ((*n).to_owned(), data(dtype, bytes)))
                 .collect();
             write_safetensors(&path, &tensors, metadata).expect("writable");
-            let text = message(read_optimizer(&path, &mut m, &mut v));
+            let text = message(read_optimizer(&path, &mut read));
             assert!(text.contains(expected), "{text}");
         }
     }

@@ -81,6 +81,6 @@ pub(super) fn on_gpu(
 }
 
 /// torch.nn.utils.clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1.
-fn clip_factor(max_norm: Option<f64>, norm: f64) -> f64 {
+pub(super) fn clip_factor(max_norm: Option<f64>, norm: f64) -> f64 {
     max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0))
 }

@@ -3,7 +3,7 @@
 use super::graphs::Graphs;
 use super::optimizer::{self, Buffers};
 use super::ranks::{self, Totals};
-use crate::adapter::{Adapter, Attachment, SiteId};
+use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
 use crate::data::{PackedBatch, padded_rows};
 use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
@@ -101,6 +101,8 @@ pub struct Trainer {
     pub(super) grads: FlatBuffer,
     pub(super) exp_avg: FlatBuffer,
     pub(super) exp_avg_sq: FlatBuffer,
+    /// What the method remembers from step to step.
+    method_state: Vec<FlatBuffer>,
     /// Loss and counts of this rank's micro-batches.
     pub(super) sums: Accumulator,
     pub(super) group: Box<dyn ProcessGroup>,
@@ -141,6 +143,7 @@ impl Trainer {
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
+        let method_state = adapter.state().iter().map(|_| zeros()).collect();
         let rows = match options.device {
             Device::Cpu => options.max_tokens,
             Device::Cuda(_) => padded_rows(options.max_tokens),
@@ -161,6 +164,7 @@ impl Trainer {
             grads,
             exp_avg,
             exp_avg_sq,
+            method_state,
             sums: Accumulator::new(&options.device),
             group,
             workspace,
@@ -193,14 +197,17 @@ impl Trainer {
         if let Some(totals) = reduced {
             self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
+        let penalty = self
+            .adapter
+            .regularise(&self.params, count as f32, &mut self.grads)?;
         let (grad_norm, sums) = self.update(lr, count)?;
         let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;
         self.check_finite("loss", loss / count as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
-        self.step += 1;
+        self.finish_step(grad_norm, count)?;
         Ok(StepReport {
-            loss_sum: loss,
+            loss_sum: loss + penalty * count as f64,
             entropy_sum: entropy,
             trained_tokens: count,
             correct: totals.sums.correct,
@@ -209,6 +216,25 @@ impl Trainer {
             grad_norm,
             learning_rate: lr,
         })
+    }
+
+    /// Lets the method have its say after an update, and counts it.
+    fn finish_step(&mut self, grad_norm: f64, count: u64) -> Result<()> {
+        let clip = optimizer::clip_factor(self.options.max_grad_norm, grad_norm);
+        let done = StepDone {
+            step: self.step,
+            grads: &self.grads,
+            grad_scale: (clip / count as f64) as f32,
+            state: &mut self.method_state,
+        };
+        self.adapter.after_step(&mut self.params, done)?;
+        self.step += 1;
+        Ok(())
+    }
+
+    /// Ends training: what has no effect is cleared ([`Adapter::finish`]).
+    pub fn finish(&mut self) {
+        self.adapter.finish(&mut self.params);
     }
 
     /// Loss and accuracy over `batches`, without dropout. Every rank is given all of them and takes its
@@ -273,10 +299,15 @@ impl Trainer {
         &self.grads
     }
 
-    /// AdamW's moments: mean and uncentred variance.
+    /// AdamW's moments, mean and uncentred variance, and what the method keeps, with their names.
     #[must_use]
-    pub fn moments(&self) -> [&FlatBuffer; 2] {
-        [&self.exp_avg, &self.exp_avg_sq]
+    pub fn moments(&self) -> Vec<(&'static str, &FlatBuffer)> {
+        let adamw = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
+        let names = self.adapter.state().iter().copied();
+        adamw
+            .into_iter()
+            .chain(names.zip(&self.method_state))
+            .collect()
     }
 
     /// Steps done.
@@ -285,24 +316,17 @@ impl Trainer {
         self.step
     }
 
-    /// Goes on from a checkpoint: parameters and moments as of `step`.
-    pub fn restore(
-        &mut self,
-        step: u64,
-        params: &FlatBuffer,
-        exp_avg: &FlatBuffer,
-        exp_avg_sq: &FlatBuffer,
-    ) {
+    /// Goes on from a checkpoint: parameters and [`Trainer::moments`], in that order, as of `step`.
+    pub fn restore(&mut self, step: u64, params: &FlatBuffer, moments: &[(&str, FlatBuffer)]) {
         self.step = step;
-        self.params
-            .as_mut_slice()
-            .copy_from_slice(params.as_slice());
-        self.exp_avg
-            .as_mut_slice()
-            .copy_from_slice(exp_avg.as_slice());
-        self.exp_avg_sq
-            .as_mut_slice()
-            .copy_from_slice(exp_avg_sq.as_slice());
+        let copy = |to: &mut FlatBuffer, from: &FlatBuffer| {
+            to.as_mut_slice().copy_from_slice(from.as_slice());
+        };
+        copy(&mut self.params, params);
+        let own = [&mut self.exp_avg, &mut self.exp_avg_sq];
+        for (to, (_, from)) in own.into_iter().chain(&mut self.method_state).zip(moments) {
+            copy(to, from);
+        }
     }
 
     /// Makes every rank's parameters, moments and step those of rank 0, which may have restored them.
@@ -316,7 +340,8 @@ impl Trainer {
         }
         let steps = group.all_gather(&self.step.to_le_bytes())?;
         self.step = bytemuck::pod_read_unaligned(&steps[0]);
-        for buffer in [&mut self.params, &mut self.exp_avg, &mut self.exp_avg_sq] {
+        let buffers = [&mut self.params, &mut self.exp_avg, &mut self.exp_avg_sq];
+        for buffer in buffers.into_iter().chain(&mut self.method_state) {
             group.broadcast(buffer)?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! A [`Method`] as core's [`Adapter`].
 
-use super::{Common, Frozen, Keys, Method, Place, Source, files};
-use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, SiteKind};
+use super::{Common, Frozen, Keys, Method, Place, Source, Target, files};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, SiteKind, StepDone};
 use ferrotune_core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value};
@@ -49,8 +49,7 @@ pub(super) struct Attached {
     pub(super) frozen: Frozen,
     /// The ends of the paths of the targets, sorted.
     pub(super) names: Vec<String>,
-    /// The targets.
-    sites: Vec<Site>,
+    pub(super) targets: Vec<Target>,
 }
 
 impl<M: Method> Configured for MethodAdapter<M> {
@@ -88,9 +87,6 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         }
         self.method.check(&targets)?;
         let frozen = self.method.frozen(&targets)?;
-        let attached = self
-            .attached
-            .get_or_init(|| Attached::new(frozen, &targets));
         // Shared tensors are ready when backward has passed the first target.
         let first = targets
             .iter()
@@ -105,26 +101,26 @@ impl<M: Method> Adapter for MethodAdapter<M> {
             ))
         });
         let shared: Vec<ParamId> = shared.collect();
+        let targets = targets.into_iter().map(|site| {
+            Ok(Target {
+                site: site.clone(),
+                ids: self.add_tensors(site, params)?,
+            })
+        });
+        let targets: Vec<Target> = targets.collect::<Result<_>>()?;
+        let attached = self
+            .attached
+            .get_or_init(|| Attached::new(frozen, targets.clone()));
         targets
-            .into_iter()
-            .map(|site| {
-                let specs = self.method.tensors(site)?.into_iter();
-                let ids: Vec<ParamId> = specs
-                    .map(|spec| {
-                        let name = files::tensor_name(&site.name, spec.ending);
-                        let mut param = ParamSpec::new(name, spec.shape, site.execution_order);
-                        if !spec.trained {
-                            (param.lr_scale, param.weight_decay) = (0.0, false);
-                        }
-                        params.add(param)
-                    })
-                    .collect();
+            .iter()
+            .map(|target| {
                 let place = Place {
-                    ids: &ids,
+                    ids: &target.ids,
                     shared: &shared,
                     frozen: &attached.frozen,
                 };
-                Ok((site.id, self.method.attach(site, &place)?))
+                let attachment = self.method.attach(&target.site, &place)?;
+                Ok((target.site.id, attachment))
             })
             .collect()
     }
@@ -142,24 +138,37 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         if !self.method.uses_base() {
             return Ok(());
         }
-        for site in self
-            .attached
-            .get()
-            .into_iter()
-            .flat_map(|attached| &attached.sites)
-        {
+        for Target { site, ids } in self.targets() {
             let weight = base.read(site.id)?;
             let values = self.method.base_values(site, weight.view())?;
-            for (spec, values) in self.method.tensors(site)?.iter().zip(values) {
-                let id = params
-                    .layout()
-                    .find(&files::tensor_name(&site.name, spec.ending));
-                if let (Some(id), Some(values)) = (id, values) {
-                    params.get_mut(id).copy_from_slice(&values);
+            for (id, values) in ids.iter().zip(values) {
+                if let Some(values) = values {
+                    params.get_mut(*id).copy_from_slice(&values);
                 }
             }
         }
         Ok(())
+    }
+
+    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
+        self.method.plan_steps(total_steps)
+    }
+
+    fn state(&self) -> &'static [&'static str] {
+        self.method.state()
+    }
+
+    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+        self.method
+            .regularise(self.targets(), params, weight, grads)
+    }
+
+    fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
+        self.method.after_step(self.targets(), params, done)
+    }
+
+    fn finish(&self, params: &mut FlatBuffer) {
+        self.method.finish(self.targets(), params);
     }
 
     /// Also opens the files again and compares them.
@@ -188,17 +197,39 @@ impl<M: Method> Adapter for MethodAdapter<M> {
     }
 }
 
+impl<M: Method> MethodAdapter<M> {
+    /// Declares what is trained at `site`.
+    fn add_tensors(&self, site: &Site, params: &mut ParamLayoutBuilder) -> Result<Vec<ParamId>> {
+        let specs = self.method.tensors(site)?.into_iter();
+        let ids = specs.map(|spec| {
+            let name = files::tensor_name(&site.name, spec.ending);
+            let mut param = ParamSpec::new(name, spec.shape, site.execution_order);
+            if !spec.trained {
+                (param.lr_scale, param.weight_decay) = (0.0, false);
+            }
+            params.add(param)
+        });
+        Ok(ids.collect())
+    }
+
+    /// What is adapted; nothing before the adapter is attached.
+    fn targets(&self) -> &[Target] {
+        self.attached
+            .get()
+            .map_or(&[], |attached| &attached.targets)
+    }
+}
+
 impl Attached {
-    fn new(frozen: Frozen, targets: &[&Site]) -> Self {
+    fn new(frozen: Frozen, targets: Vec<Target>) -> Self {
         let ends = targets
             .iter()
-            .filter_map(|site| site.name.rsplit('.').next());
+            .filter_map(|target| target.site.name.rsplit('.').next());
         let names: BTreeSet<String> = ends.map(str::to_owned).collect();
-        let sites = targets.iter().map(|site| (*site).clone()).collect();
         Self {
             frozen,
             names: names.into_iter().collect(),
-            sites,
+            targets,
         }
     }
 }

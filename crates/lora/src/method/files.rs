@@ -17,7 +17,7 @@ const MODULE_PREFIX: &str = "base_model.model.";
 /// And before the name of a tensor that belongs to no module.
 const SHARED_PREFIX: &str = "base_model.";
 
-pub(super) fn tensor_name(module: &str, ending: &str) -> String {
+pub(crate) fn tensor_name(module: &str, ending: &str) -> String {
     format!("{MODULE_PREFIX}{module}.{ending}")
 }
 
@@ -33,13 +33,18 @@ pub(super) fn save<M: Method>(
     directory: &Path,
 ) -> Result<()> {
     let mut tensors = BTreeMap::new();
+    let parts = method.parts(&attached.targets, params);
     for (id, segment) in params.layout().by_name() {
-        let data = TensorData {
-            dtype: FileDType::F32,
-            shape: segment.spec.shape.clone(),
-            bytes: Cow::Borrowed(bytemuck::cast_slice(params.get(id))),
+        let (name, shape) = (&segment.spec.name, &segment.spec.shape);
+        let data = match parts.get(name) {
+            None => TensorData::from_f32(params.get(id), shape.clone()),
+            Some(part) => TensorData {
+                dtype: FileDType::F32,
+                shape: part.shape(shape),
+                bytes: Cow::Owned(bytemuck::cast_slice(&part.take(params.get(id), shape)).to_vec()),
+            },
         };
-        tensors.insert(segment.spec.name.clone(), data);
+        tensors.insert(name.clone(), data);
     }
     for ending in method.saved_frozen() {
         let tensor = attached.frozen.get(ending);
@@ -58,6 +63,7 @@ pub(super) fn save<M: Method>(
     let mut keys = Map::new();
     common.write(M::PEFT_TYPE, &mut keys);
     method.write(&mut keys);
+    method.write_parts(&parts, &mut keys);
     let sorted: BTreeMap<String, Value> = keys.into_iter().collect();
     let object: Map<String, Value> = sorted.into_iter().collect();
     write(directory, &tensors, &format!("{:#}", Value::Object(object)))
@@ -71,7 +77,7 @@ pub(super) fn load<M: Method>(
     params: &mut FlatBuffer,
     directory: &Path,
 ) -> Result<()> {
-    let file = Weights::open(directory)?;
+    let file = Weights::open(directory)?.with_parts(method.read_parts(directory)?);
     let layout = params.layout().clone();
     let mut expected: BTreeSet<String> =
         layout.by_name().map(|(_, s)| s.spec.name.clone()).collect();

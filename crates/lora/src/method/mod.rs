@@ -12,17 +12,21 @@ mod shared;
 
 pub(crate) use adapter::{Configured, configure};
 pub(crate) use common::Common;
+pub(crate) use files::tensor_name;
 pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
 pub(crate) use shared::Frozen;
 
+use crate::files::Part;
 use crate::target::{TargetModules, default_target_modules};
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Attachment, Site};
-use ferrotune_core::params::ParamId;
+use ferrotune_core::adapter::{Attachment, Site, StepDone};
+use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::View;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::path::Path;
 
 /// A tensor that a method trains.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,8 +120,71 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// [`Adapter::plan_steps`](ferrotune_core::adapter::Adapter::plan_steps).
+    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
+        let _ = total_steps;
+        Ok(())
+    }
+
+    /// [`Adapter::state`](ferrotune_core::adapter::Adapter::state).
+    fn state(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// [`Adapter::regularise`](ferrotune_core::adapter::Adapter::regularise).
+    fn regularise(
+        &self,
+        targets: &[Target],
+        params: &FlatBuffer,
+        weight: f32,
+        grads: &mut FlatBuffer,
+    ) -> Result<f64> {
+        let _ = (targets, params, weight, grads);
+        Ok(0.0)
+    }
+
+    /// [`Adapter::after_step`](ferrotune_core::adapter::Adapter::after_step).
+    fn after_step(
+        &self,
+        targets: &[Target],
+        params: &mut FlatBuffer,
+        done: StepDone<'_>,
+    ) -> Result<()> {
+        let _ = (targets, params, done);
+        Ok(())
+    }
+
+    /// [`Adapter::finish`](ferrotune_core::adapter::Adapter::finish).
+    fn finish(&self, targets: &[Target], params: &mut FlatBuffer) {
+        let _ = (targets, params);
+    }
+
+    /// Tensors of which files hold a part, by name, for methods that leave out what is zero.
+    fn parts(&self, targets: &[Target], params: &FlatBuffer) -> BTreeMap<String, Part> {
+        let _ = (targets, params);
+        BTreeMap::new()
+    }
+
+    /// The keys that say so.
+    fn write_parts(&self, parts: &BTreeMap<String, Part>, keys: &mut Map<String, Value>) {
+        let _ = (parts, keys);
+    }
+
+    /// The same tensors, of the files in `directory`.
+    fn read_parts(&self, directory: &Path) -> Result<BTreeMap<String, Part>> {
+        let _ = directory;
+        Ok(BTreeMap::new())
+    }
+
     /// What is computed at `site` with the tensors of [`Method::tensors`], in their order.
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment>;
+}
+
+/// A site that is adapted, with the tensors of [`Method::tensors`] in their order.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) site: Site,
+    pub(crate) ids: Vec<ParamId>,
 }
 
 /// The tensors of one site.

@@ -1,5 +1,6 @@
 //! The methods beside LoRA, one file each.
 
+mod adalora;
 mod boft;
 mod c3a;
 mod cayley;
@@ -32,6 +33,7 @@ const fn entry<M: Method>() -> (&'static str, Configure) {
 
 /// Every method, by `peft_type`.
 pub(crate) const METHODS: &[(&str, Configure)] = &[
+    entry::<adalora::AdaLora>(),
     entry::<boft::Boft>(),
     entry::<c3a::C3a>(),
     entry::<delora::Delora>(),

@@ -9,9 +9,9 @@
 
 use super::cayley::{Rotation, blocks};
 use super::matrix::tn;
-use crate::method::{Init, Keys, Method, Place, TensorSpec};
+use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
+use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
@@ -99,6 +99,37 @@ impl Method for Oft {
         } else {
             Init::kaiming(shape[1])
         }
+    }
+
+    /// Brings constrained parameters back to where the next step will see them; PEFT does so in its forward.
+    fn after_step(
+        &self,
+        targets: &[Target],
+        params: &mut FlatBuffer,
+        _: StepDone<'_>,
+    ) -> Result<()> {
+        let Some(eps) = self.constraint else {
+            return Ok(());
+        };
+        for Target { site, ids } in targets {
+            let [size, _] = self.blocks(site)?;
+            let len = (size * (size - 1) / 2).max(1);
+            let vectors = params.get_mut(ids[0]);
+            let limit = eps / ((vectors.len() / len) as f64).sqrt();
+            for vector in vectors.chunks_exact_mut(len) {
+                // Each element stands in the matrix twice.
+                let norm = vector
+                    .iter()
+                    .map(|v| 2.0 * f64::from(*v).powi(2))
+                    .sum::<f64>()
+                    .sqrt();
+                if norm > limit {
+                    let factor = (limit / norm) as f32;
+                    vector.iter_mut().for_each(|v| *v *= factor);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
