@@ -72,6 +72,9 @@ impl TextModel {
         let (model, params) = match adapter {
             Some(directory) => {
                 let method = ferrotune_lora::load(directory, &config.model_type)?;
+                let config = method
+                    .decoder(config)
+                    .map_err(|e| e.of_adapter(directory))?;
                 let (attachments, mut params) =
                     attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);

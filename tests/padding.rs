@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Shape, Stored, examples, write_model};
+use common::{Family, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::full::FullFineTuning;
@@ -85,9 +85,9 @@ fn padded(batch: &PackedBatch, more: usize, token: u32) -> PackedBatch {
     padded
 }
 
-fn assert_same(device: &Device, method: fn() -> Box<dyn Adapter>) {
+fn assert_same(device: &Device, family: Family, method: fn() -> Box<dyn Adapter>) {
     let directory = tempfile::tempdir().expect("temporary directory");
-    let shape = Shape::default();
+    let shape = family.shape();
     write_model(directory.path(), &shape, Stored::F32, SEED);
     let documents = examples(5, shape.vocab, SEED);
     let batch = PackedBatch::pack(documents.iter().enumerate().map(|(i, d)| (i as u64, d)));
@@ -98,8 +98,9 @@ fn assert_same(device: &Device, method: fn() -> Box<dyn Adapter>) {
         assert!(plain.gradient.iter().any(|g| f32::from_bits(*g) != 0.0));
         for (more, token) in [(1, 0), (1, 3), (40, 9)] {
             let other = run(&padded(&batch, more, token));
-            assert_eq!(other.sums, plain.sums, "{dtype}, {more} rows");
-            assert!(other.gradient == plain.gradient, "{dtype}, {more} rows");
+            let what = format!("{family:?}, {dtype}, {more} rows");
+            assert_eq!(other.sums, plain.sums, "{what}");
+            assert!(other.gradient == plain.gradient, "{what}");
         }
     }
 }
@@ -107,13 +108,17 @@ fn assert_same(device: &Device, method: fn() -> Box<dyn Adapter>) {
 #[test]
 fn padding_changes_no_bit_of_the_gradient_of_an_adapter() {
     for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
-        assert_same(&device, lora);
+        for family in Family::ALL {
+            assert_same(&device, family, lora);
+        }
     }
 }
 
 #[test]
 fn padding_changes_no_bit_of_the_gradient_of_the_model() {
     for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
-        assert_same(&device, || Box::new(FullFineTuning));
+        for family in Family::ALL {
+            assert_same(&device, family, || Box::new(FullFineTuning));
+        }
     }
 }

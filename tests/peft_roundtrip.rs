@@ -25,12 +25,42 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_alpha_pattern": {"up_proj": 3},
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
+    let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
+    let switched = json!({
+        "init_lora_weights": "olora", "lora_r": 3, "lora_alpha": 4, "use_rslora": true, "use_dora": true,
+        "lora_rank_pattern": {"v_proj": 2}, "lora_alpha_pattern": {"down_proj": 5},
+        "lora_modules_to_save": ["norm"],
+    });
+    let replicated = json!({
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "lora_layer_replication": [[0, 2], [0, 1], [1, 2]],
+        "lora_modules_to_save": ["layers.2.mlp"],
+    });
     let mut variants = vec![
+        (
+            "pissa",
+            plain.clone(),
+            json!({"init_lora_weights": "pissa"}),
+        ),
+        ("pissa_own", biased.clone(), own("pissa")),
+        (
+            "pissa_niter",
+            plain.clone(),
+            json!({"init_lora_weights": "pissa_niter_4"}),
+        ),
+        (
+            "olora",
+            biased.clone(),
+            json!({"init_lora_weights": "olora"}),
+        ),
+        ("olora_own", plain.clone(), own("olora")),
+        ("olora_switched", plain.clone(), switched),
         ("q_v_down", plain.clone(), json!({})),
         ("all_linear", biased.clone(), every),
         ("rslora", plain.clone(), rslora),
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
+        ("layer_replication", biased.clone(), replicated),
     ];
     for (name, keys) in methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Shape, Stored, examples, write_model};
+use common::{Family, Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::full::FullFineTuning;
@@ -144,14 +144,15 @@ fn assert_same(step: &Step, whole: &Step, label: &str) {
     assert!(error <= 1e-6, "{label}: losses differ by {error:.2e}");
 }
 
-fn check(method: Method) {
+fn check(method: Method, family: Family) {
     let directory = tempfile::tempdir().expect("temporary directory");
     let base = directory.path();
     // Weights large enough that a wrong mask or position shows.
+    let plain = family.shape();
     let shape = Shape {
-        bias: true,
+        bias: plain.family == Family::Llama,
         gain: 1.4,
-        ..Shape::default()
+        ..plain
     };
     write_model(base, &shape, Stored::F32, 3);
     let documents = examples(8, shape.vocab, 3);
@@ -179,7 +180,8 @@ fn check(method: Method) {
         ),
     ];
     for (label, split) in &splits {
-        assert_same(&solo(split), &whole, &format!("{method:?}, {label}"));
+        let what = format!("{family:?}, {method:?}, {label}");
+        assert_same(&solo(split), &whole, &what);
     }
 
     let ranks: [(&str, Vec<Vec<Rows>>); 4] = [
@@ -207,7 +209,7 @@ fn check(method: Method) {
     for (label, rows) in &ranks {
         let steps = step_on_ranks(base, method, &documents, rows);
         for step in &steps {
-            assert_same(step, &whole, &format!("{method:?}, {label}"));
+            assert_same(step, &whole, &format!("{family:?}, {method:?}, {label}"));
             let same = step.params.iter().zip(&steps[0].params);
             assert!(
                 same.into_iter().all(|(a, b)| a.to_bits() == b.to_bits()),
@@ -219,17 +221,21 @@ fn check(method: Method) {
 
 #[test]
 fn lora_gradients_do_not_depend_on_the_split() {
-    check(Method::Lora { dropout: 0.0 });
+    check(Method::Lora { dropout: 0.0 }, Family::Llama);
 }
 
 #[test]
 fn lora_gradients_do_not_depend_on_the_split_with_dropout() {
-    check(Method::Lora { dropout: 0.25 });
+    for family in Family::ALL {
+        check(Method::Lora { dropout: 0.25 }, family);
+    }
 }
 
 #[test]
 fn lora_gradients_do_not_depend_on_the_split_with_noise_on_embeddings() {
-    check(Method::Noisy);
+    for family in Family::ALL {
+        check(Method::Noisy, family);
+    }
 }
 
 /// Training with noise is evaluating with an embedding that has the noise in it.
@@ -296,7 +302,9 @@ fn noise_is_added_to_embeddings_in_training_alone_as_its_definition_says() {
 
 #[test]
 fn gradients_of_full_fine_tuning_do_not_depend_on_the_split() {
-    check(Method::Full);
+    for family in Family::ALL {
+        check(Method::Full, family);
+    }
 }
 
 #[test]

@@ -30,6 +30,7 @@ struct Subject {
 fn subject(base: &Path, config: LoraConfig) -> Subject {
     let decoder = DecoderConfig::open(base).expect("written");
     let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let decoder = adapter.decoder(decoder).expect("layers of this base");
     let (attachments, mut params) = attach(&decoder, &adapter).expect("attaches");
     let files = ModelFiles::open(base).expect("written");
     let model = Model::load(&decoder, attachments, &files, &mut params, DType::F32);
@@ -140,6 +141,17 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
             LoraConfig {
                 modules_to_save: vec!["lm_head".into(), "mlp".into()],
                 target_modules: targets(&["q_proj"]),
+                ..plain.clone()
+            },
+        ),
+        (
+            "copies of a layer, one part of them trained as a whole",
+            false,
+            LoraConfig {
+                layer_replication: vec![[0, 2], [1, 2]],
+                modules_to_save: vec!["layers.2.mlp".into(), "layers.0.input_layernorm".into()],
+                target_modules: targets(&["q_proj", "up_proj"]),
+                lora_bias: true,
                 ..plain.clone()
             },
         ),

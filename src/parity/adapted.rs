@@ -1,6 +1,6 @@
 //! A base with or without an adapter, forward and backward, beside what was recorded of it.
 
-use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, mean_gradient, select};
+use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, largest_gradient, mean_gradient, select};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
@@ -75,17 +75,44 @@ impl Adapted {
         device: &Device,
         change: impl FnOnce(Attachments) -> Result<Attachments>,
     ) -> Result<Self> {
+        let model_type = DecoderConfig::open(base)?.model_type;
+        let method = ferrotune_lora::load_as_peft(directory, &model_type)?;
+        let adapted = Self::with(
+            base,
+            method.as_ref(),
+            Some(directory),
+            dtype,
+            device,
+            change,
+        )?;
+        Ok(Self {
+            method: Some(method),
+            ..adapted
+        })
+    }
+
+    /// A base with `method`, at its start or as it is in `directory`.
+    pub(super) fn with(
+        base: &Path,
+        method: &dyn Adapter,
+        directory: Option<&Path>,
+        dtype: DType,
+        device: &Device,
+        change: impl FnOnce(Attachments) -> Result<Attachments>,
+    ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
-        let method = ferrotune_lora::load_as_peft(directory, &config.model_type)?;
-        let (attachments, mut params) = attach(&config, method.as_ref())?;
+        let config = method.decoder(config)?;
+        let (attachments, mut params) = attach(&config, method)?;
         params.move_to(device);
         let attachments = change(attachments)?;
         let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
         method.prepare(&mut params, &mut model)?;
-        method.load(&mut params, directory)?;
-        ferrotune_lora::check_base_copies(directory, &files)?;
-        let method = Some(method);
+        if let Some(directory) = directory {
+            method.load(&mut params, directory)?;
+            ferrotune_lora::check_base_copies(directory, &files)?;
+        }
+        let method = None;
         Ok(Self {
             model,
             params,
@@ -118,6 +145,7 @@ type GradientPair<'a> = (String, Cow<'a, [f32]>, Vec<f32>);
 
 /// What was recorded of one run: `logits`, `loss` and `grad.*` behind a prefix, at the places that are
 /// not padding.
+#[derive(Clone, Copy)]
 pub(super) struct Recorded<'a> {
     pub(super) file: &'a SafetensorsFile,
     pub(super) prefix: &'a str,
@@ -131,8 +159,10 @@ impl Recorded<'_> {
         let (logits, loss) = (self.logits()?, self.loss()?);
         c.tensor(&name("logits"), "logits", &ours.logits, &logits, FORWARD);
         c.number(&name("loss"), "loss", ours.loss, loss, FORWARD);
+        let largest = largest_gradient(self.file, &name("grad."))?;
         for (parameter, ours, theirs) in self.gradients(&ours.grads)? {
-            c.tensor(&name("grad"), &parameter, &ours, &theirs, GRADIENT);
+            let pair = (&*ours, &*theirs);
+            c.gradient(&name("grad"), &parameter, pair, largest, GRADIENT);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A model's logits, loss, hidden states and the gradient of every base weight.
 
 use super::case::{Case, dtype_of, inputs, scalar};
-use super::compare::{Comparison, relative_error};
+use super::compare::{Comparison, peak, relative_error};
 use super::complete;
 use super::padded::PaddedBatch;
 use ferrotune_core::data::PackedBatch;
@@ -194,6 +194,7 @@ impl Judge<'_> {
             .number(&["fp32_vs_fp64", "grad_max_rel"])
             .unwrap_or(0.0);
         let tolerance = GRADIENT.max(2.0 * floor);
+        let largest = largest_gradient(self.expected, "grad.")?;
         let names: Vec<String> = self.expected.names().map(str::to_owned).collect();
         for name in names {
             if let Some(parameter) = name.strip_prefix("grad.") {
@@ -203,14 +204,17 @@ impl Judge<'_> {
                     Some(reference) => {
                         self.bf16(comparison, "grad", &name, &ours, &recorded, &reference);
                     }
-                    None => comparison.tensor("grad", &name, &ours, &recorded, tolerance),
+                    None => {
+                        comparison.gradient("grad", &name, (&ours, &recorded), largest, tolerance);
+                    }
                 }
             } else if let (Some(parameter), false) =
                 (name.strip_prefix("gradnorm."), self.is_bf16())
             {
                 let norm = norm(&self.gradient(ours, parameter)?);
                 let recorded = scalar(self.expected, &name)?;
-                comparison.number("gradnorm", &name, norm, recorded, tolerance);
+                let pair = (&[norm as f32][..], &[recorded as f32][..]);
+                comparison.gradient("gradnorm", &name, pair, largest, tolerance);
             }
         }
         Ok(())
@@ -263,6 +267,14 @@ impl Judge<'_> {
         );
         c.beside_peer(quantity, name, ours, theirs, BF16_FACTOR);
     }
+}
+
+/// The largest value of the gradients recorded behind `prefix`.
+pub(super) fn largest_gradient(file: &SafetensorsFile, prefix: &str) -> Result<f64> {
+    let names = file.names().filter(|name| name.starts_with(prefix));
+    names
+        .map(|name| Ok(peak(&file.read_f32(name)?)))
+        .try_fold(0.0, |largest, peak: Result<f64>| Ok(peak?.max(largest)))
 }
 
 /// Rows of the recorded `[rows, cols, width]` at `places`.

@@ -1,6 +1,9 @@
 use serde::Serialize;
 use std::collections::BTreeMap;
 
+/// Error of a gradient, relative to the largest of the model, that f32 sums leave: three steps of f32.
+const ROUNDING: f64 = 3.0 * f32::EPSILON as f64;
+
 /// The worst error of one kind of quantity in a case.
 #[derive(Clone, Debug, Serialize)]
 pub struct Quantity {
@@ -41,6 +44,20 @@ impl Comparison {
         tolerance: f64,
     ) {
         self.error(quantity, name, relative_error(ours, theirs), tolerance);
+    }
+
+    /// Compares a gradient with its twin, `largest` being the largest value of all gradients recorded: some
+    /// are zero but for rounding, such as that of a key's bias where nothing rotates.
+    pub fn gradient(
+        &mut self,
+        quantity: &str,
+        name: &str,
+        (ours, theirs): (&[f32], &[f32]),
+        largest: f64,
+        tolerance: f64,
+    ) {
+        let tolerance = tolerance.max(ROUNDING * largest / peak(theirs).max(f64::MIN_POSITIVE));
+        self.tensor(quantity, name, ours, theirs, tolerance);
     }
 
     /// Compares a number.
@@ -124,6 +141,11 @@ fn excess(error: f64, tolerance: f64) -> f64 {
     } else {
         error / tolerance
     }
+}
+
+/// The largest absolute value.
+pub(super) fn peak(values: &[f32]) -> f64 {
+    values.iter().fold(0.0, |m, v| m.max(f64::from(v.abs())))
 }
 
 /// `max|a - b| / max|b|`; absolute where b is all zeros, infinite where lengths differ.

@@ -45,9 +45,16 @@ const MERGED_SAMPLES: usize = 3;
 pub(super) fn adapter(case: &Case, expected: &SafetensorsFile, params: &ParamLayout) -> Result<()> {
     known(
         expected,
-        &["logits", "loss"],
-        &["grad.", "merged.", "merged_norm."],
+        &["logits", "loss", "initial_logits"],
+        &["grad.", "merged.", "merged_norm.", "residual."],
     )?;
+    if case.json.get("init").is_some() {
+        require(expected, "initial_logits")?;
+        if !expected.names().any(|name| name.starts_with("residual.")) {
+            let message = "no `residual.*` tensor; expected one at least";
+            return Err(Error::data(expected.path(), None, message));
+        }
+    }
     let trained = params.by_name().filter(|(_, s)| s.spec.lr_scale > 0.0);
     for (_, segment) in trained {
         require(expected, &format!("grad.{}", segment.spec.name))?;

@@ -11,6 +11,7 @@ mod case;
 mod compare;
 mod complete;
 mod cpu_kernel;
+mod initialised;
 mod padded;
 mod quantised;
 mod schedule;

@@ -247,7 +247,8 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     } else {
         read()?
     };
-    let mut trainer = Trainer::new(&config, &files, adapter, Box::new(Solo), options)?;
+    let stack = adapter.decoder(config.clone())?;
+    let mut trainer = Trainer::new(&stack, &files, adapter, Box::new(Solo), options)?;
     if !full(case) {
         read()?.load(trainer.params_mut(), &initial)?;
     }

@@ -6,7 +6,7 @@ use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
     ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraPlus, PeftConfig,
-    TargetModules, TokenIndices,
+    Start, TargetModules, TokenIndices,
 };
 use std::path::Path;
 
@@ -18,6 +18,16 @@ pub fn adapter_of(
     config: &TrainConfig,
     base: &Path,
     decoder: &DecoderConfig,
+) -> Result<Box<dyn Adapter>> {
+    adapter_from(config, base, decoder, None)
+}
+
+/// [`adapter_of`] that starts from what is known of its start.
+pub(super) fn adapter_from(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+    start: Option<Start>,
 ) -> Result<Box<dyn Adapter>> {
     if !config.lora.use_peft {
         return Ok(Box::new(FullFineTuning));
@@ -31,8 +41,11 @@ pub fn adapter_of(
             adapter.map_err(|e| in_its_names(config, e))?
         }
         None => {
-            let adapter = LoraAdapter::new(lora_config(config, base)?, &decoder.model_type);
-            Box::new(adapter.map_err(|e| in_its_names(config, e))?)
+            let adapter = lora(config, base, decoder)?;
+            Box::new(match start {
+                Some(start) => adapter.starting_from(start),
+                None => adapter,
+            })
         }
     };
     Ok(match config.optimizer.loraplus_lr_ratio {
@@ -43,6 +56,33 @@ pub fn adapter_of(
         }
         None => adapter,
     })
+}
+
+/// The LoRA that the keys of one describe.
+pub(super) fn lora(
+    config: &TrainConfig,
+    base: &Path,
+    decoder: &DecoderConfig,
+) -> Result<LoraAdapter> {
+    let adapter = LoraAdapter::new(lora_config(config, base)?, &decoder.model_type);
+    let adapter = adapter.map_err(|e| in_its_names(config, e))?;
+    Ok(match config.lora.lora_convert_init {
+        true => adapter,
+        false => adapter.without_conversion(),
+    })
+}
+
+/// The model that the method works on, made of the base's.
+///
+/// # Errors
+/// [`Error::Config`] as [`adapter_of`], and for layers that the base has not.
+pub(super) fn decoder(
+    config: &TrainConfig,
+    base: &Path,
+    of_base: DecoderConfig,
+) -> Result<DecoderConfig> {
+    let method = adapter_of(config, base, &of_base)?;
+    method.decoder(of_base).map_err(|e| in_its_names(config, e))
 }
 
 /// What the method attaches to the shape of the base, and the layout of what it trains.
@@ -135,13 +175,14 @@ fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<Strin
 }
 
 /// The keys of a LoRA in a configuration, by PEFT's names for them.
-const TRL_NAMES: [(&str, &str); 12] = [
+const TRL_NAMES: [(&str, &str); 13] = [
     ("alpha_pattern", "lora_alpha_pattern"),
     // Before `bias`, which takes its name in a configuration.
     ("lora_bias", "lora_b_bias"),
     ("bias", "lora_bias"),
     ("ensure_weight_tying", "lora_ensure_weight_tying"),
     ("exclude_modules", "lora_exclude_modules"),
+    ("layer_replication", "lora_layer_replication"),
     ("layers_pattern", "lora_layers_pattern"),
     ("layers_to_transform", "lora_layers_to_transform"),
     ("modules_to_save", "lora_modules_to_save"),
@@ -225,15 +266,17 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         target_modules: lora.lora_target_modules.as_ref().map(targets),
         exclude_modules: lora.lora_exclude_modules.as_ref().map(excludes),
         layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
-        rank_pattern: lora.lora_rank_pattern.clone().into_iter().collect(),
-        alpha_pattern: lora.lora_alpha_pattern.clone().into_iter().collect(),
+        rank_pattern: lora.lora_rank_pattern.0.clone(),
+        alpha_pattern: lora.lora_alpha_pattern.0.clone(),
         layers_pattern: lora.lora_layers_pattern.clone(),
-        init_lora_weights: init(&lora.init_lora_weights)?,
+        init_lora_weights: init(&lora.init_lora_weights)
+            .map_err(|error| in_trl_names(config, error))?,
         bias: bias(lora.lora_bias),
         lora_bias: lora.lora_b_bias,
         modules_to_save: lora.lora_modules_to_save.clone(),
         trainable_token_indices: token_indices(&lora.lora_trainable_token_indices)?,
         ensure_weight_tying: lora.lora_ensure_weight_tying,
+        layer_replication: lora.lora_layer_replication.clone(),
         task_type: Some(lora.lora_task_type.clone()),
         base_model_name_or_path: Some(name_of(config, base)),
         ..LoraConfig::default()
@@ -282,11 +325,7 @@ fn init(init: &Init) -> Result<InitLoraWeights> {
     match init {
         Init::Default => Ok(InitLoraWeights::Kaiming),
         Init::Random => Ok(InitLoraWeights::Random),
-        Init::Method(name) if name == "gaussian" => Ok(InitLoraWeights::Gaussian),
-        Init::Method(name) if name == "orthogonal" => Ok(InitLoraWeights::Orthogonal),
-        Init::Method(name) => Err(Error::config(
-            "init_lora_weights",
-            format!("`{name}` is not supported yet; supported: true, false, gaussian, orthogonal"),
-        )),
+        Init::Method(name) => InitLoraWeights::from_name(name)
+            .map_err(|fault| Error::config("init_lora_weights", fault)),
     }
 }

@@ -135,8 +135,8 @@ impl Search<'_> {
             let mut lower = self.config.clone();
             let lora = &mut lower.lora;
             lora.lora_r = lora.lora_r.min(most);
-            let patterns = lora.lora_rank_pattern.values_mut();
-            patterns.for_each(|rank| *rank = (*rank).min(most));
+            let patterns = lora.lora_rank_pattern.0.iter_mut();
+            patterns.for_each(|(_, rank)| *rank = (*rank).min(most));
             lower
         })
     }

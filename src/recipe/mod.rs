@@ -13,14 +13,16 @@ mod outputs;
 mod preflight;
 mod resume;
 mod run_plan;
+mod start;
 mod summary;
 
+use adapter::adapter_from;
 pub use adapter::adapter_of;
 #[cfg(feature = "hub")]
 pub(crate) use data::is_of_split;
 pub use data::{EpochData, eval_batches, prepare_rows};
 pub use memory::available_memory;
-pub use outputs::{CheckpointFiles, read_trained};
+pub use outputs::CheckpointFiles;
 pub use preflight::{Preflight, ShownRow, prepare_data};
 use run_plan::run_plan;
 pub use summary::Summary;
@@ -29,7 +31,7 @@ use crate::hub::{self, Kind, Repository, Settings};
 use crate::{device, threads};
 use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
-use ferrotune_core::checkpoint;
+use ferrotune_core::checkpoint::{self, Checkpoint};
 use ferrotune_core::config::{CudaGraph, GemmTuning, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{ModelFiles, OutputLock};
@@ -44,6 +46,7 @@ use ferrotune_core::{Error, Result};
 use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::AdamW;
 use ferrotune_kernels::cuda;
+use ferrotune_lora::Start;
 use observers::{Silent, Tee};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -141,6 +144,8 @@ impl Recipe {
         }
         let decoder = DecoderConfig::open(&base)?;
         let files = weights(&config, &base, &decoder)?;
+        start::require_readable(&config, &base, &decoder, files.as_ref())?;
+        let decoder = adapter::decoder(&config, &base, decoder)?;
         let base_digest = outputs::base_digest(&base, files.as_ref())?;
         let identity = outputs::identity_without_data(&config, &base_digest, place.world_size);
         if place.is_first() {
@@ -249,7 +254,7 @@ impl Recipe {
         if let Some(checkpoint) = &from {
             resume::refuse_to_go_back(output, checkpoint.step(), self.plan.total_steps)?;
         }
-        let mut trainer = self.trainer_with(group)?;
+        let mut trainer = self.trainer_from(group, from.as_ref().map(Checkpoint::path))?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
             None => (self.new_state(), LogWindow::new(0)),
@@ -388,7 +393,18 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::trainer`]; [`Error::Transient`] if a peer is lost.
     pub fn trainer_with(&self, group: Box<dyn ProcessGroup>) -> Result<Trainer> {
-        let adapter = self.adapter()?;
+        self.trainer_from(group, None)
+    }
+
+    /// [`Recipe::trainer_with`], with the base as it is in a run that goes on from the checkpoint `from`,
+    /// of which rank 0 alone knows.
+    fn trainer_from(
+        &self,
+        mut group: Box<dyn ProcessGroup>,
+        from: Option<&Path>,
+    ) -> Result<Trainer> {
+        let start = start::agree(self, group.as_mut(), from)?;
+        let adapter = self.adapter_from(start)?;
         let random = RandomWeights {
             seed: self.config.runtime.seed,
         };
@@ -449,7 +465,11 @@ impl Recipe {
     /// # Errors
     /// [`Error::Config`] if its settings contradict each other.
     pub fn adapter(&self) -> Result<Box<dyn Adapter>> {
-        let mut adapter = adapter_of(&self.config, &self.base, &self.decoder)?;
+        self.adapter_from(None)
+    }
+
+    fn adapter_from(&self, start: Option<Start>) -> Result<Box<dyn Adapter>> {
+        let mut adapter = adapter_from(&self.config, &self.base, &self.decoder, start)?;
         adapter.plan_steps(self.plan.total_steps)?;
         Ok(adapter)
     }

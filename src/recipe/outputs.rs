@@ -258,7 +258,7 @@ pub(super) fn write_final(
     evaluated: Option<&Evaluated>,
 ) -> Result<()> {
     write_trained(recipe, output, trainer)?;
-    verify(recipe, output, trainer.params())?;
+    verify(output, trainer)?;
     write_file(&output.join(STATE), state.to_json().as_bytes())?;
     write_file(
         &output.join("train_results.json"),
@@ -282,8 +282,10 @@ pub(super) fn write_final(
 }
 
 /// Re-reads what was saved: every tensor, bit for bit.
-fn verify(recipe: &Recipe, directory: &Path, params: &FlatBuffer) -> Result<()> {
-    let read = read_trained(recipe, directory, params)?;
+fn verify(directory: &Path, trainer: &Trainer) -> Result<()> {
+    let params = trainer.params();
+    let mut read = FlatBuffer::zeros(params.layout());
+    trainer.adapter().load(&mut read, directory)?;
     let same = read
         .as_slice()
         .iter()
@@ -296,16 +298,6 @@ fn verify(recipe: &Recipe, directory: &Path, params: &FlatBuffer) -> Result<()> 
         "what was read back differs from what was written; the disk or memory is failing",
     );
     Err(Error::write(directory)(source))
-}
-
-/// Trained weights of `directory`, in the layout of `like`.
-///
-/// # Errors
-/// [`Error::Adapter`] or [`Error::Model`] naming the tensor that does not fit.
-pub fn read_trained(recipe: &Recipe, directory: &Path, like: &FlatBuffer) -> Result<FlatBuffer> {
-    let mut read = FlatBuffer::zeros(like.layout());
-    recipe.adapter()?.load(&mut read, directory)?;
-    Ok(read)
 }
 
 fn model_card(recipe: &Recipe, finished: &RunFinished) -> ModelCard {

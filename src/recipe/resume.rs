@@ -194,7 +194,7 @@ pub(super) fn restore(
     let directory = checkpoint.path();
     let layout = std::sync::Arc::clone(trainer.params().layout());
     let mut params = FlatBuffer::zeros(&layout);
-    recipe.adapter()?.load(&mut params, directory)?;
+    trainer.adapter().load(&mut params, directory)?;
     let empty = |(name, _)| (name, FlatBuffer::zeros(&layout));
     let mut moments: Vec<_> = trainer.moments().into_iter().map(empty).collect();
     let step = read_optimizer(&directory.join(OPTIMIZER), &mut moments)?;
@@ -240,9 +240,7 @@ pub(super) fn go_back_to_best(
     };
     if step != trainer.steps_done() {
         let checkpoint = Checkpoint::verify(&checkpoint::path_of(output, step))?;
-        recipe
-            .adapter()?
-            .load(trainer.params_mut(), checkpoint.path())?;
+        trainer.load_adapter(checkpoint.path())?;
     }
     tracing::info!("the result is that of step {step}, whose eval_{metric} of {best} is the best");
     Ok(())

@@ -8,7 +8,11 @@ use serde_json::{Value, json};
 pub(crate) enum Family {
     #[default]
     Llama,
+    Mistral,
+    Qwen2,
     Qwen3,
+    SmolLm3,
+    Granite,
     Gemma,
     Gemma2,
     Gemma3,
@@ -34,9 +38,13 @@ const SHORT: [f64; 2] = [1.0, 1.3];
 const LONG: [f64; 2] = [1.7, 2.6];
 
 impl Family {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
         Self::Qwen3,
+        Self::SmolLm3,
+        Self::Granite,
         Self::Gemma,
         Self::Gemma2,
         Self::Gemma3,
@@ -49,7 +57,10 @@ impl Family {
     pub(crate) fn shape(self) -> Shape {
         let plain = Shape {
             family: self,
-            tied: !matches!(self, Self::Llama | Self::Olmo2 | Self::Phi3),
+            tied: !matches!(
+                self,
+                Self::Llama | Self::Mistral | Self::Qwen2 | Self::Olmo2 | Self::Phi3
+            ),
             ..Shape::default()
         };
         match self {
@@ -69,7 +80,11 @@ impl Family {
     pub(crate) fn model_type(self) -> &'static str {
         match self {
             Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::SmolLm3 => "smollm3",
+            Self::Granite => "granite",
             Self::Gemma => "gemma",
             Self::Gemma2 => "gemma2",
             Self::Gemma3 => "gemma3_text",
@@ -82,6 +97,19 @@ impl Family {
     /// Keys of its config beside those of a Llama.
     pub(crate) fn keys(self, shape: &Shape) -> Value {
         match self {
+            Self::Mistral => json!({"sliding_window": WINDOW}),
+            Self::Qwen2 => json!({
+                "use_sliding_window": true,
+                "sliding_window": WINDOW,
+                "max_window_layers": 1,
+            }),
+            Self::SmolLm3 => json!({"no_rope_layer_interval": 2}),
+            Self::Granite => json!({
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.25,
+                "residual_multiplier": 0.6,
+                "logits_scaling": 1.7,
+            }),
             Self::Gemma2 => json!({
                 "hidden_activation": shape.hidden_act,
                 "query_pre_attn_scalar": 11,
@@ -230,6 +258,12 @@ impl Family {
         }
     }
 
+    /// Whether the linear of a layer called `name` has a bias, whatever the config says.
+    pub(crate) fn has_bias(self, name: &str) -> bool {
+        let of_input = ["q_proj", "k_proj", "v_proj"].map(|end| name.ends_with(end));
+        self.is_conv1d() || (self == Self::Qwen2 && of_input.contains(&true))
+    }
+
     /// Whether files hold linears of layers as `[in, out]`, with a bias each.
     pub(crate) fn is_conv1d(self) -> bool {
         self == Self::Gpt2
@@ -242,6 +276,7 @@ impl Family {
     pub(crate) fn embedding_scale(self, hidden: usize) -> f64 {
         match self {
             Self::Gemma | Self::Gemma2 | Self::Gemma3 => (hidden as f64).sqrt(),
+            Self::Granite => 3.0,
             _ => 1.0,
         }
     }
@@ -249,18 +284,25 @@ impl Family {
     pub(crate) fn attention_scale(self, head_dim: usize) -> f64 {
         match self {
             Self::Gemma2 | Self::Gemma3 => 1.0 / 11_f64.sqrt(),
+            Self::Granite => 0.25,
             _ => 1.0 / (head_dim as f64).sqrt(),
         }
     }
 
     /// Factor of what a block adds to the stream.
     pub(crate) fn residual_scale(self) -> f64 {
-        1.0
+        match self {
+            Self::Granite => 0.6,
+            _ => 1.0,
+        }
     }
 
     /// Factor of the logits.
     pub(crate) fn logits_scale(self) -> f64 {
-        1.0
+        match self {
+            Self::Granite => 1.0 / 1.7,
+            _ => 1.0,
+        }
     }
 
     /// Bounds of the scores and of the logits.
@@ -275,6 +317,8 @@ impl Family {
     pub(crate) fn window(self, layer: usize) -> usize {
         match self {
             Self::Gemma2 | Self::Gemma3 if layer.is_multiple_of(2) => WINDOW,
+            Self::Mistral => WINDOW,
+            Self::Qwen2 if layer >= 1 => WINDOW,
             _ => usize::MAX,
         }
     }
@@ -296,6 +340,7 @@ impl Family {
         };
         let (frequencies, scale) = match self {
             Self::Gpt2 => (Vec::new(), 1.0),
+            Self::SmolLm3 if !layer.is_multiple_of(2) => (Vec::new(), 1.0),
             Self::Gemma3 if !layer.is_multiple_of(2) => (divided(plain(1e6, width), &[8.0]), 1.0),
             Self::Phi3 => {
                 let divisors = if tokens > ORIGINAL { LONG } else { SHORT };

@@ -130,7 +130,7 @@ impl Shape {
                     false => vec![out, input],
                 };
                 tensors.push((at(&format!("{name}.weight")), shape));
-                if self.bias || family.is_conv1d() {
+                if self.bias || family.has_bias(name) {
                     tensors.push((at(&format!("{name}.bias")), vec![out]));
                 }
             }

@@ -6,6 +6,7 @@ mod update;
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
 
 use crate::Result;
+use crate::model::DecoderConfig;
 use crate::params::{FlatBuffer, ParamId, ParamLayoutBuilder};
 use ferrotune_kernels::{Tensor, View};
 use std::fmt::Debug;
@@ -33,6 +34,9 @@ pub struct Site {
     pub id: SiteId,
     /// Module path in the Hugging Face model, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
+    /// Module path under which files have its weights: `name`, but for a layer of a stack made anew
+    /// ([`DecoderConfig::stacked`]), where several sites may have one.
+    pub stored_name: String,
     /// What stands there.
     pub kind: SiteKind,
     /// Columns of the weight; 1 for a norm.
@@ -52,6 +56,14 @@ pub struct Site {
     pub tied_to: Option<SiteId>,
     /// When forward uses it: smaller is earlier.
     pub execution_order: usize,
+}
+
+impl Site {
+    /// Name of its tensor `weight` or `bias` in files.
+    #[must_use]
+    pub fn tensor(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.stored_name)
+    }
 }
 
 /// What a method does at one site.
@@ -119,6 +131,12 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if no frozen linear stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
+    /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
+    fn is_quantised(&self, site: SiteId) -> bool {
+        let _ = site;
+        false
+    }
+
     /// Replaces W, rounded or quantised to what the base is held in.
     ///
     /// # Errors
@@ -141,6 +159,15 @@ pub struct StepDone<'a> {
 
 /// A PEFT method over a whole model.
 pub trait Adapter: Debug + Send + Sync {
+    /// The model that the method works on: `base`, or one made of its layers. What is attached to and
+    /// loaded is this model.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if it cannot be made of `base`.
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        Ok(base)
+    }
+
     /// Declares what is trained and where it attaches, from names and shapes alone.
     ///
     /// # Errors

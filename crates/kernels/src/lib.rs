@@ -20,6 +20,7 @@ mod copy;
 // Its launchers come with the operations' kernels.
 #[allow(dead_code, unused_imports)]
 pub mod cuda;
+pub mod decompose;
 pub mod dequantise;
 mod device;
 pub mod dora;

@@ -17,6 +17,7 @@
 //! let site = Site {
 //!     id: SiteId(0),
 //!     name: "model.layers.0.self_attn.q_proj".into(),
+//!     stored_name: "model.layers.0.self_attn.q_proj".into(),
 //!     kind: SiteKind::Linear,
 //!     in_features: 32,
 //!     out_features: 64,
@@ -54,6 +55,7 @@ mod lora_plus;
 pub mod merge;
 mod method;
 mod methods;
+mod modules;
 mod parts;
 mod registry;
 pub mod target;
@@ -61,7 +63,7 @@ pub mod target;
 mod testing;
 
 pub use base_copies::check as check_base_copies;
-pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, TokenIndices};
+pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, Start, TokenIndices};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};

@@ -6,6 +6,7 @@
 
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, StepDone};
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::path::Path;
 
@@ -31,6 +32,10 @@ impl LoraPlus {
 }
 
 impl Adapter for LoraPlus {
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        self.method.decoder(base)
+    }
+
     fn attach(
         &self,
         sites: &[Site],

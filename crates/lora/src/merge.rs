@@ -9,12 +9,16 @@
 //! both, and `tie_word_embeddings: false`. (PEFT adds an update of either to the shared tensor, which
 //! changes the other too.)
 //!
+//! An adapter with `layer_replication` gives a checkpoint with its stack of layers, each copy merged with its
+//! own update. (PEFT merges none.)
+//!
 //! # Source
 //! PEFT's `merge_and_unload` (without `safe_merge`, which rounds twice on a bf16 base).
 
 mod output;
 mod plan;
 mod shards;
+mod stack;
 #[cfg(test)]
 mod tests;
 
@@ -131,8 +135,7 @@ pub fn merge(
     }
     report.tensors.sort_by(|a, b| a.name.cmp(&b.name));
     output::write_index(base_directory, &weight_map, report.bytes, staged.path())?;
-    let unties = !plan.copies.is_empty();
-    base_config.write(options.dtype, unties, staged.path())?;
+    base_config.write(options.dtype, &plan, staged.path())?;
     output::copy_side_files(base_directory, adapter_directory, staged.path())?;
     staged.publish()?;
     Ok(report)

@@ -168,6 +168,27 @@ impl PeftConfig {
             Self::Parts(config) => Ok(Box::new(PartsAdapter::new(config, model_type)?)),
         }
     }
+
+    /// The same for the adapter in `directory`, which starts from what that one started from.
+    fn into_adapter_of(self, directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
+        match self {
+            Self::Lora(config) => Ok(Box::new(lora_of(config, directory, model_type)?)),
+            other => other.into_adapter(model_type),
+        }
+    }
+}
+
+/// The LoRA in `directory`, with what it started from where the files have that.
+pub(crate) fn lora_of(
+    config: LoraConfig,
+    directory: &Path,
+    model_type: &str,
+) -> Result<LoraAdapter> {
+    let adapter = LoraAdapter::new(config, model_type)?;
+    Ok(match adapter.start_of(directory)? {
+        Some(start) => adapter.starting_from(start),
+        None => adapter,
+    })
 }
 
 /// The adapter that lies in `directory`, for a base of `model_type`; its tensors are read by
@@ -176,7 +197,7 @@ impl PeftConfig {
 /// # Errors
 /// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`].
 pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
-    PeftConfig::load(directory)?.into_adapter(model_type)
+    PeftConfig::load(directory)?.into_adapter_of(directory, model_type)
 }
 
 /// [`load`] for comparisons with PEFT: computes what PEFT computes where that is wrong.
@@ -186,7 +207,7 @@ pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
 /// # Errors
 /// As [`load`].
 pub fn load_as_peft(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
-    PeftConfig::read(directory, true)?.into_adapter(model_type)
+    PeftConfig::read(directory, true)?.into_adapter_of(directory, model_type)
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {

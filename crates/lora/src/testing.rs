@@ -17,6 +17,7 @@ fn site(id: usize, name: &str, kind: SiteKind, shape: [usize; 2]) -> Site {
     Site {
         id: SiteId(id),
         name: name.into(),
+        stored_name: name.into(),
         kind,
         in_features: shape[1],
         out_features: shape[0],

@@ -260,6 +260,27 @@ impl<T: KeyValue> KeyValue for Vec<T> {
     }
 }
 
+/// A range `[start, end)`.
+impl KeyValue for [usize; 2] {
+    fn schema() -> Value {
+        json!({"type": "array", "items": usize::schema(), "minItems": 2, "maxItems": 2})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let number = |value| usize::from_value(value).ok();
+        let pair = match value.as_array().map(Vec::as_slice) {
+            Some([start, end]) => number(start).zip(number(end)),
+            _ => None,
+        };
+        pair.map(|(start, end)| [start, end])
+            .ok_or_else(|| "a range [start, end] of whole numbers of at least 0".to_owned())
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self)
+    }
+}
+
 /// Named values; in YAML also as a JSON string, which is how Transformers takes them on the
 /// command line.
 impl<T: KeyValue> KeyValue for BTreeMap<String, T> {
@@ -283,6 +304,50 @@ impl<T: KeyValue> KeyValue for BTreeMap<String, T> {
 
     fn to_value(&self) -> Value {
         let entries = self.iter();
+        Value::Object(entries.map(|(k, v)| (k.clone(), v.to_value())).collect())
+    }
+}
+
+/// Named values in the order they are written in, which decides between patterns that both match.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ordered<T>(pub Vec<(String, T)>);
+
+impl<T> Ordered<T> {
+    /// None.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// The values without their names.
+    pub fn values(&self) -> impl Iterator<Item = &T> {
+        self.0.iter().map(|(_, value)| value)
+    }
+}
+
+impl<T: KeyValue> KeyValue for Ordered<T> {
+    fn schema() -> Value {
+        BTreeMap::<String, T>::schema()
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Object(entries) => {
+                let entries = entries.iter();
+                let entries = entries.map(|(name, v)| Ok((name.clone(), T::from_value(v)?)));
+                entries.collect::<Result<_, String>>().map(Self)
+            }
+            Value::String(text) if text.trim_start().starts_with('{') => {
+                Self::from_value(&yaml_scalar(text)?)
+            }
+            // Without entries there is no order.
+            other => BTreeMap::<String, T>::from_value(other)
+                .map(|entries| Self(entries.into_iter().collect())),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        let entries = self.0.iter();
         Value::Object(entries.map(|(k, v)| (k.clone(), v.to_value())).collect())
     }
 }

@@ -126,9 +126,29 @@ impl ModelFiles {
         self.shard_of.keys().map(String::as_str)
     }
 
+    /// The name here of the tensor that an architecture calls `name`. A model saved without its head, as
+    /// the first GPT-2 was, lacks the first part of the path: `model.layers.0...` is `layers.0...`.
+    #[must_use]
+    pub fn own_name<'a>(&self, name: &'a str) -> &'a str {
+        match name.split_once('.') {
+            Some((first, rest)) if self.shard_of.contains_key(rest) && !self.has_part(first) => {
+                rest
+            }
+            _ => name,
+        }
+    }
+
+    /// Whether the path of a tensor begins with `first`.
+    fn has_part(&self, first: &str) -> bool {
+        let from = format!("{first}.");
+        let next = self.shard_of.range(from.clone()..).next();
+        next.is_some_and(|(name, _)| name.starts_with(&from))
+    }
+
     /// Dtype and shape of a tensor.
     #[must_use]
     pub fn meta(&self, name: &str) -> Option<&TensorMeta> {
+        let name = self.own_name(name);
         let shard = *self.shard_of.get(name)?;
         self.shards[shard].meta(name)
     }
@@ -152,7 +172,8 @@ impl ModelFiles {
     /// The format of a weight that is held in 4 bits.
     #[must_use]
     pub fn four_bit_format(&self, name: &str) -> Option<FourBitFormat> {
-        self.quant_states.get(name).map(|state| state.format)
+        let state = self.quant_states.get(self.own_name(name));
+        state.map(|state| state.format)
     }
 
     /// Whether any weight is held in 4 bits.
@@ -166,6 +187,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Model`] if a file shrank.
     pub fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        let name = self.own_name(name);
         let state = self.quant_states.get(name);
         state.map(|state| state.read_weight(self, name)).transpose()
     }
@@ -173,7 +195,7 @@ impl ModelFiles {
     /// The file that a tensor is in, or the directory if there is no such tensor.
     #[must_use]
     pub fn file_of(&self, name: &str) -> &Path {
-        match self.shard_of.get(name) {
+        match self.shard_of.get(self.own_name(name)) {
             Some(&shard) => self.shards[shard].path(),
             None => &self.dir,
         }
@@ -190,6 +212,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Model`] as there.
     pub fn read_rows_into(&self, name: &str, dst: ViewMut<'_>) -> Result<()> {
+        let name = self.own_name(name);
         self.shard(name)?.read_rows_into(name, dst)
     }
 
@@ -198,6 +221,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Model`] as there.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let name = self.own_name(name);
         self.shard(name)?.read_f32(name)
     }
 

@@ -8,6 +8,7 @@ use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
 use ferrotune_kernels::{Tensor, View, Workspace};
 use std::ops::Range;
+use std::sync::Arc;
 
 impl BaseWeights for Model {
     fn find(&self, name: &str) -> Option<SiteId> {
@@ -31,14 +32,20 @@ impl BaseWeights for Model {
         Err(no_linear(site))
     }
 
+    fn is_quantised(&self, site: SiteId) -> bool {
+        let mut groups = self.layers.iter().flat_map(Layer::groups);
+        let found = groups.find_map(|group| frozen_rows(group, site));
+        found.is_some_and(|(weight, rows)| weight.is_quantised(rows))
+    }
+
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
         let groups = self.layers.iter_mut().flat_map(Layer::groups_mut);
         for group in groups {
             if let Some((_, rows)) = frozen_rows(group, site) {
-                return group.frozen_mut(site).map_or_else(
-                    || Err(no_linear(site)),
-                    |frozen| frozen.replace_rows(rows, weight),
-                );
+                return match group.frozen_mut(site) {
+                    Some(frozen) => frozen.replace_rows(rows, weight),
+                    None => Err(shared()),
+                };
             }
         }
         Err(no_linear(site))
@@ -55,6 +62,12 @@ fn frozen_rows(group: &LinearGroup, site: SiteId) -> Option<(&FrozenWeight, Rang
     }
 }
 
+fn shared() -> Error {
+    let message = "a start that changes the base's weights would change them in every copy of a layer; leave \
+                   `layer_replication` out, or take another start";
+    Error::config("init_lora_weights", message)
+}
+
 impl LinearGroup {
     fn rows_of(&self, site: SiteId) -> usize {
         let part = self.parts.iter().find(|part| part.site == site.0);
@@ -64,8 +77,8 @@ impl LinearGroup {
     fn frozen_mut(&mut self, site: SiteId) -> Option<&mut FrozenWeight> {
         let part = self.parts.iter_mut().find(|part| part.site == site.0)?;
         match &mut part.weight {
-            PartWeight::InGroup => self.frozen.as_mut(),
-            PartWeight::Alone(weight) => Some(weight),
+            PartWeight::InGroup => self.frozen.as_mut().and_then(Arc::get_mut),
+            PartWeight::Alone(weight) => Arc::get_mut(weight),
             PartWeight::Trained(_) => None,
         }
     }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// More layers than any model has. Each takes memory before a weight is looked at.
-const MAX_LAYERS: usize = 4096;
+pub(super) const MAX_LAYERS: usize = 4096;
 
 /// Names of activations, as Transformers has them.
 const ACTIVATIONS: [(&str, Activation); 5] = [
@@ -84,6 +84,10 @@ pub struct DecoderConfig {
     pub intermediate_size: usize,
     /// Number of decoder layers.
     pub layers: usize,
+    /// The layer of the checkpoint whose weights each has: the same one, unless [`DecoderConfig::stacked`].
+    pub layer_sources: Vec<usize>,
+    /// Number of layers of the checkpoint.
+    pub stored_layers: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
@@ -148,7 +152,8 @@ impl DecoderConfig {
     pub fn covers(config: &HfConfig) -> bool {
         let classes = config.get("architectures").and_then(Value::as_array);
         let class = classes.and_then(|c| c.first()?.as_str());
-        let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("LMHeadModel");
+        // Saved without its head, a model is of the class that has none.
+        let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("Model");
         models::is_known(config) && class.is_none_or(is_causal)
     }
 
@@ -205,6 +210,8 @@ impl DecoderConfig {
             hidden_size,
             intermediate_size: config.size("intermediate_size")?,
             layers,
+            layer_sources: (0..layers).collect(),
+            stored_layers: layers,
             heads,
             kv_heads: config.size_or("num_key_value_heads", Some(heads))?,
             head_dim,
@@ -244,13 +251,11 @@ impl DecoderConfig {
         self.kv_heads * self.head_dim
     }
 
-    /// Number of parameters, a tied head counted once.
+    /// Number of parameters, each that is shared counted once.
     #[must_use]
     pub fn parameters(&self) -> usize {
         super::plan::ModelPlan::new(self)
-            .sites
-            .iter()
-            .filter(|s| s.tied_to.is_none())
+            .owners()
             .map(|s| s.out_features * s.in_features + if s.bias { s.out_features } else { 0 })
             .sum()
     }

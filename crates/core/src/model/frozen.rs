@@ -66,6 +66,22 @@ impl FrozenWeight {
         })
     }
 
+    /// Whether `rows` are codes.
+    pub(crate) fn is_quantised(&self, rows: Range<usize>) -> bool {
+        match self {
+            Self::Dense(_) => false,
+            Self::FourBit(_) => true,
+            Self::Stacked(parts) => {
+                let mut first = 0;
+                parts.iter().any(|part| {
+                    let begin = first;
+                    first += part.shape()[0];
+                    begin <= rows.start && rows.end <= first && part.is_quantised(0..rows.len())
+                })
+            }
+        }
+    }
+
     /// Replaces the values of `rows`, rounded or quantised as they are held.
     pub(crate) fn replace_rows(&mut self, rows: Range<usize>, values: View<'_>) -> Result<()> {
         match self {

@@ -12,14 +12,15 @@ use crate::adapter::Attachment;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// One or more linears over one input.
 #[derive(Debug)]
 pub(crate) struct LinearGroup {
     pub(crate) in_features: usize,
     pub(crate) parts: Vec<Part>,
-    /// All frozen weights as one matrix `[out, in]`, if no part trains its own.
-    pub(crate) frozen: Option<FrozenWeight>,
+    /// All frozen weights as one matrix `[out, in]`, if no part trains its own. Copies of a layer share it.
+    pub(crate) frozen: Option<Arc<FrozenWeight>>,
     /// Where weights that are not held as values are written for a product.
     pub(crate) scratch: Scratch,
 }
@@ -41,14 +42,14 @@ pub(crate) enum PartWeight {
     /// Rows `columns` of the group's frozen matrix.
     InGroup,
     /// A frozen matrix of its own, beside trained parts.
-    Alone(FrozenWeight),
+    Alone(Arc<FrozenWeight>),
     Trained(ParamId),
 }
 
 #[derive(Debug)]
 pub(crate) enum PartBias {
     /// `[1, out]`, f32.
-    Frozen(Tensor),
+    Frozen(Arc<Tensor>),
     Trained(ParamId),
 }
 

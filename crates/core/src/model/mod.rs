@@ -26,8 +26,10 @@ mod residual;
 mod rope;
 mod run;
 mod saved;
+mod stack;
 mod vocabulary;
 mod weight_format;
+mod weight_source;
 mod weights;
 
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
@@ -42,7 +44,7 @@ pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use weight_format::WeightFormat;
-pub use weights::{RandomWeights, WeightSource, check_tensors, expected_tensors};
+pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;
 use crate::adapter::{Attachment, SiteId};
@@ -122,6 +124,7 @@ impl Model {
             source,
             params,
             format: format.into(),
+            held: weights::Held::default(),
         }
         .model()
     }

@@ -5,6 +5,7 @@ use super::run::Run;
 use crate::Result;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, axpby, layer_norm, rms_norm};
+use std::sync::Arc;
 
 /// One norm. Statistics of each pass are saved by the layer that calls it.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub(crate) struct LayerNorm {
 /// A parameter `[1, D]`, f32.
 #[derive(Debug)]
 pub(crate) enum Vector {
-    Frozen(Tensor),
+    Frozen(Arc<Tensor>),
     Trained(ParamId),
 }
 

@@ -2,6 +2,7 @@
 
 use super::config::{DecoderConfig, NormKind, QkNorm};
 use crate::adapter::{Site, SiteId, SiteKind};
+use std::collections::BTreeSet;
 
 /// Sites of one decoder layer, in execution order. Examples are those of a Llama.
 #[derive(Clone, Debug)]
@@ -68,6 +69,8 @@ pub struct ModelPlan {
     pub norm: SiteId,
     /// `lm_head`.
     pub head: SiteId,
+    /// Of layers that the checkpoint has and the stack has not.
+    pub left_out: Vec<Site>,
 }
 
 impl ModelPlan {
@@ -90,7 +93,8 @@ impl ModelPlan {
                 ..Place::new(name)
             })
         });
-        let layers = (0..config.layers).map(|layer| sites.layer(config, layer));
+        let sources = config.layer_sources.iter().enumerate();
+        let layers = sources.map(|(layer, &source)| sites.layer_of(config, layer, source));
         let layers = layers.collect();
         let has_bias = config.norm == NormKind::Layer;
         let norm = sites.norm(names.norm.to_owned(), d, has_bias, None);
@@ -109,7 +113,15 @@ impl ModelPlan {
             layers,
             norm,
             head,
+            left_out: left_out(config),
         }
+    }
+
+    /// The sites that have weights of their own: of those that share one, the first.
+    pub fn owners(&self) -> impl Iterator<Item = &Site> {
+        let mut seen = BTreeSet::new();
+        let own = self.sites.iter().filter(|site| site.tied_to.is_none());
+        own.filter(move |site| seen.insert(site.stored_name.as_str()))
     }
 
     /// Weights of the largest group of linears that share their input.
@@ -127,6 +139,15 @@ impl ModelPlan {
     pub fn site(&self, id: SiteId) -> &Site {
         &self.sites[id.0]
     }
+}
+
+/// Sites of layers that no place of the stack has.
+fn left_out(config: &DecoderConfig) -> Vec<Site> {
+    let mut sites = Sites(Vec::new());
+    for layer in (0..config.stored_layers).filter(|l| !config.layer_sources.contains(l)) {
+        sites.layer(config, layer);
+    }
+    sites.0
 }
 
 struct Sites(Vec<Site>);
@@ -157,6 +178,17 @@ impl Place {
 }
 
 impl Sites {
+    /// Layer `layer` with the weights of the checkpoint's `source`.
+    fn layer_of(&mut self, config: &DecoderConfig, layer: usize, source: usize) -> LayerPlan {
+        let first = self.0.len();
+        let plan = self.layer(config, layer);
+        let path = |layer| format!("{}.{layer}.", config.modules.layers);
+        for site in &mut self.0[first..] {
+            site.stored_name = site.name.replacen(&path(layer), &path(source), 1);
+        }
+        plan
+    }
+
     fn layer(&mut self, config: &DecoderConfig, layer: usize) -> LayerPlan {
         let (d, f, names) = (
             config.hidden_size,
@@ -224,6 +256,7 @@ impl Sites {
         let id = SiteId(self.0.len());
         self.0.push(Site {
             id,
+            stored_name: place.name.clone(),
             name: place.name,
             kind: place.kind,
             in_features: place.in_features,

@@ -24,11 +24,12 @@ impl From<DType> for WeightFormat {
 }
 
 impl WeightFormat {
-    /// Bytes of all weights, a tied head counted once. What `files` have in 4 bits counts as there.
+    /// Bytes of all weights, each that is shared counted once. What `files` have in 4 bits counts as there.
     #[must_use]
     pub fn bytes(&self, plan: &ModelPlan, files: Option<&ModelFiles>) -> u64 {
-        let own = plan.sites.iter().filter(|site| site.tied_to.is_none());
-        own.map(|site| self.bytes_of(site, files) as u64).sum()
+        plan.owners()
+            .map(|site| self.bytes_of(site, files) as u64)
+            .sum()
     }
 
     fn bytes_of(&self, site: &Site, files: Option<&ModelFiles>) -> usize {
@@ -38,7 +39,7 @@ impl WeightFormat {
         } else {
             0
         };
-        let in_files = files.and_then(|f| f.four_bit_format(&format!("{}.weight", site.name)));
+        let in_files = files.and_then(|f| f.four_bit_format(&site.tensor("weight")));
         let in_layer = site.kind == SiteKind::Linear && site.layer.is_some();
         match in_files.or(self.four_bit.filter(|_| in_layer)) {
             Some(format) => format.bytes(weights) + bias,

@@ -13,159 +13,15 @@ use super::positions::Positions;
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
+use super::weight_source::{WeightSource, expected_tensors, to_rows};
 use super::{Keep, Model, WeightFormat};
-use crate::adapter::{Attachment, Site, SiteId, SiteKind};
-use crate::io::{ModelFiles, SafetensorsFile};
+use crate::adapter::{Attachment, Site, SiteId};
 use crate::params::{FlatBuffer, ParamId, transpose};
-use crate::{Error, Result, suggest};
+use crate::{Error, Result};
 use ferrotune_kernels::dequantise::FourBit;
-use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention, rng};
+use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention};
 use std::collections::BTreeMap;
-use std::path::Path;
-
-/// Where base weights come from.
-pub trait WeightSource {
-    /// Refuses unless exactly these tensors `(name, shape)` can be read.
-    ///
-    /// # Errors
-    /// [`Error::Model`] naming a missing, extra or misshapen tensor, before anything is read.
-    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()>;
-
-    /// Reads tensor `name` into `to`, converting the dtype. A vector is one row.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
-
-    /// Reads matrix `name` into host memory where the source has it in 4 bits; else `None`.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
-        let _ = name;
-        Ok(None)
-    }
-}
-
-/// Random weights of any shape, for benchmarks and tests: normal with Transformers'
-/// `initializer_range` of 0.02, norms one.
-#[derive(Clone, Copy, Debug)]
-pub struct RandomWeights {
-    /// Seed of every tensor, together with its name.
-    pub seed: u64,
-}
-
-impl WeightSource for RandomWeights {
-    fn check(&self, _: &[(String, Vec<usize>)]) -> Result<()> {
-        Ok(())
-    }
-
-    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
-        let [rows, cols] = to.shape();
-        let mut values = vec![1.0; rows * cols];
-        let is_norm = rows == 1 && name.ends_with(".weight");
-        if !is_norm {
-            let mut stream = rng::Stream::new(rng::key_for(self.seed, name));
-            // A sum of four uniforms is close enough to a normal, and quick for a billion draws.
-            let std = 0.02 * 3.0_f32.sqrt() / 2.0_f32.powi(16);
-            for value in &mut values {
-                let bits = stream.bits();
-                let sum: i32 = (0..4).map(|i| i32::from((bits >> (16 * i)) as i16)).sum();
-                *value = sum as f32 * std;
-            }
-        }
-        to_rows(to, &values);
-        Ok(())
-    }
-}
-
-impl WeightSource for ModelFiles {
-    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        let file = self
-            .shards()
-            .first()
-            .map_or(Path::new(""), SafetensorsFile::path);
-        check_tensors(file, expected, &self.weight_shapes())
-    }
-
-    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
-        self.read_rows_into(name, to)
-    }
-
-    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
-        Self::read_four_bit(self, name)
-    }
-}
-
-fn to_rows(to: ViewMut<'_>, values: &[f32]) {
-    let [rows, cols] = to.shape();
-    to.copy_from(ferrotune_kernels::View::from_f32(values, rows, cols));
-}
-
-/// Names and shapes of every tensor a model reads, from the plan alone.
-#[must_use]
-pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
-    let mut expected = Vec::new();
-    for site in plan.sites.iter().filter(|s| s.tied_to.is_none()) {
-        let weight = match site.kind {
-            SiteKind::Norm => vec![site.out_features],
-            _ if site.stored_transposed => vec![site.in_features, site.out_features],
-            SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
-        };
-        expected.push((format!("{}.weight", site.name), weight));
-        if site.bias {
-            expected.push((format!("{}.bias", site.name), vec![site.out_features]));
-        }
-    }
-    expected
-}
-
-/// Compares what a checkpoint has with what a model needs: missing, extra, misshapen.
-///
-/// # Errors
-/// [`Error::Model`] naming the tensor, with the nearest name the file has.
-pub fn check_tensors(
-    file: &Path,
-    expected: &[(String, Vec<usize>)],
-    found: &BTreeMap<&str, &[usize]>,
-) -> Result<()> {
-    for (name, shape) in expected {
-        match found.get(name.as_str()) {
-            None => {
-                let hint = suggest::did_you_mean(name, found.keys().copied());
-                return Err(Error::model(
-                    file,
-                    format!(
-                        "tensor `{name}` is missing{hint}; config.json and weights must belong together"
-                    ),
-                ));
-            }
-            Some(got) if *got != shape.as_slice() => {
-                return Err(Error::model(
-                    file,
-                    format!("tensor `{name}` has shape {got:?}, config.json makes it {shape:?}"),
-                ));
-            }
-            Some(_) => {}
-        }
-    }
-    let wanted = |name: &str| expected.iter().any(|(n, _)| n == name);
-    // Old checkpoints keep a buffer of frequencies; a tied head may be stored once more.
-    // GPT-2's keep their causal mask.
-    let buffers = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
-    let ignorable = |name: &str| {
-        buffers.iter().any(|buffer| name.ends_with(buffer)) || name == "lm_head.weight"
-    };
-    match found.keys().find(|name| !wanted(name) && !ignorable(name)) {
-        None => Ok(()),
-        Some(extra) => Err(Error::model(
-            file,
-            format!(
-                "tensor `{extra}` belongs to nothing in this architecture; config.json and weights must belong together"
-            ),
-        )),
-    }
-}
+use std::sync::Arc;
 
 /// Builds a [`Model`] part by part.
 pub(super) struct Builder<'a> {
@@ -177,6 +33,15 @@ pub(super) struct Builder<'a> {
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
+    pub(super) held: Held,
+}
+
+/// What is frozen and was read already, by the names it has in files: copies of a layer share it.
+#[derive(Default)]
+pub(super) struct Held {
+    /// By the modules of a group.
+    matrices: BTreeMap<Vec<String>, Arc<FrozenWeight>>,
+    vectors: BTreeMap<String, Arc<Tensor>>,
 }
 
 impl Builder<'_> {
@@ -286,7 +151,7 @@ impl Builder<'_> {
                     self.read_param(site, *weight, "weight")?;
                     (PartWeight::Trained(*weight), *bias)
                 }
-                (None, _) => (PartWeight::Alone(self.frozen_linear(site)?), None),
+                (None, _) => (PartWeight::Alone(self.frozen_group(&[id])?), None),
             };
             let bias = self.bias(site, trained_bias)?;
             parts.push(Part {
@@ -308,10 +173,21 @@ impl Builder<'_> {
         })
     }
 
-    /// The weights of linears over one input: one matrix where all are values.
-    fn frozen_group(&self, ids: &[SiteId]) -> Result<FrozenWeight> {
+    /// The weights of linears over one input, from an earlier copy of their layer where there is one.
+    fn frozen_group(&mut self, ids: &[SiteId]) -> Result<Arc<FrozenWeight>> {
         let sites: Vec<&Site> = ids.iter().map(|&id| self.plan.site(id)).collect();
-        if let [site] = sites[..] {
+        let names: Vec<String> = sites.iter().map(|s| s.stored_name.clone()).collect();
+        if let Some(held) = self.held.matrices.get(&names) {
+            return Ok(Arc::clone(held));
+        }
+        let weight = Arc::new(self.read_group(&sites)?);
+        self.held.matrices.insert(names, Arc::clone(&weight));
+        Ok(weight)
+    }
+
+    /// One matrix where all are values.
+    fn read_group(&self, sites: &[&Site]) -> Result<FrozenWeight> {
+        if let [site] = *sites {
             return self.frozen_linear(site);
         }
         let quantised: Vec<Option<FourBit>> = sites
@@ -349,7 +225,7 @@ impl Builder<'_> {
 
     /// The codes of a linear where it is to be held as such, from the source or made here.
     fn four_bit(&self, site: &Site) -> Result<Option<FourBit>> {
-        let name = format!("{}.weight", site.name);
+        let name = site.tensor("weight");
         let codes = match (self.source.read_four_bit(&name)?, self.format.four_bit) {
             (Some(codes), _) => codes,
             (None, None) => return Ok(None),
@@ -371,10 +247,7 @@ impl Builder<'_> {
             self.read_param(site, id, "bias")?;
             return Ok(Some(PartBias::Trained(id)));
         }
-        Ok(Some(PartBias::Frozen(self.vector(
-            &format!("{}.bias", site.name),
-            site.out_features,
-        )?)))
+        Ok(Some(PartBias::Frozen(self.vector(site, "bias")?)))
     }
 
     /// The norm at a site, or none.
@@ -420,8 +293,7 @@ impl Builder<'_> {
             self.read_param(site, id, suffix)?;
             return Ok(Vector::Trained(id));
         }
-        let name = format!("{}.{suffix}", site.name);
-        Ok(Vector::Frozen(self.vector(&name, site.out_features)?))
+        Ok(Vector::Frozen(self.vector(site, suffix)?))
     }
 
     fn embedding(&mut self) -> Result<Embedding> {
@@ -497,8 +369,7 @@ impl Builder<'_> {
     fn with_trained_rows(&mut self, site: &Site, id: ParamId, indices: &[u32]) -> Result<Tensor> {
         let [rows, cols] = [site.out_features, site.in_features];
         let mut table = Tensor::empty(&Device::Cpu, self.format.dtype, rows, cols);
-        let name = format!("{}.weight", site.name);
-        self.source.read(&name, table.view_mut())?;
+        self.source.read(&site.tensor("weight"), table.view_mut())?;
         let to = self.params.get_mut(id);
         for (to, &token) in to.chunks_mut(cols).zip(indices) {
             let row = table.view().row_range(token as usize..token as usize + 1);
@@ -522,7 +393,7 @@ impl Builder<'_> {
 
     /// Reads the weight of a site into `to [out, in]`, however its file holds it.
     fn read_weight(&self, site: &Site, to: ViewMut<'_>) -> Result<()> {
-        let name = format!("{}.weight", site.name);
+        let name = site.tensor("weight");
         if !site.stored_transposed {
             return self.source.read(&name, to);
         }
@@ -534,9 +405,16 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
-        let mut values = Tensor::empty(self.params.device(), DType::F32, 1, len);
-        self.source.read(name, values.view_mut())?;
+    /// The frozen vector `suffix` of a site.
+    fn vector(&mut self, site: &Site, suffix: &str) -> Result<Arc<Tensor>> {
+        let (name, device) = (site.tensor(suffix), self.params.device());
+        if let Some(held) = self.held.vectors.get(&name) {
+            return Ok(Arc::clone(held));
+        }
+        let mut values = Tensor::empty(device, DType::F32, 1, site.out_features);
+        self.source.read(&name, values.view_mut())?;
+        let values = Arc::new(values);
+        self.held.vectors.insert(name, Arc::clone(&values));
         Ok(values)
     }
 
@@ -553,7 +431,7 @@ impl Builder<'_> {
             return Ok(());
         }
         let to = self.params.view_mut(id);
-        self.source.read(&format!("{}.{suffix}", site.name), to)
+        self.source.read(&site.tensor(suffix), to)
     }
 }
 

@@ -17,6 +17,8 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     let rope_of = |window: &Option<usize>| Some(usize::from(window.is_some()));
     Ok(DecoderConfig {
         qk_norm: Some(QkNorm::PerHead),
+        // The config has the key of Gemma 2, and Transformers computes nothing with it.
+        attention_softcap: None,
         layer_ropes: common.sliding_windows.iter().map(rope_of).collect(),
         ropes,
         ..common

@@ -14,6 +14,7 @@ use ferrotune_kernels::adamw::{self, AdamW};
 use ferrotune_kernels::cuda::GemmTuning;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Workspace};
+use std::path::Path;
 
 /// What a step needs to know besides its data.
 #[derive(Clone, Debug)]
@@ -291,6 +292,14 @@ impl Trainer {
     /// Trainable values, to be replaced.
     pub fn params_mut(&mut self) -> &mut FlatBuffer {
         &mut self.params
+    }
+
+    /// Reads the trainable values from what the method has saved.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
+    pub fn load_adapter(&mut self, directory: &Path) -> Result<()> {
+        self.adapter.load(&mut self.params, directory)
     }
 
     /// Gradient of the last step: the sum over its trained tokens, not yet divided by their number.

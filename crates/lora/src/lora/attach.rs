@@ -18,6 +18,7 @@ pub(super) fn attach(
     sites: &[Site],
     params: &mut ParamLayoutBuilder,
 ) -> Result<Vec<(SiteId, Attachment)>> {
+    require_stack(&config.layer_replication, sites)?;
     let mut attachments = Vec::new();
     let tied = config
         .ensure_weight_tying
@@ -39,6 +40,7 @@ pub(super) fn attach(
         tied.and_then(|[embedding, head]| move_to_embedding(&mut targets, embedding, head));
     for target in &targets {
         require_adaptable(config, target.site)?;
+        require_startable(config, target)?;
         let low_rank = declare(config, target, params);
         attachments.push((target.site.id, Attachment::LowRank(low_rank)));
         if let (Some(head), true) = (embedding, target.site.kind == SiteKind::Embedding) {
@@ -74,6 +76,30 @@ pub(super) fn attach(
         attachments.push((site.id, Attachment::TrainBias(vector(site, part, params))));
     }
     Ok(attachments)
+}
+
+/// Refuses sites of another stack of layers than `ranges` make.
+fn require_stack(ranges: &[[usize; 2]], sites: &[Site]) -> Result<()> {
+    let order: Vec<usize> = ranges.iter().flat_map(|&[start, end]| start..end).collect();
+    let fits = |site: &Site| {
+        let Some(layer) = site.layer else {
+            return true;
+        };
+        let source = order.get(layer).map(|source| {
+            let [at, from] = [layer, *source].map(|number| format!(".{number}."));
+            site.name.replacen(&at, &from, 1)
+        });
+        source.is_some_and(|name| name == site.stored_name)
+    };
+    let knows_layers = sites.iter().any(|site| site.layer.is_some());
+    if order.is_empty() || (knows_layers && sites.iter().all(fits)) {
+        return Ok(());
+    }
+    Err(Error::config(
+        "layer_replication",
+        "the model has other layers than it asks for: it must be the one that `Adapter::decoder` makes of the base, \
+         whose architecture must be known",
+    ))
 }
 
 /// The input embedding and the head that shares its weight.
@@ -206,6 +232,33 @@ fn vector(site: &Site, part: Part, params: &mut ParamLayoutBuilder) -> ParamId {
         [site.out_features],
         site.execution_order,
     ))
+}
+
+/// Refuses targets whose weight a start cannot be read from.
+fn require_startable(config: &LoraConfig, target: &Target<'_>) -> Result<()> {
+    let (init, Target { site, rank, .. }) = (config.init_lora_weights, *target);
+    if !init.changes_base() {
+        return Ok(());
+    }
+    if site.kind != SiteKind::Linear || site.output_head {
+        let message = format!(
+            "{} starts from the weights of linears inside the layers, and `{}` is none; leave that out",
+            init.name(),
+            site.name
+        );
+        return Err(Error::config("init_lora_weights", message));
+    }
+    let most = site.in_features.min(site.out_features);
+    if rank > most {
+        let message = format!(
+            "{rank} is more than the {most} directions that the weight of `{}` has, from which {} takes as many \
+             as the rank is; lower it to {most}, for that module alone by `rank_pattern`",
+            site.name,
+            init.name()
+        );
+        return Err(Error::config("r", message));
+    }
+    Ok(())
 }
 
 fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {

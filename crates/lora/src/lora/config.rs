@@ -5,26 +5,11 @@ mod read;
 mod tests;
 mod write;
 
-use super::TokenIndices;
+use super::{InitLoraWeights, TokenIndices};
 use crate::target::{
     ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
 };
 use ferrotune_core::{Error, Result};
-
-/// How A and B start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum InitLoraWeights {
-    /// `true` in PEFT: A uniform in ±1/√in_features (Kaiming with a = √5), B zero.
-    #[default]
-    Kaiming,
-    /// `"gaussian"`: A normal with standard deviation 1/rank, B zero.
-    Gaussian,
-    /// `false` in PEFT: A uniform in ±1/√in_features, B uniform in ±1/√rank. Changes the model.
-    Random,
-    /// `"orthogonal"`: A of even, B of odd rows of one orthogonal matrix, so that B A is zero and both
-    /// learn from the start. Needs an even rank.
-    Orthogonal,
-}
 
 /// Which biases of the base are trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,6 +79,10 @@ pub struct LoraConfig {
     /// Where the embedding is shared with the head and one of them is adapted or trained as a whole,
     /// keep them the same. Otherwise the other keeps the base's weight.
     pub ensure_weight_tying: bool,
+    /// Another stack of the base's layers: those of each range `[start, end)`, one range after the other,
+    /// each copy with updates of its own. Names and numbers of layers are those of this stack. Empty for
+    /// the base's own.
+    pub layer_replication: Vec<[usize; 2]>,
     /// As in the file. Decides nothing: whether a weight lies transposed is known of the base.
     pub fan_in_fan_out: bool,
     /// PEFT's task, such as `CAUSAL_LM`.
@@ -125,6 +114,7 @@ impl Default for LoraConfig {
             modules_to_save: Vec::new(),
             trainable_token_indices: None,
             ensure_weight_tying: false,
+            layer_replication: Vec::new(),
             fan_in_fan_out: false,
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: None,
@@ -164,6 +154,16 @@ impl LoraConfig {
                 ),
             ));
         }
+        if !self.layer_replication.is_empty() && self.bias != LoraBias::None {
+            return Err(Error::config(
+                "bias",
+                format!(
+                    "{} trains biases of the base, which the copies of `layer_replication` share, and a file of \
+                     PEFT has no way to say so; set it to none",
+                    self.bias.as_str()
+                ),
+            ));
+        }
         let plain = [InitLoraWeights::Kaiming, InitLoraWeights::Random];
         if self.lora_bias && self.use_dora {
             let message = "true beside `use_dora`: PEFT has no bias in a weight-decomposed update; switch one off";
@@ -174,6 +174,15 @@ impl LoraConfig {
                 "lora_bias",
                 "true needs `init_lora_weights` true or false, as in PEFT",
             ));
+        }
+        let patterned = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        let least = std::iter::once(self.alpha).chain(patterned);
+        if self.init_lora_weights.changes_base() && least.fold(f64::MAX, f64::min) <= 0.0 {
+            let init = self.init_lora_weights.name();
+            let message = format!(
+                "{init} needs an alpha above 0: what is taken out of the base is divided by it"
+            );
+            return Err(Error::config("lora_alpha", message));
         }
         Ok(())
     }
@@ -269,6 +278,11 @@ impl LoraConfig {
                 "trainable_token_indices",
                 format!("{:?}", self.trainable_token_indices),
                 format!("{:?}", other.trainable_token_indices),
+            ),
+            (
+                "layer_replication",
+                format!("{:?}", self.layer_replication),
+                format!("{:?}", other.layer_replication),
             ),
             (
                 "ensure_weight_tying",

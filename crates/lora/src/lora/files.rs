@@ -3,10 +3,11 @@
 #[cfg(test)]
 mod tests;
 
-use super::LoraConfig;
 use super::names::{self, Part};
+use super::{InitLoraWeights, LoraConfig, Start, convert};
 use crate::PeftConfig;
 use crate::files::{self, CONFIG_FILE, Weights};
+use crate::modules::{EMBEDDINGS, HEADS};
 use crate::target::{Target, TargetModules};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::io::{self, FileDType, TensorData};
@@ -15,6 +16,9 @@ use ferrotune_core::{Error, Result};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+
+/// Where an update of a changed base has what it started from.
+const INITIAL: &str = "initial_adapter";
 
 /// Writes both files. The configuration comes last: with it the adapter is complete.
 pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -> Result<()> {
@@ -84,8 +88,26 @@ pub(super) fn require_expressible(sites: &[Site], targets: &[Target<'_>]) -> Res
     }
 }
 
-/// Reads both files into `params`, strictly.
-pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+/// Writes what a run started from, which an update of a changed base needs, as PEFT asks for it when it is to
+/// convert the update.
+pub(super) fn save_start(config: &LoraConfig, start: &Start, directory: &Path) -> Result<()> {
+    let config = LoraConfig {
+        init_lora_weights: InitLoraWeights::Kaiming,
+        ..config.clone()
+    };
+    save(&config, start.factors(), &directory.join(INITIAL))
+}
+
+/// How an adapter lies in a directory.
+enum Form {
+    /// As the run has it.
+    Own,
+    /// As a plain LoRA of the base, where the run changed that.
+    Plain,
+}
+
+/// Which form the adapter in `directory` has, if it is one of `config`.
+fn form(config: &LoraConfig, directory: &Path) -> Result<Form> {
     let config_path = directory.join(CONFIG_FILE);
     let PeftConfig::Lora(saved) = PeftConfig::load(directory)? else {
         return Err(Error::adapter(
@@ -93,37 +115,116 @@ pub(super) fn load(config: &LoraConfig, params: &mut FlatBuffer, directory: &Pat
             "is of another method than LORA",
         ));
     };
-    if let Some((key, ours, theirs)) = config.difference(&saved) {
-        return Err(Error::adapter(
-            config_path,
-            format!(
-                "`{key}` is {theirs}, but this run has {ours}; the same tensors would give a different model"
-            ),
-        ));
+    let (ours, theirs) = (config.init_lora_weights, saved.init_lora_weights);
+    let plain = ours.changes_base() && theirs == InitLoraWeights::Kaiming;
+    let (expected, form) = if plain {
+        (&convert::config(config), Form::Plain)
+    } else {
+        (config, Form::Own)
+    };
+    let unlike = |key: &str, theirs: &str, ours: &str| {
+        let message = format!(
+            "`{key}` is {theirs}, but this run has {ours}; the same tensors would give a different model"
+        );
+        Err(Error::adapter(&config_path, message))
+    };
+    if !plain && ours != theirs && (ours.changes_base() || theirs.changes_base()) {
+        return unlike("init_lora_weights", &theirs.name(), &ours.name());
     }
-    read_tensors(params, directory)
+    match expected.difference(&saved) {
+        None => Ok(form),
+        Some((key, ours, theirs)) => unlike(key, &theirs, &ours),
+    }
+}
+
+/// Reads both files into `params`, strictly. Returns what the run started from, where that is there.
+pub(super) fn load(
+    config: &LoraConfig,
+    params: &mut FlatBuffer,
+    directory: &Path,
+) -> Result<Option<Start>> {
+    match form(config, directory)? {
+        Form::Own => {
+            read_all(params, directory, config.ensure_weight_tying)?;
+            start(config, directory)
+        }
+        Form::Plain => {
+            let mut plain = FlatBuffer::zeros(&convert::layout(params.layout())?);
+            read_all(&mut plain, directory, config.ensure_weight_tying)?;
+            convert::split(&plain, params).map(Some)
+        }
+    }
+}
+
+/// What the run that wrote `directory` started from, where that changed the base and is there.
+pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Start>> {
+    if !config.init_lora_weights.changes_base() {
+        return Ok(None);
+    }
+    if let Form::Plain = form(config, directory)? {
+        return Start::read_half(directory).map(Some);
+    }
+    let initial = directory.join(INITIAL);
+    let there = initial.is_dir().then(|| Start::read(&initial));
+    there.transpose()
 }
 
 /// Reads every tensor of `params` that is an adapter's from the weights file, strictly.
 pub(crate) fn read_tensors(params: &mut FlatBuffer, directory: &Path) -> Result<()> {
+    read_all(params, directory, false)
+}
+
+/// The same, with the copies that PEFT writes of what head and embedding share if they are `tied`.
+fn read_all(params: &mut FlatBuffer, directory: &Path, tied: bool) -> Result<()> {
     let file = Weights::open(directory)?;
     let layout = params.layout().clone();
     let expected: BTreeSet<String> = lora_segments(params)
         .map(|(_, segment)| segment.spec.name.clone())
         .collect();
-    file.require_same_names(&expected, |name| repeats_another(name, &expected))?;
+    let twin = |name: &str| twin(name, &expected).filter(|_| tied);
+    file.require_same_names(&expected, |name| {
+        repeats_base(name, &expected) || twin(name).is_some()
+    })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
             let values = file.read(&segment.spec.name, &segment.spec.file_shape())?;
             params.set_file_values(id, &values);
         }
     }
+    let copies = file.file.names().filter(|name| !expected.contains(*name));
+    for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
+        // A head's factors are the transposes of the embedding's in files, and the same here.
+        let own = layout.find(twin).map_or(&[][..], |id| params.get(id));
+        if file.read_flat(name, own.len())? != own {
+            return Err(Error::adapter(
+                &file.path,
+                format!("`{name}` and `{twin}` differ, but `ensure_weight_tying` makes them one"),
+            ));
+        }
+    }
     Ok(())
 }
 
+/// What of the embedding's the tensor `name` of a head repeats.
+fn twin<'a>(name: &str, expected: &'a BTreeSet<String>) -> Option<&'a str> {
+    let (module, part) = names::parse(name)?;
+    let of = match part {
+        Part::A => Part::EmbeddingB,
+        Part::B => Part::EmbeddingA,
+        Part::Weight => Part::Weight,
+        _ => return None,
+    };
+    let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
+    let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
+    let found = expected.iter().find(twin)?;
+    HEADS
+        .contains(&last_segment(module))
+        .then_some(found.as_str())
+}
+
 /// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's
-/// weight of an adapted table, and what a head has of the embedding's update.
-fn repeats_another(name: &str, expected: &BTreeSet<String>) -> bool {
+/// weight of an adapted table.
+fn repeats_base(name: &str, expected: &BTreeSet<String>) -> bool {
     let has = |module: &str, part| expected.contains(&names::tensor(module, part));
     match names::parse(name) {
         Some((module, Part::AdaptedWeight)) => {

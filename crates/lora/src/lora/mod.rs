@@ -11,29 +11,37 @@
 
 mod attach;
 mod config;
+mod convert;
 mod dora;
 mod files;
-mod init;
+pub(crate) mod init;
 pub(crate) mod names;
 pub(crate) mod saved;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tokens;
 
-pub use config::{InitLoraWeights, LoraBias, LoraConfig};
+pub use config::{LoraBias, LoraConfig};
 pub(crate) use files::{read_tensors, write_tensors};
+pub use init::{InitLoraWeights, Start};
 pub use tokens::TokenIndices;
 
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use names::Part;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// LoRA over a whole model.
 #[derive(Clone, Debug)]
 pub struct LoraAdapter {
     config: LoraConfig,
+    /// Known from the moment on when the base is changed by it, or a file with it was read.
+    start: OnceLock<Start>,
+    /// Whether an update of a changed base is written as one of the base itself.
+    converts: bool,
 }
 
 impl LoraAdapter {
@@ -47,13 +55,58 @@ impl LoraAdapter {
         config.validate()?;
         Ok(Self {
             config: config.with_default_targets(model_type)?,
+            start: OnceLock::new(),
+            converts: true,
         })
+    }
+
+    /// The same, starting from `start` instead of what it would compute.
+    #[must_use]
+    pub fn starting_from(mut self, start: Start) -> Self {
+        self.start = OnceLock::from(start);
+        self
+    }
+
+    /// The same, which writes an update of the base that its start left, with that start in
+    /// `initial_adapter/` beside it, instead of a plain LoRA of twice the rank for the untouched base.
+    #[must_use]
+    pub fn without_conversion(mut self) -> Self {
+        self.converts = false;
+        self
+    }
+
+    /// What the run that saved `directory` started from, as far as the files say: an adapter that was not
+    /// converted may come without it, and follows from the base again.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if a file is damaged or belongs to another adapter.
+    pub fn start_of(&self, directory: &Path) -> Result<Option<Start>> {
+        files::start(&self.config, directory)
     }
 
     /// What it was made from, with the targets filled in.
     #[must_use]
     pub fn config(&self) -> &LoraConfig {
         &self.config
+    }
+
+    /// The plain LoRA of the untouched base that the adapter in `directory` is, with its tensors.
+    pub(crate) fn plain(
+        self,
+        directory: &Path,
+        params: &mut FlatBuffer,
+        base: &mut dyn BaseWeights,
+    ) -> Result<(Self, FlatBuffer)> {
+        let start = init::prepare(&self.config, self.start.get().cloned(), params, base)?;
+        self.load(params, directory)?;
+        let plain = convert::join(params, &start)?;
+        let config = convert::config(&self.config);
+        let adapter = Self {
+            config,
+            start: OnceLock::new(),
+            converts: true,
+        };
+        Ok((adapter, plain))
     }
 
     /// Opens a saved adapter again and compares it with `params`, bit for bit.
@@ -78,6 +131,13 @@ impl LoraAdapter {
 }
 
 impl Adapter for LoraAdapter {
+    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
+        match self.config.layer_replication.as_slice() {
+            [] => Ok(base),
+            ranges => base.stacked(ranges),
+        }
+    }
+
     fn attach(
         &self,
         sites: &[Site],
@@ -87,6 +147,10 @@ impl Adapter for LoraAdapter {
     }
 
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
+        if self.config.init_lora_weights.changes_base() {
+            let start = init::prepare(&self.config, self.start.get().cloned(), params, base)?;
+            let _ = self.start.set(start);
+        }
         if self.config.use_dora {
             dora::start(&self.config, params, base)?;
         }
@@ -99,12 +163,30 @@ impl Adapter for LoraAdapter {
 
     /// Also opens the files again and compares them: see [`LoraAdapter::verify_saved`].
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
-        files::save(&self.config, params, directory)?;
+        match self.start.get() {
+            Some(start) if self.converts => {
+                let plain = convert::join(params, start)?;
+                files::save(&convert::config(&self.config), &plain, directory)?;
+            }
+            Some(start) => {
+                files::save(&self.config, params, directory)?;
+                files::save_start(&self.config, start, directory)?;
+            }
+            None => files::save(&self.config, params, directory)?,
+        }
         self.verify_saved(params, directory)
     }
 
     fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-        files::load(&self.config, params, directory)
+        let Some(start) = files::load(&self.config, params, directory)? else {
+            return Ok(());
+        };
+        if self.start.get_or_init(|| start.clone()).same(&start) {
+            return Ok(());
+        }
+        let message =
+            "started from other values than this model, whose base is another one for that";
+        Err(Error::adapter(directory, message))
     }
 
     fn describe(&self) -> String {
@@ -127,10 +209,14 @@ impl Adapter for LoraAdapter {
             } else {
                 " with patterns"
             };
-        if *dropout == 0.0 {
-            format!("{method} r={rank} alpha={alpha}{patterns}")
-        } else {
-            format!("{method} r={rank} alpha={alpha} dropout={dropout}{patterns}")
-        }
+        let dropout = match *dropout {
+            0.0 => String::new(),
+            dropout => format!(" dropout={dropout}"),
+        };
+        let start = match self.config.init_lora_weights {
+            init if init.changes_base() => format!(" {}", init.name()),
+            _ => String::new(),
+        };
+        format!("{method} r={rank} alpha={alpha}{dropout}{patterns}{start}")
     }
 }

@@ -1,7 +1,8 @@
 //! Everything in the output directory but the tensors.
 
+use super::plan::Plan;
+use super::stack::restack;
 use super::{MergeDType, OutputDirectory};
-use ferrotune_core::adapter::Site;
 use ferrotune_core::io::{self, ModelFiles};
 use ferrotune_core::model::{DecoderConfig, HfConfig, ModelPlan, WeightSource, expected_tensors};
 use ferrotune_core::{Error, Result};
@@ -97,26 +98,22 @@ impl BaseConfig {
     /// # Errors
     /// [`Error::Model`] naming the tensor or the key.
     pub(super) fn require_matching(&self, weights: &ModelFiles) -> Result<()> {
-        match self.model()? {
-            Some(plan) => weights.check(&expected_tensors(&plan)),
+        match self.decoder()? {
+            Some(decoder) => weights.check(&expected_tensors(&ModelPlan::new(&decoder))),
             None => Ok(()),
         }
     }
 
-    /// The sites of the model, where its architecture is known.
+    /// The model, where its architecture is known.
     ///
     /// # Errors
     /// [`Error::Model`] naming the key.
-    pub(super) fn sites(&self) -> Result<Option<Vec<Site>>> {
-        Ok(self.model()?.map(|plan| plan.sites))
-    }
-
-    fn model(&self) -> Result<Option<ModelPlan>> {
+    pub(super) fn decoder(&self) -> Result<Option<DecoderConfig>> {
         let config = HfConfig::from_value(&self.path, Value::Object(self.object.clone()))?;
         if !DecoderConfig::covers(&config) {
             return Ok(None);
         }
-        Ok(Some(ModelPlan::new(&DecoderConfig::from_hf(&config)?)))
+        DecoderConfig::from_hf(&config).map(Some)
     }
 
     pub(super) fn model_type(&self) -> &str {
@@ -142,18 +139,22 @@ impl BaseConfig {
         }
     }
 
-    /// Copies the file byte for byte, or with what of it the output changes: its dtype, and whether the
-    /// head is the embedding.
-    pub(super) fn write(&self, dtype: MergeDType, unties: bool, directory: &Path) -> Result<()> {
+    /// Copies the file byte for byte, or with what of it the output changes: its dtype, its layers, and
+    /// whether the head is the embedding.
+    pub(super) fn write(&self, dtype: MergeDType, plan: &Plan, directory: &Path) -> Result<()> {
         let path = directory.join(CONFIG_FILE);
+        let same = !plan.unties && plan.stack.is_none();
         let name = match dtype {
-            MergeDType::SameAsBase if !unties => return io::write_file(&path, &self.bytes),
+            MergeDType::SameAsBase if same => return io::write_file(&path, &self.bytes),
             MergeDType::SameAsBase => None,
             MergeDType::Float32 => Some("float32"),
             MergeDType::BFloat16 => Some("bfloat16"),
         };
         let mut object = self.object.clone();
-        if unties {
+        if let Some(stack) = &plan.stack {
+            restack(&self.path, &mut object, stack)?;
+        }
+        if plan.unties {
             object.insert("tie_word_embeddings".into(), json!(false));
         }
         if let Some(name) = name {

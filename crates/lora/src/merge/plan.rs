@@ -1,35 +1,30 @@
 //! Which tensors of the checkpoint change, and by what. Everything is checked before any output.
 
 use super::output::BaseConfig;
-use crate::{PeftConfig, base_copies};
-use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
+use crate::modules::{EMBEDDINGS, HEADS};
+use crate::registry::lora_of;
+use crate::{LoraConfig, PeftConfig, base_copies};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::ViewMut;
+use ferrotune_kernels::{Tensor, View, ViewMut};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Last segments of the paths of input embeddings, in checkpoints of architectures not known here.
-const EMBEDDINGS: [&str; 5] = [
-    "embed_in",
-    "embed_tokens",
-    "tok_embeddings",
-    "word_embeddings",
-    "wte",
-];
-/// The same of output heads.
-const HEADS: [&str; 3] = ["embed_out", "lm_head", "output"];
 
 /// What becomes of a checkpoint.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     /// The changes of each tensor, in order.
     pub(super) changes: BTreeMap<String, Vec<Change>>,
-    /// Where head and embedding are one tensor and the merged ones are not: the tensor that each new
-    /// one starts from, by the name of the new one.
+    /// The tensor that each new one starts from, by the name of the new one.
     pub(super) copies: BTreeMap<String, String>,
+    /// Whether head and embedding are one tensor of the base, and the merged ones are not.
+    pub(super) unties: bool,
+    /// The model, where its layers are others than the base's: copies take the place of all of these.
+    pub(super) stack: Option<DecoderConfig>,
 }
 
 /// One change of one tensor, in its own shape.
@@ -103,20 +98,39 @@ pub(super) fn plan(
     adapter_directory: &Path,
 ) -> Result<Plan> {
     let in_adapter = |error: Error| error.of_adapter(adapter_directory);
-    let method = PeftConfig::load(adapter_directory)?
-        .into_adapter(base_config.model_type())
+    let model_type = base_config.model_type();
+    let config = PeftConfig::load(adapter_directory)?;
+    let method = config
+        .clone()
+        .into_adapter(model_type)
         .map_err(in_adapter)?;
-    let sites = match base_config.sites()? {
-        Some(sites) => sites,
+    let decoder = base_config.decoder()?;
+    let decoder = decoder.map(|base| method.decoder(base)).transpose();
+    let decoder = decoder.map_err(in_adapter)?;
+    let sites = match &decoder {
+        Some(decoder) => ModelPlan::new(decoder).sites,
         None => modules_of(base, base_config.ties_head()),
     };
-    let mut builder = ParamLayoutBuilder::new();
-    let attachments = method.attach(&sites, &mut builder).map_err(in_adapter)?;
-    let mut params = FlatBuffer::zeros(&builder.build()?);
-    method.load(&mut params, adapter_directory)?;
+    let (attachments, params) = match config {
+        PeftConfig::Lora(config) if config.init_lora_weights.changes_base() => {
+            let weights = Weights {
+                files: base,
+                sites: &sites,
+            };
+            plain(config, weights, adapter_directory, model_type)
+        }
+        _ => {
+            let (attachments, mut params) = attach(method.as_ref(), &sites).map_err(in_adapter)?;
+            method.load(&mut params, adapter_directory)?;
+            Ok((attachments, params))
+        }
+    }?;
     let params = Arc::new(params);
     base_copies::check(adapter_directory, base)?;
     let mut plan = Plan::default();
+    if let Some(decoder) = decoder.filter(DecoderConfig::is_restacked) {
+        plan.stack(decoder, &sites);
+    }
     let pair = tied_pair(&sites);
     let shared = |id: SiteId| {
         let both = pair.map(|[embedding, head]| [embedding.id, head.id]);
@@ -136,8 +150,66 @@ pub(super) fn plan(
     if let Some([embedding, head]) = pair {
         plan.add_pair([embedding, head], of_pair, &params, adapter_directory)?;
     }
+    plan.name_as(base);
     plan.require_finite_shapes(base, adapter_directory)?;
     Ok(plan)
+}
+
+type Attachments = Vec<(SiteId, Attachment)>;
+
+fn attach(method: &dyn Adapter, sites: &[Site]) -> Result<(Attachments, FlatBuffer)> {
+    let mut builder = ParamLayoutBuilder::new();
+    let attachments = method.attach(sites, &mut builder)?;
+    Ok((attachments, FlatBuffer::zeros(&builder.build()?)))
+}
+
+/// An update of a base that its start changed, as one of the base in its files.
+fn plain(
+    config: LoraConfig,
+    mut base: Weights<'_>,
+    directory: &Path,
+    model_type: &str,
+) -> Result<(Attachments, FlatBuffer)> {
+    let in_adapter = |error: Error| error.of_adapter(directory);
+    let adapter = lora_of(config, directory, model_type).map_err(in_adapter)?;
+    let (_, mut params) = attach(&adapter, base.sites).map_err(in_adapter)?;
+    let (adapter, joined) = adapter.plain(directory, &mut params, &mut base)?;
+    let (attachments, mut params) = attach(&adapter, base.sites).map_err(in_adapter)?;
+    let layout = Arc::clone(params.layout());
+    for (id, segment) in layout.by_name() {
+        if let Some(from) = joined.layout().find(&segment.spec.name) {
+            params.get_mut(id).copy_from_slice(joined.get(from));
+        }
+    }
+    Ok((attachments, params))
+}
+
+/// The base in its files, of which starts are computed anew; it stays as it is.
+struct Weights<'a> {
+    files: &'a ModelFiles,
+    sites: &'a [Site],
+}
+
+impl BaseWeights for Weights<'_> {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        let found = self.sites.iter().find(|site| site.name == name);
+        found.map(|site| site.id)
+    }
+
+    fn read(&self, id: SiteId) -> Result<Tensor> {
+        let site = self.sites.iter().find(|site| site.id == id);
+        let site = site.ok_or_else(|| Error::config("target_modules", "no such site"))?;
+        let [out, inputs] = [site.out_features, site.in_features];
+        let values = self.files.read_f32(&site.tensor("weight"))?;
+        Ok(match site.stored_transposed {
+            true => Tensor::from_f32(transposed(&values, inputs, out), out, inputs),
+            false => Tensor::from_f32(values, out, inputs),
+        })
+    }
+
+    fn replace(&mut self, _: SiteId, _: View<'_>) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
@@ -147,6 +219,53 @@ fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
 }
 
 impl Plan {
+    /// Whether a tensor of the base has no place of its own in the output.
+    pub(super) fn drops(&self, tensor: &str) -> bool {
+        let Some(layers) = self.stack.as_ref().map(|stack| stack.modules.layers) else {
+            return false;
+        };
+        // A base saved without its head has only the last part of that path.
+        let last = layers.rsplit('.').next().unwrap_or(layers);
+        let rest = [layers, last].map(|layers| tensor.strip_prefix(layers));
+        rest.into_iter().flatten().any(|rest| rest.starts_with('.'))
+    }
+
+    /// Calls every tensor as the files of `base` do, new ones like those they start from.
+    fn name_as(&mut self, base: &ModelFiles) {
+        let own = |name: &str, from: &str| {
+            let lacks = from.len() - base.own_name(from).len();
+            match name.split_once('.') {
+                Some((_, rest)) if lacks > 0 && name[..lacks] == from[..lacks] => rest.to_owned(),
+                _ => name.to_owned(),
+            }
+        };
+        let changes = std::mem::take(&mut self.changes);
+        self.changes = changes
+            .into_iter()
+            .map(|(name, changes)| {
+                let from = self.copies.get(&name).unwrap_or(&name);
+                (own(&name, from), changes)
+            })
+            .collect();
+        let copies = std::mem::take(&mut self.copies);
+        self.copies = copies
+            .into_iter()
+            .map(|(name, from)| (own(&name, &from), base.own_name(&from).to_owned()))
+            .collect();
+    }
+
+    /// Each layer of `decoder` is a copy of one of the base's.
+    fn stack(&mut self, decoder: DecoderConfig, sites: &[Site]) {
+        for site in sites.iter().filter(|site| site.layer.is_some()) {
+            let bias = site.bias.then_some("bias");
+            for suffix in std::iter::once("weight").chain(bias) {
+                let name = format!("{}.{suffix}", site.name);
+                self.copies.insert(name, site.tensor(suffix));
+            }
+        }
+        self.stack = Some(decoder);
+    }
+
     /// Head and embedding that are one tensor: they stay one where both change alike, else the head
     /// becomes a tensor of its own.
     fn add_pair(
@@ -173,6 +292,7 @@ impl Plan {
             let [head, embedding] = [head, embedding].map(|site| weight_name(&site.name));
             self.changes.insert(head.clone(), Vec::new());
             self.copies.insert(head, embedding);
+            self.unties = true;
         }
         for (site, attachment) in attachments {
             if !(alike && site.id == head.id) {
@@ -326,6 +446,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
             Site {
                 id: SiteId(id),
                 name: module.into(),
+                stored_name: module.into(),
                 kind,
                 in_features,
                 out_features: meta.shape.first().copied().unwrap_or(1),
@@ -344,6 +465,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
         let head = Site {
             id: SiteId(sites.len()),
             name: "lm_head".into(),
+            stored_name: "lm_head".into(),
             kind: SiteKind::Linear,
             output_head: true,
             tied_to: Some(embedding.id),

@@ -42,7 +42,8 @@ pub(super) fn merge_file(
     let mut tensors = BTreeMap::new();
     let is_new = |name: &str| plan.copies.contains_key(name);
     let from_here = |source: &str| file.meta(source).is_some();
-    let kept = file.names().filter(|name| !is_new(name)).map(|n| (n, n));
+    let kept = file.names().filter(|n| !is_new(n) && !plan.drops(n));
+    let kept = kept.map(|n| (n, n));
     let new = plan.copies.iter().filter(|(_, source)| from_here(source));
     for (name, source) in kept.chain(new.map(|(name, source)| (name.as_str(), source.as_str()))) {
         let data = match plan.changes.get(name) {

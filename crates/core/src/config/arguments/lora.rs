@@ -1,6 +1,6 @@
 use super::source::{OURS, PEFT, TRL_MODEL};
 use crate::config::section::section;
-use crate::config::value::{KeyValue, Names, choices};
+use crate::config::value::{KeyValue, Names, Ordered, choices};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -101,17 +101,24 @@ section! {
         use_dora: bool = false, TRL_MODEL;
         /// How the update starts: true, false, or a method by PEFT's name.
         init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
+        /// Where the start takes the update out of the base (pissa, olora), write it as a plain LoRA of twice
+        /// the rank for the untouched base; false writes it as it is, which PEFT reads by doing the start again.
+        lora_convert_init: bool = true, PEFT;
         /// Biases of the base to train: none, all or lora_only, those of adapted layers (PEFT's bias).
         lora_bias: LoraBias = LoraBias::None, PEFT;
-        /// Other ranks for modules whose path ends with, or matches, a name.
-        lora_rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), PEFT;
-        /// Other alphas for modules whose path ends with, or matches, a name.
-        lora_alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), PEFT;
+        /// Other ranks for modules whose path ends with, or matches, a name; the first that does decides.
+        lora_rank_pattern: Ordered<usize> = Ordered::new(), PEFT;
+        /// Other alphas for modules whose path ends with, or matches, a name; the first that does decides.
+        lora_alpha_pattern: Ordered<f64> = Ordered::new(), PEFT;
         /// Decoder layers to adapt, counted from 0; empty for all.
         lora_layers_to_transform: Vec<usize> = Vec::new(), PEFT;
         /// What stands before a layer's number in a module's path, where that is not the first number:
         /// names or regular expressions. Needs lora_layers_to_transform.
         lora_layers_pattern: Vec<String> = Vec::new(), PEFT;
+        /// Another stack of the base's layers, as ranges [start, end) one after the other, such as [[0, 4],
+        /// [2, 5]]: copies of a layer share its weights and have updates of their own. Layers are numbered
+        /// in this stack.
+        lora_layer_replication: Vec<[usize; 2]> = Vec::new(), PEFT;
         /// Give B a bias, which is trained and scaled as B is (PEFT's own lora_bias).
         lora_b_bias: bool = false, PEFT;
         /// Tokens whose rows of the input embedding are trained, and those of the head where the two are

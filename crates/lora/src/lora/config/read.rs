@@ -16,7 +16,6 @@ const MUST_BE_OFF: &[&str] = &[
     "corda_config",
     "eva_config",
     "kasa_config",
-    "layer_replication",
     "loftq_config",
     "lora_ga_config",
     "megatron_config",
@@ -37,9 +36,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "qalora_group_size",
     "runtime_config",
 ];
-
-/// Starts that change the base's weights, so that the adapter alone does not describe the model.
-const CHANGES_BASE: &[&str] = &["corda", "loftq", "lora_ga", "olora", "pissa"];
 
 const TASK_TYPES: &[&str] = &[
     "CAUSAL_LM",
@@ -101,6 +97,7 @@ impl LoraConfig {
             "modules_to_save" => self.modules_to_save = field.one_or_more()?,
             "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
             "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
+            "layer_replication" => self.layer_replication = field.layer_ranges()?,
             "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
             key if is_news(field.path, key) => tracing::warn!(
                 path = %field.path.display(),
@@ -272,6 +269,24 @@ impl Field<'_> {
         }
     }
 
+    fn layer_ranges(&self) -> Result<Vec<[usize; 2]>> {
+        let items = match self.value {
+            Value::Null => return Ok(Vec::new()),
+            Value::Array(items) => Some(items),
+            _ => None,
+        };
+        let number = |item: &Value| item.as_u64().and_then(|n| usize::try_from(n).ok());
+        let range = |item: &Value| match item.as_array()?.as_slice() {
+            [start, end] => Some([number(start)?, number(end)?]),
+            _ => None,
+        };
+        items
+            .and_then(|items| items.iter().map(range).collect())
+            .ok_or_else(|| {
+                self.wrong("a list of ranges [start, end) of layers, such as [[0, 4], [2, 5]]")
+            })
+    }
+
     fn pattern<T>(&self, convert: impl Fn(&Value) -> Result<T>) -> Result<PatternMap<T>> {
         match self.value {
             Value::Null => Ok(PatternMap::new()),
@@ -287,23 +302,9 @@ impl Field<'_> {
         match self.value {
             Value::Bool(true) => Ok(InitLoraWeights::Kaiming),
             Value::Bool(false) => Ok(InitLoraWeights::Random),
-            Value::String(text) => match text.to_ascii_lowercase().as_str() {
-                "gaussian" => Ok(InitLoraWeights::Gaussian),
-                "orthogonal" => Ok(InitLoraWeights::Orthogonal),
-                name if CHANGES_BASE.iter().any(|start| name.starts_with(start)) => {
-                    Err(Error::adapter(
-                        self.path,
-                        format!(
-                            "`init_lora_weights` is \"{text}\": such an adapter is only valid on a \
-                             base whose weights were changed at its start, which is not supported \
-                             yet; convert it to a plain LoRA with PEFT \
-                             (`path_initial_model_for_weight_conversion` of `save_pretrained`)"
-                        ),
-                    ))
-                }
-                _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
-            },
-            _ => Err(self.wrong("true, false, \"gaussian\" or \"orthogonal\"")),
+            Value::String(name) => InitLoraWeights::from_name(name)
+                .map_err(|fault| Error::adapter(self.path, format!("`{}` {fault}", self.key))),
+            _ => Err(self.wrong("true, false or the name of a start, such as \"gaussian\"")),
         }
     }
 

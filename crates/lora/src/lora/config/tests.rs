@@ -46,10 +46,9 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
     for (key, value) in [
         ("use_bdlora", json!(true)),
         ("target_parameters", json!(["experts.gate_up_proj"])),
-        ("layer_replication", json!([[0, 1]])),
         ("alora_invocation_tokens", json!([5])),
         ("loftq_config", json!({"loftq_bits": 4})),
-        ("init_lora_weights", json!("pissa_niter_4")),
+        ("eva_config", json!({"rho": 2.0})),
     ] {
         let error = config_error(key, value.clone());
         assert!(
@@ -71,7 +70,12 @@ fn wrong_types_and_values_name_key_and_expectation() {
         ("use_rslora", json!(1), "true or false"),
         ("target_modules", json!([1]), "list of strings"),
         ("rank_pattern", json!({"q_proj": 1.5}), "whole numbers"),
-        ("init_lora_weights", json!("gausian"), "\"gaussian\""),
+        (
+            "init_lora_weights",
+            json!("gausian"),
+            "did you mean `gaussian`",
+        ),
+        ("init_lora_weights", json!("mica"), "not supported"),
         ("bias", json!("lora_onyl"), "did you mean `lora_only`"),
         ("lora_bias", json!("all"), "true or false"),
         ("modules_to_save", json!([1]), "list of strings"),

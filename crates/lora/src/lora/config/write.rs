@@ -1,6 +1,6 @@
 //! To `adapter_config.json`.
 
-use super::{InitLoraWeights, LoraConfig, TokenIndices};
+use super::{LoraConfig, TokenIndices};
 use crate::target::{ExcludeModules, TargetModules};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ impl LoraConfig {
             ("bias", json!(self.bias.as_str())),
             ("fan_in_fan_out", json!(self.fan_in_fan_out)),
             ("inference_mode", json!(true)),
-            ("init_lora_weights", init_value(self.init_lora_weights)),
+            ("init_lora_weights", self.init_lora_weights.to_value()),
             ("layers_pattern", names_or_null(&self.layers_pattern)),
             ("layers_to_transform", json!(self.layers_to_transform)),
             ("lora_alpha", number(self.alpha)),
@@ -47,6 +47,9 @@ impl LoraConfig {
         }
         if self.ensure_weight_tying {
             keys.insert("ensure_weight_tying", json!(true));
+        }
+        if !self.layer_replication.is_empty() {
+            keys.insert("layer_replication", json!(self.layer_replication));
         }
         match &self.trainable_token_indices {
             None => {}
@@ -103,15 +106,6 @@ fn number(value: f64) -> Value {
         json!(value as i64)
     } else {
         json!(value)
-    }
-}
-
-fn init_value(init: InitLoraWeights) -> Value {
-    match init {
-        InitLoraWeights::Kaiming => json!(true),
-        InitLoraWeights::Random => json!(false),
-        InitLoraWeights::Gaussian => json!("gaussian"),
-        InitLoraWeights::Orthogonal => json!("orthogonal"),
     }
 }
 

@@ -1,13 +1,14 @@
-//! Initial values of A and B: a pure function of the seed and the parameter's name.
+//! Random starts: pure functions of the seed and the parameter's name.
 
+use super::super::names::{self, Part};
 use super::InitLoraWeights;
-use super::names::{self, Part};
 use ferrotune_core::params::{FlatBuffer, ParamId, Segment};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::{Stream, key_for};
 use rayon::prelude::*;
 
-/// Fills every factor of an update in `params`; what starts from the base's values keeps them.
+/// Fills every factor of an update in `params`, as [`InitLoraWeights::Kaiming`] where the start follows from
+/// something else and comes later; what starts from the base's values keeps them.
 ///
 /// # Errors
 /// [`Error::Config`] for [`InitLoraWeights::Orthogonal`] with an odd rank.
@@ -15,7 +16,11 @@ use rayon::prelude::*;
 /// # Source
 /// PEFT's `reset_lora_parameters` and `orthogonal_init`, as distributions; the numbers come from our own
 /// generator.
-pub(super) fn fill(params: &mut FlatBuffer, init: InitLoraWeights, seed: u64) -> Result<()> {
+pub(in super::super) fn fill(
+    params: &mut FlatBuffer,
+    init: InitLoraWeights,
+    seed: u64,
+) -> Result<()> {
     let layout = params.layout().clone();
     let values: Vec<(ParamId, Vec<f32>)> = layout
         .by_name()

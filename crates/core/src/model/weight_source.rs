@@ -1,0 +1,156 @@
+//! Where base weights come from, and which tensors a model wants of there.
+
+use super::plan::ModelPlan;
+use crate::adapter::SiteKind;
+use crate::io::{ModelFiles, SafetensorsFile};
+use crate::{Error, Result, suggest};
+use ferrotune_kernels::dequantise::FourBit;
+use ferrotune_kernels::{View, ViewMut, rng};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Where base weights come from.
+pub trait WeightSource {
+    /// Refuses unless exactly these tensors `(name, shape)` can be read.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a missing, extra or misshapen tensor, before anything is read.
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()>;
+
+    /// Reads tensor `name` into `to`, converting the dtype. A vector is one row.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
+
+    /// Reads matrix `name` into host memory where the source has it in 4 bits; else `None`.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        let _ = name;
+        Ok(None)
+    }
+}
+
+/// Random weights of any shape, for benchmarks and tests: normal with Transformers'
+/// `initializer_range` of 0.02, norms one.
+#[derive(Clone, Copy, Debug)]
+pub struct RandomWeights {
+    /// Seed of every tensor, together with its name.
+    pub seed: u64,
+}
+
+impl WeightSource for RandomWeights {
+    fn check(&self, _: &[(String, Vec<usize>)]) -> Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
+        let [rows, cols] = to.shape();
+        let mut values = vec![1.0; rows * cols];
+        let is_norm = rows == 1 && name.ends_with(".weight");
+        if !is_norm {
+            let mut stream = rng::Stream::new(rng::key_for(self.seed, name));
+            // A sum of four uniforms is close enough to a normal, and quick for a billion draws.
+            let std = 0.02 * 3.0_f32.sqrt() / 2.0_f32.powi(16);
+            for value in &mut values {
+                let bits = stream.bits();
+                let sum: i32 = (0..4).map(|i| i32::from((bits >> (16 * i)) as i16)).sum();
+                *value = sum as f32 * std;
+            }
+        }
+        to_rows(to, &values);
+        Ok(())
+    }
+}
+
+impl WeightSource for ModelFiles {
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+        let file = self
+            .shards()
+            .first()
+            .map_or(Path::new(""), SafetensorsFile::path);
+        let own = expected.iter();
+        let own = own.map(|(name, shape)| (self.own_name(name).to_owned(), shape.clone()));
+        check_tensors(file, &own.collect::<Vec<_>>(), &self.weight_shapes())
+    }
+
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
+        self.read_rows_into(name, to)
+    }
+
+    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+        Self::read_four_bit(self, name)
+    }
+}
+
+pub(super) fn to_rows(to: ViewMut<'_>, values: &[f32]) {
+    let [rows, cols] = to.shape();
+    to.copy_from(View::from_f32(values, rows, cols));
+}
+
+/// Names and shapes of every tensor of the checkpoint, from the plan alone.
+#[must_use]
+pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
+    let mut expected = Vec::new();
+    for site in plan.owners().chain(&plan.left_out) {
+        let weight = match site.kind {
+            SiteKind::Norm => vec![site.out_features],
+            _ if site.stored_transposed => vec![site.in_features, site.out_features],
+            SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
+        };
+        expected.push((site.tensor("weight"), weight));
+        if site.bias {
+            expected.push((site.tensor("bias"), vec![site.out_features]));
+        }
+    }
+    expected
+}
+
+/// Compares what a checkpoint has with what a model needs: missing, extra, misshapen.
+///
+/// # Errors
+/// [`Error::Model`] naming the tensor, with the nearest name the file has.
+pub fn check_tensors(
+    file: &Path,
+    expected: &[(String, Vec<usize>)],
+    found: &BTreeMap<&str, &[usize]>,
+) -> Result<()> {
+    for (name, shape) in expected {
+        match found.get(name.as_str()) {
+            None => {
+                let hint = suggest::did_you_mean(name, found.keys().copied());
+                return Err(Error::model(
+                    file,
+                    format!(
+                        "tensor `{name}` is missing{hint}; config.json and weights must belong together"
+                    ),
+                ));
+            }
+            Some(got) if *got != shape.as_slice() => {
+                return Err(Error::model(
+                    file,
+                    format!("tensor `{name}` has shape {got:?}, config.json makes it {shape:?}"),
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    let wanted = |name: &str| expected.iter().any(|(n, _)| n == name);
+    // Old checkpoints keep a buffer of frequencies; a tied head may be stored once more.
+    // GPT-2's keep their causal mask.
+    let buffers = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+    let ignorable = |name: &str| {
+        buffers.iter().any(|buffer| name.ends_with(buffer)) || name == "lm_head.weight"
+    };
+    match found.keys().find(|name| !wanted(name) && !ignorable(name)) {
+        None => Ok(()),
+        Some(extra) => Err(Error::model(
+            file,
+            format!(
+                "tensor `{extra}` belongs to nothing in this architecture; config.json and weights must belong together"
+            ),
+        )),
+    }
+}
