@@ -51,7 +51,7 @@ impl BaseWeights for Model {
             .flat_map(|row| table.view().row_range(row..row + 1).to_f32_vec())
             .collect();
         // Where the embedding itself scales, and not the model whatever comes in.
-        if let Some(scale) = self.config.embedding_scale.filter(|scale| scale.rounded) {
+        if let Some(scale) = self.config.embedding_scale.filter(|scale| scale.in_module) {
             values.iter_mut().for_each(|value| *value *= scale.factor);
         }
         Ok(Tensor::from_f32(values, tokens.len(), table.cols()))

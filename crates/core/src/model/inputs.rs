@@ -30,6 +30,8 @@ pub struct Inputs<'a> {
     pub(crate) angles: Arc<Vec<Angles>>,
     /// Document and position of each token, side by side, and the step: what its words are drawn for.
     pub(crate) draws: Indices<'a>,
+    /// The largest noise of each token's embedding, as the bits of an f32; empty for none.
+    pub(crate) noise: Indices<'a>,
     /// Rows that are trained on, and their targets.
     pub(crate) label_rows: Indices<'a>,
     pub(crate) targets: Indices<'a>,
@@ -113,7 +115,12 @@ impl<'a> Inputs<'a> {
             label_rows.resize(labels, PADDING);
             targets.resize(labels, PADDING);
         }
+        let mut noise = Vec::new();
         if let Mode::Train { step, .. } = pass.mode {
+            if model.neftune_noise_alpha > 0.0 {
+                noise = noise_of(model, &batch);
+                noise.resize(rows, 0);
+            }
             draws.resize(2 * rows, 0);
             draws.push(step as u32);
         }
@@ -122,6 +129,7 @@ impl<'a> Inputs<'a> {
             cu_seqlens,
             positions,
             draws.into(),
+            noise.into(),
             label_rows.into(),
             targets.into(),
             prompt_rows.into(),
@@ -131,6 +139,7 @@ impl<'a> Inputs<'a> {
             cu_seqlens,
             positions,
             draws,
+            noise,
             label_rows,
             targets,
             prompt_rows,
@@ -142,6 +151,7 @@ impl<'a> Inputs<'a> {
             positions,
             angles,
             draws,
+            noise,
             label_rows,
             targets,
             prompt_rows,
@@ -194,6 +204,26 @@ fn angle_rows<'a>(
         rows[document].iter_mut().for_each(|row| *row += first);
     }
     Some(rows.into())
+}
+
+/// The largest noise of each token: `alpha / sqrt(T * D)` in a document of T tokens, times what the output of
+/// the embedding module is multiplied by. Virtual tokens have none, and are not counted.
+fn noise_of(model: &Model, batch: &PackedBatch) -> Vec<u32> {
+    let width = model.config.hidden_size as f64;
+    let after = (model.config.embedding_scale).filter(|scale| !scale.in_module);
+    let alpha = f64::from(model.neftune_noise_alpha * after.map_or(1.0, |scale| scale.factor));
+    let documents = batch
+        .cu_seqlens
+        .windows(2)
+        .map(|bounds| bounds[1] - bounds[0]);
+    let prompt = model.prompt.map_or(0, |prompt| prompt.tokens);
+    let of_document = |tokens: u32| {
+        let tokens = tokens as usize - prompt;
+        let largest = alpha / (tokens as f64 * width).sqrt();
+        let none = std::iter::repeat_n(0.0_f32.to_bits(), prompt);
+        none.chain(std::iter::repeat_n((largest as f32).to_bits(), tokens))
+    };
+    documents.flat_map(of_document).collect()
 }
 
 fn draws(batch: &PackedBatch) -> Vec<u32> {

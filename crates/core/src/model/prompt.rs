@@ -81,7 +81,7 @@ impl EmbeddedPrompt {
     /// The prompt of `prompt` in a model of `config`, if it is one of embeddings.
     pub(crate) fn new(prompt: &Prompt, config: &DecoderConfig) -> Option<Self> {
         // Gemma's embedding module scales, Granite's model.
-        let scaled = config.embedding_scale.is_some_and(|scale| !scale.rounded);
+        let scaled = config.embedding_scale.is_some_and(|scale| !scale.in_module);
         let rows = prompt.rows;
         (prompt.of == PromptOf::Embeddings).then_some(Self { rows, scaled })
     }

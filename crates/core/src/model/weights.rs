@@ -72,6 +72,7 @@ impl Builder<'_> {
             prompt: self.prompt,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
+            neftune_noise_alpha: 0.0,
             angles: AngleTable::default(),
             layers,
             norm,
