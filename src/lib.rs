@@ -72,7 +72,7 @@ pub use ferrotune_lora as lora;
 
 pub mod device;
 pub mod generate;
-mod hub;
+pub mod hub;
 pub mod parity;
 pub mod prelude;
 pub mod ranks;

@@ -161,15 +161,21 @@ impl Bench {
 
     fn train(&self, name: &str, changes: &Value, variables: &[(&str, &str)]) -> Finished {
         let config = self.work.config(name, changes);
-        let mut command = command(&["train", text(&config)]);
+        let mut command = self.command(&["train", text(&config)]);
+        command.envs(variables.iter().copied());
+        command.output().expect("the binary starts").into()
+    }
+
+    /// A command that asks this hub alone.
+    fn command(&self, arguments: &[&str]) -> std::process::Command {
+        let mut command = command(arguments);
         command
             .env("HF_ENDPOINT", &self.hub.address)
             .env("HF_HOME", self.work.path("hf home"))
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_HUB_OFFLINE")
             .env_remove("HF_TOKEN");
-        command.envs(variables.iter().copied());
-        command.output().expect("the binary starts").into()
+        command
     }
 
     fn cache(&self) -> PathBuf {
@@ -236,6 +242,71 @@ fn a_model_and_rows_are_fetched_once_and_found_again_without_the_hub() {
     );
     let adapter = |run: &str| read(&bench.work.path(run).join("adapter_model.safetensors"));
     assert!(adapter("first") == adapter("offline"));
+}
+
+#[test]
+fn every_command_takes_names() {
+    let bench = Bench::new();
+    let local = model(text(&bench.work.path("base")));
+    bench.train("adapter", &local, &[]).expect(0);
+    let adapter = bench.work.path("adapter");
+    let files = ["adapter_config.json", "adapter_model.safetensors"];
+    bench.hub.hold("models", "tiny/adapter", &adapter, &files);
+    let run = |arguments: &[&str]| -> Finished {
+        bench.command(arguments).output().expect("it starts").into()
+    };
+
+    let here = [
+        text(&bench.work.path("base")).to_owned(),
+        text(&adapter).to_owned(),
+    ];
+    let there = ["tiny/llama".to_owned(), "tiny/adapter@v1".to_owned()];
+    let rows = text(&bench.work.path("rows.jsonl")).to_owned();
+    let both = |command: &[&str], names: [&str; 2], data: Option<&str>| {
+        let mut arguments = command.to_vec();
+        arguments.extend(["--model-name-or-path", names[0], "--adapter", names[1]]);
+        arguments.extend(data.iter().flat_map(|data| ["--data", data]));
+        run(&arguments).expect(0).stdout
+    };
+    let [here, there] = [&here, &there].map(|names| [names[0].as_str(), names[1].as_str()]);
+    let generate = ["generate", "--prompt", "hello", "--max-new-tokens", "4"];
+    assert_eq!(both(&generate, here, None), both(&generate, there, None));
+    let [asked, named] = [
+        both(&["eval"], here, Some(&rows)),
+        both(&["eval"], there, Some("tiny/rows")),
+    ];
+    assert_eq!(asked, named);
+    for (output, names) in [("merged here", here), ("merged there", there)] {
+        let output = bench.work.path(output);
+        both(&["merge", "--output-dir", text(&output)], names, None);
+    }
+    let merged = |name: &str| read(&bench.work.path(name).join("model.safetensors"));
+    assert!(merged("merged here") == merged("merged there"));
+    for (what, here, there) in [("model", here[0], there[0]), ("adapter", here[1], there[1])] {
+        let inspect = |name: &str| run(&["inspect", what, name, "--json"]).expect(0).stdout;
+        assert_eq!(inspect(here), inspect(there));
+    }
+    let same = run(&["inspect", "diff", here[1], there[1], "--json"]).expect(0);
+    assert!(!same.stdout.contains("only_first\":[\""), "{}", same.stdout);
+
+    // A base is no adapter, and neither is what is not there.
+    for (name, part) in [
+        ("tiny/llama", "adapter_config.json"),
+        ("tiny/unknown", "check the name"),
+        ("nowhere", "owner/name"),
+    ] {
+        let merge = [
+            "merge",
+            "--model-name-or-path",
+            there[0],
+            "--output-dir",
+            "x",
+            "--adapter",
+            name,
+        ];
+        let finished = run(&merge).expect(78);
+        assert!(finished.stderr.contains(part), "{}", finished.stderr);
+    }
 }
 
 #[test]

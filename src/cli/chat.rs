@@ -3,22 +3,21 @@
 use super::Failure;
 use super::base_note::note_other_base;
 use super::four_bit::FourBitArgs;
-use ferrotune::TextModel;
 use ferrotune::core::Result;
 use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
+use ferrotune::{TextModel, hub};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 
 /// Arguments that choose the model.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ModelArgs {
-    /// Directory of the model (merged or base)
+    /// Directory of the model (merged or base), or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
     #[arg(long)]
-    pub(super) model_name_or_path: PathBuf,
-    /// Directory of an adapter on it
+    pub(super) model_name_or_path: String,
+    /// Directory of an adapter on it, or its name on the hub
     #[arg(long)]
-    pub(super) adapter: Option<PathBuf>,
+    pub(super) adapter: Option<String>,
     #[command(flatten)]
     pub(super) four_bit: FourBitArgs,
     /// Where to compute: auto, cpu or cuda
@@ -28,12 +27,15 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     pub(super) fn load(&self) -> Result<TextModel> {
-        if let Some(adapter) = &self.adapter {
-            note_other_base(&self.model_name_or_path, adapter)?;
+        let base = hub::model(&self.model_name_or_path, None, "model_name_or_path")?;
+        let adapter = self.adapter.as_ref();
+        let adapter = adapter.map(|name| hub::adapter(name, "adapter"));
+        let adapter = adapter.transpose()?;
+        if let Some(adapter) = &adapter {
+            note_other_base(&base, adapter)?;
         }
         let device = ferrotune::device::open(self.device)?;
-        let (base, adapter) = (&self.model_name_or_path, self.adapter.as_deref());
-        TextModel::load_as(&device, base, adapter, self.four_bit.format())
+        TextModel::load_as(&device, &base, adapter.as_deref(), self.four_bit.format())
     }
 }
 

@@ -6,6 +6,7 @@ use ferrotune::core::data::{Dataset, PackedBatch, PrepareOptions, PrepareReport,
 use ferrotune::core::io::{FileDType, TensorData, write_safetensors};
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::kernels::linear_cross_entropy::Sums;
+use ferrotune::recipe::row_files;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -20,9 +21,12 @@ const MAX_LENGTH: usize = 1024;
 pub(super) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSON Lines as for training
+    /// Rows as for training: a file, a directory with files of the split, or a name on the hub
     #[arg(long)]
-    data: PathBuf,
+    data: String,
+    /// Which split of a directory or of a data set on the hub
+    #[arg(long, value_name = "NAME", default_value = "test")]
+    dataset_test_split: String,
     #[command(flatten)]
     rows: RowArgs,
     /// Rows per batch
@@ -79,8 +83,9 @@ impl RowArgs {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let limit = args.limit.map(NonZeroUsize::get);
-    let rows = read_rows(&args.data, &args.rows.dataset_text_field, limit)?;
+    let limit = args.limit.map_or(usize::MAX, NonZeroUsize::get);
+    let files = row_files(&args.data, &args.dataset_test_split, "data")?;
+    let rows = read_rows(&files, &args.rows.dataset_text_field, limit)?;
     let asked = args.exact_match.then(|| questions(rows.clone()));
     let asked = asked.transpose()?;
     let model = args.model.load()?;
@@ -102,7 +107,7 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 /// The rows as training would see them, each of which the model can take.
 fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
-    let path = &args.data;
+    let path = Path::new(&args.data);
     if rows.is_empty() {
         let message = "no rows; expected one JSON object per line";
         return Err(Error::data(path, None, message));
@@ -143,7 +148,7 @@ fn report_rows(
     result.insert("eval_dropped_rows", json!(report.dropped_rows));
     result.insert("eval_truncated_rows", json!(report.truncated_rows));
     result.insert("eval_tokens_lost", json!(report.tokens_lost));
-    let of_all = format!("of the {} rows of {}", report.rows, args.data.display());
+    let of_all = format!("of the {} rows of {}", report.rows, args.data);
     if report.truncated_rows > 0 {
         let context = model.model.config().max_position_embeddings;
         print_note(&format!(

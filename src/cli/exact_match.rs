@@ -2,11 +2,10 @@
 
 use super::asked::{self, Asked, Place};
 use ferrotune::TextModel;
-use ferrotune::core::data::jsonl::{JsonLines, Line};
-use ferrotune::core::data::{Prompt, Row};
+use ferrotune::core::data::{Prompt, Row, read_columns};
 use ferrotune::core::{Error, Result};
 use ferrotune::generate::GenerateOptions;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A prompt and the answer it should get.
@@ -35,12 +34,17 @@ impl Answered {
     }
 }
 
-/// The first `limit` rows of a data set, or all.
-pub(super) fn read_rows(path: &Path, text_field: &str, limit: Option<usize>) -> Result<Vec<Row>> {
-    let shared: Arc<Path> = Arc::from(path);
-    let parse = |line: Result<Line>| Row::parse(&shared, &line?, text_field);
-    let lines = JsonLines::open(path)?.take(limit.unwrap_or(usize::MAX));
-    lines.map(parse).collect()
+/// The first `limit` rows of files, or all.
+pub(super) fn read_rows(files: &[PathBuf], text_field: &str, limit: usize) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for path in files {
+        let shared: Arc<Path> = Arc::from(path.as_path());
+        for row in read_columns(path)?.take(limit - rows.len()) {
+            let (line, columns) = row?;
+            rows.push(Row::of_columns(&shared, line, &columns, text_field)?);
+        }
+    }
+    Ok(rows)
 }
 
 /// The prompts of rows with their completions: the last message, or the completion.

@@ -1,10 +1,9 @@
 use super::asked::{self, Asked, Place};
 use super::chat::{ModelArgs, SamplingArgs};
 use super::{Failure, Outcome, print_line};
-use ferrotune::core::data::jsonl::{JsonLines, Line, parse_object};
-use ferrotune::core::data::{Message, Prompt};
+use ferrotune::core::data::{Message, Prompt, read_columns};
 use ferrotune::core::{Error, ExitCode, Result};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +20,7 @@ pub(super) struct Args {
     /// Take every --prompt as plain text to go on from, chat template or not
     #[arg(long)]
     raw: bool,
-    /// JSON Lines of `prompt` (a string is plain text, as in training) or of `messages`
+    /// JSON Lines, plain, gzip or zstd, or parquet, of `prompt` (a string is plain text, as in training) or of `messages`
     #[arg(long)]
     prompts_file: Option<PathBuf>,
     /// One JSON line per answer
@@ -76,17 +75,15 @@ fn json_line(prompt: &Prompt, answer: &str) -> Value {
 
 fn read_prompts(path: &Path) -> Result<Vec<Asked>> {
     let shared: Arc<Path> = Arc::from(path);
-    let read = |line: Result<Line>| {
-        let line = line?;
-        let row = parse_object(path, &line)?;
+    let read = |row: Result<(u64, Map<String, Value>)>| {
+        let (line, row) = row?;
         let prompt = Prompt::from_row(&row);
-        let prompt = prompt.map_err(|message| Error::data(path, line.number, message))?;
-        let place = Place::Line(Arc::clone(&shared), line.number);
+        let prompt = prompt.map_err(|message| Error::data(path, line, message))?;
+        let place = Place::Line(Arc::clone(&shared), line);
         Ok(Asked { prompt, place })
     };
-    let prompts = JsonLines::open(path)?
-        .map(read)
-        .collect::<Result<Vec<_>>>()?;
+    let prompts = read_columns(path)?.map(read);
+    let prompts = prompts.collect::<Result<Vec<_>>>()?;
     if prompts.is_empty() {
         let message =
             "no prompts; expected one JSON object per line, such as {\"prompt\": \"...\"}";

@@ -1,18 +1,19 @@
 use super::base_note::note_other_base;
 use super::{Outcome, print_line};
 use ferrotune::core::ExitCode;
+use ferrotune::hub;
 use ferrotune::lora::{MergeDType, MergeOptions, OutputDirectory, merge};
 use std::path::PathBuf;
 
 /// Arguments of `merge`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Directory of the base model
+    /// Directory of the base model, or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
     #[arg(long)]
-    model_name_or_path: PathBuf,
-    /// Directory of the adapter
+    model_name_or_path: String,
+    /// Directory of the adapter, or its name on the hub
     #[arg(long)]
-    adapter: PathBuf,
+    adapter: String,
     /// Directory to write
     #[arg(long)]
     output_dir: PathBuf,
@@ -50,13 +51,10 @@ pub(super) fn run(args: &Args) -> Outcome {
             OutputDirectory::MustBeNew
         },
     };
-    note_other_base(&args.model_name_or_path, &args.adapter)?;
-    let report = merge(
-        &args.model_name_or_path,
-        &args.adapter,
-        &args.output_dir,
-        &options,
-    )?;
+    let base = hub::model(&args.model_name_or_path, None, "model_name_or_path")?;
+    let adapter = hub::adapter(&args.adapter, "adapter")?;
+    note_other_base(&base, &adapter)?;
+    let report = merge(&base, &adapter, &args.output_dir, &options)?;
     let (worst, error) = report
         .worst()
         .map_or(("none", 0.0), |t| (t.name.as_str(), t.relative_error));

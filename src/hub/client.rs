@@ -64,7 +64,7 @@ impl<'a> Client<'a> {
     /// What the revision is and has.
     pub(super) fn listing(&self) -> Result<Listing, Fault> {
         let kind = match self.repository.kind {
-            Kind::Model => "models",
+            Kind::Model | Kind::Adapter => "models",
             Kind::Dataset { .. } => "datasets",
         };
         let Repository { id, revision, .. } = self.repository;
@@ -105,7 +105,7 @@ impl<'a> Client<'a> {
     /// Writes a file of a commit to `path`, whole or not at all.
     pub(super) fn fetch(&self, commit: &str, file: &str, path: &Path) -> Result<(), Fault> {
         let prefix = match self.repository.kind {
-            Kind::Model => "",
+            Kind::Model | Kind::Adapter => "",
             Kind::Dataset { .. } => "datasets/",
         };
         let parts: Vec<String> = file.split('/').map(escaped).collect();

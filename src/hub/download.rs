@@ -10,8 +10,9 @@ use ferrotune_core::{Error, Result};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// Files of a model beside its weights.
-const MODEL_FILES: [&str; 12] = [
+/// Files of a model or an adapter beside its weights.
+const MODEL_FILES: [&str; 13] = [
+    "adapter_config.json",
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -91,7 +92,7 @@ fn lock(directory: &Path) -> Result<File> {
 fn wanted<'l>(repository: &Repository, listing: &'l Listing, key: &str) -> Result<Vec<&'l str>> {
     let names = listing.files.iter().map(String::as_str);
     let is_wanted = |name: &&str| match &repository.kind {
-        Kind::Model => {
+        Kind::Model | Kind::Adapter => {
             let is_weights = Path::new(name)
                 .extension()
                 .is_some_and(|e| e == "safetensors");
@@ -110,7 +111,12 @@ fn wanted<'l>(repository: &Repository, listing: &'l Listing, key: &str) -> Resul
         Kind::Model if !wanted.contains(&"config.json") => {
             "config.json, so it is no model".to_owned()
         }
-        Kind::Model if !wanted.iter().any(|name| name.ends_with(".safetensors")) => {
+        Kind::Adapter if !wanted.contains(&"adapter_config.json") => {
+            "adapter_config.json, so it is no adapter".to_owned()
+        }
+        Kind::Model | Kind::Adapter
+            if !wanted.iter().any(|name| name.ends_with(".safetensors")) =>
+        {
             "weights as safetensors; convert it, because pickled weights are never read".to_owned()
         }
         Kind::Dataset { splits } if wanted.is_empty() => {

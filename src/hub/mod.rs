@@ -8,9 +8,13 @@ mod cache;
 mod client;
 #[cfg(feature = "hub")]
 mod download;
+mod named;
 mod repository;
 
-pub(crate) use repository::{Kind, Repository};
+pub(crate) use named::rows;
+pub use named::{adapter, model};
+
+use repository::{Kind, Repository};
 
 use cache::Cache;
 use ferrotune_core::{Error, Result};
@@ -18,7 +22,7 @@ use std::path::PathBuf;
 
 /// What the environment says, by the names that huggingface_hub gives it.
 #[derive(Clone, Debug)]
-pub(crate) struct Settings {
+struct Settings {
     /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else in the user's cache folder.
     cache: PathBuf,
     /// `HF_ENDPOINT`.
@@ -32,7 +36,7 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    pub(crate) fn from_env() -> Self {
+    fn from_env() -> Self {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let user = variable("XDG_CACHE_HOME").map(PathBuf::from);
         let user = user.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
@@ -62,11 +66,7 @@ impl Settings {
 /// [`Error::Config`] about `key` for a repository or revision that does not exist or may not be read, or
 /// that is not in the cache and may not be fetched; [`Error::Transient`] when the hub cannot be reached;
 /// [`Error::Data`] when it answers nonsense.
-pub(crate) fn directory(
-    settings: &Settings,
-    repository: &Repository,
-    key: &str,
-) -> Result<PathBuf> {
+fn directory(settings: &Settings, repository: &Repository, key: &str) -> Result<PathBuf> {
     let cache = Cache::of(&settings.cache, repository);
     #[cfg(feature = "hub")]
     if !settings.offline {

@@ -8,6 +8,8 @@ use std::path::Path;
 pub(crate) enum Kind {
     /// A model: configuration, tokenizer, weights.
     Model,
+    /// What was trained over a model, in PEFT's files.
+    Adapter,
     /// Rows, of which the files of these splits are wanted.
     Dataset { splits: Vec<String> },
 }
@@ -52,7 +54,7 @@ impl Repository {
     /// Its directory in the cache.
     pub(super) fn folder(&self) -> String {
         let kind = match self.kind {
-            Kind::Model => "models",
+            Kind::Model | Kind::Adapter => "models",
             Kind::Dataset { .. } => "datasets",
         };
         format!("{kind}--{}", self.id.replace('/', "--"))

@@ -9,7 +9,7 @@ pub(crate) use files::is_of_split;
 
 pub(super) use workload::workload;
 
-use crate::hub::{self, Kind, Repository, Settings};
+use crate::hub;
 use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
 use ferrotune_core::data::{
     BatchPlan, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions, Record, Row,
@@ -39,26 +39,25 @@ pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> 
 /// The names of `dataset_name`, those on the hub replaced by where their files are.
 fn local(config: &TrainConfig) -> Result<Vec<String>> {
     let data = &config.data;
-    let splits = vec![
+    let splits = [
         data.dataset_train_split.clone(),
         data.dataset_test_split.clone(),
     ];
     let local = |name: &String| {
-        if Path::new(name).exists() {
-            return Ok(name.clone());
-        }
-        let kind = Kind::Dataset {
-            splits: splits.clone(),
-        };
-        match Repository::named(kind, name, None) {
-            None => Ok(name.clone()),
-            Some(repository) => {
-                let path = hub::directory(&Settings::from_env(), &repository, "dataset_name")?;
-                Ok(path.display().to_string())
-            }
-        }
+        let path = hub::rows(name, &splits, "dataset_name")?;
+        Ok(path.display().to_string())
     };
     data.dataset_name.iter().map(local).collect()
+}
+
+/// The files of rows that `name` stands for: itself, or those of `split` in a directory or on the hub.
+///
+/// # Errors
+/// [`Error::Config`] about `key` if there are none; what fetching them finds.
+pub fn row_files(name: &str, split: &str, key: &str) -> Result<Vec<PathBuf>> {
+    let path = hub::rows(name, &[split.to_owned()], key)?;
+    let files = files::named(&[path.display().to_string()], split, key)?;
+    Ok(files.concat())
 }
 
 /// The training rows, prepared, and those of them that are held out for evaluation.

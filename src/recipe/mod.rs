@@ -20,15 +20,14 @@ use adapter::adapter_from;
 pub use adapter::adapter_of;
 #[cfg(feature = "hub")]
 pub(crate) use data::is_of_split;
-pub use data::{EpochData, eval_batches, prepare_rows};
+pub use data::{EpochData, eval_batches, prepare_rows, row_files};
 pub use memory::available_memory;
 pub use outputs::CheckpointFiles;
 pub use preflight::{Preflight, ShownRow, prepare_data};
 use run_plan::run_plan;
 pub use summary::Summary;
 
-use crate::hub::{self, Kind, Repository, Settings};
-use crate::{device, threads};
+use crate::{device, hub, threads};
 use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::checkpoint::{self, Checkpoint};
@@ -275,7 +274,6 @@ impl Recipe {
         let mut observer = Tee {
             log: &mut log,
             others: observers,
-            evaluated: None,
         };
         let started = self.run_started(&trainer, window.num_tokens());
         let outcome = {
@@ -309,13 +307,12 @@ impl Recipe {
         if let RunOutcome::Finished(finished) = &outcome
             && !(finished.steps == 0 && outputs::has_result(output, finished.step))
         {
-            let evaluated = observer.evaluated.as_ref();
             outputs::withdraw_result(output)?;
             if self.config.output.load_best_model_at_end {
                 resume::go_back_to_best(self, output, &state, &mut trainer)?;
             }
             trainer.finish();
-            outputs::write_final(self, output, &trainer, &state, finished, evaluated)?;
+            outputs::write_final(self, output, &trainer, &state, finished)?;
         }
         // Whoever returns knows that what the run leaves behind is whole.
         trainer.group_mut().barrier()?;
@@ -515,18 +512,6 @@ fn base_directory(config: &TrainConfig) -> Result<PathBuf> {
             "is missing; expected the directory of a Hugging Face model",
         ));
     };
-    let path = PathBuf::from(name);
-    if path.is_dir() {
-        return Ok(path);
-    }
     let revision = config.model.model_revision.as_deref();
-    if let Some(repository) = Repository::named(Kind::Model, name, revision) {
-        return hub::directory(&Settings::from_env(), &repository, "model_name_or_path");
-    }
-    Err(Error::config(
-        "model_name_or_path",
-        format!(
-            "`{name}` is not a directory, and no name on the Hugging Face hub, such as owner/name"
-        ),
-    ))
+    hub::model(name, revision, "model_name_or_path")
 }

@@ -1,21 +1,16 @@
 //! Who hears of a run.
 
 use ferrotune_core::Result;
-use ferrotune_core::run_log::{Evaluated, Event, Observer, emit};
+use ferrotune_core::run_log::{Event, Observer, emit};
 
 /// The log file first, so that it has the event whatever the others do with it.
 pub(super) struct Tee<'a, 'o> {
     pub(super) log: &'a mut dyn Observer,
     pub(super) others: &'a mut [Box<dyn Observer + 'o>],
-    /// The last evaluation, for the results at the end.
-    pub(super) evaluated: Option<Evaluated>,
 }
 
 impl Observer for Tee<'_, '_> {
     fn on(&mut self, event: &Event) -> Result<()> {
-        if let Event::Evaluated(evaluated) = event {
-            self.evaluated = Some(evaluated.clone());
-        }
         self.log.on(event)?;
         emit(self.others, event)
     }

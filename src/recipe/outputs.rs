@@ -10,8 +10,8 @@ use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
-    CheckpointSaved, Evaluated, Event, LogWindow, Observer, RunFinished, TrainerLogJsonl,
-    TrainerState, all_results, eval_results, rows_up_to, train_results,
+    CheckpointSaved, Event, LogWindow, Observer, RunFinished, TrainerLogJsonl, TrainerState,
+    all_results, eval_results, rows_up_to, train_results,
 };
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
@@ -255,8 +255,10 @@ pub(super) fn write_final(
     trainer: &Trainer,
     state: &TrainerState,
     finished: &RunFinished,
-    evaluated: Option<&Evaluated>,
 ) -> Result<()> {
+    let best = state.best_step();
+    let of_best = best.filter(|_| recipe.config.output.load_best_model_at_end);
+    let evaluated = state.evaluation(of_best.unwrap_or(trainer.steps_done()));
     write_trained(recipe, output, trainer)?;
     verify(output, trainer)?;
     write_file(&output.join(STATE), state.to_json().as_bytes())?;
@@ -266,9 +268,9 @@ pub(super) fn write_final(
     )?;
     write_file(
         &output.join("all_results.json"),
-        all_results(finished, evaluated).as_bytes(),
+        all_results(finished, evaluated.as_ref()).as_bytes(),
     )?;
-    if let Some(evaluated) = evaluated {
+    if let Some(evaluated) = &evaluated {
         write_file(
             &output.join("eval_results.json"),
             eval_results(evaluated).as_bytes(),

@@ -48,6 +48,14 @@ fn a_run_ends_when_nothing_gets_better_and_its_result_is_the_best() {
     let adapter = |place: &str| read(&output.join(place).join("adapter_model.safetensors"));
     assert!(adapter("") == adapter("checkpoint-1"));
     assert!(adapter("") != adapter("checkpoint-3"));
+    // What it is said to lose is what these weights do, and not those of the last step.
+    for file in ["eval_results.json", "all_results.json"] {
+        assert_eq!(
+            read_json(&output.join(file))["eval_loss"],
+            losses[0],
+            "{file}"
+        );
+    }
 
     // A resume has no more patience than the run had, and leaves its result as it is.
     let results = read(&output.join("train_results.json"));

@@ -17,6 +17,7 @@ use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightFormat, WeightS
 use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::core::{ExitCode, Result};
+use ferrotune::hub;
 use ferrotune::kernels::{DType, Device};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use flops::flops_per_token;
@@ -46,9 +47,9 @@ pub(super) struct Args {
     /// Bytes of the buffer of `--collective`
     #[arg(long, default_value_t = 4_000_000)]
     bytes: usize,
-    /// Start from this adapter, which also says what is trained
+    /// Start from this adapter (a directory or a name on the hub), which also says what is trained
     #[arg(long)]
-    adapter: Option<PathBuf>,
+    adapter: Option<String>,
     /// JSON Lines of `{"input_ids": [...]}` instead of random tokens, every token trained
     #[arg(long)]
     rows: Option<PathBuf>,
@@ -208,15 +209,17 @@ fn trainer(
     };
     let method = adapter(args, decoder)?;
     let mut trainer = Trainer::new(decoder, source, method, group, options)?;
-    if let Some(directory) = &args.adapter {
-        adapter(args, decoder)?.load(trainer.params_mut(), directory)?;
+    if let Some(name) = &args.adapter {
+        let directory = hub::adapter(name, "adapter")?;
+        adapter(args, decoder)?.load(trainer.params_mut(), &directory)?;
     }
     Ok(trainer)
 }
 
 /// The adapter of `--adapter`, else LoRA on every linear of the layers.
 fn adapter(args: &Args, decoder: &DecoderConfig) -> Result<Box<dyn Adapter>> {
-    if let Some(directory) = &args.adapter {
+    if let Some(name) = &args.adapter {
+        let directory = &hub::adapter(name, "adapter")?;
         return ferrotune::lora::load(directory, &decoder.model_type);
     }
     let config = LoraConfig {

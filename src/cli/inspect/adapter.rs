@@ -2,14 +2,14 @@
 
 use super::super::{Outcome, print_line, print_note};
 use ferrotune::core::{ExitCode, Result};
+use ferrotune::hub;
 use ferrotune::lora::inspect::{self, AdapterDifference, AdapterFacts};
 use serde_json::json;
-use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct AdapterArgs {
-    /// Directory of the adapter
-    directory: PathBuf,
+    /// Directory of the adapter, or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
+    directory: String,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -17,17 +17,17 @@ pub(super) struct AdapterArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DiffArgs {
-    /// Directory of an adapter
-    first: PathBuf,
-    /// Directory of another
-    second: PathBuf,
+    /// Directory of an adapter, or its name on the hub
+    first: String,
+    /// Of another
+    second: String,
     /// One JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &AdapterArgs) -> Outcome {
-    let facts = inspect::adapter(&args.directory)?;
+    let facts = inspect::adapter(&hub::adapter(&args.directory, "directory")?)?;
     if args.json {
         print_line(adapter_json(&facts))?;
     } else {
@@ -37,7 +37,11 @@ pub(super) fn run(args: &AdapterArgs) -> Outcome {
 }
 
 pub(super) fn diff(args: &DiffArgs) -> Outcome {
-    let found = inspect::difference(&args.first, &args.second)?;
+    let (first, second) = (
+        hub::adapter(&args.first, "first")?,
+        hub::adapter(&args.second, "second")?,
+    );
+    let found = inspect::difference(&first, &second)?;
     if args.json {
         let config = found.config.iter();
         let config = config.map(|(key, a, b)| json!({"key": key, "first": a, "second": b}));

@@ -6,15 +6,15 @@ use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::{DecoderConfig, ModelPlan};
 use ferrotune::core::params::ParamLayoutBuilder;
 use ferrotune::core::{Error, ExitCode, Result};
+use ferrotune::hub;
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Directory of the base model
-    directory: PathBuf,
+    /// Directory of the base model, or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
+    directory: String,
     /// What a LoRA would target: names, or one of all-linear and a regular expression; else PEFT's choice
     /// and all-linear are shown
     #[arg(long, num_args = 1.., value_delimiter = ',')]
@@ -44,8 +44,9 @@ struct Choice {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let decoder = DecoderConfig::open(&args.directory)?;
-    let files = ModelFiles::open(&args.directory)?;
+    let directory = hub::model(&args.directory, None, "directory")?;
+    let decoder = DecoderConfig::open(&directory)?;
+    let files = ModelFiles::open(&directory)?;
     let sites = ModelPlan::new(&decoder).sites;
     let choices = choices(args, &decoder.model_type, &sites)?;
     let mut dtypes: BTreeMap<String, usize> = BTreeMap::new();

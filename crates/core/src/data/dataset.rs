@@ -2,7 +2,6 @@
 
 use crate::data::batch::Example;
 use crate::data::examples::{Collector, Examples};
-use crate::data::jsonl::{Line, parse_object};
 use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row};
 use crate::data::prepared_file;
 use crate::data::record::{Record, RecordKind, rename_columns};
@@ -285,15 +284,6 @@ fn next_chunk(source: &mut impl Iterator<Item = Result<RawRow>>) -> Vec<Result<R
 }
 
 impl Row {
-    /// Reads a line of a JSON Lines file; see [`Record::from_row`].
-    ///
-    /// # Errors
-    /// [`Error::Data`] with file and line.
-    pub fn parse(path: &Arc<Path>, line: &Line, text_field: &str) -> Result<Self> {
-        let columns = parse_object(path, line)?;
-        Self::of_columns(path, line.number, &columns, text_field)
-    }
-
     /// Reads a row of a file.
     fn read(path: &Arc<Path>, row: RawRow, options: &PrepareOptions) -> Result<Self> {
         let number = row.number();
@@ -302,7 +292,11 @@ impl Row {
         Self::of_columns(path, number, &columns, &options.dataset_text_field)
     }
 
-    fn of_columns(
+    /// Reads the columns of a row, which is at `line` of `path`; see [`Record::from_row`].
+    ///
+    /// # Errors
+    /// [`Error::Data`] with file and line.
+    pub fn of_columns(
         path: &Arc<Path>,
         line: u64,
         columns: &Map<String, Value>,

@@ -33,4 +33,5 @@ pub use prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row, Truncat
 pub use prompt::Prompt;
 pub use record::{Message, Record, RecordKind, TemplateInputs, TrainedTurns, rename_columns};
 pub use sampler::{BatchPlan, EpochPlan, MicroBatch, Order};
+pub use source::read_columns;
 pub use tokenizer::{Decoding, Encoded, SpecialTokens, Tokenizer};

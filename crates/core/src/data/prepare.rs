@@ -5,6 +5,7 @@
 //! offsets of one joint tokenisation instead of the length of the prompt's own, and a row that
 //! cannot be masked is an error instead of a warning.
 
+mod instructlab;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ pub use report::PrepareReport;
 use crate::data::assistant::{Untagged, excerpt, mask_of_spans};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
-use crate::data::record::{Message, Record, RecordKind, TemplateInputs, TrainedTurns};
+use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -201,8 +202,7 @@ impl<'a> Preparer<'a> {
             }
             Record::Messages { messages, inputs } => {
                 let rendered = self.render(messages, inputs, Ending::Closed)?;
-                let given = self.system_bytes(messages, inputs, &rendered)?;
-                self.conversation(messages, inputs, &rendered, given)
+                self.conversation(messages, inputs, &rendered, 0)
             }
             Record::Tokens { input_ids, labels } => Ok(Example {
                 input_ids: input_ids.clone(),
@@ -279,11 +279,8 @@ impl<'a> Preparer<'a> {
         rendered: &Rendered,
         given: usize,
     ) -> Result<Example> {
-        let assistant_only = match inputs.trained {
-            Some(turns) => turns == TrainedTurns::Assistant,
-            None => self.options.assistant_only_loss,
-        };
-        if given == 0 && !assistant_only {
+        let in_part = inputs.trained.is_some() || self.options.assistant_only_loss;
+        if given == 0 && !in_part {
             let ids = self.tokenizer.encode(&rendered.text, SpecialTokens::Omit)?;
             return Ok(fully_trained(ids));
         }
@@ -291,15 +288,35 @@ impl<'a> Preparer<'a> {
             .tokenizer
             .encode_with_offsets(&rendered.text, SpecialTokens::Omit)?;
         let begin = completion_start(&encoded, given);
-        let assistant = if assistant_only {
-            let spans = self.assistant_spans(messages, inputs, rendered, &encoded)?;
+        let trained = if in_part {
+            let spans = self.trained_spans(messages, inputs, rendered, &encoded)?;
             Some(mask_of_spans(&encoded, &spans))
         } else {
             None
         };
         Ok(masked(encoded.ids, |i| {
-            i >= begin && assistant.as_ref().is_none_or(|mask| mask[i])
+            i >= begin && trained.as_ref().is_none_or(|mask| mask[i])
         }))
+    }
+
+    /// The bytes that are trained where not all are: what the assistant wrote, or what the row says.
+    fn trained_spans(
+        &self,
+        messages: &[Message],
+        inputs: &TemplateInputs,
+        rendered: &Rendered,
+        encoded: &Encoded,
+    ) -> Result<Vec<Range<usize>>> {
+        let assistant = self.assistant_spans(messages, inputs, rendered, encoded)?;
+        let Some(turns) = inputs.trained else {
+            return Ok(assistant);
+        };
+        let render = |messages: &[Message]| {
+            let rendered = self.render(messages, inputs, Ending::Closed)?;
+            Ok(rendered.text)
+        };
+        let text = (rendered.text.as_str(), self.tokenizer.eos_token());
+        instructlab::trained_spans(turns, assistant, messages, text, render)
     }
 
     /// The bytes that the assistant wrote, as the template's tags say or its renderings show.
@@ -325,30 +342,6 @@ impl<'a> Preparer<'a> {
             render,
         }
         .spans()
-    }
-
-    /// Where a row of which all but the system message is trained has that message's end.
-    fn system_bytes(
-        &self,
-        messages: &[Message],
-        inputs: &TemplateInputs,
-        rendered: &Rendered,
-    ) -> Result<usize> {
-        let system = messages.iter().take_while(|m| m.role() == "system").count();
-        if inputs.trained != Some(TrainedTurns::AllButSystem) || system == 0 {
-            return Ok(0);
-        }
-        let alone = self
-            .render(&messages[..system], inputs, Ending::Closed)?
-            .text;
-        if rendered.text.starts_with(&alone) {
-            return Ok(alone.len());
-        }
-        Err(Error::Template {
-            message: "`unmask` is true, and the template renders the system message differently \
-                      once others follow, so it cannot be told from what is trained"
-                .into(),
-        })
     }
 
     fn check_bos(&self, row: &Row, example: &Example) -> Result<()> {

@@ -1,6 +1,7 @@
 //! What a row of a data set says, before it is tokenised.
 
 mod formats;
+mod instructlab;
 
 pub use formats::rename_columns;
 
@@ -74,6 +75,11 @@ impl Message {
         self.fields.get("content")
     }
 
+    /// Says something else.
+    pub(super) fn set_content(&mut self, text: String) {
+        self.fields.insert("content".into(), Value::String(text));
+    }
+
     /// Every field, in the order of the row.
     #[must_use]
     pub fn fields(&self) -> &Map<String, Value> {
@@ -97,7 +103,7 @@ pub struct TemplateInputs {
 pub enum TrainedTurns {
     /// The assistant's.
     Assistant,
-    /// All, with what is around them, but a system message at the beginning.
+    /// The assistant's, and what everyone but the system says.
     AllButSystem,
 }
 
@@ -196,17 +202,11 @@ impl Record {
             return prompt_completion(row, prompt, completion);
         }
         if let Some(messages) = column("messages") {
-            return Ok(Self::Messages {
-                messages: read_messages("messages", messages)?,
-                inputs: TemplateInputs::of_row(row)?,
-            });
+            return conversation(row, "messages", messages);
         }
         if let Some(conversations) = column("conversations") {
             let messages = formats::conversations(conversations)?;
-            return Ok(Self::Messages {
-                messages: read_messages("conversations", &messages)?,
-                inputs: TemplateInputs::of_row(row)?,
-            });
+            return conversation(row, "conversations", &messages);
         }
         match column(text_field) {
             // InstructLab's rows for pre-training.
@@ -225,6 +225,19 @@ impl Record {
             None => Err(unknown_columns(row, text_field)),
         }
     }
+}
+
+fn conversation(
+    row: &Map<String, Value>,
+    column: &str,
+    messages: &Value,
+) -> Result<Record, String> {
+    let mut messages = read_messages(column, messages)?;
+    let mut inputs = TemplateInputs::of_row(row)?;
+    if instructlab::unroll(column, &mut messages)? {
+        inputs.trained = Some(TrainedTurns::AllButSystem);
+    }
+    Ok(Record::Messages { messages, inputs })
 }
 
 fn prompt_completion(

@@ -46,6 +46,22 @@ impl RawRow {
     }
 }
 
+/// The rows of a file, each with its line, or its number in a file without lines, from 1: JSON Lines, plain or
+/// as gzip or zstd, or parquet.
+///
+/// # Errors
+/// [`Error::Read`] when it cannot be opened, [`Error::Data`] when it is a broken parquet file; and as items
+/// [`Error::Data`] with the line of a row that is no JSON object.
+pub fn read_columns(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<(u64, Map<String, Value>)>> + use<'_>> {
+    let rows = open(path)?;
+    Ok(rows.map(move |row| {
+        let row = row?;
+        Ok((row.number(), row.columns(path)?))
+    }))
+}
+
 /// The rows of a file: JSON Lines, plain or as gzip or zstd, or parquet.
 ///
 /// # Errors

@@ -1,7 +1,8 @@
 use super::json::{Row, json_number, pretty, row};
 use super::log_window::per_second;
 use super::{Evaluated, RunFinished};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 pub(super) fn train_row(run: &RunFinished) -> Row {
     row([
@@ -48,16 +49,16 @@ pub fn train_results(run: &RunFinished) -> String {
     pretty(&train_row(run))
 }
 
-/// Text of `eval_results.json`, with Transformers' keys.
+/// Text of `eval_results.json`, with Transformers' keys, of what [`super::TrainerState::evaluation`] gives.
 #[must_use]
-pub fn eval_results(result: &Evaluated) -> String {
-    pretty(&eval_row(result))
+pub fn eval_results(evaluation: &BTreeMap<String, Value>) -> String {
+    pretty(evaluation)
 }
 
-/// Text of `all_results.json`: training and, if there was one, the last evaluation.
+/// Text of `all_results.json`: training and, if there was one, the evaluation of its result.
 #[must_use]
-pub fn all_results(run: &RunFinished, evaluation: Option<&Evaluated>) -> String {
-    let mut all = evaluation.map(eval_row).unwrap_or_default();
+pub fn all_results(run: &RunFinished, evaluation: Option<&BTreeMap<String, Value>>) -> String {
+    let mut all = evaluation.cloned().unwrap_or_default();
     all.extend(train_row(run));
     pretty(&all)
 }
@@ -65,7 +66,6 @@ pub fn all_results(run: &RunFinished, evaluation: Option<&Evaluated>) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::Value;
 
     #[test]
     fn results_have_transformers_keys_and_stay_json() {
@@ -80,7 +80,8 @@ mod tests {
         assert_eq!(train["train_samples_per_second"], json!(4.0));
         assert_eq!(train["train_loss"], json!("NaN"));
         let all: Value =
-            serde_json::from_str(&all_results(&run, Some(&Evaluated::default()))).unwrap();
+            serde_json::from_str(&all_results(&run, Some(&eval_row(&Evaluated::default()))))
+                .unwrap();
         assert_eq!(all["eval_loss"], json!(0.0));
         assert_eq!(all["train_steps_per_second"], json!(2.0));
         assert_eq!(all.as_object().unwrap().len(), 13);

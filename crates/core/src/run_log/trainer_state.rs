@@ -119,6 +119,16 @@ impl TrainerState {
         self.best_global_step
     }
 
+    /// What the last evaluation at `step` found, with Transformers' keys, if there was one: of the weights as
+    /// they were then.
+    #[must_use]
+    pub fn evaluation(&self, step: u64) -> Option<BTreeMap<String, Value>> {
+        let is_of_step = |row: &&Row| row.contains_key("eval_loss") && row["step"] == step;
+        let mut row = self.log_history.iter().rev().find(is_of_step)?.clone();
+        row.remove("step");
+        Some(row)
+    }
+
     /// Whether so many evaluations in a row were no better that the run is to end.
     #[must_use]
     pub fn has_lost_patience(&self) -> bool {

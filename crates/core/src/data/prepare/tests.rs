@@ -189,6 +189,45 @@ fn prepare_one(
         .map_err(|e| e.to_string())
 }
 
+/// Recorded with `unmask_sample` of InstructLab's training library (fa5b53b): rows whose rendering it leaves
+/// as it is, and templates that end an answer with the EOS token.
+#[test]
+fn what_instructlab_trains_is_trained() {
+    let cases = read_json(&repository().join("instructlab/labels.json"));
+    let cases = cases.as_array().expect("a list of cases");
+    assert_eq!(cases.len(), 13);
+    for (i, case) in cases.iter().enumerate() {
+        let mut tokenizer = tokenizer(case["tokenizer"].as_str().expect("named"));
+        let template = case["template"].as_str().expect("a text");
+        tokenizer.set_chat_template(template).expect("it compiles");
+        let got = prepare_one(&tokenizer, &PrepareOptions::default(), &case["row"]);
+        let recorded = json!([case["input_ids"], case["labels"]]);
+        let got = got.map(|example| json!([example.input_ids, example.labels]));
+        assert_eq!(got, Ok(recorded), "case {i}");
+    }
+}
+
+#[test]
+fn unmask_needs_a_template_that_writes_what_is_said() {
+    let mut chat = tokenizer("bpe_qwen2");
+    let row = json!({"unmask": true, "messages": [
+        {"role": "user", "content": " hello\n"}, {"role": "assistant", "content": "x"}]});
+    let trimming = CHATML.replace("m.content", "m.content | trim");
+    chat.set_chat_template(&trimming).expect("it compiles");
+    let example = prepare_one(&chat, &PrepareOptions::default(), &row).expect("prepared");
+    let trained = example.labels.iter().filter_map(|&l| u32::try_from(l).ok());
+    let trained: Vec<u32> = trained.collect();
+    let text = chat.decode(&trained, crate::data::Decoding::KeepSpecialTokens);
+    assert_eq!(text.ok().as_deref(), Some("hellox<|im_end|>"));
+    let upper = CHATML.replace("m.content", "m.content[:3] + m.content");
+    chat.set_chat_template(&upper).expect("it compiles");
+    let message = prepare_one(&chat, &PrepareOptions::default(), &row).expect_err("refused");
+    assert!(
+        message.contains("rows.jsonl:1: `unmask` is true"),
+        "{message}"
+    );
+}
+
 #[test]
 fn a_token_across_the_boundary_belongs_to_the_completion() {
     let tokenizer = tokenizer("bpe_llama3");

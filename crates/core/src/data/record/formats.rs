@@ -1,6 +1,6 @@
 //! Rows of formats other than `messages`, `prompt` with `completion`, and text.
 
-use super::{Record, TemplateInputs, TrainedTurns, list};
+use super::{Record, TemplateInputs, instructlab, list};
 use crate::data::batch::IGNORE_INDEX;
 use crate::data::jsonl::json_kind;
 use serde_json::{Map, Value};
@@ -141,19 +141,6 @@ fn integers<T: TryFrom<i64>>(name: &str, value: &Value, least: i64) -> Result<Ve
     items.iter().enumerate().map(read).collect()
 }
 
-/// Which turns InstructLab's `unmask` has trained: all but the system's, or the assistant's.
-pub(super) fn trained_turns(row: &Map<String, Value>) -> Result<Option<TrainedTurns>, String> {
-    match row.get("unmask") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Bool(true)) => Ok(Some(TrainedTurns::AllButSystem)),
-        Some(Value::Bool(false)) => Ok(Some(TrainedTurns::Assistant)),
-        Some(other) => Err(format!(
-            "`unmask` must be true or false, found {}",
-            json_kind(other)
-        )),
-    }
-}
-
 /// Gives columns the names that are looked for.
 ///
 /// # Errors
@@ -181,7 +168,7 @@ impl TemplateInputs {
     /// Reads `tools`, `chat_template_kwargs` and `unmask` of a row.
     pub(super) fn of_row(row: &Map<String, Value>) -> Result<Self, String> {
         let mut inputs = super::template_inputs(row)?;
-        inputs.trained = trained_turns(row)?;
+        inputs.trained = instructlab::trained_turns(row)?;
         Ok(inputs)
     }
 }
@@ -282,10 +269,6 @@ mod tests {
             (
                 json!({"input_ids": [1], "labels": [-3]}),
                 "`labels` holds -3",
-            ),
-            (
-                json!({"messages": [{"role": "user", "content": "c"}], "unmask": 1}),
-                "`unmask` must be true or",
             ),
         ];
         for (row, expected) in table {
