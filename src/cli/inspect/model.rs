@@ -3,7 +3,7 @@
 use super::super::{Outcome, print_line};
 use ferrotune::core::adapter::{Adapter, Site, SiteKind};
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, ModelPlan};
+use ferrotune::core::model::{DecoderConfig, ModelPlan, WeightSource, expected_tensors};
 use ferrotune::core::params::ParamLayoutBuilder;
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
@@ -46,7 +46,9 @@ struct Choice {
 pub(super) fn run(args: &Args) -> Outcome {
     let decoder = DecoderConfig::open(&args.directory)?;
     let files = ModelFiles::open(&args.directory)?;
-    let sites = ModelPlan::new(&decoder).sites;
+    let plan = ModelPlan::new(&decoder);
+    files.check(&expected_tensors(&plan))?;
+    let sites = plan.sites;
     let choices = choices(args, &decoder.model_type, &sites)?;
     let mut dtypes: BTreeMap<String, usize> = BTreeMap::new();
     for name in files.names() {
