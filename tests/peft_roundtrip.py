@@ -63,6 +63,10 @@ def load_with_peft(base_directory, adapter_directory):
     saved = load_file(os.path.join(adapter_directory, "adapter_model.safetensors"))
     # Without the whole embedding matrices that PEFT adds where it finds the hub's config.
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # What head and embedding share where they stay tied is in PEFT under both.
+    if model.peft_config["default"].to_dict().get("ensure_weight_tying"):
+        for name in [name for name in loaded if ".lm_head." in name and name not in saved]:
+            del loaded[name]
     # RandLoRA's projections are in PEFT once more under each module that uses them.
     shared = tuple("." + name.removeprefix("base_model.") for name in saved if ".model." not in name)
     for name in loaded.keys() - saved.keys():

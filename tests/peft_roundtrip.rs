@@ -36,6 +36,16 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_layer_replication": [[0, 2], [0, 1], [1, 2]],
         "lora_modules_to_save": ["layers.2.mlp"],
     });
+    let head_bias = json!({"lora_target_modules": ["q_proj", "lm_head"], "lora_b_bias": true});
+    let tied_update = json!({
+        "lora_target_modules": ["q_proj", "embed_tokens"],
+        "lora_ensure_weight_tying": true,
+    });
+    let tied_saved = json!({
+        "lora_target_modules": ["q_proj"],
+        "lora_modules_to_save": ["embed_tokens"],
+        "lora_ensure_weight_tying": true,
+    });
     let mut variants = vec![
         (
             "pissa",
@@ -61,6 +71,9 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
         ("layer_replication", biased.clone(), replicated),
+        ("head_bias", biased.clone(), head_bias),
+        ("tied_update", biased.clone(), tied_update),
+        ("tied_saved", biased.clone(), tied_saved),
     ];
     for (name, keys) in methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});

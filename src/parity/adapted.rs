@@ -252,8 +252,12 @@ impl Recorded<'_> {
     /// The recorded gradients with ours.
     fn gradients<'a>(&self, grads: &'a FlatBuffer) -> Result<Vec<GradientPair<'a>>> {
         let prefix = self.name("grad.");
+        let layout = grads.layout();
         let names = self.file.names().filter_map(|n| n.strip_prefix(&prefix));
-        names
+        let (own, twins): (Vec<&str>, Vec<&str>) =
+            names.partition(|name| layout.find(name).is_some() || twin(name).is_none());
+        let pairs: Result<Vec<GradientPair<'_>>> = own
+            .into_iter()
             .map(|name| {
                 let id = grads.layout().find(name).ok_or_else(|| {
                     let message = format!("`{prefix}{name}` names no trainable parameter");
@@ -262,6 +266,34 @@ impl Recorded<'_> {
                 let theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
                 Ok((name.to_owned(), grads.file_values(id), theirs))
             })
-            .collect()
+            .collect();
+        let mut pairs = pairs?;
+        for name in twins {
+            let shared =
+                |pair: &&mut GradientPair<'_>| twin(name).is_some_and(|t| pair.0.ends_with(t));
+            let file = format!("{prefix}{name}");
+            let shape = self.file.meta(&file).map(|meta| meta.shape.clone());
+            if let (Some(pair), Some([rows, cols])) =
+                (pairs.iter_mut().find(shared), shape.as_deref())
+            {
+                let part = self.file.read_f32(&file)?;
+                for (i, sum) in pair.2.iter_mut().enumerate() {
+                    *sum += part[i % rows * cols + i / rows];
+                }
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+/// The end of the name of the embedding's factor that a head's factor is the transpose of, where the two are
+/// tied: PEFT has a gradient for each of them, and here it is one.
+fn twin(name: &str) -> Option<&'static str> {
+    if name.ends_with(".lm_head.lora_A.weight") {
+        Some(".lora_embedding_B")
+    } else if name.ends_with(".lm_head.lora_B.weight") {
+        Some(".lora_embedding_A")
+    } else {
+        None
     }
 }

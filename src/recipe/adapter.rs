@@ -268,7 +268,27 @@ fn in_peft_config(config: &TrainConfig, error: Error) -> Error {
     Error::config(format!("{PEFT_CONFIG}.{key}"), message)
 }
 
+/// Refuses an odd rank for a start that halves it.
+fn require_even_ranks(config: &TrainConfig) -> Result<()> {
+    let lora = &config.lora;
+    let ranks = std::iter::once(&lora.lora_r).chain(lora.lora_rank_pattern.values());
+    let odd = ranks.copied().find(|rank| !rank.is_multiple_of(2));
+    match (&lora.init_lora_weights, odd) {
+        (Init::Method(name), Some(rank)) if name == "orthogonal" => {
+            let message = format!(
+                "`{name}` needs even ranks, and {rank} is odd; take {}",
+                rank + 1
+            );
+            let key = "init_lora_weights";
+            let origin = config.origin(key).map(|origin| format!(" ({origin})"));
+            Err(Error::config(key, message + &origin.unwrap_or_default()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
+    require_even_ranks(config)?;
     let lora = &config.lora;
     let layers = &lora.lora_layers_to_transform;
     Ok(LoraConfig {

@@ -131,7 +131,7 @@ pub struct LowRank {
     pub dropout: f32,
     /// DoRA's m, `[out_features]`: row i of W + scale * B A is brought to the norm m\[i\].
     pub magnitude: Option<ParamId>,
-    /// b, `[out_features]`, on a linear inside the layers.
+    /// b, `[out_features]`, on a linear or the head.
     pub bias: Option<ParamId>,
 }
 

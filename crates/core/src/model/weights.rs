@@ -320,12 +320,16 @@ impl Builder<'_> {
             return Ok(None);
         };
         let site = self.plan.site(id);
-        let attachment = match self.attachments.remove(&id) {
-            attachment @ (None | Some(Attachment::TrainBase { .. })) => attachment,
+        let (attachment, update) = match self.attachments.remove(&id) {
+            attachment @ (None | Some(Attachment::TrainBase { .. })) => (attachment, None),
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
             Some(_) => return Err(unsupported(site)),
         };
-        let table = self.table(site, site, attachment)?;
-        Ok(Some(Positions { table, name }))
+        Ok(Some(Positions {
+            table: self.table(site, site, attachment)?,
+            update,
+            name,
+        }))
     }
 
     fn head(&mut self, embedding: &Embedding) -> Result<Head> {

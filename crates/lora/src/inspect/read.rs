@@ -64,6 +64,18 @@ impl Adapter {
     }
 }
 
+impl Adapter {
+    /// The smallest and the largest of a module's trained row norms.
+    pub(super) fn magnitudes(&self, module: &str) -> Option<[f64; 2]> {
+        let (_, values) = self.tensors.get(&names::tensor(module, Part::Magnitude))?;
+        let values = values.iter().map(|v| f64::from(*v));
+        let range = values.fold([f64::INFINITY, f64::NEG_INFINITY], |[low, high], v| {
+            [low.min(v), high.max(v)]
+        });
+        Some(range)
+    }
+}
+
 /// Takes the factors out of `tensors`.
 fn updates(
     path: &Path,

@@ -281,14 +281,5 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             ),
         ));
     }
-    if config.lora_bias && site.output_head {
-        return Err(Error::config(
-            "lora_bias",
-            format!(
-                "true is not supported on `{}`; set it to false, or leave that out",
-                site.name
-            ),
-        ));
-    }
     Ok(())
 }

@@ -11,10 +11,10 @@ mod shape;
 mod tests;
 mod trace;
 
-use super::{DecoderConfig, Keep, QkNorm, angles};
+use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
-use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
+use ferrotune_kernels::{DType, Device, Workspace, cuda, linear_cross_entropy};
 use shape::{LayerShape, Method};
 use std::collections::BTreeSet;
 
@@ -73,14 +73,19 @@ pub struct StepShape {
     /// Columns of the statistics of the final norm.
     final_norm: usize,
     embedding: Method,
+    positions: Method,
     /// Whether anything before the layers is trained.
     input_trained: bool,
     head_method: Method,
+    /// Whether its update has a bias, so that B is copied beside it.
+    head_bias: bool,
     on_gpu: bool,
     activations: DType,
     head: DType,
     /// Bytes of the scratch for weights that are not held as values.
     scratch: u64,
+    /// Bytes of a weight and of its gradient where a method changes the weight.
+    changed: u64,
     /// Of low-rank factors in products, and of what they make.
     factors: DType,
     tokens: usize,
@@ -152,12 +157,15 @@ impl StepShape {
             layers,
             final_norm: config.norm.statistics(),
             embedding,
+            positions,
             input_trained: embedding != Method::Frozen || positions != Method::Frozen,
             head_method,
+            head_bias: shape::has_head_bias(&ModelPlan::new(config), attachments),
             on_gpu,
             activations,
             head: weights,
             scratch: 0,
+            changed: shape::changed_bytes(&ModelPlan::new(config), attachments),
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
             label_rows: workload.label_rows.iter().copied().map(padded).collect(),
@@ -320,7 +328,22 @@ impl StepShape {
     fn loss_bytes(&self) -> u64 {
         let head = [self.vocabulary, self.hidden];
         let label_rows = self.label_rows.iter().copied();
-        linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64
+        let logits =
+            linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64;
+        logits.saturating_add(self.wide_bytes())
+    }
+
+    /// B and its gradient beside the bias of the head's update.
+    fn wide_bytes(&self) -> u64 {
+        let Method::LowRank { rank, .. } = self.head_method else {
+            return 0;
+        };
+        if !self.head_bias {
+            return 0;
+        }
+        let cols = Workspace::aligned(self.factors, rank);
+        let row = cols * (self.factors.bytes() + DType::F32.bytes());
+        (self.vocabulary as u64).saturating_mul(row as u64)
     }
 
     fn other_bytes(&self) -> u64 {
@@ -331,6 +354,7 @@ impl StepShape {
         let angles = positions.saturating_mul(row as u64);
         let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
         let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };
-        angles.saturating_add(indices) + products as u64
+        let more = (products as u64).saturating_add(self.changed);
+        angles.saturating_add(indices).saturating_add(more)
     }
 }
