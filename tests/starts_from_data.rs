@@ -16,6 +16,9 @@ use ferrotune::lora::{InitLoraWeights, LoraAdapter, LoraConfig, Start, TargetMod
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
+/// PEFT decomposes in f32 what is decomposed in f64 here.
+const DECOMPOSED: f32 = 1e-3;
+
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
@@ -168,7 +171,7 @@ fn eva_finds_the_directions_and_ranks_that_peft_finds() {
         let name = format!("base_model.model.{module}.lora_A.weight");
         let id = factors.layout().find(&name).expect("adapted");
         let error = furthest(factors.get(id), &a);
-        assert!(error < 1e-3, "{module}: {error}");
+        assert!(error < DECOMPOSED, "{module}: {error}");
     }
     let adapted = method.starting_from(start).expect("has ranks");
     let config = adapted.config();
@@ -200,7 +203,7 @@ fn corda_takes_out_of_the_base_what_peft_takes() {
         let (model, _) = prepared(&method.starting_from(start).expect("fits"));
         for (module, delta) in of_case(&format!("corda_{kind}")) {
             let error = furthest(&taken(&model, &module), &delta);
-            assert!(error < 1e-3, "{kind}, {module}: {error}");
+            assert!(error < DECOMPOSED, "{kind}, {module}: {error}");
         }
     }
 }
@@ -230,7 +233,10 @@ fn lora_ga_finds_the_directions_that_peft_finds() {
             for (ours, theirs) in directions(params.get(id)).iter().zip(directions(&values)) {
                 let negated: Vec<f32> = theirs.iter().map(|v| -v).collect();
                 let error = furthest(ours, &theirs).min(furthest(ours, &negated));
-                assert!(error < 1e-2, "{direction}, {scale}, {name}: {error}");
+                assert!(
+                    error < 10.0 * DECOMPOSED,
+                    "{direction}, {scale}, {name}: {error}"
+                );
             }
             // 12 / 8 of their product is what the base has lost.
             let lost: Vec<f32> = product(&params, module).iter().map(|v| 1.5 * v).collect();

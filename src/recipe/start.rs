@@ -3,6 +3,7 @@
 use super::adapter::lora;
 use super::{EpochData, Recipe};
 use ferrotune_core::config::TrainConfig;
+use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{DecoderConfig, Mode, Model, ModelPlan, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
@@ -93,26 +94,18 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
         mode: Mode::Eval,
     };
     let mut sums = Accumulator::new(&options.device);
-    let mut config = recipe.config.clone();
-    config.optimizer.gradient_accumulation_steps *= recipe.place.world_size;
-    let mut data = EpochData::new(&config, &recipe.dataset, decoder.hidden_size, Place::SOLO);
-    let most = config.lora.lora_init_batches;
+    let most = recipe.config.lora.lora_init_batches;
     let (mut count, mut enough) = (0, false);
-    for step in 0.. {
-        for batch in data.step(step)? {
-            if count == most || enough {
-                break;
-            }
-            count += 1;
-            seen.begin(&batch);
-            if seen.needs_gradients() {
-                model.loss_and_gradients(pass, &params, &mut grads, &batch, &mut sums)?;
-            } else {
-                model.loss(pass, &params, &batch)?;
-            }
-            enough = seen.end();
+    for batch in batches(recipe).take(most) {
+        let batch = batch?;
+        seen.begin(&batch);
+        if seen.needs_gradients() {
+            model.loss_and_gradients(pass, &params, &mut grads, &batch, &mut sums)?;
+        } else {
+            model.loss(pass, &params, &batch)?;
         }
-        if count == most || enough {
+        (count, enough) = (count + 1, seen.end());
+        if enough {
             break;
         }
     }
@@ -127,6 +120,18 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
     }
     tracing::info!("{name}: the update starts from {count} micro-batches");
     seen.start(&model).map(Some)
+}
+
+/// The micro-batches of all ranks, as one rank alone would have them.
+fn batches(recipe: &Recipe) -> impl Iterator<Item = Result<PackedBatch>> {
+    let mut config = recipe.config.clone();
+    config.optimizer.gradient_accumulation_steps *= recipe.place.world_size;
+    let width = recipe.decoder.hidden_size;
+    let mut data = EpochData::new(&config, &recipe.dataset, width, Place::SOLO);
+    (0..).flat_map(move |step| match data.step(step) {
+        Ok(batches) => batches.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    })
 }
 
 /// Refuses to gather more than there is room for beside the weights.

@@ -189,8 +189,8 @@ impl Adapter for LoraAdapter {
                 files::save(&convert::config(&self.config), &plain, directory)?;
             }
             Some(start) => {
-                files::save(&self.config, params, directory)?;
                 files::save_start(&self.config, start, directory)?;
+                files::save(&self.config, params, directory)?;
             }
             None => files::save(&self.config, params, directory)?,
         }

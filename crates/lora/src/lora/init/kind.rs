@@ -283,7 +283,7 @@ mod tests {
                 "loftq",
                 "loftq_config",
                 json!({"bits": 4}),
-                &["bits", "loftq_bits"],
+                &["loftq_config.bits", "no key"],
             ),
             (
                 "eva",
