@@ -45,7 +45,8 @@ fn run(
     let files = ModelFiles::open(directory).expect("weights");
     let (attachments, mut params) = attach(&config, adapter).expect("attaches");
     params.move_to(device);
-    let model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+    let mut model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+    model.set_neftune_noise_alpha(5.0);
     // A fresh B is zero, and so would the gradient of A be.
     common::add_noise(&mut params, SEED);
     let workspace = Workspace::on(device.clone(), batch.rows());

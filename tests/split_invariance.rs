@@ -13,7 +13,7 @@ use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::run_log::StepReport;
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::dist::Local;
-use ferrotune::kernels::rng::{Stream, key_for};
+use ferrotune::kernels::rng::{Stream, key_for, philox4x32};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use std::path::Path;
 use std::time::Duration;
@@ -23,7 +23,11 @@ type Rows = Vec<usize>;
 
 #[derive(Clone, Copy, Debug)]
 enum Method {
-    Lora { dropout: f64 },
+    Lora {
+        dropout: f64,
+    },
+    /// LoRA with noise on embeddings.
+    Noisy,
     Full,
 }
 
@@ -32,6 +36,7 @@ impl Method {
         let dropout = match self {
             Self::Full => return Box::new(FullFineTuning),
             Self::Lora { dropout } => dropout,
+            Self::Noisy => 0.0,
         };
         let config = LoraConfig {
             rank: 4,
@@ -60,10 +65,17 @@ fn step(
 ) -> Step {
     let config = DecoderConfig::open(base).expect("config");
     let files = ModelFiles::open(base).expect("weights");
-    let options = TrainerOptions::default();
+    let options = TrainerOptions {
+        neftune_noise_alpha: if matches!(method, Method::Noisy) {
+            5.0
+        } else {
+            0.0
+        },
+        ..TrainerOptions::default()
+    };
     let mut trainer =
         Trainer::new(&config, &files, method.adapter(), group, options).expect("trainer");
-    if let Method::Lora { .. } = method {
+    if !matches!(method, Method::Full) {
         let mut stream = Stream::new(key_for(5, "adapter"));
         let layout = std::sync::Arc::clone(trainer.params().layout());
         for (id, _) in layout.by_name() {
@@ -217,6 +229,75 @@ fn lora_gradients_do_not_depend_on_the_split_with_dropout() {
     for family in Family::ALL {
         check(Method::Lora { dropout: 0.25 }, family);
     }
+}
+
+#[test]
+fn lora_gradients_do_not_depend_on_the_split_with_noise_on_embeddings() {
+    for family in Family::ALL {
+        check(Method::Noisy, family);
+    }
+}
+
+/// Training with noise is evaluating with an embedding that has the noise in it.
+#[test]
+fn noise_is_added_to_embeddings_in_training_alone_as_its_definition_says() {
+    let base = tempfile::tempdir().expect("temporary directory");
+    let shape = Shape::default();
+    write_model(base.path(), &shape, Stored::F32, 3);
+    let config = DecoderConfig::open(base.path()).expect("config");
+    let files = ModelFiles::open(base.path()).expect("weights");
+    let trainer = |alpha: f32| {
+        let options = TrainerOptions {
+            neftune_noise_alpha: alpha,
+            ..TrainerOptions::default()
+        };
+        let full = Box::new(FullFineTuning);
+        Trainer::new(&config, &files, full, Box::new(Solo), options).expect("trainer")
+    };
+    // Every token once, so that a row of the table is one token's.
+    let ids: Vec<u32> = (5..22).collect();
+    let document = Example {
+        labels: ids.iter().map(|&id| id as i32).collect(),
+        input_ids: ids.clone(),
+    };
+    let batch = [PackedBatch::pack([(0, &document)])];
+    let mut noisy = trainer(5.0);
+    let evaluated = noisy.evaluate(&batch).expect("evaluated").loss;
+    let trained = noisy.step(&batch, 0.0).expect("step").loss();
+
+    let mut plain = trainer(0.0);
+    assert_eq!(plain.evaluate(&batch).expect("evaluated").loss, evaluated);
+    let layout = std::sync::Arc::clone(plain.params().layout());
+    let segments = layout.by_name();
+    let (table, _) = segments
+        .into_iter()
+        .find(|(_, segment)| segment.spec.name.contains("embed_tokens"))
+        .expect("the embedding is trained");
+    let (seed, width) = (
+        key_for(TrainerOptions::default().seed, "neftune"),
+        shape.hidden,
+    );
+    let largest = 5.0 / ((ids.len() * width) as f32).sqrt();
+    let values = plain.params_mut().get_mut(table);
+    for (position, &id) in (0..).zip(&ids) {
+        for column in 0..width {
+            let words = philox4x32(
+                [column as u32 / 4, position, 0, 0],
+                [seed as u32, (seed >> 32) as u32],
+            );
+            let uniform = words[column % 4] as f32 / 2.0_f32.powi(31) - 1.0;
+            values[id as usize * width + column] += uniform * largest;
+        }
+    }
+    let expected = plain.evaluate(&batch).expect("evaluated").loss;
+    assert!(
+        (trained - expected).abs() <= 1e-6 * expected,
+        "{trained} {expected}"
+    );
+    assert!(
+        (trained - evaluated).abs() > 1e-3 * evaluated,
+        "{trained} {evaluated}"
+    );
 }
 
 #[test]

@@ -438,6 +438,7 @@ impl Recipe {
             },
             weight_decay: optimizer.weight_decay,
             label_smoothing: optimizer.label_smoothing_factor as f32,
+            neftune_noise_alpha: optimizer.neftune_noise_alpha.unwrap_or(0.0) as f32,
             max_grad_norm: (optimizer.max_grad_norm > 0.0).then_some(optimizer.max_grad_norm),
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,

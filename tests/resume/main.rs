@@ -16,7 +16,7 @@ const STEPS: u64 = 12;
 /// What a clock measured, and a path of the output directory.
 const NOT_COMPARED: [&str; 3] = ["runtime", "per_second", "best_model_checkpoint"];
 
-/// Everything that a resume could get wrong: dropout, accumulation, several epochs, warmup, decay of
+/// Everything that a resume could get wrong: dropout, noise on embeddings, accumulation, several epochs, warmup, decay of
 /// the learning rate and of weights, evaluation, a log row that spans the checkpoint.
 fn changes(bench: &Workbench) -> Value {
     json!({
@@ -24,6 +24,7 @@ fn changes(bench: &Workbench) -> Value {
         "eval_strategy": "steps",
         "eval_steps": 4,
         "lora_dropout": 0.2,
+        "neftune_noise_alpha": 5,
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

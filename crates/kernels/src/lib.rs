@@ -34,6 +34,7 @@ pub mod layer_norm;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod matmul;
+pub mod noise;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;

@@ -135,7 +135,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         &["null", "\"nll\"", "\"chunked_nll\""],
         NotYet(""),
     ),
-    key("neftune_noise_alpha", OFF_OR_ZERO, NotYet("")),
     key(
         "average_tokens_across_devices",
         &["true", "null"],

@@ -278,7 +278,6 @@ fn features_to_come_are_errors_unless_they_are_off() {
     for text in [
         "fp16: true",
         "load_in_8bit: true",
-        "neftune_noise_alpha: 5",
         "loss_type: dft",
         "push_to_hub: true",
         "dataloader_drop_last: true",
@@ -302,6 +301,7 @@ fn ranges_and_combinations_are_checked() {
         ("num_train_epochs", "0", "above 0"),
         ("label_smoothing_factor", "1", "below 1"),
         ("loraplus_lr_ratio", "0", "above 0"),
+        ("neftune_noise_alpha", "-1", "0 or more"),
         ("test_split_size", "1", "below 1"),
         ("dataset_weights", "[1, 2]", "2 entries for 1 training file"),
         ("dataset_weights", "[-1]", "above 0"),

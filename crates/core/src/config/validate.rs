@@ -199,6 +199,8 @@ impl TrainConfig {
             "label_smoothing_factor",
             |value| format!("got {value}, expected a share from 0 to below 1"),
         )?;
+        let alpha = optimizer.neftune_noise_alpha.unwrap_or(0.0);
+        self.not_negative("neftune_noise_alpha", alpha)?;
         self.require(
             optimizer.loraplus_lr_ratio.is_none_or(|r| r > 0.0),
             "loraplus_lr_ratio",

@@ -56,14 +56,15 @@ pub enum QkNorm {
 pub struct EmbeddingScale {
     /// The factor.
     pub factor: f32,
-    /// Whether it is rounded to the dtype of activations first, as in Gemma.
-    pub rounded: bool,
+    /// Whether the embedding module itself applies it, as in Gemma: rounded to the dtype of activations, and before
+    /// NEFTune's noise, which comes with the module's output.
+    pub in_module: bool,
 }
 
 impl EmbeddingScale {
     /// The factor of embeddings in `dtype`.
     pub(crate) fn in_dtype(self, dtype: DType) -> f32 {
-        match (self.rounded, dtype) {
+        match (self.in_module, dtype) {
             (true, DType::Bf16) => half::bf16::from_f32(self.factor).to_f32(),
             _ => self.factor,
         }

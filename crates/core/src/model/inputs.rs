@@ -28,6 +28,8 @@ pub struct Inputs<'a> {
     pub(crate) angles: Arc<Vec<Angles>>,
     /// Document and position of each token, side by side, and the step: what its words are drawn for.
     pub(crate) draws: Indices<'a>,
+    /// The largest noise of each token's embedding, as the bits of an f32; empty for none.
+    pub(crate) noise: Indices<'a>,
     /// Rows that are trained on, and their targets.
     pub(crate) label_rows: Indices<'a>,
     pub(crate) targets: Indices<'a>,
@@ -87,7 +89,12 @@ impl<'a> Inputs<'a> {
             label_rows.resize(labels, PADDING);
             targets.resize(labels, PADDING);
         }
+        let mut noise = Vec::new();
         if let Mode::Train { step, .. } = pass.mode {
+            if model.neftune_noise_alpha > 0.0 {
+                noise = noise_of(model, batch);
+                noise.resize(rows, 0);
+            }
             draws.resize(2 * rows, 0);
             draws.push(step as u32);
         }
@@ -96,11 +103,19 @@ impl<'a> Inputs<'a> {
             cu_seqlens,
             positions,
             draws.into(),
+            noise.into(),
             label_rows.into(),
             targets.into(),
         ];
-        let [ids, cu_seqlens, positions, draws, label_rows, targets] =
-            pass.workspace.indices(tables);
+        let [
+            ids,
+            cu_seqlens,
+            positions,
+            draws,
+            noise,
+            label_rows,
+            targets,
+        ] = pass.workspace.indices(tables);
         Self {
             rows,
             ids,
@@ -108,6 +123,7 @@ impl<'a> Inputs<'a> {
             positions,
             angles,
             draws,
+            noise,
             label_rows,
             targets,
         }
@@ -150,6 +166,23 @@ fn angle_rows<'a>(
         rows[document].iter_mut().for_each(|row| *row += first);
     }
     rows.into()
+}
+
+/// The largest noise of each token: `alpha / sqrt(T * D)` in a document of T tokens, times what the output of
+/// the embedding module is multiplied by.
+fn noise_of(model: &Model, batch: &PackedBatch) -> Vec<u32> {
+    let width = model.config.hidden_size as f64;
+    let after = (model.config.embedding_scale).filter(|scale| !scale.in_module);
+    let alpha = f64::from(model.neftune_noise_alpha * after.map_or(1.0, |scale| scale.factor));
+    let documents = batch
+        .cu_seqlens
+        .windows(2)
+        .map(|bounds| bounds[1] - bounds[0]);
+    let of_document = |tokens: u32| {
+        let largest = alpha / (f64::from(tokens) * width).sqrt();
+        std::iter::repeat_n((largest as f32).to_bits(), tokens as usize)
+    };
+    documents.flat_map(of_document).collect()
 }
 
 fn draws(batch: &PackedBatch) -> Vec<u32> {

@@ -78,6 +78,7 @@ pub struct Model {
     /// Of each layer.
     keep: Vec<Keep>,
     label_smoothing: f32,
+    neftune_noise_alpha: f32,
     angles: AngleTable,
 }
 
@@ -156,6 +157,16 @@ impl Model {
     /// Sets the share of each target's probability that the loss spreads evenly over the vocabulary.
     pub fn set_label_smoothing(&mut self, smoothing: f32) {
         self.label_smoothing = smoothing;
+    }
+
+    /// Sets the noise that training adds to embeddings: each element of a document of T tokens gets a uniform number
+    /// of at most `alpha / sqrt(T * D)`, drawn anew in every step; 0 for none.
+    ///
+    /// # Source
+    /// NEFTune, as Transformers has it, with the length of the document for that of the padded batch: the result
+    /// of a document must not depend on what it is packed with.
+    pub fn set_neftune_noise_alpha(&mut self, alpha: f32) {
+        self.neftune_noise_alpha = alpha;
     }
 
     /// Sets what the first layers keep, one policy each; the others keep everything.
@@ -338,6 +349,7 @@ impl Model {
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
+        run.add_noise(&mut stream)?;
         if let Some(positions) = &self.positions {
             positions.add(run, &mut stream)?;
         }

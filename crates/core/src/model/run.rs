@@ -3,14 +3,15 @@
 use super::inputs::Inputs;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, rng};
+use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, noise, rng};
 
 /// Whether random draws happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// No dropout.
+    /// No dropout, no noise.
     Eval,
-    /// Dropout with masks drawn from `(seed, step, site, document, position, column)`.
+    /// Dropout with masks drawn from `(seed, step, site, document, position, column)`, and noise on embeddings, if
+    /// the model has it.
     Train {
         /// Seed of the run.
         seed: u64,
@@ -84,6 +85,18 @@ impl<'a> Run<'a> {
     /// Gives buffers back to the pool.
     pub(crate) fn give(&self, tensors: impl IntoIterator<Item = Tensor>) {
         tensors.into_iter().for_each(|t| self.workspace.give(t));
+    }
+
+    /// Adds the noise of training to embeddings `[T, D]`, if there is any.
+    pub(crate) fn add_noise(&self, stream: &mut Tensor) -> Result<()> {
+        match self.mode {
+            Mode::Train { seed, .. } if !self.inputs.noise.is_empty() => {
+                let (draws, scales) = (&self.inputs.draws, &self.inputs.noise);
+                let seed = rng::key_for(seed, "neftune");
+                Ok(noise::add(stream.view_mut(), seed, draws, scales)?)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The mask of a low-rank update's dropout with probability `p` at site `site`, if one applies.

@@ -81,6 +81,7 @@ impl Builder<'_> {
             positions,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
+            neftune_noise_alpha: 0.0,
             angles: AngleTable::default(),
             layers,
             norm,

@@ -29,7 +29,7 @@ pub(super) fn common(config: &HfConfig) -> Result<DecoderConfig> {
         o_bias: attention_bias,
         embedding_scale: Some(EmbeddingScale {
             factor: (common.hidden_size as f32).sqrt(),
-            rounded: true,
+            in_module: true,
         }),
         ..common
     })

@@ -13,7 +13,7 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         attention_scale: factor("attention_multiplier")?,
         embedding_scale: Some(EmbeddingScale {
             factor: factor("embedding_multiplier")?,
-            rounded: false,
+            in_module: false,
         }),
         residual_scale: factor("residual_multiplier")?,
         logits_scale: factor("logits_scaling")?.recip(),

@@ -36,6 +36,8 @@ pub struct TrainerOptions {
     /// Label smoothing: the share of each target's probability that is spread evenly over the
     /// vocabulary, in training and evaluation.
     pub label_smoothing: f32,
+    /// NEFTune: noise on embeddings in training ([`Model::set_neftune_noise_alpha`]); 0 for none.
+    pub neftune_noise_alpha: f32,
     /// Global gradient norm above which gradients are scaled down; `None` never clips.
     pub max_grad_norm: Option<f64>,
     /// Tokens of the longest micro-batch; sizes the buffers.
@@ -69,6 +71,7 @@ impl Default for TrainerOptions {
             },
             weight_decay: 0.0,
             label_smoothing: 0.0,
+            neftune_noise_alpha: 0.0,
             max_grad_norm: Some(1.0),
             max_tokens: 0,
             deterministic_reduction: false,
@@ -137,6 +140,7 @@ impl Trainer {
         let mut model = Model::load(config, attachments, source, &mut params, options.weights)?;
         model.set_keep(&options.keep);
         model.set_label_smoothing(options.label_smoothing);
+        model.set_neftune_noise_alpha(options.neftune_noise_alpha);
         adapter.init(&mut params, options.seed)?;
         let mut base = LoadedBase {
             model: &mut model,

@@ -30,6 +30,7 @@ pub(super) static HEADERS: &[(&str, &str)] = &[
     ("types.cuh", include_str!("include/types.cuh")),
     ("ptx.cuh", include_str!("include/ptx.cuh")),
     ("reduce.cuh", include_str!("include/reduce.cuh")),
+    ("philox.cuh", include_str!("include/philox.cuh")),
     ("rows.cuh", include_str!("include/rows.cuh")),
     ("spans.cuh", include_str!("include/spans.cuh")),
     ("columns.cuh", include_str!("include/columns.cuh")),

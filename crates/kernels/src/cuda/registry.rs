@@ -20,6 +20,7 @@ static MODULES: &[&Module] = &[
     &crate::embedding::cuda::MODULE,
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
+    &crate::noise::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,

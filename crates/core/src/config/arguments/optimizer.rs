@@ -29,6 +29,9 @@ section! {
         adam_epsilon: f64 = 1e-8, TRANSFORMERS;
         /// Share of each target's probability that is spread evenly over the vocabulary.
         label_smoothing_factor: f64 = 0.0, TRANSFORMERS;
+        /// NEFTune: uniform noise on embeddings in training, at most this over the root of tokens times width, with
+        /// the tokens of each document, packed or not; null or 0 for none. The paper uses 5.
+        neftune_noise_alpha: Option<f64> = None, TRANSFORMERS;
         /// LoRA+: learning rate of B over that of A; null for the same. The paper suggests 16.
         loraplus_lr_ratio: Option<f64> = None, OURS;
         /// LoRA+: learning rate of an adapted embedding, before the schedule's factor.
