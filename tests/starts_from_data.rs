@@ -51,7 +51,7 @@ fn batches() -> Vec<PackedBatch> {
     (0..4).map(batch).collect()
 }
 
-fn method(init: &str, settings: Value, rank: usize, alpha: f64, targets: &[&str]) -> LoraAdapter {
+fn method(init: &str, settings: &Value, rank: usize, alpha: f64, targets: &[&str]) -> LoraAdapter {
     let key = match init {
         "eva" => "eva_config",
         "corda" => "corda_config",
@@ -75,7 +75,7 @@ fn method(init: &str, settings: Value, rank: usize, alpha: f64, targets: &[&str]
 /// What `method` starts from after the recorded micro-batches, over and over, `most` at most.
 fn observed(method: &LoraAdapter, most: usize) -> Start {
     let decoder = DecoderConfig::open(&base()).expect("a model");
-    let files = ModelFiles::open(&base()).expect("weights");
+    let files = ModelFiles::open(base()).expect("weights");
     let plan = ModelPlan::new(&decoder);
     let mut seen = method
         .observation(&plan)
@@ -118,7 +118,7 @@ fn observed(method: &LoraAdapter, most: usize) -> Start {
 /// A linear's weight before and after `method` has started.
 fn prepared(method: &LoraAdapter) -> (Model, FlatBuffer) {
     let decoder = DecoderConfig::open(&base()).expect("a model");
-    let files = ModelFiles::open(&base()).expect("weights");
+    let files = ModelFiles::open(base()).expect("weights");
     let (attachments, mut params) = attach(&decoder, method).expect("attaches");
     let mut model =
         Model::load(&decoder, attachments, &files, &mut params, DType::F32).expect("loads");
@@ -155,7 +155,7 @@ fn of_case(case: &str) -> Vec<(String, Vec<f32>)> {
 
 /// What a start has taken out of the weight of `module`.
 fn taken(model: &Model, module: &str) -> Vec<f32> {
-    let files = ModelFiles::open(&base()).expect("weights");
+    let files = ModelFiles::open(base()).expect("weights");
     let before = files.read_f32(&format!("{module}.weight")).expect("there");
     let site = model.find(module).expect("a linear");
     let after = model.read(site).expect("readable").to_f32_vec();
@@ -164,7 +164,7 @@ fn taken(model: &Model, module: &str) -> Vec<f32> {
 
 #[test]
 fn eva_finds_the_directions_and_ranks_that_peft_finds() {
-    let method = method("eva", json!({"rho": 2.0}), 8, 8.0, &["q_proj", "v_proj"]);
+    let method = method("eva", &json!({"rho": 2.0}), 8, 8.0, &["q_proj", "v_proj"]);
     let start = observed(&method, 1000);
     let factors = start.factors();
     for (module, a) in of_case("eva") {
@@ -198,7 +198,7 @@ fn eva_finds_the_directions_and_ranks_that_peft_finds() {
 fn corda_takes_out_of_the_base_what_peft_takes() {
     for kind in ["ipm", "kpm"] {
         let settings = json!({"corda_method": kind});
-        let method = method("corda", settings, 4, 6.0, &["q_proj", "down_proj"]);
+        let method = method("corda", &settings, 4, 6.0, &["q_proj", "down_proj"]);
         let start = observed(&method, 4);
         let (model, _) = prepared(&method.starting_from(start).expect("fits"));
         for (module, delta) in of_case(&format!("corda_{kind}")) {
@@ -212,7 +212,7 @@ fn corda_takes_out_of_the_base_what_peft_takes() {
 fn lora_ga_finds_the_directions_that_peft_finds() {
     for (direction, scale) in [("ArB2r", "stable"), ("ArBr", "gd_scale"), ("A2rBr", "unit")] {
         let settings = json!({"direction": direction, "scale": scale});
-        let method = method("lora_ga", settings, 8, 12.0, &["q_proj", "v_proj"]);
+        let method = method("lora_ga", &settings, 8, 12.0, &["q_proj", "v_proj"]);
         let start = observed(&method, 1);
         let (model, params) = prepared(&method.starting_from(start).expect("fits"));
         for (name, values) in of_case(&format!("ga_{direction}_{scale}")) {
@@ -249,7 +249,7 @@ fn lora_ga_finds_the_directions_that_peft_finds() {
 fn loftq_quantises_and_starts_as_peft_does() {
     for (bits, iterations) in [(4, 1), (4, 3), (8, 2)] {
         let settings = json!({"loftq_bits": bits, "loftq_iter": iterations});
-        let method = method("loftq", settings, 4, 4.0, &["q_proj", "down_proj"]);
+        let method = method("loftq", &settings, 4, 4.0, &["q_proj", "down_proj"]);
         let (model, params) = prepared(&method);
         for (name, values) in of_case(&format!("loftq_{bits}_{iterations}")) {
             let error = match name.strip_suffix(".base") {
@@ -287,7 +287,7 @@ fn product(params: &FlatBuffer, module: &str) -> Vec<f32> {
 fn a_larger_scale_than_one_is_not_counted_twice_by_loftq() {
     let settings = json!({"loftq_bits": 4, "loftq_iter": 2});
     let [one, two] = [4.0, 8.0].map(|alpha| {
-        let method = method("loftq", settings.clone(), 4, alpha, &["q_proj"]);
+        let method = method("loftq", &settings, 4, alpha, &["q_proj"]);
         product(&prepared(&method).1, "model.layers.0.self_attn.q_proj")
     });
     let halved: Vec<f32> = one.iter().map(|v| v / 2.0).collect();

@@ -104,7 +104,7 @@ pub(super) fn factors(
     [rank, scale]: [f64; 2],
     method: CordaMethod,
 ) -> Result<Factors> {
-    let (damped, inverse) = damped(covariance.mean())?;
+    let (damped, inverse) = damped(&covariance.mean())?;
     let Svd { u, s, vt } = Matrix::of(weight).times(&damped)?.svd()?;
     let (rank, all) = (rank as usize, s.len());
     let range = match method {
@@ -120,7 +120,7 @@ pub(super) fn factors(
 }
 
 /// C with its diagonal raised until it can be inverted, and the inverse.
-fn damped(covariance: Matrix) -> Result<(Matrix, Matrix)> {
+fn damped(covariance: &Matrix) -> Result<(Matrix, Matrix)> {
     const MOST: f64 = 0.05;
     let n = covariance.shape()[0];
     let mean = (0..n)

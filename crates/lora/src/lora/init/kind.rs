@@ -43,9 +43,12 @@ pub enum InitLoraWeights {
 
 use InitLoraWeights::{Corda, Eva, Kaiming, Loftq, LoraGa, Olora, Pissa, Random};
 
+/// A name, the key that says more, and the start with PEFT's defaults.
+type Named = (&'static str, Option<&'static str>, fn() -> InitLoraWeights);
+
 /// The starts that have a name of their own, and the key that says more of them. A new one is a line here, and
 /// a file beside this one.
-const NAMED: [(&str, Option<&str>, fn() -> InitLoraWeights); 8] = [
+const NAMED: [Named; 8] = [
     ("gaussian", None, || InitLoraWeights::Gaussian),
     ("orthogonal", None, || InitLoraWeights::Orthogonal),
     ("pissa", None, || Pissa { iterations: None }),

@@ -153,7 +153,7 @@ impl Observation {
         let InitLoraWeights::Eva(_) = self.config.init_lora_weights else {
             return false;
         };
-        let ranks = with_followed(&self.inputs, |followed| eva::spread(followed));
+        let ranks = with_followed(&self.inputs, eva::spread);
         self.ranks = ranks.or(self.ranks.take());
         self.ranks.is_some() && self.settled() == self.inputs.len()
     }
