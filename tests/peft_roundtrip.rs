@@ -26,6 +26,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
     let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
+    let data = |init: &str| json!({"init_lora_weights": init, "lora_init_batches": 4});
     let switched = json!({
         "init_lora_weights": "olora", "lora_r": 3, "lora_alpha": 4, "use_rslora": true, "use_dora": true,
         "lora_rank_pattern": {"v_proj": 2}, "lora_alpha_pattern": {"down_proj": 5},
@@ -64,6 +65,9 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
             json!({"init_lora_weights": "olora"}),
         ),
         ("olora_own", plain.clone(), own("olora")),
+        ("eva", biased.clone(), data("eva")),
+        ("corda", plain.clone(), data("corda")),
+        ("lora_ga", biased.clone(), data("lora_ga")),
         ("olora_switched", plain.clone(), switched),
         ("q_v_down", plain.clone(), json!({})),
         ("all_linear", biased.clone(), every),

@@ -7,7 +7,7 @@ use super::padded::PaddedBatch;
 use ferrotune_core::adapter::{Adapter, Attachment, SiteId};
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
-use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
@@ -115,7 +115,11 @@ impl Adapted {
         params.move_to(device);
         let attachments = change(attachments)?;
         let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
-        method.prepare(&mut params, &mut model)?;
+        let mut loaded = LoadedBase {
+            model: &mut model,
+            source: &files,
+        };
+        method.prepare(&mut params, &mut loaded)?;
         if let Some(directory) = directory {
             method.load(&mut params, directory)?;
             ferrotune_lora::check_base_copies(directory, &files)?;

@@ -403,14 +403,23 @@ impl Recipe {
     ) -> Result<Trainer> {
         let start = start::agree(self, group.as_mut(), from)?;
         let adapter = self.adapter_from(start)?;
-        let random = RandomWeights {
-            seed: self.config.runtime.seed,
-        };
-        let source: &dyn WeightSource = match &self.files {
-            Some(files) => files,
-            None => &random,
-        };
+        let random = self.random_weights();
+        let source = self.source(&random);
         Trainer::new(&self.decoder, source, adapter, group, self.options())
+    }
+
+    /// What the base is where there are no files of it.
+    fn random_weights(&self) -> RandomWeights {
+        RandomWeights {
+            seed: self.config.runtime.seed,
+        }
+    }
+
+    fn source<'a>(&'a self, random: &'a RandomWeights) -> &'a dyn WeightSource {
+        match &self.files {
+            Some(files) => files,
+            None => random,
+        }
     }
 
     fn options(&self) -> TrainerOptions {
@@ -476,7 +485,7 @@ impl Recipe {
         RunStarted {
             model: self.base.display().to_string(),
             method: trainer.adapter().describe(),
-            trainable_parameters: self.trainable as u64,
+            trainable_parameters: trainer.params().layout().trainable() as u64,
             total_parameters: self.total_parameters() as u64,
             examples: self.dataset.examples.len() as u64,
             num_train_epochs: self.plan.total_steps as f64

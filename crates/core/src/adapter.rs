@@ -169,6 +169,17 @@ pub trait BaseWeights {
         false
     }
 
+    /// W as the files of a base have it that is held as codes of it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if they have codes too, or are not at hand.
+    fn original(&self, site: SiteId) -> Result<Tensor> {
+        let _ = site;
+        let message =
+            "needs the weights that the quantised base was made of, and there are none at hand";
+        Err(crate::Error::config("init_lora_weights", message))
+    }
+
     /// Replaces W, rounded or quantised to what the base is held in.
     ///
     /// # Errors

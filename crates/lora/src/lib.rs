@@ -69,7 +69,10 @@ pub use base_copies::check as check_base_copies;
 pub use combine::{
     Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
 };
-pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, Start, TokenIndices};
+pub use lora::{
+    CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraAdapter, LoraBias,
+    LoraConfig, LoraGaConfig, Observation, Scale, Start, TokenIndices,
+};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};

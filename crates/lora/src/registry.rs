@@ -183,7 +183,7 @@ pub(crate) fn lora_of(
 ) -> Result<LoraAdapter> {
     let adapter = LoraAdapter::new(config, model_type)?;
     Ok(match adapter.start_of(directory)? {
-        Some(start) => adapter.starting_from(start),
+        Some(start) => adapter.starting_from(start)?,
         None => adapter,
     })
 }

@@ -104,6 +104,16 @@ impl RankAndAlpha<'_> {
         Ok(alphas.value(name)?.unwrap_or(self.alpha))
     }
 
+    /// Rank and alpha of one module.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn of(&self, name: &str) -> Result<(usize, f64)> {
+        let ranks = Patterns::compile("rank_pattern", self.rank_pattern)?;
+        let rank = ranks.value(name)?.unwrap_or(self.rank);
+        Ok((rank, self.alpha_of(name)?))
+    }
+
     /// Rank and alpha of each of `names`, in their order.
     ///
     /// # Errors

@@ -33,7 +33,10 @@ pub(super) struct DiffArgs {
 pub(super) fn run(args: &AdapterArgs) -> Outcome {
     let directory = hub::adapter(&args.directory, "directory")?;
     let facts = inspect::adapter(&directory)?;
-    let base = args.base.as_ref().map(|base| hub::model(base, None, "base"));
+    let base = args
+        .base
+        .as_ref()
+        .map(|base| hub::model(base, None, "base"));
     let base = base.transpose()?;
     let changes = base.map(|base| merge::changes(&base, &directory));
     let changes = changes.transpose()?;

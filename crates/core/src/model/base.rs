@@ -4,10 +4,12 @@ use super::frozen::FrozenWeight;
 use super::layer::Layer;
 use super::linear::{LinearGroup, PartWeight};
 use super::vocabulary::TableWeight;
+use super::weight_source::WeightSource;
+use super::weights::read_weight;
 use super::{Model, ModelPlan};
 use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
-use ferrotune_kernels::{Tensor, View, Workspace};
+use ferrotune_kernels::{DType, Tensor, View, Workspace};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -74,6 +76,49 @@ impl BaseWeights for Model {
             }
         }
         Err(no_linear(site))
+    }
+}
+
+/// A model with what its weights were read from.
+pub struct LoadedBase<'a> {
+    /// The model.
+    pub model: &'a mut Model,
+    /// Where its weights come from.
+    pub source: &'a dyn WeightSource,
+}
+
+impl BaseWeights for LoadedBase<'_> {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        self.model.find(name)
+    }
+
+    fn read(&self, site: SiteId) -> Result<Tensor> {
+        self.model.read(site)
+    }
+
+    fn is_quantised(&self, site: SiteId) -> bool {
+        self.model.is_quantised(site)
+    }
+
+    fn original(&self, id: SiteId) -> Result<Tensor> {
+        let plan = ModelPlan::new(&self.model.config);
+        let site = plan.sites.get(id.0).ok_or_else(|| no_linear(id))?;
+        if self.source.read_four_bit(&site.tensor("weight"))?.is_some() {
+            let message = format!(
+                "needs the weights that the quantised base was made of, and the files have `{}` in 4 bits too; \
+                 give the checkpoint that they were made from",
+                site.name
+            );
+            return Err(Error::config("init_lora_weights", message));
+        }
+        let [rows, cols] = [site.out_features, site.in_features];
+        let mut weight = Tensor::zeros(DType::F32, rows, cols);
+        read_weight(self.source, site, weight.view_mut())?;
+        Ok(weight)
+    }
+
+    fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
+        self.model.replace(site, weight)
     }
 }
 

@@ -33,6 +33,7 @@ mod weight_format;
 mod weight_source;
 mod weights;
 
+pub use base::LoadedBase;
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub(crate) use config::{activation, nearest_divisor, norm_eps};
 pub use decode::KvCache;

@@ -24,6 +24,20 @@ use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Reads the weight of a site into `to [out, in]`, however its file holds it.
+pub(super) fn read_weight(source: &dyn WeightSource, site: &Site, to: ViewMut<'_>) -> Result<()> {
+    let name = site.tensor("weight");
+    if !site.stored_transposed {
+        return source.read(&name, to);
+    }
+    let [rows, cols] = to.shape();
+    let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
+    source.read(&name, stored.view_mut())?;
+    let values = transpose(&stored.to_f32_vec(), cols, rows);
+    to_rows(to, &values);
+    Ok(())
+}
+
 /// Builds a [`Model`] part by part.
 pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
@@ -402,18 +416,9 @@ impl Builder<'_> {
         Ok(tensor)
     }
 
-    /// Reads the weight of a site into `to [out, in]`, however its file holds it.
+    /// [`read_weight`] from the source.
     fn read_weight(&self, site: &Site, to: ViewMut<'_>) -> Result<()> {
-        let name = site.tensor("weight");
-        if !site.stored_transposed {
-            return self.source.read(&name, to);
-        }
-        let [rows, cols] = to.shape();
-        let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
-        self.source.read(&name, stored.view_mut())?;
-        let values = transpose(&stored.to_f32_vec(), cols, rows);
-        to_rows(to, &values);
-        Ok(())
+        read_weight(self.source, site, to)
     }
 
     /// The frozen vector `suffix` of a site.

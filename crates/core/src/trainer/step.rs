@@ -5,7 +5,9 @@ use super::optimizer::{self, Buffers};
 use super::ranks::{self, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
 use crate::data::{PackedBatch, padded_rows};
-use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource};
+use crate::model::{
+    DecoderConfig, Keep, LoadedBase, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource,
+};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
@@ -140,7 +142,11 @@ impl Trainer {
         model.set_label_smoothing(options.label_smoothing);
         model.set_neftune_noise_alpha(options.neftune_noise_alpha);
         adapter.init(&mut params, options.seed)?;
-        adapter.prepare(&mut params, &mut model)?;
+        let mut base = LoadedBase {
+            model: &mut model,
+            source,
+        };
+        adapter.prepare(&mut params, &mut base)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());

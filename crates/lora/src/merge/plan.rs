@@ -111,8 +111,19 @@ pub(super) fn plan(
         Some(decoder) => ModelPlan::new(decoder).sites,
         None => modules_of(base, base_config.ties_head()),
     };
+    if let PeftConfig::Lora(config) = &config
+        && config.init_lora_weights.changes_base()
+        && !config.init_lora_weights.subtracts()
+    {
+        let message = format!(
+            "`init_lora_weights` is {}: what it updates is the quantised base, into which nothing can be merged; \
+             use it as it is",
+            config.init_lora_weights.name()
+        );
+        return Err(Error::adapter(adapter_directory, message));
+    }
     let (attachments, params) = match config {
-        PeftConfig::Lora(config) if config.init_lora_weights.changes_base() => {
+        PeftConfig::Lora(config) if config.init_lora_weights.subtracts() => {
             let weights = Weights {
                 files: base,
                 sites: &sites,
