@@ -397,6 +397,7 @@ fn gradients_are_slopes_of_the_loss() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn mistakes_in_a_configuration_are_named() {
     let sites = |keys: Value| -> String {
         let object: Map<String, Value> = keys.as_object().expect("an object").clone();

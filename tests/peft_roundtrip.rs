@@ -80,7 +80,11 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("tied_saved", biased.clone(), tied_saved),
     ];
     for (name, keys) in methods() {
-        let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
+        let prompts = ["P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"].map(Value::from);
+        let mut method = match prompts.contains(&keys["peft_type"]) {
+            true => json!({}),
+            false => json!({"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        };
         let keys = keys.as_object().expect("an object").clone();
         method.as_object_mut().expect("an object").extend(keys);
         let changes = json!({"peft_config": method, "learning_rate": 2e-2});

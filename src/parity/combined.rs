@@ -5,7 +5,7 @@ use super::arch::{FORWARD, GRADIENT, select};
 use super::case::{Case, inputs};
 use super::compare::Comparison;
 use super::padded::PaddedBatch;
-use ferrotune_core::io::{ModelFiles, SafetensorsFile};
+use ferrotune_core::io::{ModelFiles, SafetensorsFile, TensorMeta};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Tensor, View, matmul};
 use ferrotune_lora::{
@@ -125,7 +125,7 @@ impl Recording<'_> {
         let file = SafetensorsFile::open(directory.join("adapter_model.safetensors"))?;
         let read = |part: &str| -> Result<(Vec<f32>, [usize; 2])> {
             let name = format!("{MODULE}.{part}.weight");
-            let shape = file.meta(&name).map(|meta| meta.matrix_shape());
+            let shape = file.meta(&name).map(TensorMeta::matrix_shape);
             Ok((file.read_f32(&name)?, shape.unwrap_or_default()))
         };
         let ((a, [rank, inputs]), (b, [out, _])) = (read("lora_A")?, read("lora_B")?);

@@ -146,22 +146,14 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if no frozen linear stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
-    /// Rows of the embedding; 0 where it is not at hand.
-    fn vocabulary(&self) -> usize {
-        0
-    }
+    /// Rows of the embedding; 0 where that is not at hand.
+    fn vocabulary(&self) -> usize;
 
     /// The rows of `tokens` as the embedding gives them, `[tokens, hidden]`, f32 in host memory.
     ///
     /// # Errors
     /// [`crate::Error::Config`] if a token lies outside the vocabulary, or the embedding is not at hand.
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        let _ = tokens;
-        Err(crate::Error::config(
-            "peft_type",
-            "the embedding is not at hand",
-        ))
-    }
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor>;
 
     /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
     fn is_quantised(&self, site: SiteId) -> bool {

@@ -100,6 +100,14 @@ impl BaseWeights for LoadedBase<'_> {
         self.model.is_quantised(site)
     }
 
+    fn vocabulary(&self) -> usize {
+        self.model.vocabulary()
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        BaseWeights::embed(self.model, tokens)
+    }
+
     fn original(&self, id: SiteId) -> Result<Tensor> {
         let plan = ModelPlan::new(&self.model.config);
         let site = plan.sites.get(id.0).ok_or_else(|| no_linear(id))?;

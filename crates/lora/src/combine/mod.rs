@@ -12,6 +12,8 @@ mod dense;
 mod factored;
 mod output;
 mod sum;
+#[cfg(test)]
+mod tests;
 
 pub use sum::{Combination, MajoritySign};
 

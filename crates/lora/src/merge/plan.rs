@@ -202,6 +202,14 @@ struct Weights<'a> {
 }
 
 impl BaseWeights for Weights<'_> {
+    fn vocabulary(&self) -> usize {
+        0
+    }
+
+    fn embed(&self, _: &[u32]) -> Result<Tensor> {
+        Err(Error::config("peft_type", "the embedding is not at hand"))
+    }
+
     fn find(&self, name: &str) -> Option<SiteId> {
         let found = self.sites.iter().find(|site| site.name == name);
         found.map(|site| site.id)

@@ -9,7 +9,7 @@ use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
 use serde_json::{Value, json};
 use std::path::Path;
 
-fn config(object: Value) -> PromptConfig {
+fn config(object: &Value) -> PromptConfig {
     let object = object.as_object().expect("an object").clone();
     let mut keys = Keys::new(Source::Config("peft_config"), &object);
     PromptConfig::read(&mut keys).expect("sound")
@@ -63,7 +63,7 @@ fn rows_and_gradients_are_those_of_pytorch() {
     ];
     for (kind, hidden, object) in cases {
         let mut builder = ParamLayoutBuilder::new();
-        let encoder = Encoder::new(&config(object), &shape(hidden), |name, shape| {
+        let encoder = Encoder::new(&config(&object), &shape(hidden), |name, shape| {
             builder.add(ParamSpec::new(name, shape, 0))
         })
         .expect("an encoder");

@@ -108,7 +108,10 @@ mod tests {
     use crate::data::record::{Record, TrainedTurns};
     use serde_json::{Value, json};
 
-    fn read(row: &Value) -> Result<(Vec<(String, Value)>, Option<TrainedTurns>), String> {
+    /// Messages as role and content, and which of them are trained.
+    type Read = (Vec<(String, Value)>, Option<TrainedTurns>);
+
+    fn read(row: &Value) -> Result<Read, String> {
         let row = row.as_object().expect("a row is an object");
         match Record::from_row(row, "text")? {
             Record::Messages { messages, inputs } => {

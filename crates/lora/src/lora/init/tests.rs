@@ -88,6 +88,14 @@ fn a_start_from_data_without_any_is_an_error() {
 struct NoBase;
 
 impl ferrotune_core::adapter::BaseWeights for NoBase {
+    fn vocabulary(&self) -> usize {
+        0
+    }
+
+    fn embed(&self, _: &[u32]) -> ferrotune_core::Result<ferrotune_kernels::Tensor> {
+        unreachable!("no start embeds tokens")
+    }
+
     fn find(&self, _: &str) -> Option<ferrotune_core::adapter::SiteId> {
         None
     }

@@ -100,7 +100,7 @@ impl Budget {
             Left::Kept
         } else if step == last {
             Left::Decided(target)
-        } else if step <= self.tinit || step % self.interval != 0 {
+        } else if step <= self.tinit || !step.is_multiple_of(self.interval) {
             Left::Measured(None)
         } else {
             let rest = 1.0 - (step - self.tinit) as f64 / (last - self.tinit) as f64;

@@ -94,19 +94,19 @@ pub(super) fn orthogonality(
     let mut gram = Tensor::zeros(DType::F32, rank, rank);
     let vectors = matrix::param(params, a, rank, inputs);
     matmul::nt(gram.view_mut(), 0.0, 1.0, vectors, vectors)?;
-    let (of_a, gram) = away_from_identity(gram);
+    let (of_a, gram) = away_from_identity(&gram);
     let d = matrix::grad(grads, a, rank, inputs);
     matmul::nn(d, 1.0, slope(of_a, weight), gram.view(), vectors)?;
 
     let vectors = matrix::param(params, b, out, rank);
-    let (of_b, gram) = away_from_identity(matrix::tn(vectors, vectors)?);
+    let (of_b, gram) = away_from_identity(&matrix::tn(vectors, vectors)?);
     let d = matrix::grad(grads, b, out, rank);
     matmul::nn(d, 1.0, slope(of_b, weight), vectors, gram.view())?;
     Ok(of_a + of_b)
 }
 
 /// `G - I` and its norm.
-fn away_from_identity(gram: Tensor) -> (f64, Tensor) {
+fn away_from_identity(gram: &Tensor) -> (f64, Tensor) {
     let [rows, cols] = gram.view().shape();
     let mut values = elements(gram.view());
     for i in 0..rows {

@@ -15,7 +15,7 @@ pub(super) fn after_step(
     betas: [f32; 2],
     targets: &[Target],
     params: &mut FlatBuffer,
-    done: StepDone<'_>,
+    done: &mut StepDone<'_>,
 ) {
     let StepDone {
         grads,
@@ -29,7 +29,7 @@ pub(super) fn after_step(
     match *left {
         Left::Measured(count) => {
             for id in targets.iter().flat_map(|target| target.ids.iter().copied()) {
-                let gradient = grads.get(id).iter().map(|g| g * grad_scale);
+                let gradient = grads.get(id).iter().map(|g| g * *grad_scale);
                 let means = [sensitivity.get_mut(id), uncertainty.get_mut(id)];
                 measure(betas, params.get(id), gradient, means);
             }

@@ -185,7 +185,7 @@ impl Method for AdaLora {
         &self,
         targets: &[Target],
         params: &mut FlatBuffer,
-        done: StepDone<'_>,
+        mut done: StepDone<'_>,
     ) -> Result<()> {
         let Some(left) = self.budget.at(done.step, targets.len()) else {
             return Err(Error::config(
@@ -193,7 +193,7 @@ impl Method for AdaLora {
                 "is not set, and without it there is no schedule",
             ));
         };
-        importance::after_step(&left, self.betas, targets, params, done);
+        importance::after_step(&left, self.betas, targets, params, &mut done);
         Ok(())
     }
 

@@ -2,7 +2,7 @@ use super::budget::{Budget, Left};
 use crate::method::{Keys, Source};
 use serde_json::{Value, json};
 
-fn budget(object: Value) -> Budget {
+fn budget(object: &Value) -> Budget {
     let object = object.as_object().expect("an object").clone();
     let mut keys = Keys::new(Source::Config("peft_config"), &object);
     Budget::read(&mut keys, 6).expect("sound")
@@ -11,7 +11,7 @@ fn budget(object: Value) -> Budget {
 /// What PEFT's allocator was recorded to do with 6 modules.
 #[test]
 fn the_budget_falls_by_a_cubic_curve_every_other_step() {
-    let budget = budget(json!({
+    let budget = budget(&json!({
         "target_r": 2, "tinit": 3, "tfinal": 6, "deltaT": 2, "total_step": 24,
     }));
     let at = |step| budget.at(step, 6).expect("a schedule");
@@ -27,15 +27,15 @@ fn the_budget_falls_by_a_cubic_curve_every_other_step() {
 
 #[test]
 fn a_schedule_without_a_length_takes_the_runs() {
-    let mut open = budget(json!({"target_r": 2, "tinit": 5}));
+    let mut open = budget(&json!({"target_r": 2, "tinit": 5}));
     assert_eq!(open.at(0, 6), None);
     let error = open.plan_steps(5).expect_err("tinit is all of it");
     assert!(error.to_string().contains("no step to cut"), "{error}");
-    let mut open = budget(json!({"target_r": 2, "tinit": 5}));
+    let mut open = budget(&json!({"target_r": 2, "tinit": 5}));
     open.plan_steps(9).expect("four steps to cut ranks at");
     assert_eq!(open.at(9, 6), Some(Left::Decided(12)));
 
-    let mut long = budget(json!({"target_r": 2, "total_step": 100}));
+    let mut long = budget(&json!({"target_r": 2, "total_step": 100}));
     let error = long.plan_steps(9).expect_err("longer than the run");
     assert!(error.to_string().contains("leave it out"), "{error}");
 }
