@@ -5,7 +5,7 @@ use crate::generate::{GenerateOptions, generate};
 use ferrotune_core::Result;
 use ferrotune_core::data::{Decoding, Prompt, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass, WeightFormat};
+use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass, WeightFormat};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_kernels::dequantise::FourBitFormat;
@@ -79,7 +79,11 @@ impl TextModel {
                     attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);
                 let mut model = Model::load(&config, attachments, &files, &mut params, format)?;
-                method.prepare(&mut params, &mut model)?;
+                let mut loaded = LoadedBase {
+                    model: &mut model,
+                    source: &files,
+                };
+                method.prepare(&mut params, &mut loaded)?;
                 method.load(&mut params, directory)?;
                 ferrotune_lora::check_base_copies(directory, &files)?;
                 (model, params)

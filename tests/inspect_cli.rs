@@ -68,6 +68,37 @@ fn an_adapter_shows_its_updates_and_a_difference_its_modules() {
         "{shown}"
     );
 
+    // What a method changes of the base is seen with the base, and is what merging reports.
+    let [dora, loha] = ["dora", "loha"].map(|c| golden(c).join("adapter"));
+    let base = golden("_bases/llama");
+    let facts = json(&["adapter", text(&dora)]);
+    let range = &facts["updates"][0]["magnitudes"];
+    let [low, high] = [0, 1].map(|i| range[i].as_f64().expect("a norm"));
+    assert!(0.0 < low && low < high, "{range}");
+    assert!(facts["changes"].is_null());
+    let shown = ferrotune(&["inspect", "adapter", text(&dora)])
+        .expect(0)
+        .stdout;
+    assert!(shown.contains("row norms"), "{shown}");
+    let facts = json(&["adapter", text(&loha), "--base", text(&base)]);
+    let changes = facts["changes"].as_array().expect("with a base");
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let merged = directory.path().join("merged");
+    let options = ferrotune::lora::MergeOptions::default();
+    let report = ferrotune::lora::merge(&base, &loha, &merged, &options).expect("merges");
+    assert_eq!(changes.len(), report.tensors.len());
+    for (change, tensor) in changes.iter().zip(&report.tensors) {
+        assert_eq!(change["name"], tensor.name);
+        assert_eq!(change["norm"], tensor.delta_norm);
+        assert!(tensor.delta_norm > 0.0 && tensor.base_norm > 0.0);
+    }
+    let shown = ferrotune(&["inspect", "adapter", text(&loha), "--base", text(&base)]);
+    let shown = shown.expect(0).stdout;
+    assert!(
+        shown.contains("of its norm") && shown.contains("LOHA"),
+        "{shown}"
+    );
+
     let found = json(&["diff", text(&qv), text(&tokens)]);
     assert_eq!(found["config"][0]["key"], "trainable_token_indices");
     assert_eq!(found["only_second"].as_array().map(Vec::len), Some(1));

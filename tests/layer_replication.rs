@@ -226,7 +226,7 @@ fn each_weight_of_the_base_is_read_and_held_once() {
         let names: Vec<&str> = source.files.names().collect();
         assert_eq!(read.keys().collect::<Vec<_>>(), names);
         assert!(read.values().all(|times| *times == 1), "{read:?}");
-        let bytes = |decoder| format.bytes(&ModelPlan::new(decoder), None);
+        let bytes = |decoder| format.bytes(&ModelPlan::new(decoder), &[], None);
         assert_eq!(bytes(&stack), bytes(&plain));
     }
 }

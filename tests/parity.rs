@@ -79,7 +79,13 @@ fn is_known(case: &Path) -> bool {
             ];
             name != "ia3_seqcls_bert" && METHODS.iter().any(of)
                 || [
+                    "p_tuning_lstm",
+                    "p_tuning_mlp",
+                    "prefix_tuning",
+                    "prefix_tuning_projection",
+                    "prompt_tuning",
                     "dora",
+                    "multi_weighted",
                     "dora_bias",
                     "rslora",
                     "olora",
@@ -169,7 +175,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 91, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 97, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

@@ -63,6 +63,10 @@ def load_with_peft(base_directory, adapter_directory):
     saved = load_file(os.path.join(adapter_directory, "adapter_model.safetensors"))
     # Without the whole embedding matrices that PEFT adds where it finds the hub's config.
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # What head and embedding share where they stay tied is in PEFT under both.
+    if model.peft_config["default"].to_dict().get("ensure_weight_tying"):
+        for name in [name for name in loaded if ".lm_head." in name and name not in saved]:
+            del loaded[name]
     # RandLoRA's projections are in PEFT once more under each module that uses them.
     shared = tuple("." + name.removeprefix("base_model.") for name in saved if ".model." not in name)
     for name in loaded.keys() - saved.keys():
@@ -93,6 +97,8 @@ def main():
     model = load_with_peft(arguments.base, arguments.adapter)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=mask).logits.float()
+    if model.active_peft_config.is_prompt_learning:
+        theirs = theirs[:, -ids.shape[1]:]  # without those of virtual tokens
     if ours.shape != theirs.shape:
         fail(DIFFERENT, f"logits are {list(ours.shape)} here and {list(theirs.shape)} in PEFT")
     if mask is not None:

@@ -26,6 +26,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
     let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
+    let data = |init: &str| json!({"init_lora_weights": init, "lora_init_batches": 4});
     let switched = json!({
         "init_lora_weights": "olora", "lora_r": 3, "lora_alpha": 4, "use_rslora": true, "use_dora": true,
         "lora_rank_pattern": {"v_proj": 2}, "lora_alpha_pattern": {"down_proj": 5},
@@ -35,6 +36,16 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_target_modules": ["q_proj", "down_proj"],
         "lora_layer_replication": [[0, 2], [0, 1], [1, 2]],
         "lora_modules_to_save": ["layers.2.mlp"],
+    });
+    let head_bias = json!({"lora_target_modules": ["q_proj", "lm_head"], "lora_b_bias": true});
+    let tied_update = json!({
+        "lora_target_modules": ["q_proj", "embed_tokens"],
+        "lora_ensure_weight_tying": true,
+    });
+    let tied_saved = json!({
+        "lora_target_modules": ["q_proj"],
+        "lora_modules_to_save": ["embed_tokens"],
+        "lora_ensure_weight_tying": true,
     });
     let mut variants = vec![
         (
@@ -54,6 +65,9 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
             json!({"init_lora_weights": "olora"}),
         ),
         ("olora_own", plain.clone(), own("olora")),
+        ("eva", biased.clone(), data("eva")),
+        ("corda", plain.clone(), data("corda")),
+        ("lora_ga", biased.clone(), data("lora_ga")),
         ("olora_switched", plain.clone(), switched),
         ("q_v_down", plain.clone(), json!({})),
         ("all_linear", biased.clone(), every),
@@ -61,6 +75,9 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
         ("layer_replication", biased.clone(), replicated),
+        ("head_bias", biased.clone(), head_bias),
+        ("tied_update", biased.clone(), tied_update),
+        ("tied_saved", biased.clone(), tied_saved),
     ];
     for (name, keys) in methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
@@ -97,6 +114,33 @@ fn methods() -> Vec<(&'static str, Value)> {
             json!({"peft_type": "MISS", "r": 8, "init_weights": "bat"}),
         ),
         ("oft", json!({"peft_type": "OFT", "oft_block_size": 8})),
+        (
+            "adalora",
+            json!({"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5}),
+        ),
+        (
+            "prompt_tuning",
+            json!({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ),
+        (
+            "p_tuning_lstm",
+            json!({
+                "peft_type": "P_TUNING", "num_virtual_tokens": 4, "encoder_hidden_size": 12,
+                "encoder_reparameterization_type": "LSTM",
+            }),
+        ),
+        (
+            "p_tuning_mlp",
+            json!({"peft_type": "P_TUNING", "num_virtual_tokens": 4}),
+        ),
+        (
+            "prefix_tuning",
+            json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}),
+        ),
+        (
+            "prefix_tuning_projection",
+            json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "prefix_projection": true}),
+        ),
         ("randlora", json!({"peft_type": "RANDLORA", "r": 8})),
         (
             "road",

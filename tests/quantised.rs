@@ -100,6 +100,7 @@ impl Subject {
     fn predicted(&self, batch: &PackedBatch) -> u64 {
         let (attachments, _) = attach(&self.config, &self.adapter).expect("attaches");
         let workload = Workload {
+            documents: 1,
             tokens: batch.tokens(),
             label_rows: [batch.trained_tokens()].into(),
             mean_length: 8.0,

@@ -5,6 +5,7 @@ mod base_note;
 mod before_nccl;
 mod bench;
 mod chat;
+mod combine;
 mod config_schema;
 mod demo;
 mod env;
@@ -50,6 +51,8 @@ enum Command {
     Plan(train::Args),
     /// Teach a tiny model something it cannot do, in under a minute, offline
     Demo(demo::Args),
+    /// Make one adapter of several, or one of another rank
+    Combine(combine::Args),
     /// Fold an adapter into its base model
     Merge(merge::Args),
     /// Answer prompts
@@ -136,7 +139,11 @@ fn run(command: Command) -> Outcome {
     // Those that compute without a configuration of their own.
     let computes = matches!(
         command,
-        Command::Merge(_) | Command::Generate(_) | Command::Eval(_) | Command::Parity(_)
+        Command::Combine(_)
+            | Command::Merge(_)
+            | Command::Generate(_)
+            | Command::Eval(_)
+            | Command::Parity(_)
     );
     if computes {
         ferrotune::threads::start(None)?;
@@ -145,6 +152,7 @@ fn run(command: Command) -> Outcome {
         Command::Train(args) => train::train(&args),
         Command::Plan(args) => train::plan(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Combine(args) => combine::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),

@@ -7,7 +7,7 @@ use super::padded::PaddedBatch;
 use ferrotune_core::adapter::{Adapter, Attachment, SiteId};
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
-use ferrotune_core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
@@ -42,6 +42,14 @@ pub(super) struct Recomputed {
 impl Recomputed {
     pub(super) fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    pub(super) fn loss(&self) -> f64 {
+        self.loss
+    }
+
+    pub(super) fn grads(&self) -> &FlatBuffer {
+        &self.grads
     }
 }
 
@@ -107,7 +115,11 @@ impl Adapted {
         params.move_to(device);
         let attachments = change(attachments)?;
         let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
-        method.prepare(&mut params, &mut model)?;
+        let mut loaded = LoadedBase {
+            model: &mut model,
+            source: &files,
+        };
+        method.prepare(&mut params, &mut loaded)?;
         if let Some(directory) = directory {
             method.load(&mut params, directory)?;
             ferrotune_lora::check_base_copies(directory, &files)?;
@@ -130,7 +142,7 @@ impl Adapted {
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
         let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
         if let Some(method) = &self.method {
-            loss += method.regularise(&self.params, 1.0, &mut grads)?;
+            loss += method.complete_gradients(&self.params, 1.0, &mut grads)?;
         }
         Ok(Recomputed {
             logits,
@@ -244,8 +256,12 @@ impl Recorded<'_> {
     /// The recorded gradients with ours.
     fn gradients<'a>(&self, grads: &'a FlatBuffer) -> Result<Vec<GradientPair<'a>>> {
         let prefix = self.name("grad.");
+        let layout = grads.layout();
         let names = self.file.names().filter_map(|n| n.strip_prefix(&prefix));
-        names
+        let (own, twins): (Vec<&str>, Vec<&str>) =
+            names.partition(|name| layout.find(name).is_some() || twin(name).is_none());
+        let pairs: Result<Vec<GradientPair<'_>>> = own
+            .into_iter()
             .map(|name| {
                 let id = grads.layout().find(name).ok_or_else(|| {
                     let message = format!("`{prefix}{name}` names no trainable parameter");
@@ -254,6 +270,34 @@ impl Recorded<'_> {
                 let theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
                 Ok((name.to_owned(), grads.file_values(id), theirs))
             })
-            .collect()
+            .collect();
+        let mut pairs = pairs?;
+        for name in twins {
+            let shared =
+                |pair: &&mut GradientPair<'_>| twin(name).is_some_and(|t| pair.0.ends_with(t));
+            let file = format!("{prefix}{name}");
+            let shape = self.file.meta(&file).map(|meta| meta.shape.clone());
+            if let (Some(pair), Some([rows, cols])) =
+                (pairs.iter_mut().find(shared), shape.as_deref())
+            {
+                let part = self.file.read_f32(&file)?;
+                for (i, sum) in pair.2.iter_mut().enumerate() {
+                    *sum += part[i % rows * cols + i / rows];
+                }
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+/// The end of the name of the embedding's factor that a head's factor is the transpose of, where the two are
+/// tied: PEFT has a gradient for each of them, and here it is one.
+fn twin(name: &str) -> Option<&'static str> {
+    if name.ends_with(".lm_head.lora_A.weight") {
+        Some(".lora_embedding_B")
+    } else if name.ends_with(".lm_head.lora_B.weight") {
+        Some(".lora_embedding_A")
+    } else {
+        None
     }
 }

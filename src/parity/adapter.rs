@@ -4,8 +4,8 @@ use super::adapted::{Adapted, Recorded};
 use super::arch::{FORWARD, GRADIENT, norm};
 use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::Comparison;
-use super::complete;
 use super::initialised::Initialised;
+use super::{complete, prompt};
 use ferrotune_core::io::{FileDType, ModelFiles, SafetensorsFile};
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::{Error, Result};
@@ -25,6 +25,9 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (batch, places) = padded.pack();
     let dtype = dtype_of(&ModelFiles::open(&base)?.shards()[0]);
     let plain = Adapted::load(&base, Some(&adapter), dtype, &case.device)?;
+    if plain.model.prompt().is_some() {
+        return prompt::compare(case, &expected, &plain, &padded);
+    }
     let initialised = Initialised::of(case, &base)?;
     // Gradients are those of the run, which trained another form of what was saved.
     let (adapted, plain) = match &initialised {

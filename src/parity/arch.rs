@@ -284,12 +284,23 @@ pub(super) fn select(
     padded: &PaddedBatch,
     places: &[usize],
 ) -> Result<Vec<f32>> {
+    select_behind(file, name, padded, places, 0)
+}
+
+/// [`select`] where `before` more columns stand before those of the batch.
+pub(super) fn select_behind(
+    file: &SafetensorsFile,
+    name: &str,
+    padded: &PaddedBatch,
+    places: &[usize],
+    before: usize,
+) -> Result<Vec<f32>> {
     let shape = file.meta(name).map(|m| m.shape.clone()).unwrap_or_default();
     let [rows, cols, width] = shape[..] else {
         let message = format!("`{name}` is {shape:?}, expected [rows, columns, width]");
         return Err(Error::data(file.path(), None, message));
     };
-    if [rows, cols] != [padded.rows, padded.cols] {
+    if [rows, cols] != [padded.rows, before + padded.cols] {
         let message = format!(
             "`{name}` is of {rows} x {cols} tokens, the inputs of {} x {}",
             padded.rows, padded.cols
@@ -297,9 +308,11 @@ pub(super) fn select(
         return Err(Error::data(file.path(), None, message));
     }
     let values = file.read_f32(name)?;
+    let place = |p: usize| p / padded.cols * cols + before + p % padded.cols;
     Ok(places
         .iter()
-        .flat_map(|&p| values[p * width..(p + 1) * width].iter().copied())
+        .map(|&p| place(p))
+        .flat_map(|p| values[p * width..(p + 1) * width].iter().copied())
         .collect())
 }
 

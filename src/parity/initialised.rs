@@ -48,7 +48,7 @@ impl<'a> Initialised<'a> {
         let method = self.method(self.config.init_lora_weights)?;
         let start = method.start_of(&directory)?;
         let method = match start {
-            Some(start) => method.starting_from(start),
+            Some(start) => method.starting_from(start)?,
             None => method,
         };
         self.model(&method, Some(&directory))

@@ -8,11 +8,13 @@ mod adapter;
 mod allocation;
 mod arch;
 mod case;
+mod combined;
 mod compare;
 mod complete;
 mod cpu_kernel;
 mod initialised;
 mod padded;
+mod prompt;
 mod quantised;
 mod schedule;
 mod sft;
@@ -76,6 +78,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "causal_lm" => arch::compare(case),
         "adapter" => adapter::compare(case),
         "adalora allocation" => allocation::compare(case),
+        "multi-adapter" => combined::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
         "HF bitsandbytes checkpoint" => quantised::compare(case),
@@ -86,7 +89,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, \
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, multi-adapter, \
                  training trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),

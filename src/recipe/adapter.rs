@@ -1,5 +1,7 @@
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
-use ferrotune_core::config::{InitLoraWeights as Init, LoraBias as Bias, Names, TrainConfig};
+use ferrotune_core::config::{
+    InitLoraWeights as Init, LoraArguments, LoraBias as Bias, Names, TrainConfig,
+};
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
@@ -43,7 +45,7 @@ pub(super) fn adapter_from(
         None => {
             let adapter = lora(config, base, decoder)?;
             Box::new(match start {
-                Some(start) => adapter.starting_from(start),
+                Some(start) => adapter.starting_from(start)?,
                 None => adapter,
             })
         }
@@ -148,6 +150,20 @@ pub(super) struct Attached {
     pub(super) notes: Vec<String>,
 }
 
+impl Attached {
+    /// Virtual tokens before each document.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        let prompt = self
+            .attachments
+            .iter()
+            .find_map(|(_, attachment)| match attachment {
+                Attachment::Prompt(prompt) => Some(prompt.tokens),
+                _ => None,
+            });
+        prompt.unwrap_or(0)
+    }
+}
+
 /// A rank above the smaller dimension of a weight is legal, and for nothing.
 fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<String> {
     let too_high: Vec<(&Site, usize)> = attachments
@@ -214,7 +230,14 @@ const PEFT_CONFIG: &str = "peft_config";
 
 /// Refuses keys of LoRA beside the configuration of another method, where they would do nothing.
 fn require_no_lora_keys(config: &TrainConfig) -> Result<()> {
-    let others = ["init_lora_weights", "use_dora", "use_rslora"];
+    let others = [
+        "corda_config",
+        "eva_config",
+        "init_lora_weights",
+        "loftq_config",
+        "use_dora",
+        "use_rslora",
+    ];
     // The task is no property of LoRA.
     let of_lora = |name: &str| {
         name.starts_with("lora_") && name != "lora_task_type" || others.contains(&name)
@@ -254,7 +277,27 @@ fn in_peft_config(config: &TrainConfig, error: Error) -> Error {
     Error::config(format!("{PEFT_CONFIG}.{key}"), message)
 }
 
+/// Refuses an odd rank for a start that halves it.
+fn require_even_ranks(config: &TrainConfig) -> Result<()> {
+    let lora = &config.lora;
+    let ranks = std::iter::once(&lora.lora_r).chain(lora.lora_rank_pattern.values());
+    let odd = ranks.copied().find(|rank| !rank.is_multiple_of(2));
+    match (&lora.init_lora_weights, odd) {
+        (Init::Method(name), Some(rank)) if name == "orthogonal" => {
+            let message = format!(
+                "`{name}` needs even ranks, and {rank} is odd; take {}",
+                rank + 1
+            );
+            let key = "init_lora_weights";
+            let origin = config.origin(key).map(|origin| format!(" ({origin})"));
+            Err(Error::config(key, message + &origin.unwrap_or_default()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
+    require_even_ranks(config)?;
     let lora = &config.lora;
     let layers = &lora.lora_layers_to_transform;
     Ok(LoraConfig {
@@ -269,8 +312,7 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         rank_pattern: lora.lora_rank_pattern.0.clone(),
         alpha_pattern: lora.lora_alpha_pattern.0.clone(),
         layers_pattern: lora.lora_layers_pattern.clone(),
-        init_lora_weights: init(&lora.init_lora_weights)
-            .map_err(|error| in_trl_names(config, error))?,
+        init_lora_weights: init(lora).map_err(|error| in_trl_names(config, error))?,
         bias: bias(lora.lora_bias),
         lora_bias: lora.lora_b_bias,
         modules_to_save: lora.lora_modules_to_save.clone(),
@@ -321,11 +363,23 @@ fn excludes(names: &Names) -> ExcludeModules {
     }
 }
 
-fn init(init: &Init) -> Result<InitLoraWeights> {
-    match init {
-        Init::Default => Ok(InitLoraWeights::Kaiming),
-        Init::Random => Ok(InitLoraWeights::Random),
+/// The start, as its key and the one that says more of it have it.
+fn init(lora: &LoraArguments) -> Result<InitLoraWeights> {
+    let mut init = match &lora.init_lora_weights {
+        Init::Default => InitLoraWeights::Kaiming,
+        Init::Random => InitLoraWeights::Random,
         Init::Method(name) => InitLoraWeights::from_name(name)
-            .map_err(|fault| Error::config("init_lora_weights", fault)),
+            .map_err(|fault| Error::config("init_lora_weights", fault))?,
+    };
+    for (key, settings) in [
+        ("corda_config", &lora.corda_config),
+        ("eva_config", &lora.eva_config),
+        ("loftq_config", &lora.loftq_config),
+        ("lora_ga_config", &lora.lora_ga_config),
+    ] {
+        if let Some(settings) = settings {
+            init = init.configured(key, &settings.clone().into_iter().collect())?;
+        }
     }
+    Ok(init)
 }

@@ -174,13 +174,19 @@ fn options(config: &TrainConfig, packing: bool) -> PrepareOptions {
 pub(super) fn check_fits_context(
     config: &TrainConfig,
     dataset: &Dataset,
+    prompt_tokens: usize,
     decoder: &DecoderConfig,
     base: &Path,
 ) -> Result<()> {
     let (longest, context) = (dataset.report.longest, decoder.max_position_embeddings);
-    if longest <= context {
+    if longest + prompt_tokens <= context {
         return Ok(());
     }
+    let prompt = match prompt_tokens {
+        0 => String::new(),
+        tokens => format!(" behind {tokens} virtual ones"),
+    };
+    let fits = context.saturating_sub(prompt_tokens);
     let max_length = config
         .data
         .max_length
@@ -188,8 +194,8 @@ pub(super) fn check_fits_context(
     Err(Error::config(
         "max_length",
         format!(
-            "is {max_length}, and the longest row has {longest} tokens, but the context of {} is {context} \
-             (max_position_embeddings); set max_length: {context} or scale the model's rope",
+            "is {max_length}, and the longest row has {longest} tokens{prompt}, but the context of {} is {context} \
+             (max_position_embeddings); set max_length: {fits} or scale the model's rope",
             base.display()
         ),
     ))

@@ -243,6 +243,7 @@ impl Rows {
         let powers = (0..usize::BITS).map(|bits| 1 << bits);
         Workload {
             tokens,
+            documents: config.data.per_device_train_batch_size,
             label_rows: powers.take_while(|rows| *rows <= tokens).collect(),
             mean_length: self.mean_length,
             sizes: Vec::new(),

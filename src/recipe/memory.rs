@@ -39,7 +39,7 @@ pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
 /// Bytes a run needs at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// Frozen weights, or the base's copy of trained ones.
+    /// Frozen weights.
     pub(super) weights: u64,
     /// Trained values with gradients and moments.
     pub(super) trained: u64,
@@ -100,7 +100,7 @@ impl<'a> Base<'a> {
         attached: &Attached,
         workload: Option<&Workload>,
     ) -> Needs {
-        let [weights, trained] = self.fixed_bytes(config, attached.trainable);
+        let [weights, trained] = self.fixed_bytes(config, attached);
         let activations = workload.map_or(0, |workload| {
             let step = self.step(config, attached, workload);
             let plan = forced(config, &step).unwrap_or_else(|| step.smallest());
@@ -114,14 +114,16 @@ impl<'a> Base<'a> {
     }
 
     /// Bytes of the weights, and of the trained values with gradients and moments.
-    pub(super) fn fixed_bytes(&self, config: &TrainConfig, trainable: usize) -> [u64; 2] {
+    pub(super) fn fixed_bytes(&self, config: &TrainConfig, attached: &Attached) -> [u64; 2] {
         let format = weight_format(config, self.files, self.device);
-        let weights = format.bytes(&ModelPlan::new(self.decoder), self.files);
+        let plan = ModelPlan::new(self.decoder);
+        let weights = format.bytes(&plan, &attached.attachments, self.files);
+        let trainable = attached.trainable as u64;
         // Products of a GPU in bf16 read a rounded copy.
         let activations = activation_dtype(config, format.dtype, self.device);
         let rounded = self.device.is_cuda() && activations == DType::Bf16;
         let bytes = TRAINED_BYTES + if rounded { ROUNDED_BYTES } else { 0 };
-        [weights, (trainable as u64).saturating_mul(bytes)]
+        [weights, trainable.saturating_mul(bytes)]
     }
 }
 

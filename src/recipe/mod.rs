@@ -162,7 +162,7 @@ impl Recipe {
         let (dataset, held_out) = training(&config, &tokenizer)?;
         let eval_dataset = data::evaluation(&config, &tokenizer, held_out)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
-            data::check_fits_context(&config, rows, &decoder, &base)?;
+            data::check_fits_context(&config, rows, attached.prompt_tokens(), &decoder, &base)?;
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
         }
         let epochs = EpochData::new(&config, &dataset, decoder.hidden_size, place);
@@ -173,6 +173,7 @@ impl Recipe {
             &decoder,
         )?;
         let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref())?;
+        let workload = workload.behind_prompt(attached.prompt_tokens());
         let weights = weight_format(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset)?;
         let mut recipe = Self {
@@ -402,14 +403,23 @@ impl Recipe {
     ) -> Result<Trainer> {
         let start = start::agree(self, group.as_mut(), from)?;
         let adapter = self.adapter_from(start)?;
-        let random = RandomWeights {
-            seed: self.config.runtime.seed,
-        };
-        let source: &dyn WeightSource = match &self.files {
-            Some(files) => files,
-            None => &random,
-        };
+        let random = self.random_weights();
+        let source = self.source(&random);
         Trainer::new(&self.decoder, source, adapter, group, self.options())
+    }
+
+    /// What the base is where there are no files of it.
+    fn random_weights(&self) -> RandomWeights {
+        RandomWeights {
+            seed: self.config.runtime.seed,
+        }
+    }
+
+    fn source<'a>(&'a self, random: &'a RandomWeights) -> &'a dyn WeightSource {
+        match &self.files {
+            Some(files) => files,
+            None => random,
+        }
     }
 
     fn options(&self) -> TrainerOptions {
@@ -475,7 +485,7 @@ impl Recipe {
         RunStarted {
             model: self.base.display().to_string(),
             method: trainer.adapter().describe(),
-            trainable_parameters: self.trainable as u64,
+            trainable_parameters: trainer.params().layout().trainable() as u64,
             total_parameters: self.total_parameters() as u64,
             examples: self.dataset.examples.len() as u64,
             num_train_epochs: self.plan.total_steps as f64

@@ -1,14 +1,18 @@
 //! What an update starts from, where that is more than a seed says: the same on every rank.
 
-use super::Recipe;
 use super::adapter::lora;
+use super::{EpochData, Recipe};
 use ferrotune_core::config::TrainConfig;
+use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{DecoderConfig, Mode, Model, ModelPlan, Pass};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
-use ferrotune_core::process_group::ProcessGroup;
+use ferrotune_core::process_group::{Place, ProcessGroup};
+use ferrotune_core::trainer::StepData;
 use ferrotune_core::{Error, Result};
-use ferrotune_lora::Start;
+use ferrotune_kernels::Workspace;
+use ferrotune_kernels::linear_cross_entropy::Accumulator;
+use ferrotune_lora::{LoraAdapter, Start};
 use std::path::Path;
 
 /// Names and shapes of the factors of a start.
@@ -49,11 +53,105 @@ pub(super) fn agree(
         return Ok(None);
     }
     let adapter = lora(&recipe.config, &recipe.base, &recipe.decoder)?;
-    if !adapter.config().init_lora_weights.changes_base() {
+    let init = adapter.config().init_lora_weights;
+    if !init.subtracts() && !init.needs_data() {
         return Ok(None);
     }
     let start = from.map(|directory| adapter.start_of(directory));
-    share(group, start.transpose()?.flatten())
+    let start = share(group, start.transpose()?.flatten())?;
+    if start.is_some() || !init.needs_data() {
+        return Ok(start);
+    }
+    // Every rank looks at the same micro-batches, those of the run on one rank, and rank 0's word holds.
+    let seen = observe(recipe, &adapter)?;
+    share(group, seen)
+}
+
+/// Takes the base over the first micro-batches of the run, for a start that follows from data.
+fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
+    let Some(mut seen) = adapter.observation(&ModelPlan::new(&recipe.decoder))? else {
+        return Ok(None);
+    };
+    require_room(recipe, adapter, seen.bytes())?;
+    let options = recipe.options();
+    let layout = ParamLayoutBuilder::new().build()?;
+    let mut params = FlatBuffer::zeros_on(&layout, &options.device);
+    let mut grads = FlatBuffer::zeros_on(&layout, &options.device);
+    let (random, decoder) = (recipe.random_weights(), &recipe.decoder);
+    let source = recipe.source(&random);
+    let mut model = Model::load(
+        decoder,
+        seen.attachments(),
+        source,
+        &mut params,
+        options.weights,
+    )?;
+    model.set_keep(&options.keep);
+    let workspace = Workspace::on(options.device.clone(), 0);
+    let pass = Pass {
+        workspace: &workspace,
+        dtype: options.activation_dtype,
+        mode: Mode::Eval,
+    };
+    let mut sums = Accumulator::new(&options.device);
+    let most = recipe.config.lora.lora_init_batches;
+    let (mut count, mut enough) = (0, false);
+    for batch in batches(recipe).take(most) {
+        let batch = batch?;
+        seen.begin(&batch);
+        if seen.needs_gradients() {
+            model.loss_and_gradients(pass, &params, &mut grads, &batch, &mut sums)?;
+        } else {
+            model.loss(pass, &params, &batch)?;
+        }
+        (count, enough) = (count + 1, seen.end());
+        if enough {
+            break;
+        }
+    }
+    let name = adapter.config().init_lora_weights.name();
+    if name == "eva" && !enough {
+        tracing::warn!(
+            "eva: {} of the inputs' directions have settled after {count} micro-batches; the others are as they are \
+             then. lora_init_batches: {} looks at more",
+            seen.settled(),
+            2 * most
+        );
+    }
+    tracing::info!("{name}: the update starts from {count} micro-batches");
+    seen.start(&model).map(Some)
+}
+
+/// The micro-batches of all ranks, as one rank alone would have them.
+fn batches(recipe: &Recipe) -> impl Iterator<Item = Result<PackedBatch>> {
+    let mut config = recipe.config.clone();
+    config.optimizer.gradient_accumulation_steps *= recipe.place.world_size;
+    let width = recipe.decoder.hidden_size;
+    let mut data = EpochData::new(&config, &recipe.dataset, width, Place::SOLO);
+    (0..).flat_map(move |step| match data.step(step) {
+        Ok(batches) => batches.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    })
+}
+
+/// Refuses to gather more than there is room for beside the weights.
+fn require_room(recipe: &Recipe, adapter: &LoraAdapter, gathered: u64) -> Result<()> {
+    let plan = ModelPlan::new(&recipe.decoder);
+    let weights = recipe.weights.bytes(&plan, &[], recipe.files.as_ref());
+    let available = recipe.available_memory;
+    if weights.saturating_add(gathered) <= available {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let message = format!(
+        "`init_lora_weights: {}` gathers {:.2} GiB beside weights of {:.2} GiB, and {:.2} GiB are there; take fewer \
+         lora_target_modules, or a start that holds less, such as eva or pissa_niter_16",
+        adapter.config().init_lora_weights.name(),
+        gib(gathered),
+        gib(weights),
+        gib(available)
+    );
+    Err(Error::Memory { message })
 }
 
 /// Rank 0's, on every rank.

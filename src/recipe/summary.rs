@@ -1,7 +1,7 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
-use super::Recipe;
 use super::memory::Base;
+use super::{Recipe, adapter};
 use ferrotune_core::Result;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, Keep};
@@ -24,7 +24,8 @@ impl Summary {
         let (config, plan, report) = (&recipe.config, &recipe.plan, &recipe.dataset.report);
         let parameters = recipe.total_parameters();
         let share = 100.0 * recipe.trainable as f64 / parameters as f64;
-        let [weights, trained] = Base::of(recipe).fixed_bytes(&recipe.config, recipe.trainable);
+        let attached = adapter::attach(&recipe.config, &recipe.base, &recipe.decoder)?;
+        let [weights, trained] = Base::of(recipe).fixed_bytes(&recipe.config, &attached);
         let activations = &recipe.activations;
         let step = activations.bytes;
         // Values and two moments, f32 each.

@@ -165,6 +165,7 @@ fn faults_of_the_adapter_are_told_in_the_names_of_the_file() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of faults")]
 fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
     check(&[
         fault(
@@ -197,6 +198,78 @@ fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
                 "`lora_layers_pattern`",
                 "only used with `lora_layers_to_transform`",
             ],
+        ),
+        fault(
+            "a pattern that stands before no layer",
+            json!({"lora_layers_to_transform": [0], "lora_layers_pattern": "block"}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_layers_pattern`", "`block`", "here `layers` does"],
+        ),
+        fault(
+            "a regular expression that matches nothing",
+            json!({"lora_target_modules": ".*q_prjo"}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_target_modules`",
+                "`.*q_prjo`",
+                "did you mean `q_proj`",
+            ],
+        ),
+        fault(
+            "a rank of 0 in a pattern, which only one of two keys says",
+            json!({"lora_rank_pattern": {"q_proj": 0}}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_rank_pattern`", "\"q_proj\":0", "1 or more"],
+        ),
+        fault(
+            "a start that halves an odd rank",
+            json!({"init_lora_weights": "orthogonal", "lora_rank_pattern": {"q_proj": 3}}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`init_lora_weights`",
+                "`orthogonal`",
+                "3 is odd",
+                "take 4",
+                "out.yaml:",
+            ],
+        ),
+        fault(
+            "a stack of layers that are not there",
+            json!({"lora_layer_replication": [[0, 2], [1, 9]]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_layer_replication`",
+                "[1, 9]",
+                "this base has 2",
+                "[1, 2]",
+                "out.yaml:",
+            ],
+        ),
+        fault(
+            "a stack that is no list of ranges",
+            json!({"lora_layer_replication": [[0, 1, 2]]}),
+            untouched,
+            BAD_CONFIG,
+            &["lora_layer_replication", "[[0,1,2]]", "[start, end]"],
+        ),
+        fault(
+            "biases of layers that share them",
+            json!({"lora_layer_replication": [[0, 2], [0, 2]], "lora_bias": "all"}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_bias`", "all", "`lora_layer_replication`", "none"],
+        ),
+        fault(
+            "rows of a table that is adapted, as PEFT has none",
+            json!({"lora_trainable_token_indices": [5], "lora_target_modules": ["embed_tokens"]}),
+            untouched,
+            BAD_CONFIG,
+            &["`lora_trainable_token_indices`", "`model.embed_tokens`"],
         ),
         fault(
             "a module to save that is none",

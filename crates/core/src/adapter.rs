@@ -1,8 +1,10 @@
 //! The port that PEFT methods implement: where they attach and what they do there.
 
 mod merge;
+mod prompt;
 mod update;
 
+pub use prompt::{Prompt, PromptOf};
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
 
 use crate::Result;
@@ -27,6 +29,15 @@ pub enum SiteKind {
     Norm,
 }
 
+/// Heads of the keys, and as many of the values, of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyHeads {
+    /// How many.
+    pub heads: usize,
+    /// Columns of one.
+    pub head_dim: usize,
+}
+
 /// A site, known before any weight is read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
@@ -48,6 +59,8 @@ pub struct Site {
     /// Whether files hold the weight as `[in_features, out_features]`, as GPT-2's do. In memory, and to
     /// adapters, it is `[out_features, in_features]` like all others.
     pub stored_transposed: bool,
+    /// The heads of attention's keys, where it is the linear that makes them.
+    pub keys: Option<KeyHeads>,
     /// Decoder layer, if it is in one.
     pub layer: Option<usize>,
     /// Whether it is the output head (PEFT's `all-linear` leaves that one out).
@@ -96,6 +109,8 @@ pub enum Attachment {
     },
     /// The base's weight as it is, on a head tied to an embedding that is trained.
     KeepBase,
+    /// Rows before every document, at the embedding.
+    Prompt(Prompt),
     /// Anything else on a linear, with its own forward and backward.
     Custom(Box<dyn CustomLinear>),
 }
@@ -116,7 +131,7 @@ pub struct LowRank {
     pub dropout: f32,
     /// DoRA's m, `[out_features]`: row i of W + scale * B A is brought to the norm m\[i\].
     pub magnitude: Option<ParamId>,
-    /// b, `[out_features]`, on a linear inside the layers.
+    /// b, `[out_features]`, on a linear or the head.
     pub bias: Option<ParamId>,
 }
 
@@ -131,10 +146,38 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if no frozen linear stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
+    /// Rows of the embedding; 0 where it is not at hand.
+    fn vocabulary(&self) -> usize {
+        0
+    }
+
+    /// The rows of `tokens` as the embedding gives them, `[tokens, hidden]`, f32 in host memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if a token lies outside the vocabulary, or the embedding is not at hand.
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let _ = tokens;
+        Err(crate::Error::config(
+            "peft_type",
+            "the embedding is not at hand",
+        ))
+    }
+
     /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
     fn is_quantised(&self, site: SiteId) -> bool {
         let _ = site;
         false
+    }
+
+    /// W as the files of a base have it that is held as codes of it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if they have codes too, or are not at hand.
+    fn original(&self, site: SiteId) -> Result<Tensor> {
+        let _ = site;
+        let message =
+            "needs the weights that the quantised base was made of, and there are none at hand";
+        Err(crate::Error::config("init_lora_weights", message))
     }
 
     /// Replaces W, rounded or quantised to what the base is held in.
@@ -211,12 +254,19 @@ pub trait Adapter: Debug + Send + Sync {
         &[]
     }
 
-    /// A term of the objective beside the mean loss over the data: returns it, and adds `weight` times its
-    /// gradient to `grads`.
+    /// Has the last word on the gradient of a step, once it is summed over all micro-batches and ranks.
+    ///
+    /// A term of the objective beside the mean loss over the data is returned, and `weight` times its gradient
+    /// added to `grads`. The gradient of values that the method makes of its parameters is turned into theirs.
     ///
     /// # Errors
     /// If a value cannot be computed.
-    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+    fn complete_gradients(
+        &self,
+        params: &FlatBuffer,
+        weight: f32,
+        grads: &mut FlatBuffer,
+    ) -> Result<f64> {
         let _ = (params, weight, grads);
         Ok(0.0)
     }

@@ -101,8 +101,13 @@ impl Weights {
             ));
         }
         let file = SafetensorsFile::open(&path).map_err(as_adapter)?;
+        Ok(Self::of(path, file))
+    }
+
+    /// The tensors of another file of an adapter.
+    pub(crate) fn of(path: PathBuf, file: SafetensorsFile) -> Self {
         let parts = BTreeMap::new();
-        Ok(Self { path, file, parts })
+        Self { path, file, parts }
     }
 
     /// The same, of which the tensors in `parts` are read with zeros for what is not there.

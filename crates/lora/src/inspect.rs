@@ -1,6 +1,6 @@
 //! What an adapter's files say, and how two adapters differ, without their base.
 
-mod read;
+pub(crate) mod read;
 mod spectrum;
 #[cfg(test)]
 mod tests;
@@ -44,6 +44,9 @@ pub struct UpdateFacts {
     pub norm: f64,
     /// Number of directions that it really uses, from 0 for no update to the rank.
     pub effective_rank: f64,
+    /// The smallest and the largest of DoRA's trained row norms, where there are such: the weight's change
+    /// is then another than the update, and depends on the base.
+    pub magnitudes: Option<[f64; 2]>,
     /// Values of A and B that are NaN or infinite.
     pub not_finite: usize,
 }
@@ -95,6 +98,7 @@ pub fn adapter(directory: &Path) -> Result<AdapterFacts> {
             scale: *scale,
             norm: f64::from(scale.abs()) * square.sqrt(),
             effective_rank: effective_rank(&values),
+            magnitudes: adapter.magnitudes(module),
             not_finite: bad(a) + bad(b),
         }
     });

@@ -23,6 +23,7 @@
 //!     out_features: 64,
 //!     bias: false,
 //!     stored_transposed: false,
+//!     keys: None,
 //!     layer: Some(0),
 //!     output_head: false,
 //!     tied_to: None,
@@ -48,6 +49,7 @@
 #![warn(clippy::print_stdout)]
 
 mod base_copies;
+mod combine;
 mod files;
 pub mod inspect;
 pub mod lora;
@@ -57,13 +59,20 @@ mod method;
 mod methods;
 mod modules;
 mod parts;
+mod prompt;
 mod registry;
 pub mod target;
 #[cfg(test)]
 mod testing;
 
 pub use base_copies::check as check_base_copies;
-pub use lora::{InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, Start, TokenIndices};
+pub use combine::{
+    Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
+};
+pub use lora::{
+    CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraAdapter, LoraBias,
+    LoraConfig, LoraGaConfig, Observation, Scale, Start, TokenIndices,
+};
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};

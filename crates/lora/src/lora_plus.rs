@@ -68,8 +68,13 @@ impl Adapter for LoraPlus {
         self.method.state()
     }
 
-    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
-        self.method.regularise(params, weight, grads)
+    fn complete_gradients(
+        &self,
+        params: &FlatBuffer,
+        weight: f32,
+        grads: &mut FlatBuffer,
+    ) -> Result<f64> {
+        self.method.complete_gradients(params, weight, grads)
     }
 
     fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {

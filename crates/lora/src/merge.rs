@@ -65,6 +65,8 @@ pub struct MergedTensor {
     pub name: String,
     /// ‖delta‖ (Frobenius), delta = W' - W before rounding: scale * B A for an update.
     pub delta_norm: f64,
+    /// ‖W‖, what delta is a change of.
+    pub base_norm: f64,
     /// ‖(W' - W) - delta‖ / ‖delta‖: what rounding to the output dtype lost of the update. 0 if
     /// delta is 0.
     pub relative_error: f64,
@@ -89,6 +91,31 @@ impl MergeReport {
             .iter()
             .max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))
     }
+}
+
+/// What merging the adapter in `adapter_directory` into the checkpoint in `base_directory` would change of
+/// each tensor, by name. Nothing is written.
+///
+/// # Errors
+/// As [`merge`], but for those about the output.
+pub fn changes(base_directory: &Path, adapter_directory: &Path) -> Result<Vec<MergedTensor>> {
+    let (base, _, plan) = planned(base_directory, adapter_directory)?;
+    let mut tensors = Vec::new();
+    for file in base.shards() {
+        tensors.extend(shards::changes_of_file(file, &plan)?);
+    }
+    tensors.sort_by(|a: &MergedTensor, b| a.name.cmp(&b.name));
+    Ok(tensors)
+}
+
+/// Base, its config, and what becomes of it, all checked.
+fn planned(base: &Path, adapter: &Path) -> Result<(ModelFiles, output::BaseConfig, plan::Plan)> {
+    let base_config = output::BaseConfig::read(base)?;
+    let base = ModelFiles::open(base)?;
+    base_config.require_dense()?;
+    base_config.require_matching(&base)?;
+    let plan = plan::plan(&base, &base_config, adapter)?;
+    Ok((base, base_config, plan))
 }
 
 /// Merges the adapter in `adapter_directory` into the checkpoint in `base_directory`.
@@ -116,12 +143,7 @@ pub fn merge(
         &[base_directory, adapter_directory],
         options.output,
     )?;
-    let base_config = output::BaseConfig::read(base_directory)?;
-    let base = ModelFiles::open(base_directory)?;
-    base_config.require_dense()?;
-    base_config.require_matching(&base)?;
-    let plan = plan::plan(&base, &base_config, adapter_directory)?;
-
+    let (base, base_config, plan) = planned(base_directory, adapter_directory)?;
     let staged = StagedDir::create(output_directory)?;
     let mut report = MergeReport::default();
     let mut weight_map = BTreeMap::new();

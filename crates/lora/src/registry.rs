@@ -29,11 +29,8 @@ const NOT_SUPPORTED: &[&str] = &[
     "OSF",
     "PEANUT",
     "POLY",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
     "PSOFT",
     "PVERA",
-    "P_TUNING",
     "SHIRA",
     "SUPERTUNING",
     "TINYLORA",
@@ -152,7 +149,7 @@ impl PeftConfig {
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         match self {
             Self::Lora(config) => config.base_model_name_or_path.as_deref(),
-            Self::Other(config) => config.0.common().base_model_name_or_path.as_deref(),
+            Self::Other(config) => config.0.base_model_name_or_path(),
             Self::Parts(config) => config.base_model_name_or_path(),
         }
     }
@@ -186,7 +183,7 @@ pub(crate) fn lora_of(
 ) -> Result<LoraAdapter> {
     let adapter = LoraAdapter::new(config, model_type)?;
     Ok(match adapter.start_of(directory)? {
-        Some(start) => adapter.starting_from(start),
+        Some(start) => adapter.starting_from(start)?,
         None => adapter,
     })
 }

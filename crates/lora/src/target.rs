@@ -104,6 +104,16 @@ impl RankAndAlpha<'_> {
         Ok(alphas.value(name)?.unwrap_or(self.alpha))
     }
 
+    /// Rank and alpha of one module.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn of(&self, name: &str) -> Result<(usize, f64)> {
+        let ranks = Patterns::compile("rank_pattern", self.rank_pattern)?;
+        let rank = ranks.value(name)?.unwrap_or(self.rank);
+        Ok((rank, self.alpha_of(name)?))
+    }
+
     /// Rank and alpha of each of `names`, in their order.
     ///
     /// # Errors
@@ -172,7 +182,7 @@ pub fn select<'a>(sites: &'a [Site], selection: &Selection<'_>) -> Result<Vec<&'
         selected.push(site);
     }
     if let Some(layers) = &layers {
-        layers.require_all_exist(&targeted_layers)?;
+        layers.require_all_exist(&targeted_layers, sites)?;
     }
     if selected.is_empty() {
         return Err(nothing_selected(selection.target_modules, sites));
@@ -327,11 +337,22 @@ fn unmatched_regex(key: &'static str, source: &str, sites: &[Site]) -> Error {
     } else {
         format!("; to name modules by the end of their path, write a list: [\"{source}\"]")
     };
+    // What stands in it as it is, such as the name of a module.
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let words = source.split(|c| !is_name(c));
+    let word = words.max_by_key(|word| word.len()).unwrap_or_default();
+    let names = || sites.iter().map(|site| site.name.as_str());
     Error::config(
         key,
         format!(
-            "the regular expression `{source}` matches no module's whole path (such as `{}`){hint}",
-            sites.first().map_or("", |site| site.name.as_str())
+            "the regular expression `{source}` matches no module's whole path (such as `{}`){}{hint}; {}",
+            sites
+                .iter()
+                .find(|s| s.layer.is_some())
+                .or(sites.first())
+                .map_or("", |s| &s.name),
+            nearest_end(word, names()),
+            known_names(sites),
         ),
     )
 }
@@ -369,13 +390,13 @@ fn last_segments(name: &str, count: usize) -> &str {
 }
 
 fn known_names(sites: &[Site]) -> String {
-    let ends: BTreeSet<&str> = sites
-        .iter()
-        .filter(|site| site.kind == SiteKind::Linear)
-        .map(|site| last_segments(&site.name, 1))
-        .collect();
-    format!(
-        "linear layers of this model: {}",
-        ends.into_iter().collect::<Vec<_>>().join(", ")
-    )
+    let linears = sites.iter().filter(|site| site.kind == SiteKind::Linear);
+    let names = last_names(linears.map(|site| site.name.as_str()));
+    format!("linear layers of this model: {names}")
+}
+
+/// The last segments of paths, each once.
+fn last_names<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let ends: BTreeSet<&str> = names.map(|name| last_segments(name, 1)).collect();
+    ends.into_iter().collect::<Vec<_>>().join(", ")
 }

@@ -23,6 +23,7 @@ fn site(id: usize, name: &str, kind: SiteKind, shape: [usize; 2]) -> Site {
         out_features: shape[0],
         bias: false,
         stored_transposed: false,
+        keys: None,
         layer: name
             .split('.')
             .nth(2)

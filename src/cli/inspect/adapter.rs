@@ -4,12 +4,16 @@ use super::super::{Outcome, print_line, print_note};
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::hub;
 use ferrotune::lora::inspect::{self, AdapterDifference, AdapterFacts};
+use ferrotune::lora::merge::{self, MergedTensor};
 use serde_json::json;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct AdapterArgs {
     /// Directory of the adapter, or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
     directory: String,
+    /// Its base, a directory or a name on the hub: shows how much each weight changes, by any method
+    #[arg(long)]
+    base: Option<String>,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -27,11 +31,26 @@ pub(super) struct DiffArgs {
 }
 
 pub(super) fn run(args: &AdapterArgs) -> Outcome {
-    let facts = inspect::adapter(&hub::adapter(&args.directory, "directory")?)?;
+    let directory = hub::adapter(&args.directory, "directory")?;
+    let facts = inspect::adapter(&directory)?;
+    let base = args
+        .base
+        .as_ref()
+        .map(|base| hub::model(base, None, "base"));
+    let base = base.transpose()?;
+    let changes = base.map(|base| merge::changes(&base, &directory));
+    let changes = changes.transpose()?;
     if args.json {
-        print_line(adapter_json(&facts))?;
-    } else {
-        print_adapter(&facts)?;
+        print_line(adapter_json(&facts, changes.as_deref()))?;
+        return Ok(ExitCode::Done);
+    }
+    print_adapter(&facts)?;
+    match &changes {
+        Some(changes) => print_changes(changes)?,
+        None if facts.updates.is_empty() => {
+            print_note("--base DIRECTORY shows how much each weight of the base changes");
+        }
+        None => {}
     }
     Ok(ExitCode::Done)
 }
@@ -59,11 +78,33 @@ pub(super) fn diff(args: &DiffArgs) -> Outcome {
     Ok(ExitCode::Done)
 }
 
-fn adapter_json(facts: &AdapterFacts) -> serde_json::Value {
+/// How much each tensor of the base changes.
+fn print_changes(changes: &[MergedTensor]) -> Result<()> {
+    let width = changes.iter().map(|c| c.name.len()).max().unwrap_or(0);
+    print_line(format_args!(
+        "\n{:width$}  {:>10}  of its norm",
+        "weight", "change"
+    ))?;
+    for MergedTensor {
+        name,
+        delta_norm,
+        base_norm,
+        ..
+    } in changes
+    {
+        let share = 100.0 * delta_norm / base_norm.max(f64::MIN_POSITIVE);
+        print_line(format_args!(
+            "{name:width$}  {delta_norm:>10.4e}  {share:>9.3} %"
+        ))?;
+    }
+    Ok(())
+}
+
+fn adapter_json(facts: &AdapterFacts, changes: Option<&[MergedTensor]>) -> serde_json::Value {
     let updates = facts.updates.iter().map(|u| {
         json!({
             "module": u.module, "rank": u.rank, "shape": u.shape, "scale": u.scale, "norm": u.norm,
-            "effective_rank": u.effective_rank, "not_finite": u.not_finite,
+            "effective_rank": u.effective_rank, "magnitudes": u.magnitudes, "not_finite": u.not_finite,
         })
     });
     let tensors = facts.tensors.iter().map(
@@ -76,6 +117,12 @@ fn adapter_json(facts: &AdapterFacts) -> serde_json::Value {
         "bytes": facts.bytes,
         "updates": updates.collect::<Vec<_>>(),
         "tensors": tensors.collect::<Vec<_>>(),
+        "changes": changes.map(|changes| {
+            let each = changes.iter().map(|c| {
+                json!({"name": c.name, "norm": c.delta_norm, "base_norm": c.base_norm})
+            });
+            each.collect::<Vec<_>>()
+        }),
     })
 }
 
@@ -107,6 +154,12 @@ fn print_adapter(facts: &AdapterFacts) -> Result<()> {
             "{:width$}  {shape:>13}  {:>4}  {:>9.2}  {:>8.4}  {:>10.4e}",
             u.module, u.rank, u.effective_rank, u.scale, u.norm
         ))?;
+        if let Some([low, high]) = u.magnitudes {
+            print_line(format_args!(
+                "{:width$}  row norms {low:.4} to {high:.4}",
+                ""
+            ))?;
+        }
     }
     if !facts.tensors.is_empty() {
         print_line(format_args!(

@@ -3,7 +3,7 @@
 use super::super::{Outcome, print_line};
 use ferrotune::core::adapter::{Adapter, Site, SiteKind};
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, ModelPlan};
+use ferrotune::core::model::{DecoderConfig, ModelPlan, WeightSource, expected_tensors};
 use ferrotune::core::params::ParamLayoutBuilder;
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::hub;
@@ -47,7 +47,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let directory = hub::model(&args.directory, None, "directory")?;
     let decoder = DecoderConfig::open(&directory)?;
     let files = ModelFiles::open(&directory)?;
-    let sites = ModelPlan::new(&decoder).sites;
+    let plan = ModelPlan::new(&decoder);
+    files.check(&expected_tensors(&plan))?;
+    let sites = plan.sites;
     let choices = choices(args, &decoder.model_type, &sites)?;
     let mut dtypes: BTreeMap<String, usize> = BTreeMap::new();
     for name in files.names() {

@@ -26,6 +26,7 @@ pub(in crate::recipe) fn workload(
     let tokens: usize = epochs.examples.lengths().sum();
     Ok(Workload {
         tokens: sizes.tokens,
+        documents: sizes.documents,
         label_rows: sizes.label_rows,
         mean_length: tokens as f64 / epochs.examples.len().max(1) as f64,
         sizes: training,
@@ -52,6 +53,7 @@ fn sum<'a>(sizes: impl Iterator<Item = &'a BatchSize>) -> BatchSize {
 #[derive(Debug, Default)]
 struct Sizes {
     tokens: usize,
+    documents: usize,
     /// Rounded up to powers of two.
     label_rows: BTreeSet<usize>,
     /// By padded tokens and label rows.
@@ -61,6 +63,7 @@ struct Sizes {
 impl Sizes {
     fn add(&mut self, size: BatchSize) {
         self.tokens = self.tokens.max(size.tokens);
+        self.documents = self.documents.max(size.documents);
         if size.label_rows > 0 {
             self.label_rows.insert(size.label_rows.next_power_of_two());
         }

@@ -25,6 +25,10 @@ impl Attachment {
             }
             Self::Weight(method) => method.apply(params, weight),
             Self::Custom(method) => method.merge(params, weight, bias),
+            Self::Prompt(_) => {
+                let message = "a prompt stands before the text and is no part of a weight; it cannot be merged";
+                Err(Error::config("peft_type", message))
+            }
             Self::TrainBase { .. }
             | Self::TrainBias(_)
             | Self::TrainRows { .. }

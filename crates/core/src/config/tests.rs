@@ -194,6 +194,7 @@ fn target_modules_keep_peft_s_difference_between_a_pattern_and_names() {
         ("all-linear", pattern("all-linear")),
         (".*\\.(q|v)_proj", pattern(".*\\.(q|v)_proj")),
         ("q_proj", list("q_proj")),
+        ("[.*q_proj]", list(".*q_proj")),
         ("null", None),
     ] {
         let config = with(&[("lora_target_modules", text)]);
@@ -202,6 +203,27 @@ fn target_modules_keep_peft_s_difference_between_a_pattern_and_names() {
     let yaml = format!("{MINIMAL}lora_target_modules: q_proj\n");
     let config = TrainConfig::from_yaml(&yaml, "x", &[]).unwrap();
     assert_eq!(config.lora.lora_target_modules, pattern("q_proj"));
+}
+
+#[test]
+fn patterns_keep_the_order_they_are_written_in() {
+    let yaml =
+        format!("{MINIMAL}lora_rank_pattern: {{v_proj: 3, layers.1.self_attn.v_proj: 2, a: 1}}\n");
+    let config = TrainConfig::from_yaml(&yaml, "x", &[]).unwrap();
+    let names = |config: &TrainConfig| {
+        let entries = config.lora.lora_rank_pattern.0.clone();
+        entries
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect::<Vec<_>>()
+    };
+    let written = ["v_proj", "layers.1.self_attn.v_proj", "a"];
+    assert_eq!(names(&config), written);
+    let config = with(&[(
+        "lora_rank_pattern",
+        "{v_proj: 3, layers.1.self_attn.v_proj: 2, a: 1}",
+    )]);
+    assert_eq!(names(&config), written);
 }
 
 #[test]

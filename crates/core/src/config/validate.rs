@@ -153,6 +153,7 @@ impl TrainConfig {
             return Ok(());
         }
         self.at_least_one("lora_r", lora.lora_r)?;
+        self.at_least_one("lora_init_batches", lora.lora_init_batches)?;
         self.require(in_f32(lora.lora_alpha), "lora_alpha", |value| {
             format!(
                 "got {value}, expected a number above 0 that a float holds; twice lora_r is common"

@@ -412,7 +412,11 @@ impl KeyValue for Names {
     fn parse_text(text: &str) -> Result<Value, String> {
         let list = words(text)?;
         match list.as_slice() {
-            [Value::String(word)] if word.contains(['*', '\\', '(', '|', '^', '$', '+']) => {
+            // In brackets it is a list, as in a file.
+            [Value::String(word)]
+                if !text.trim_start().starts_with('[')
+                    && word.contains(['*', '\\', '(', '|', '^', '$', '+']) =>
+            {
                 Ok(Value::String(word.clone()))
             }
             _ => Ok(Value::Array(list)),

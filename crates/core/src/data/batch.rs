@@ -104,6 +104,15 @@ impl PackedBatch {
         self.input_ids.len()
     }
 
+    /// Documents whose first token has a label, which nothing before it predicts.
+    #[must_use]
+    pub fn trained_first_tokens(&self) -> usize {
+        let documents = self.cu_seqlens.windows(2).filter(|d| d[0] < d[1]);
+        documents
+            .filter(|d| self.labels[d[0] as usize] != IGNORE_INDEX)
+            .count()
+    }
+
     /// S, the number of documents.
     #[must_use]
     pub fn sequences(&self) -> usize {

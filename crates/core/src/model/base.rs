@@ -3,10 +3,13 @@
 use super::frozen::FrozenWeight;
 use super::layer::Layer;
 use super::linear::{LinearGroup, PartWeight};
+use super::vocabulary::TableWeight;
+use super::weight_source::WeightSource;
+use super::weights::read_weight;
 use super::{Model, ModelPlan};
 use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
-use ferrotune_kernels::{Tensor, View, Workspace};
+use ferrotune_kernels::{DType, Tensor, View, Workspace};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -32,6 +35,30 @@ impl BaseWeights for Model {
         Err(no_linear(site))
     }
 
+    fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let TableWeight::Frozen(table) = &self.embedding.table.weight else {
+            return Err(Error::config("target_modules", "the embedding is trained"));
+        };
+        let vocabulary = table.rows();
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+            let message = format!("token {token} is outside the vocabulary of {vocabulary}");
+            return Err(Error::config("model_name_or_path", message));
+        }
+        let rows = tokens.iter().map(|&token| token as usize);
+        let mut values: Vec<f32> = rows
+            .flat_map(|row| table.view().row_range(row..row + 1).to_f32_vec())
+            .collect();
+        // Where the embedding itself scales, and not the model whatever comes in.
+        if let Some(scale) = self.config.embedding_scale.filter(|scale| scale.in_module) {
+            values.iter_mut().for_each(|value| *value *= scale.factor);
+        }
+        Ok(Tensor::from_f32(values, tokens.len(), table.cols()))
+    }
+
     fn is_quantised(&self, site: SiteId) -> bool {
         let mut groups = self.layers.iter().flat_map(Layer::groups);
         let found = groups.find_map(|group| frozen_rows(group, site));
@@ -49,6 +76,49 @@ impl BaseWeights for Model {
             }
         }
         Err(no_linear(site))
+    }
+}
+
+/// A model with what its weights were read from.
+pub struct LoadedBase<'a> {
+    /// The model.
+    pub model: &'a mut Model,
+    /// Where its weights come from.
+    pub source: &'a dyn WeightSource,
+}
+
+impl BaseWeights for LoadedBase<'_> {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        self.model.find(name)
+    }
+
+    fn read(&self, site: SiteId) -> Result<Tensor> {
+        self.model.read(site)
+    }
+
+    fn is_quantised(&self, site: SiteId) -> bool {
+        self.model.is_quantised(site)
+    }
+
+    fn original(&self, id: SiteId) -> Result<Tensor> {
+        let plan = ModelPlan::new(&self.model.config);
+        let site = plan.sites.get(id.0).ok_or_else(|| no_linear(id))?;
+        if self.source.read_four_bit(&site.tensor("weight"))?.is_some() {
+            let message = format!(
+                "needs the weights that the quantised base was made of, and the files have `{}` in 4 bits too; \
+                 give the checkpoint that they were made from",
+                site.name
+            );
+            return Err(Error::config("init_lora_weights", message));
+        }
+        let [rows, cols] = [site.out_features, site.in_features];
+        let mut weight = Tensor::zeros(DType::F32, rows, cols);
+        read_weight(self.source, site, weight.view_mut())?;
+        Ok(weight)
+    }
+
+    fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
+        self.model.replace(site, weight)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Generation: the same layers over new tokens only, with keys and values of the past kept.
 
 use super::layer::Layer;
-use super::{Inputs, Model, Normed, Pass, Run};
+use super::{Inputs, Model, Normed, Pass, Run, prompt};
+use crate::adapter::Prompt;
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
@@ -24,6 +25,8 @@ impl KvCache {
     #[must_use]
     pub fn new(model: &Model, dtype: DType, capacity: usize) -> Self {
         let width = model.config.kv_width();
+        // A prompt stands before the document.
+        let capacity = capacity + model.prompt.map_or(0, |prompt| prompt.tokens);
         let tensor = || Tensor::empty(&model.device, dtype, capacity, width);
         let layers = (0..model.layers.len())
             .map(|_| [tensor(), tensor()])
@@ -36,7 +39,7 @@ impl KvCache {
         }
     }
 
-    /// Tokens seen so far.
+    /// Tokens seen so far, those of a prompt included.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
@@ -63,9 +66,14 @@ impl Model {
         new_tokens: &[&[u32]],
     ) -> Result<Tensor> {
         let restarted = self.restart_longer(caches, new_tokens);
+        let restarted = self.behind_prompt(caches, restarted);
         let new_tokens: Vec<&[u32]> = restarted.iter().map(AsRef::as_ref).collect();
         let batch = new_batch(caches, &new_tokens)?;
-        let inputs = Inputs::new(self, pass, &batch, false);
+        let prompt_rows = self.prompt.map(|Prompt { tokens, .. }| {
+            prompt::prompt_rows(&batch, tokens, |s| caches[s].len == 0)
+        });
+        let rows = prompt_rows.unwrap_or_default();
+        let inputs = Inputs::of(self, pass, Cow::Borrowed(&batch), rows, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
         let mut stream = self.embed(&run)?;
@@ -117,9 +125,32 @@ impl Model {
                 return tokens.into();
             }
             cache.len = 0;
-            [&cache.tokens[..], tokens].concat().into()
+            let prompt = self.prompt.map_or(0, |prompt| prompt.tokens);
+            [&cache.tokens[prompt..], tokens].concat().into()
         };
         caches.iter_mut().zip(new_tokens).map(append).collect()
+    }
+}
+
+impl Model {
+    /// The tokens to append, behind the virtual ones of a prompt where a document begins.
+    fn behind_prompt<'a>(
+        &self,
+        caches: &[&mut KvCache],
+        new_tokens: Vec<Cow<'a, [u32]>>,
+    ) -> Vec<Cow<'a, [u32]>> {
+        let Some(Prompt { tokens, .. }) = self.prompt else {
+            return new_tokens;
+        };
+        let begin = |(cache, new): (&&mut KvCache, Cow<'a, [u32]>)| {
+            if cache.len > 0 {
+                return new;
+            }
+            let mut all = vec![prompt::PLACEHOLDER; tokens];
+            all.extend_from_slice(&new);
+            all.into()
+        };
+        caches.iter().zip(new_tokens).map(begin).collect()
     }
 }
 
@@ -138,7 +169,7 @@ impl Layer {
         let x = Normed::read(&normed.y, input);
         self.qkv.forward(run, x, qkv.view_mut())?;
         run.give(normed.y.into_iter().chain(normed.statistics));
-        let positioned = self.position(run, &mut qkv)?;
+        let positioned = self.position_all(run, &mut qkv)?;
         let mut attended = workspace.take(run.dtype, run.rows, self.o.in_features);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
         for (s, bounds) in run.inputs.cu_seqlens.windows(2).enumerate() {

@@ -9,7 +9,7 @@ use crate::params::FlatBuffer;
 use ferrotune_kernels::linear_cross_entropy::{
     self, Accumulator, Head as Projection, HeadGradients, Labels, Update, UpdateGradients,
 };
-use ferrotune_kernels::{DType, Device, Tensor, View, Workspace, lora_linear, matmul};
+use ferrotune_kernels::{DType, Device, Tensor, View, Workspace, axpby, bias, lora_linear, matmul};
 use rayon::prelude::*;
 
 #[derive(Debug)]
@@ -19,6 +19,17 @@ pub(super) struct Head {
     pub(super) update: Option<LowRank>,
     /// Index of its site; the key of its random draws.
     pub(super) site: usize,
+}
+
+/// What an update makes of hidden states, in the form the loss takes it: a bias of B is one more column of
+/// B, against a one behind each row of s.
+struct Updated {
+    /// `[T, width]` and room up to whole 16 bytes.
+    s: Tensor,
+    /// B with its bias, `[V, width]` and such room, where it has one.
+    b: Option<Tensor>,
+    /// rank, and one more with a bias.
+    width: usize,
 }
 
 impl Model {
@@ -38,15 +49,21 @@ impl Model {
     ) -> Result<Tensor> {
         let (workspace, rows) = (run.workspace, hidden.rows());
         let mut d_hidden = workspace.take(run.dtype, rows, hidden.cols());
-        let s = self.head_down(run, hidden)?;
-        let projection = self.projection(run.params, run.dtype, s.as_ref());
-        let mut d_s = s
+        let updated = self.head_down(run, hidden)?;
+        let projection = self.projection(run.params, run.dtype, updated.as_ref());
+        let mut d_s = updated
             .as_ref()
-            .map(|s| workspace.take(s.dtype(), s.rows(), s.cols()));
+            .map(|Updated { s, .. }| workspace.take(s.dtype(), s.rows(), s.cols()));
+        let mut d_wide = updated.as_ref().and_then(|u| u.b.as_ref()).map(|b| {
+            let mut d_wide = self.wide(run, DType::F32, b.cols());
+            d_wide.view_mut().fill(0.0);
+            d_wide
+        });
+        let own_b = self.head.update.as_ref().filter(|u| u.bias.is_none());
         let table = self.head_table();
         let mut gradients = HeadGradients::default();
         let (mut d_table, mut d_b) = (None, None);
-        match (table.param(), &self.head.update) {
+        match (table.param(), own_b) {
             (Some(table), Some(update)) => {
                 let [table, b] = grads.view_two_mut(table, update.b);
                 (d_table, d_b) = (Some(table), Some(b));
@@ -60,8 +77,13 @@ impl Model {
         } else {
             gradients.weight = d_table;
         }
-        if let (Some(d_s), Some(b), Some(update)) = (&mut d_s, d_b, &self.head.update) {
-            let s = d_s.view_mut().columns(0..update.rank);
+        let width = updated.as_ref().map_or(0, |updated| updated.width);
+        let d_b = match &mut d_wide {
+            Some(d_wide) => Some(d_wide.view_mut().columns(0..width)),
+            None => d_b,
+        };
+        if let (Some(d_s), Some(b)) = (&mut d_s, d_b) {
+            let s = d_s.view_mut().columns(0..width);
             gradients.update = Some(UpdateGradients { s, b });
         }
         linear_cross_entropy::forward_backward(
@@ -73,16 +95,31 @@ impl Model {
             sums,
             workspace,
         )?;
-        if let (Some(s), Some(d_s), Some(update)) = (s, d_s, &self.head.update) {
+        if let (Some(updated), Some(d_s), Some(update)) = (updated, d_s, &self.head.update) {
             let d_a = grads.view_mut(update.a);
             let ds = d_s.view().columns(0..update.rank);
             let dx = Some(d_hidden.view_mut());
             let factors = factors(run, self.head.site, update);
             lora_linear::down_backward(hidden, &factors, ds, dx, d_a, workspace)?;
-            workspace.give(s);
+            if let (Some(d_wide), Some(bias)) = (d_wide, update.bias) {
+                let d_b = d_wide.view().columns(0..update.rank);
+                axpby::add(1.0, grads.view_mut(update.b), 1.0, d_b)?;
+                let d_bias = d_wide.view().columns(update.rank..width);
+                let to = grads.view_mut(bias).reshaped(d_wide.rows(), 1);
+                axpby::add(1.0, to, 1.0, d_bias)?;
+                workspace.give_scratch(d_wide.into_buffer());
+            }
+            give(workspace, updated);
             workspace.give(d_s);
         }
         Ok(d_hidden)
+    }
+
+    /// A buffer `[V, cols]`, which does not grow with the batch.
+    fn wide(&self, run: &Run<'_>, dtype: DType, cols: usize) -> Tensor {
+        let vocabulary = self.config.vocab_size;
+        let buffer = run.workspace.take_scratch(dtype, vocabulary * cols);
+        Tensor::from_buffer(buffer, vocabulary, cols)
     }
 
     /// Adds the losses of the labels of `run` to `sums`.
@@ -92,11 +129,13 @@ impl Model {
         hidden: View<'_>,
         sums: &mut Accumulator,
     ) -> Result<()> {
-        let s = self.head_down(run, hidden)?;
-        let projection = self.projection(run.params, run.dtype, s.as_ref());
+        let updated = self.head_down(run, hidden)?;
+        let projection = self.projection(run.params, run.dtype, updated.as_ref());
         let labels = self.labels(run);
         linear_cross_entropy::forward(hidden, projection, labels, sums, run.workspace)?;
-        s.into_iter().for_each(|s| run.workspace.give(s));
+        updated
+            .into_iter()
+            .for_each(|updated| give(run.workspace, updated));
         Ok(())
     }
 
@@ -127,6 +166,9 @@ impl Model {
             let s_rank = s.view().columns(0..update.rank);
             matmul::nt(logits.view_mut(), 1.0, scale * update.scale, s_rank, b)?;
             pass.workspace.give(s);
+            if let Some(id) = update.bias {
+                bias::add_scaled(logits.view_mut(), scale * update.scale, params.view(id))?;
+            }
         }
         if device.is_cuda() {
             logits = logits.to_device(&Device::Cpu);
@@ -162,30 +204,47 @@ impl Model {
         }
     }
 
-    /// `dropout(hidden) A^T` of the head's update, `[T, rank]` and room up to whole 16 bytes.
-    fn head_down(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Option<Tensor>> {
+    /// `dropout(hidden) A^T` of the head's update, and its B.
+    fn head_down(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Option<Updated>> {
         let Some(update) = &self.head.update else {
             return Ok(None);
         };
         let factors = factors(run, self.head.site, update);
         let dtype = factors.a.dtype();
-        let cols = Workspace::aligned(dtype, update.rank);
+        let width = update.rank + usize::from(update.bias.is_some());
+        let cols = Workspace::aligned(dtype, width);
         let mut s = run.workspace.take(dtype, hidden.rows(), cols);
+        let mut wide = None;
+        if let Some(bias) = update.bias {
+            s.view_mut().fill(1.0);
+            let mut b = self.wide(run, dtype, cols);
+            let columns = b.view_mut().columns(0..update.rank);
+            columns.copy_from(factors.b);
+            let values = run.params.view_as(bias, run.dtype).reshaped(b.rows(), 1);
+            let column = b.view_mut().columns(update.rank..width);
+            column.copy_from(values);
+            wide = Some(b);
+        }
         let to = s.view_mut().columns(0..update.rank);
         lora_linear::down(hidden, &factors, to, run.workspace)?;
-        Ok(Some(s))
+        let b = wide;
+        Ok(Some(Updated { s, b, width }))
     }
 
     fn projection<'a>(
         &'a self,
         params: &'a FlatBuffer,
         dtype: DType,
-        s: Option<&'a Tensor>,
+        updated: Option<&'a Updated>,
     ) -> Projection<'a> {
         let (weight, tail) = self.head_table().pieces(params, dtype);
-        let update = s.zip(self.head.update.as_ref()).map(|(s, update)| Update {
-            s: s.view().columns(0..update.rank),
-            b: params.view_as(update.b, dtype),
+        let update = updated.zip(self.head.update.as_ref());
+        let update = update.map(|(Updated { s, b, width }, update)| Update {
+            s: s.view().columns(0..*width),
+            b: match b {
+                Some(b) => b.view().columns(0..*width),
+                None => params.view_as(update.b, dtype),
+            },
             scale: update.scale,
         });
         Projection {
@@ -195,6 +254,13 @@ impl Model {
             scale: self.config.logits_scale,
             softcap: self.config.logits_softcap,
         }
+    }
+}
+
+fn give(workspace: &Workspace, updated: Updated) {
+    workspace.give(updated.s);
+    if let Some(b) = updated.b {
+        workspace.give_scratch(b.into_buffer());
     }
 }
 

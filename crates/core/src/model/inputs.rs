@@ -2,8 +2,10 @@
 
 use super::Model;
 use super::angles::{self, Angles};
+use super::prompt;
 use super::rope::RopeConfig;
 use super::run::{Mode, Pass};
+use crate::adapter::Prompt;
 use crate::data::{PackedBatch, padded_rows};
 use ferrotune_kernels::Indices;
 use ferrotune_kernels::linear_cross_entropy::PADDING;
@@ -33,6 +35,8 @@ pub struct Inputs<'a> {
     /// Rows that are trained on, and their targets.
     pub(crate) label_rows: Indices<'a>,
     pub(crate) targets: Indices<'a>,
+    /// Which virtual token each row is, from 1, where there is a prompt.
+    pub(crate) prompt_rows: Indices<'a>,
 }
 
 /// Sizes of a micro-batch with padding: all that its launches depend on.
@@ -47,26 +51,45 @@ pub struct InputShape {
 }
 
 impl<'a> Inputs<'a> {
-    /// `batch` as it is, or with `padded` with padding in all its tables.
+    /// `batch` behind the model's prompt, if it has one, and with `padded` with padding in all its tables.
     pub(crate) fn new(model: &Model, pass: Pass<'_>, batch: &'a PackedBatch, padded: bool) -> Self {
+        let Some(Prompt { tokens, of, .. }) = model.prompt else {
+            return Self::of(model, pass, Cow::Borrowed(batch), Vec::new(), padded);
+        };
+        let long = prompt::before_documents(batch, tokens, of);
+        let prompt_rows = prompt::prompt_rows(&long, tokens, |_| true);
+        Self::of(model, pass, Cow::Owned(long), prompt_rows, padded)
+    }
+
+    /// `batch`, whose rows are the virtual tokens `prompt_rows`.
+    pub(crate) fn of(
+        model: &Model,
+        pass: Pass<'_>,
+        batch: Cow<'a, PackedBatch>,
+        mut prompt_rows: Vec<u32>,
+        padded: bool,
+    ) -> Self {
         let (ropes, device) = (&model.config.ropes, pass.workspace.device());
         let (mut label_rows, mut targets) = batch.targets();
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
-            Mode::Train { .. } => draws(batch),
+            Mode::Train { .. } => draws(&batch),
         };
         let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
         let (angles, mut positions) = if own_angles {
-            let angles = Arc::new(angles::by_row(ropes, batch, device));
+            let angles = Arc::new(angles::by_row(ropes, &batch, device));
             (angles, (0..batch.rows() as u32).collect())
         } else {
             let last = batch.position_ids.iter().max();
             let positions = last.map_or(0, |last| *last as usize + 1);
             let angles = model.angles.up_to(ropes, device, positions);
-            let rows = angle_rows(ropes, &angles, batch);
-            (angles, rows)
+            let rows = angle_rows(ropes, &angles, &batch);
+            (
+                angles,
+                rows.unwrap_or_else(|| table(&batch, |b| &b.position_ids)),
+            )
         };
-        let mut ids: Cow<'_, [u32]> = (&batch.input_ids[..]).into();
+        let mut ids = table(&batch, |b| &b.input_ids);
         if let Some(rows) = &model.embedding.table.rows {
             let ids = ids.to_mut().iter_mut();
             ids.for_each(|id| *id = rows.place(*id));
@@ -74,13 +97,16 @@ impl<'a> Inputs<'a> {
         if let Some(rows) = &model.head_table().rows {
             targets.iter_mut().for_each(|t| *t = rows.place(*t));
         }
-        let mut cu_seqlens: Cow<'_, [u32]> = (&batch.cu_seqlens[..]).into();
+        let mut cu_seqlens = table(&batch, |b| &b.cu_seqlens);
         let mut rows = batch.rows();
         if padded && rows > 0 {
             rows = padded_rows(rows);
             let token = ids[0];
             ids.to_mut().resize(rows, token);
             positions.to_mut().resize(rows, 0);
+            if !prompt_rows.is_empty() {
+                prompt_rows.resize(rows, 0);
+            }
             let documents = batch.sequences().max(FEWEST_DOCUMENTS).next_power_of_two();
             cu_seqlens
                 .to_mut()
@@ -92,7 +118,7 @@ impl<'a> Inputs<'a> {
         let mut noise = Vec::new();
         if let Mode::Train { step, .. } = pass.mode {
             if model.neftune_noise_alpha > 0.0 {
-                noise = noise_of(model, batch);
+                noise = noise_of(model, &batch);
                 noise.resize(rows, 0);
             }
             draws.resize(2 * rows, 0);
@@ -106,6 +132,7 @@ impl<'a> Inputs<'a> {
             noise.into(),
             label_rows.into(),
             targets.into(),
+            prompt_rows.into(),
         ];
         let [
             ids,
@@ -115,6 +142,7 @@ impl<'a> Inputs<'a> {
             noise,
             label_rows,
             targets,
+            prompt_rows,
         ] = pass.workspace.indices(tables);
         Self {
             rows,
@@ -126,6 +154,7 @@ impl<'a> Inputs<'a> {
             noise,
             label_rows,
             targets,
+            prompt_rows,
         }
     }
 
@@ -147,15 +176,24 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// The row of each token in the tables of angles: its position, behind those of other sets of frequencies.
+/// A table of the batch, borrowed where the batch is.
+fn table<'a>(batch: &Cow<'a, PackedBatch>, of: fn(&PackedBatch) -> &Vec<u32>) -> Cow<'a, [u32]> {
+    match batch {
+        Cow::Borrowed(batch) => Cow::Borrowed(of(batch)),
+        Cow::Owned(batch) => Cow::Owned(of(batch).clone()),
+    }
+}
+
+/// The row of each token in the tables of angles: its position, behind those of other sets of frequencies;
+/// `None` if there is one set, and the position alone counts.
 fn angle_rows<'a>(
     ropes: &[RopeConfig],
     angles: &[Angles],
-    batch: &'a PackedBatch,
-) -> Cow<'a, [u32]> {
+    batch: &PackedBatch,
+) -> Option<Cow<'a, [u32]>> {
     let variants = angles::variants(ropes);
     let (1.., Some(table)) = (variants - 1, angles.first()) else {
-        return (&batch.position_ids[..]).into();
+        return None;
     };
     let positions_each = (table.cos.rows() / variants) as u32;
     let mut rows = batch.position_ids.clone();
@@ -165,11 +203,11 @@ fn angle_rows<'a>(
         let document = bounds[0] as usize..bounds[1] as usize;
         rows[document].iter_mut().for_each(|row| *row += first);
     }
-    rows.into()
+    Some(rows.into())
 }
 
 /// The largest noise of each token: `alpha / sqrt(T * D)` in a document of T tokens, times what the output of
-/// the embedding module is multiplied by.
+/// the embedding module is multiplied by. Virtual tokens have none, and are not counted.
 fn noise_of(model: &Model, batch: &PackedBatch) -> Vec<u32> {
     let width = model.config.hidden_size as f64;
     let after = (model.config.embedding_scale).filter(|scale| !scale.in_module);
@@ -178,9 +216,12 @@ fn noise_of(model: &Model, batch: &PackedBatch) -> Vec<u32> {
         .cu_seqlens
         .windows(2)
         .map(|bounds| bounds[1] - bounds[0]);
+    let prompt = model.prompt.map_or(0, |prompt| prompt.tokens);
     let of_document = |tokens: u32| {
-        let largest = alpha / (f64::from(tokens) * width).sqrt();
-        std::iter::repeat_n((largest as f32).to_bits(), tokens as usize)
+        let tokens = tokens as usize - prompt;
+        let largest = alpha / (tokens as f64 * width).sqrt();
+        let none = std::iter::repeat_n(0.0_f32.to_bits(), prompt);
+        none.chain(std::iter::repeat_n((largest as f32).to_bits(), tokens))
     };
     documents.flat_map(of_document).collect()
 }

@@ -9,6 +9,7 @@ use super::activation::Activation;
 use super::keep::Keep;
 use super::linear::{LinearGroup, PartSaved};
 use super::norm::{Norm, Normed};
+use super::prompt::Prefix;
 use super::qk_norm::QkNorms;
 use super::residual::{Joined, Residual};
 use super::run::Run;
@@ -32,6 +33,8 @@ pub(crate) struct Layer {
     pub(crate) attention: attention::Config,
     /// Which of the model's ropes; `None` in a layer that rotates nothing.
     pub(crate) rope: Option<usize>,
+    /// Keys and values of virtual tokens, where they are trained.
+    pub(crate) prefix: Option<Prefix>,
 }
 
 impl Layer {
@@ -95,7 +98,7 @@ impl Layer {
         let x = Normed::read(&y, input);
         let qkv_parts = self.qkv.forward(run, x, qkv.view_mut())?;
         run.give(y);
-        let positioned = self.position(run, &mut qkv)?;
+        let positioned = self.position_all(run, &mut qkv)?;
         let mut attended = workspace.take(dtype, tokens, self.o.in_features);
         let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
@@ -197,7 +200,10 @@ impl Layer {
         let mut d_qkv = run
             .workspace
             .take(run.dtype, run.rows, self.qkv.out_features());
-        let positioned = self.positioned(run, &attention.qkv)?;
+        let mut positioned = self.positioned(run, &attention.qkv)?;
+        if let Some(qk) = &mut positioned {
+            self.place_keys(run, qk)?;
+        }
         let [q, k, v] = self.split(&attention.qkv, positioned.as_ref());
         let (out, cu_seqlens) = (attention.attended.view(), &run.inputs.cu_seqlens);
         attention::backward(
@@ -214,6 +220,7 @@ impl Layer {
         )?;
         let used = [d_attended, attention.attended, attention.lse];
         run.give(used.into_iter().chain(positioned));
+        self.prefix_backward(run, grads, &mut d_qkv)?;
         self.position_backward(run, grads, &attention.qkv, &mut d_qkv)?;
         run.workspace.give(attention.qkv);
         let parts = attention.qkv_parts;
@@ -324,7 +331,8 @@ impl Layer {
             &self.mlp_norm,
             &self.mlp_residual.norm,
         ];
-        norms.iter().any(|norm| norm.trained())
+        self.prefix.is_some()
+            || norms.iter().any(|norm| norm.trained())
             || self.qk_norms.as_ref().is_some_and(QkNorms::trained)
             || self.groups().iter().any(|group| group.trained())
     }

@@ -21,6 +21,7 @@ mod norm;
 mod plan;
 mod planner;
 mod positions;
+mod prompt;
 mod qk_norm;
 mod residual;
 mod rope;
@@ -32,6 +33,7 @@ mod weight_format;
 mod weight_source;
 mod weights;
 
+pub use base::LoadedBase;
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub(crate) use config::{activation, nearest_divisor, norm_eps};
 pub use decode::KvCache;
@@ -47,7 +49,7 @@ pub use weight_format::WeightFormat;
 pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;
-use crate::adapter::{Attachment, SiteId};
+use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use angles::AngleTable;
@@ -57,6 +59,7 @@ use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
 use positions::Positions;
+use prompt::EmbeddedPrompt;
 use run::Run;
 use saved::{LayerSaved, Stream};
 use std::collections::BTreeMap;
@@ -70,6 +73,8 @@ pub struct Model {
     embedding: Embedding,
     /// Where they are learned.
     positions: Option<Positions>,
+    prompt: Option<Prompt>,
+    embedded_prompt: Option<EmbeddedPrompt>,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -110,9 +115,11 @@ impl Model {
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
         let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
+        let mut prompt = None;
         for (site, attachment) in attachments {
             match attachment {
                 Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
+                Attachment::Prompt(rows) => prompt = Some(rows),
                 other => drop(alone.insert(site, other)),
             }
         }
@@ -121,6 +128,7 @@ impl Model {
             plan: &plan,
             attachments: alone,
             trained_biases,
+            prompt,
             source,
             params,
             format: format.into(),
@@ -151,6 +159,23 @@ impl Model {
     #[must_use]
     pub fn keep(&self) -> &[Keep] {
         &self.keep
+    }
+
+    /// The virtual tokens before every document, if there are any.
+    #[must_use]
+    pub fn prompt(&self) -> Option<&Prompt> {
+        self.prompt.as_ref()
+    }
+
+    /// Tokens of `batch` whose prediction is trained on: the first one of a document, which nothing else
+    /// predicts, behind a prompt of embeddings too.
+    #[must_use]
+    pub fn trained_tokens(&self, batch: &PackedBatch) -> usize {
+        let first = match self.prompt {
+            Some(prompt) if prompt.of == PromptOf::Embeddings => batch.trained_first_tokens(),
+            _ => 0,
+        };
+        batch.trained_tokens() + first
     }
 
     /// Sets the share of each target's probability that the loss spreads evenly over the vocabulary.
@@ -278,7 +303,22 @@ impl Model {
         let (stream, normed) = self.decoder(&run, None, None)?;
         let hidden = normed.into_read(&run, stream);
         run.end();
-        Ok(hidden)
+        self.without_prompt(pass, batch, hidden)
+    }
+
+    /// `hidden` without the rows of a prompt.
+    fn without_prompt(
+        &self,
+        pass: Pass<'_>,
+        batch: &PackedBatch,
+        hidden: Tensor,
+    ) -> Result<Tensor> {
+        match self.prompt {
+            Some(Prompt { tokens, .. }) => {
+                prompt::without_prompt(hidden, batch, tokens, pass.workspace)
+            }
+            None => Ok(hidden),
+        }
     }
 
     /// The residual stream after each layer, the last one after the final norm, `[T, D]` each:
@@ -298,7 +338,10 @@ impl Model {
         let (stream, normed) = self.decoder(&run, None, Some(&mut states))?;
         states.pop();
         states.push(normed.into_read(&run, stream));
-        Ok(states)
+        let states = states.into_iter();
+        states
+            .map(|state| self.without_prompt(pass, batch, state))
+            .collect()
     }
 
     /// Logits of every token, `[T, V]` f32: for comparison and sampling, never in training.
@@ -345,10 +388,17 @@ impl Model {
     /// The stream before the first layer.
     fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
         let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+        let prompt = |scaled: bool| self.embedded_prompt.as_ref().filter(|p| p.scaled == scaled);
+        if let Some(prompt) = prompt(true) {
+            prompt.place(run, &mut stream)?;
+        }
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), stream.view_mut())?;
         }
         run.add_noise(&mut stream)?;
+        if let Some(prompt) = prompt(false) {
+            prompt.place(run, &mut stream)?;
+        }
         if let Some(positions) = &self.positions {
             positions.add(run, &mut stream)?;
         }
@@ -365,11 +415,18 @@ impl Model {
         if let Some(positions) = &self.positions {
             positions.backward(run, grads, d_stream)?;
         }
-        if !self.embedding.trained() {
+        let prompt = |scaled: bool| self.embedded_prompt.as_ref().filter(|p| p.scaled == scaled);
+        if let Some(prompt) = prompt(false) {
+            prompt.backward(run, grads, d_stream.view())?;
+        }
+        if !self.embedding.trained() && prompt(true).is_none() {
             return Ok(());
         }
         if let Some(scale) = self.config.embedding_scale {
             axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
+        }
+        if let Some(prompt) = prompt(true) {
+            prompt.backward(run, grads, d_stream.view())?;
         }
         self.embedding.backward(run, grads, d_stream.view())
     }
@@ -404,7 +461,9 @@ impl Model {
 
     /// Whether anything before the layers is trained.
     fn input_trained(&self) -> bool {
-        self.embedding.trained() || self.positions.as_ref().is_some_and(Positions::trained)
+        self.embedding.trained()
+            || self.embedded_prompt.is_some()
+            || self.positions.as_ref().is_some_and(Positions::trained)
     }
 
     /// The first layer that backward reaches: before it nothing is trained.

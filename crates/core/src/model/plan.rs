@@ -1,7 +1,7 @@
 //! The model by names and shapes alone: what adapters are matched against before a weight is read.
 
 use super::config::{DecoderConfig, NormKind, QkNorm};
-use crate::adapter::{Site, SiteId, SiteKind};
+use crate::adapter::{KeyHeads, Site, SiteId, SiteKind};
 use std::collections::BTreeSet;
 
 /// Sites of one decoder layer, in execution order. Examples are those of a Llama.
@@ -219,9 +219,15 @@ impl Sites {
             each.map(|(name, &out)| linear(sites, name, [out, d], bias))
                 .collect()
         };
+        let input_norm = names.input_norm.map(|name| norm(self, name, d));
+        let qkv = group(self, names.qkv, &[q, kv, kv], config.qkv_bias);
+        self.0[qkv.get(1).unwrap_or(&qkv[0]).0].keys = Some(KeyHeads {
+            heads: config.kv_heads,
+            head_dim: config.head_dim,
+        });
         LayerPlan {
-            input_norm: names.input_norm.map(|name| norm(self, name, d)),
-            qkv: group(self, names.qkv, &[q, kv, kv], config.qkv_bias),
+            input_norm,
+            qkv,
             qk_norm: config.qk_norm.map(|over| {
                 let [q_width, k_width] = match over {
                     QkNorm::PerHead => [config.head_dim; 2],
@@ -263,6 +269,7 @@ impl Sites {
             out_features: place.out_features,
             bias: place.bias,
             stored_transposed: place.stored_transposed,
+            keys: None,
             layer: place.layer,
             output_head: false,
             tied_to: None,

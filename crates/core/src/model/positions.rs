@@ -1,7 +1,8 @@
 //! Learned positions: a table whose rows are added to the embedding's.
 
 use super::run::Run;
-use super::vocabulary::Table;
+use super::vocabulary::{self, Table};
+use crate::adapter::LowRank;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
 use ferrotune_kernels::{Tensor, axpby, embedding};
@@ -11,6 +12,8 @@ use ferrotune_kernels::{Tensor, axpby, embedding};
 pub(crate) struct Positions {
     /// `[positions, D]`, frozen or trained as a whole.
     pub(crate) table: Table,
+    /// Of the table, as the embedding's.
+    pub(crate) update: Option<LowRank>,
     /// Its module.
     pub(crate) name: &'static str,
 }
@@ -27,10 +30,13 @@ impl Positions {
         embedding::forward(table, positions, rows.view_mut())?;
         axpby::add(1.0, stream.view_mut(), 1.0, rows.view())?;
         run.workspace.give(rows);
-        Ok(())
+        match &self.update {
+            Some(update) => vocabulary::add_update(run, update, positions, stream),
+            None => Ok(()),
+        }
     }
 
-    /// Adds the gradient of the table, if it is trained, given that of the stream.
+    /// Adds the gradients of what is trained of it, given that of the stream.
     pub(crate) fn backward(
         &self,
         run: &Run<'_>,
@@ -41,11 +47,15 @@ impl Positions {
             let positions = &run.inputs.positions;
             embedding::backward(d_stream.view(), positions, grads.view_mut(id))?;
         }
+        if let Some(update) = &self.update {
+            let positions = &run.inputs.positions;
+            vocabulary::update_backward(run, grads, update, positions, d_stream.view())?;
+        }
         Ok(())
     }
 
     pub(crate) fn trained(&self) -> bool {
-        self.table.param().is_some()
+        self.table.param().is_some() || self.update.is_some()
     }
 
     /// Refuses a document that is longer than the table.

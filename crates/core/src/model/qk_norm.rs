@@ -8,6 +8,7 @@ use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, attention, qk_norm, rms_norm, rope};
+use std::ops::Range;
 
 /// Norms of q and of k.
 #[derive(Debug)]
@@ -48,6 +49,14 @@ impl Layer {
         }
         self.rotate(run, qkv, rope::Direction::Forward)?;
         Ok(None)
+    }
+
+    /// [`Layer::position`], with the keys and values of a prefix in place.
+    pub(crate) fn position_all(&self, run: &Run<'_>, qkv: &mut Tensor) -> Result<Option<Tensor>> {
+        let mut positioned = self.position(run, qkv)?;
+        self.place_keys(run, positioned.as_mut().unwrap_or(qkv))?;
+        self.place_values(run, qkv)?;
+        Ok(positioned)
     }
 
     /// Normed q and k with positions, from `qkv` as [`Layer::position`] left it; `None` if they stand
@@ -158,10 +167,15 @@ impl Layer {
         qkv: &'a Tensor,
         positioned: Option<&'a Tensor>,
     ) -> [View<'a>; 3] {
-        let [q, k] = self.widths();
+        let [q, k, v] = self.columns();
         let qk = positioned.unwrap_or(qkv).view();
-        let v = qkv.view().columns(q + k..q + 2 * k);
-        [qk.columns(0..q), qk.columns(q..q + k), v]
+        [qk.columns(q), qk.columns(k), qkv.view().columns(v)]
+    }
+
+    /// Columns of q, k and v in the packed projection.
+    pub(crate) fn columns(&self) -> [Range<usize>; 3] {
+        let [q, k] = self.widths();
+        [0..q, q..q + k, q + k..q + 2 * k]
     }
 
     /// Columns of q, and of k.

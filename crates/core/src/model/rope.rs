@@ -331,12 +331,7 @@ impl Parameters<'_> {
                 factor: self.number("factor", None)?,
                 max_position,
             }),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: self.number("factor", None)?,
-                low_freq_factor: self.number("low_freq_factor", None)?,
-                high_freq_factor: self.number("high_freq_factor", None)?,
-                original_max_position: self.number("original_max_position_embeddings", None)?,
-            }),
+            "llama3" => self.llama3(max_position),
             "yarn" => self.yarn(max_position),
             "longrope" => self.long_rope(max_position, rotary_dim / 2),
             other => Err(self.error(
@@ -350,11 +345,37 @@ impl Parameters<'_> {
         }
     }
 
+    /// The context of pre-training. Phi 3 has it outside of the group, where it comes first.
+    fn original(&self, max_position: f64) -> Result<f64> {
+        const KEY: &str = "original_max_position_embeddings";
+        match self.config.positive(KEY)? {
+            Some(original) => Ok(original),
+            None => self.number(KEY, Some(max_position)),
+        }
+    }
+
+    fn llama3(&self, max_position: f64) -> Result<RopeScaling> {
+        let [low, high] = ["low_freq_factor", "high_freq_factor"];
+        let (low_freq_factor, high_freq_factor) =
+            (self.number(low, None)?, self.number(high, None)?);
+        if low_freq_factor >= high_freq_factor {
+            return Err(self.error(
+                low,
+                format!(
+                    "is {low_freq_factor}; expected less than {high} {high_freq_factor}, such as 1 and 4"
+                ),
+            ));
+        }
+        Ok(RopeScaling::Llama3 {
+            factor: self.number("factor", None)?,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position: self.original(max_position)?,
+        })
+    }
+
     fn long_rope(&self, max_position: f64, pairs: usize) -> Result<RopeScaling> {
-        const ORIGINAL: &str = "original_max_position_embeddings";
-        // Phi 3 has it outside of the group.
-        let original = self.config.number_or(ORIGINAL, max_position)?;
-        let original = self.number(ORIGINAL, Some(original))?;
+        let original = self.original(max_position)?;
         let factor = self.number("factor", Some(max_position / original))?;
         let attention_factor = if factor <= 1.0 {
             1.0
@@ -387,8 +408,10 @@ impl Parameters<'_> {
     }
 
     fn yarn(&self, max_position: f64) -> Result<RopeScaling> {
-        let original = self.number("original_max_position_embeddings", Some(max_position))?;
-        let factor = self.number("factor", Some(max_position / original))?;
+        let original = self.original(max_position)?;
+        // A context of pre-training says the factor as well.
+        let factor = (original < max_position).then_some(max_position / original);
+        let factor = self.number("factor", factor)?;
         // Equation 22, with DeepSeek's pair of multipliers where a checkpoint has them.
         let mscale = |m: f64| {
             if factor <= 1.0 {

@@ -4,7 +4,7 @@ use super::run::Run;
 use crate::Result;
 use crate::adapter::LowRank;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Tensor, View, Workspace, embedding, matmul};
+use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, embedding, matmul};
 
 /// A table, frozen or trained, or frozen but for some of its rows.
 #[derive(Debug)]
@@ -134,10 +134,7 @@ impl Embedding {
             embedding::overlay(values, rows.first, ids, out.view_mut())?;
         }
         if let Some(update) = &self.update {
-            let s = self.gathered(run, update)?;
-            let (s_rank, a) = (rank_of(&s, update), params.view_as(update.a, run.dtype));
-            matmul::nn(out.view_mut(), 1.0, update.scale, s_rank, a)?;
-            run.workspace.give(s);
+            add_update(run, update, ids, &mut out)?;
         }
         Ok(out)
     }
@@ -160,37 +157,62 @@ impl Embedding {
             }
             (_, None) => {}
         }
-        let Some(update) = &self.update else {
-            return Ok(());
-        };
-        // s again: to gather it costs less than to keep it.
-        let s = self.gathered(run, update)?;
-        let mut d_s = run.workspace.take(s.dtype(), s.rows(), s.cols());
-        let d_a = grads.view_mut(update.a);
-        matmul::tn(d_a, 1.0, update.scale, rank_of(&s, update), d_out)?;
-        let (a, scale) = (run.params.view_as(update.a, run.dtype), update.scale);
-        let d_rank = d_s.view_mut().columns(0..update.rank);
-        matmul::nt(d_rank, 0.0, scale, d_out, a)?;
-        embedding::backward(rank_of(&d_s, update), ids, grads.view_mut(update.b))?;
-        run.workspace.give(s);
-        run.workspace.give(d_s);
-        Ok(())
+        match &self.update {
+            Some(update) => update_backward(run, grads, update, ids, d_out),
+            None => Ok(()),
+        }
     }
 
     /// Whether anything here is trained.
     pub(crate) fn trained(&self) -> bool {
         self.table.param().is_some() || self.update.is_some()
     }
+}
 
-    /// `B[ids]`, `[T, rank]` and room up to whole 16 bytes.
-    fn gathered(&self, run: &Run<'_>, update: &LowRank) -> Result<Tensor> {
-        let b = run.params.view_as(update.b, run.dtype);
-        let cols = Workspace::aligned(b.dtype(), update.rank);
-        let mut s = run.workspace.take(b.dtype(), run.rows, cols);
-        let to = s.view_mut().columns(0..update.rank);
-        embedding::forward(b, &run.inputs.ids, to)?;
-        Ok(s)
-    }
+/// Adds `scale * B[ids] A` of a table's update to `out` `[T, D]`.
+pub(super) fn add_update(
+    run: &Run<'_>,
+    update: &LowRank,
+    ids: &Indices<'_>,
+    out: &mut Tensor,
+) -> Result<()> {
+    let s = gathered(run, update, ids)?;
+    let a = run.params.view_as(update.a, run.dtype);
+    matmul::nn(out.view_mut(), 1.0, update.scale, rank_of(&s, update), a)?;
+    run.workspace.give(s);
+    Ok(())
+}
+
+/// Adds the gradients of a table's update to `grads`, from that of its output, `[T, D]`.
+pub(super) fn update_backward(
+    run: &Run<'_>,
+    grads: &mut FlatBuffer,
+    update: &LowRank,
+    ids: &Indices<'_>,
+    d_out: View<'_>,
+) -> Result<()> {
+    // s again: to gather it costs less than to keep it.
+    let s = gathered(run, update, ids)?;
+    let mut d_s = run.workspace.take(s.dtype(), s.rows(), s.cols());
+    let d_a = grads.view_mut(update.a);
+    matmul::tn(d_a, 1.0, update.scale, rank_of(&s, update), d_out)?;
+    let (a, scale) = (run.params.view_as(update.a, run.dtype), update.scale);
+    let d_rank = d_s.view_mut().columns(0..update.rank);
+    matmul::nt(d_rank, 0.0, scale, d_out, a)?;
+    embedding::backward(rank_of(&d_s, update), ids, grads.view_mut(update.b))?;
+    run.workspace.give(s);
+    run.workspace.give(d_s);
+    Ok(())
+}
+
+/// `B[ids]`, `[T, rank]` and room up to whole 16 bytes.
+fn gathered(run: &Run<'_>, update: &LowRank, ids: &Indices<'_>) -> Result<Tensor> {
+    let b = run.params.view_as(update.b, run.dtype);
+    let cols = Workspace::aligned(b.dtype(), update.rank);
+    let mut s = run.workspace.take(b.dtype(), run.rows, cols);
+    let to = s.view_mut().columns(0..update.rank);
+    embedding::forward(b, ids, to)?;
+    Ok(s)
 }
 
 fn rank_of<'a>(s: &'a Tensor, update: &LowRank) -> View<'a> {

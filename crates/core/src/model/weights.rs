@@ -10,18 +10,33 @@ use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
 use super::plan::{LayerPlan, ModelPlan};
 use super::positions::Positions;
+use super::prompt::{EmbeddedPrompt, Prefix};
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
 use super::weight_source::{WeightSource, expected_tensors, to_rows};
 use super::{Keep, Model, WeightFormat};
-use crate::adapter::{Attachment, Site, SiteId};
+use crate::adapter::{Attachment, Prompt, Site, SiteId};
 use crate::params::{FlatBuffer, ParamId, transpose};
 use crate::{Error, Result};
 use ferrotune_kernels::dequantise::FourBit;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Reads the weight of a site into `to [out, in]`, however its file holds it.
+pub(super) fn read_weight(source: &dyn WeightSource, site: &Site, to: ViewMut<'_>) -> Result<()> {
+    let name = site.tensor("weight");
+    if !site.stored_transposed {
+        return source.read(&name, to);
+    }
+    let [rows, cols] = to.shape();
+    let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
+    source.read(&name, stored.view_mut())?;
+    let values = transpose(&stored.to_f32_vec(), cols, rows);
+    to_rows(to, &values);
+    Ok(())
+}
 
 /// Builds a [`Model`] part by part.
 pub(super) struct Builder<'a> {
@@ -30,6 +45,7 @@ pub(super) struct Builder<'a> {
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
+    pub(super) prompt: Option<Prompt>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
@@ -65,6 +81,9 @@ impl Builder<'_> {
             device: self.params.device().clone(),
             embedding,
             positions,
+            embedded_prompt: (self.prompt.as_ref())
+                .and_then(|prompt| EmbeddedPrompt::new(prompt, self.config)),
+            prompt: self.prompt,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
             neftune_noise_alpha: 0.0,
@@ -101,6 +120,8 @@ impl Builder<'_> {
                 softcap: config.attention_softcap,
             },
             rope: config.layer_ropes[index],
+            prefix: (self.prompt.as_ref())
+                .and_then(|prompt| Prefix::new(prompt, index, config.kv_width())),
         })
     }
 
@@ -313,12 +334,16 @@ impl Builder<'_> {
             return Ok(None);
         };
         let site = self.plan.site(id);
-        let attachment = match self.attachments.remove(&id) {
-            attachment @ (None | Some(Attachment::TrainBase { .. })) => attachment,
+        let (attachment, update) = match self.attachments.remove(&id) {
+            attachment @ (None | Some(Attachment::TrainBase { .. })) => (attachment, None),
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
             Some(_) => return Err(unsupported(site)),
         };
-        let table = self.table(site, site, attachment)?;
-        Ok(Some(Positions { table, name }))
+        Ok(Some(Positions {
+            table: self.table(site, site, attachment)?,
+            update,
+            name,
+        }))
     }
 
     fn head(&mut self, embedding: &Embedding) -> Result<Head> {
@@ -391,18 +416,9 @@ impl Builder<'_> {
         Ok(tensor)
     }
 
-    /// Reads the weight of a site into `to [out, in]`, however its file holds it.
+    /// [`read_weight`] from the source.
     fn read_weight(&self, site: &Site, to: ViewMut<'_>) -> Result<()> {
-        let name = site.tensor("weight");
-        if !site.stored_transposed {
-            return self.source.read(&name, to);
-        }
-        let [rows, cols] = to.shape();
-        let mut stored = Tensor::empty(&Device::Cpu, DType::F32, cols, rows);
-        self.source.read(&name, stored.view_mut())?;
-        let values = transpose(&stored.to_f32_vec(), cols, rows);
-        to_rows(to, &values);
-        Ok(())
+        read_weight(self.source, site, to)
     }
 
     /// The frozen vector `suffix` of a site.

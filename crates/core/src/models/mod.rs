@@ -49,6 +49,13 @@ pub(crate) fn is_known(config: &HfConfig) -> bool {
 pub(crate) fn architecture(config: &HfConfig) -> Result<DecoderConfig> {
     let name = config.text_or("model_type", "")?;
     let known = || ARCHITECTURES.iter().map(|(name, _)| *name);
+    if name.is_empty() {
+        let message = format!(
+            "is missing; expected one of {}",
+            known().collect::<Vec<_>>().join(", ")
+        );
+        return Err(config.error("model_type", message));
+    }
     match ARCHITECTURES.iter().find(|(n, _)| *n == name) {
         Some((_, build)) => build(config),
         None => Err(config.error(

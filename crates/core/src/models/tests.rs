@@ -50,6 +50,35 @@ fn an_unknown_model_type_is_refused_with_the_nearest() {
 }
 
 #[test]
+fn a_missing_model_type_is_refused_as_missing() {
+    let keys = json!({"model_type": null});
+    assert_refused("", &keys, &["`model_type`: is missing", "llama", "olmo2"]);
+}
+
+#[test]
+fn ropes_that_cannot_be_are_refused_with_what_would_do() {
+    let rope = |keys: Value| json!({"rope_parameters": keys});
+    let swapped = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+    });
+    let parts = ["low_freq_factor", "is 4", "high_freq_factor 1", "1 and 4"];
+    assert_refused("llama", &rope(swapped), &parts);
+    let bare = json!({"rope_type": "yarn"});
+    assert_refused("llama", &rope(bare), &["factor", "is missing"]);
+    // The context of pre-training, inside or outside of the group, says the factor of YaRN.
+    for keys in [
+        json!({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 32}}),
+        json!({"rope_scaling": {"type": "yarn"}, "original_max_position_embeddings": 32}),
+    ] {
+        let rope = decoder("llama", &keys).ropes.remove(0);
+        let RopeScaling::Yarn { factor, .. } = rope.scaling else {
+            panic!("{rope:?}")
+        };
+        assert_eq!(factor, 4.0);
+    }
+}
+
+#[test]
 fn heads_that_do_not_divide_are_refused_with_the_nearest_that_do() {
     let parts = [
         "num_key_value_heads",

@@ -5,7 +5,9 @@ use super::optimizer::{self, Buffers};
 use super::ranks::{self, Totals};
 use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
 use crate::data::{PackedBatch, padded_rows};
-use crate::model::{DecoderConfig, Keep, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource};
+use crate::model::{
+    DecoderConfig, Keep, LoadedBase, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource,
+};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::ProcessGroup;
 use crate::run_log::StepReport;
@@ -140,7 +142,11 @@ impl Trainer {
         model.set_label_smoothing(options.label_smoothing);
         model.set_neftune_noise_alpha(options.neftune_noise_alpha);
         adapter.init(&mut params, options.seed)?;
-        adapter.prepare(&mut params, &mut model)?;
+        let mut base = LoadedBase {
+            model: &mut model,
+            source,
+        };
+        adapter.prepare(&mut params, &mut base)?;
         group.broadcast(&mut params)?;
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
         let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
@@ -189,7 +195,7 @@ impl Trainer {
         } else {
             self.gradients(micro_batches)?
         };
-        let trained = |batch: &PackedBatch| batch.trained_tokens() as u64;
+        let trained = |batch: &PackedBatch| self.model.trained_tokens(batch) as u64;
         let count = match reduced {
             Some(totals) => totals.sums.count,
             None => micro_batches.iter().map(trained).sum(),
@@ -198,9 +204,9 @@ impl Trainer {
         if let Some(totals) = reduced {
             self.check_finite("loss", totals.sums.loss / count as f64)?;
         }
-        let penalty = self
-            .adapter
-            .regularise(&self.params, count as f32, &mut self.grads)?;
+        let penalty =
+            self.adapter
+                .complete_gradients(&self.params, count as f32, &mut self.grads)?;
         let (grad_norm, sums) = self.update(lr, count)?;
         let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;

@@ -12,28 +12,28 @@ use std::path::Path;
 type Values = (Vec<usize>, Vec<f32>);
 
 /// A low-rank update.
-pub(super) struct Factors {
+pub(crate) struct Factors {
     /// `[rank, in_features]`.
-    pub(super) a: Vec<f32>,
+    pub(crate) a: Vec<f32>,
     /// `[out_features, rank]`.
-    pub(super) b: Vec<f32>,
-    pub(super) rank: usize,
-    pub(super) scale: f32,
+    pub(crate) b: Vec<f32>,
+    pub(crate) rank: usize,
+    pub(crate) scale: f32,
     /// `[out_features, in_features]`.
-    pub(super) shape: [usize; 2],
+    pub(crate) shape: [usize; 2],
 }
 
-pub(super) struct Adapter {
-    pub(super) peft_type: String,
-    pub(super) config: Map<String, Value>,
-    pub(super) updates: BTreeMap<String, Factors>,
+pub(crate) struct Adapter {
+    pub(crate) peft_type: String,
+    pub(crate) config: Map<String, Value>,
+    pub(crate) updates: BTreeMap<String, Factors>,
     /// Everything else.
-    pub(super) tensors: BTreeMap<String, Values>,
-    pub(super) bytes: u64,
+    pub(crate) tensors: BTreeMap<String, Values>,
+    pub(crate) bytes: u64,
 }
 
 impl Adapter {
-    pub(super) fn read(directory: &Path) -> Result<Self> {
+    pub(crate) fn read(directory: &Path) -> Result<Self> {
         // Says what is there where no adapter is, and refuses what is no configuration.
         crate::PeftConfig::load(directory)?;
         let path = directory.join(CONFIG_FILE);
@@ -61,6 +61,18 @@ impl Adapter {
             tensors,
             bytes: bytes.len(),
         })
+    }
+}
+
+impl Adapter {
+    /// The smallest and the largest of a module's trained row norms.
+    pub(super) fn magnitudes(&self, module: &str) -> Option<[f64; 2]> {
+        let (_, values) = self.tensors.get(&names::tensor(module, Part::Magnitude))?;
+        let values = values.iter().map(|v| f64::from(*v));
+        let range = values.fold([f64::INFINITY, f64::NEG_INFINITY], |[low, high], v| {
+            [low.min(v), high.max(v)]
+        });
+        Some(range)
     }
 }
 

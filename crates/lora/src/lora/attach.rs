@@ -234,27 +234,25 @@ fn vector(site: &Site, part: Part, params: &mut ParamLayoutBuilder) -> ParamId {
     ))
 }
 
-/// Refuses targets whose weight a start cannot be read from.
+/// Refuses targets whose weight or input a start cannot be made of.
 fn require_startable(config: &LoraConfig, target: &Target<'_>) -> Result<()> {
     let (init, Target { site, rank, .. }) = (config.init_lora_weights, *target);
-    if !init.changes_base() {
+    let Some((most, why)) = init.most([site.out_features, site.in_features]) else {
         return Ok(());
-    }
+    };
+    let name = init.name();
     if site.kind != SiteKind::Linear || site.output_head {
         let message = format!(
-            "{} starts from the weights of linears inside the layers, and `{}` is none; leave that out",
-            init.name(),
+            "{name} is for linears inside the layers, and `{}` is none; leave that out",
             site.name
         );
         return Err(Error::config("init_lora_weights", message));
     }
-    let most = site.in_features.min(site.out_features);
     if rank > most {
         let message = format!(
-            "{rank} is more than the {most} directions that the weight of `{}` has, from which {} takes as many \
-             as the rank is; lower it to {most}, for that module alone by `rank_pattern`",
-            site.name,
-            init.name()
+            "{rank} is more than {most}, the most that {name} finds for `{}` of {} x {}, where a rank takes {why}; \
+             lower it, for that module alone by `rank_pattern`",
+            site.name, site.out_features, site.in_features
         );
         return Err(Error::config("r", message));
     }
@@ -277,15 +275,6 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             "use_dora",
             format!(
                 "true is not supported yet on `{}`, only on linears inside the layers; leave that out",
-                site.name
-            ),
-        ));
-    }
-    if config.lora_bias && site.output_head {
-        return Err(Error::config(
-            "lora_bias",
-            format!(
-                "true is not supported on `{}`; set it to false, or leave that out",
                 site.name
             ),
         ));

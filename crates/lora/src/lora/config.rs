@@ -129,12 +129,12 @@ impl LoraConfig {
     /// # Errors
     /// [`Error::Config`] naming the key by its name on disk.
     pub fn validate(&self) -> Result<()> {
-        let ranks = self.rank_pattern.iter().map(|(_, rank)| *rank);
-        if self.rank == 0 || ranks.into_iter().any(|rank| rank == 0) {
-            return Err(Error::config(
-                "r",
-                "a rank must be at least 1; 8 and 16 are usual",
-            ));
+        let none = "is 0, and a rank must be at least 1; 8 and 16 are usual";
+        if self.rank == 0 {
+            return Err(Error::config("r", none));
+        }
+        if let Some((name, _)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
+            return Err(Error::config("rank_pattern", format!("`{name}` {none}")));
         }
         let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
         for alpha in std::iter::once(self.alpha).chain(alphas) {

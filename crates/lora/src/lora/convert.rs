@@ -58,12 +58,12 @@ pub(super) fn join(params: &FlatBuffer, start: &Start) -> Result<FlatBuffer> {
         let values = params.get(id);
         let joined: Vec<f32> = match rank_dimension(&segment.spec.name) {
             None => values.to_vec(),
-            Some(0) => [values, start.of(&segment.spec)?].concat(),
+            Some(0) => [values, start.values_of(&segment.spec)?].concat(),
             Some(_) => {
                 let rank = segment.spec.shape[1].max(1);
                 let rows = values
                     .chunks(rank)
-                    .zip(start.of(&segment.spec)?.chunks(rank));
+                    .zip(start.values_of(&segment.spec)?.chunks(rank));
                 let row = |(b, b0): (&[f32], &[f32])| -> Vec<f32> {
                     b.iter().copied().chain(b0.iter().map(|v| -v)).collect()
                 };

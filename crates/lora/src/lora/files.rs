@@ -116,7 +116,7 @@ fn form(config: &LoraConfig, directory: &Path) -> Result<Form> {
         ));
     };
     let (ours, theirs) = (config.init_lora_weights, saved.init_lora_weights);
-    let plain = ours.changes_base() && theirs == InitLoraWeights::Kaiming;
+    let plain = ours.subtracts() && theirs == InitLoraWeights::Kaiming;
     let (expected, form) = if plain {
         (&convert::config(config), Form::Plain)
     } else {
@@ -146,7 +146,9 @@ pub(super) fn load(
     match form(config, directory)? {
         Form::Own => {
             read_all(params, directory, config.ensure_weight_tying)?;
-            start(config, directory)
+            let subtracts = config.init_lora_weights.subtracts();
+            let start = subtracts.then(|| start(config, directory));
+            Ok(start.transpose()?.flatten())
         }
         Form::Plain => {
             let mut plain = FlatBuffer::zeros(&convert::layout(params.layout())?);
@@ -158,7 +160,12 @@ pub(super) fn load(
 
 /// What the run that wrote `directory` started from, where that changed the base and is there.
 pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Start>> {
-    if !config.init_lora_weights.changes_base() {
+    let init = config.init_lora_weights;
+    if let InitLoraWeights::Eva(_) = init {
+        // Its ranks are what a run that goes on must know; the values are read later.
+        return Start::read_factors(directory).map(Some);
+    }
+    if !init.subtracts() {
         return Ok(None);
     }
     if let Form::Plain = form(config, directory)? {

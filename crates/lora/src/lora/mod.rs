@@ -23,11 +23,14 @@ pub(crate) mod tokens;
 
 pub use config::{LoraBias, LoraConfig};
 pub(crate) use files::{read_tensors, write_tensors};
-pub use init::{InitLoraWeights, Start};
+pub use init::{
+    CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraGaConfig, Observation,
+    Scale, Start,
+};
 pub use tokens::TokenIndices;
 
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use names::Part;
@@ -61,10 +64,23 @@ impl LoraAdapter {
     }
 
     /// The same, starting from `start` instead of what it would compute.
-    #[must_use]
-    pub fn starting_from(mut self, start: Start) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn starting_from(mut self, start: Start) -> Result<Self> {
+        if let InitLoraWeights::Eva(eva) = self.config.init_lora_weights {
+            self.config = init::eva::with_ranks_of(&self.config, eva, &start)?;
+        }
         self.start = OnceLock::from(start);
-        self
+        Ok(self)
+    }
+
+    /// What it has to see of data before it can start, on a model of `plan`; `None` if nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern matches nothing.
+    pub fn observation(&self, plan: &ModelPlan) -> Result<Option<Observation>> {
+        Observation::new(&self.config, plan)
     }
 
     /// The same, which writes an update of the base that its start left, with that start in
@@ -99,6 +115,9 @@ impl LoraAdapter {
     ) -> Result<(Self, FlatBuffer)> {
         let start = init::prepare(&self.config, self.start.get().cloned(), params, base)?;
         self.load(params, directory)?;
+        let start = start.ok_or_else(|| {
+            Error::adapter(directory, "has no start that could be taken out of it")
+        })?;
         let plain = convert::join(params, &start)?;
         let config = convert::config(&self.config);
         let adapter = Self {
@@ -147,8 +166,8 @@ impl Adapter for LoraAdapter {
     }
 
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
-        if self.config.init_lora_weights.changes_base() {
-            let start = init::prepare(&self.config, self.start.get().cloned(), params, base)?;
+        let start = init::prepare(&self.config, self.start.get().cloned(), params, base)?;
+        if let Some(start) = start {
             let _ = self.start.set(start);
         }
         if self.config.use_dora {
@@ -163,14 +182,15 @@ impl Adapter for LoraAdapter {
 
     /// Also opens the files again and compares them: see [`LoraAdapter::verify_saved`].
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
-        match self.start.get() {
+        let subtracted = self.config.init_lora_weights.subtracts();
+        match self.start.get().filter(|_| subtracted) {
             Some(start) if self.converts => {
                 let plain = convert::join(params, start)?;
                 files::save(&convert::config(&self.config), &plain, directory)?;
             }
             Some(start) => {
-                files::save(&self.config, params, directory)?;
                 files::save_start(&self.config, start, directory)?;
+                files::save(&self.config, params, directory)?;
             }
             None => files::save(&self.config, params, directory)?,
         }
@@ -214,7 +234,7 @@ impl Adapter for LoraAdapter {
             dropout => format!(" dropout={dropout}"),
         };
         let start = match self.config.init_lora_weights {
-            init if init.changes_base() => format!(" {}", init.name()),
+            init if init.changes_base() || init.needs_data() => format!(" {}", init.name()),
             _ => String::new(),
         };
         format!("{method} r={rank} alpha={alpha}{dropout}{patterns}{start}")

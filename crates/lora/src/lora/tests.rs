@@ -122,7 +122,7 @@ fn values_out_of_range_are_refused() {
                 rank_pattern: vec![("q_proj".into(), 0)],
                 ..default()
             },
-            "`r`",
+            "`rank_pattern`",
         ),
         (
             LoraConfig {

@@ -111,8 +111,19 @@ pub(super) fn plan(
         Some(decoder) => ModelPlan::new(decoder).sites,
         None => modules_of(base, base_config.ties_head()),
     };
+    if let PeftConfig::Lora(config) = &config
+        && config.init_lora_weights.changes_base()
+        && !config.init_lora_weights.subtracts()
+    {
+        let message = format!(
+            "`init_lora_weights` is {}: what it updates is the quantised base, into which nothing can be merged; \
+             use it as it is",
+            config.init_lora_weights.name()
+        );
+        return Err(Error::adapter(adapter_directory, message));
+    }
     let (attachments, params) = match config {
-        PeftConfig::Lora(config) if config.init_lora_weights.changes_base() => {
+        PeftConfig::Lora(config) if config.init_lora_weights.subtracts() => {
             let weights = Weights {
                 files: base,
                 sites: &sites,
@@ -379,6 +390,11 @@ impl Plan {
                 self.push(weight, Change::Rows { indices, values });
             }
             Attachment::KeepBase => {}
+            Attachment::Prompt(_) => {
+                let message = "is a prompt, which stands before the text and is part of no weight; use the \
+                               adapter with its base, without merging";
+                return Err(Error::adapter(directory, message));
+            }
             method @ (Attachment::Factors(_) | Attachment::Weight(_) | Attachment::Custom(_)) => {
                 let changes_bias = site.bias && matches!(method, Attachment::Custom(_));
                 let attachment = Arc::new(method);
@@ -452,6 +468,7 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
                 out_features: meta.shape.first().copied().unwrap_or(1),
                 bias: base.meta(&format!("{module}.bias")).is_some(),
                 stored_transposed: false,
+                keys: None,
                 layer: None,
                 output_head: HEADS.contains(&last(module).as_str()),
                 tied_to: None,

@@ -40,12 +40,7 @@ pub(super) fn merge_file(
         tensors: Vec::new(),
     };
     let mut tensors = BTreeMap::new();
-    let is_new = |name: &str| plan.copies.contains_key(name);
-    let from_here = |source: &str| file.meta(source).is_some();
-    let kept = file.names().filter(|n| !is_new(n) && !plan.drops(n));
-    let kept = kept.map(|n| (n, n));
-    let new = plan.copies.iter().filter(|(_, source)| from_here(source));
-    for (name, source) in kept.chain(new.map(|(name, source)| (name.as_str(), source.as_str()))) {
+    for (name, source) in outputs(file, plan) {
         let data = match plan.changes.get(name) {
             None => unchanged(file, source, dtype)?,
             Some(changes) => {
@@ -61,6 +56,32 @@ pub(super) fn merge_file(
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     io::write_safetensors(&directory.join(&written.file_name), &tensors, &metadata)?;
     Ok(written)
+}
+
+/// What the plan changes of one file, nothing written.
+pub(super) fn changes_of_file(file: &SafetensorsFile, plan: &Plan) -> Result<Vec<MergedTensor>> {
+    let mut found = Vec::new();
+    for (name, source) in outputs(file, plan) {
+        if let Some(changes) = plan.changes.get(name) {
+            // In f32 nothing overflows that a change leaves finite.
+            let merged = merged(file, source, name, changes, MergeDType::Float32)?;
+            found.push(merged.1);
+        }
+    }
+    Ok(found)
+}
+
+/// Tensors of the counterpart of a file, each with the one it starts from.
+fn outputs<'a>(
+    file: &'a SafetensorsFile,
+    plan: &'a Plan,
+) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let is_new = |name: &str| plan.copies.contains_key(name);
+    let kept = file.names().filter(move |n| !is_new(n) && !plan.drops(n));
+    let new = plan.copies.iter();
+    let new = new.filter(|(_, source)| file.meta(source).is_some());
+    let new = new.map(|(name, source)| (name.as_str(), source.as_str()));
+    kept.map(|name| (name, name)).chain(new)
 }
 
 /// The floating-point types that take part in arithmetic.
@@ -136,6 +157,11 @@ fn merged(
     let tensor = MergedTensor {
         name: name.to_owned(),
         delta_norm: norm.sqrt(),
+        base_norm: old
+            .iter()
+            .map(|w| f64::from(*w).powi(2))
+            .sum::<f64>()
+            .sqrt(),
         relative_error: if norm == 0.0 {
             0.0
         } else {

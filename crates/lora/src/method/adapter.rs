@@ -12,7 +12,8 @@ use std::sync::OnceLock;
 
 /// A method with its configuration, before it knows its base.
 pub(crate) trait Configured: Debug + Send + Sync {
-    fn common(&self) -> &Common;
+    /// The base it was trained on, as its file says.
+    fn base_model_name_or_path(&self) -> Option<&str>;
     fn clone_box(&self) -> Box<dyn Configured>;
     fn into_adapter(self: Box<Self>, model_type: &str) -> Result<Box<dyn Adapter>>;
     /// For a base of this name.
@@ -53,8 +54,8 @@ pub(super) struct Attached {
 }
 
 impl<M: Method> Configured for MethodAdapter<M> {
-    fn common(&self) -> &Common {
-        &self.common
+    fn base_model_name_or_path(&self) -> Option<&str> {
+        self.common.base_model_name_or_path.as_deref()
     }
 
     fn clone_box(&self) -> Box<dyn Configured> {
@@ -158,9 +159,14 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         self.method.state()
     }
 
-    fn regularise(&self, params: &FlatBuffer, weight: f32, grads: &mut FlatBuffer) -> Result<f64> {
+    fn complete_gradients(
+        &self,
+        params: &FlatBuffer,
+        weight: f32,
+        grads: &mut FlatBuffer,
+    ) -> Result<f64> {
         self.method
-            .regularise(self.targets(), params, weight, grads)
+            .complete_gradients(self.targets(), params, weight, grads)
     }
 
     fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {

@@ -131,8 +131,8 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
         &[]
     }
 
-    /// [`Adapter::regularise`](ferrotune_core::adapter::Adapter::regularise).
-    fn regularise(
+    /// [`Adapter::complete_gradients`](ferrotune_core::adapter::Adapter::complete_gradients).
+    fn complete_gradients(
         &self,
         targets: &[Target],
         params: &FlatBuffer,

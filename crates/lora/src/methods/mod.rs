@@ -21,6 +21,7 @@ mod vblora;
 mod vera;
 
 use crate::method::{Configured, Method, Source, configure};
+use crate::prompt;
 use ferrotune_core::Result;
 use serde_json::{Map, Value};
 
@@ -45,6 +46,9 @@ pub(crate) const METHODS: &[(&str, Configure)] = &[
     entry::<lokr::Lokr>(),
     entry::<miss::Miss>(),
     entry::<oft::Oft>(),
+    ("P_TUNING", prompt::configure),
+    ("PREFIX_TUNING", prompt::configure),
+    ("PROMPT_TUNING", prompt::configure),
     entry::<randlora::RandLora>(),
     entry::<road::Road>(),
     entry::<vblora::VbLora>(),

@@ -1,6 +1,7 @@
 //! The filter by layer number.
 
 use super::{Expression, Selection, TargetModules};
+use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeSet;
 
@@ -10,6 +11,24 @@ pub(super) struct Layers<'a> {
     expressions: Vec<Expression>,
     /// Whether `layers_pattern` is set.
     by_pattern: bool,
+    pattern: &'a [String],
+}
+
+/// The segments of paths before numbers.
+fn before_numbers(sites: &[Site]) -> String {
+    let mut found = BTreeSet::new();
+    for site in sites {
+        let segments: Vec<&str> = site.name.split('.').collect();
+        for pair in segments.windows(2) {
+            if pair[1].parse::<usize>().is_ok() {
+                found.insert(format!("`{}`", pair[0]));
+            }
+        }
+    }
+    match found.len() {
+        0 => "nothing".into(),
+        _ => found.into_iter().collect::<Vec<_>>().join(", "),
+    }
 }
 
 impl<'a> Layers<'a> {
@@ -45,6 +64,7 @@ impl<'a> Layers<'a> {
             wanted,
             expressions,
             by_pattern: !selection.layers_pattern.is_empty(),
+            pattern: selection.layers_pattern,
         }))
     }
 
@@ -59,7 +79,21 @@ impl<'a> Layers<'a> {
     }
 
     /// Refuses a wanted layer that holds no targeted module.
-    pub(super) fn require_all_exist(&self, existing: &BTreeSet<usize>) -> Result<()> {
+    pub(super) fn require_all_exist(
+        &self,
+        existing: &BTreeSet<usize>,
+        sites: &[Site],
+    ) -> Result<()> {
+        if existing.is_empty() && self.by_pattern {
+            let pattern = self.pattern.join("`, `");
+            return Err(Error::config(
+                "layers_pattern",
+                format!(
+                    "`{pattern}` stands before the number of no layer; here {} does",
+                    before_numbers(sites)
+                ),
+            ));
+        }
         match self.wanted.iter().find(|layer| !existing.contains(layer)) {
             None => Ok(()),
             Some(layer) => Err(Error::config(
@@ -69,8 +103,6 @@ impl<'a> Layers<'a> {
                     match (existing.first(), existing.last()) {
                         (Some(first), Some(last)) =>
                             format!("targeted modules lie in layers {first} to {last}"),
-                        _ if self.by_pattern =>
-                            "no targeted module has a layer number: check `layers_pattern`".into(),
                         _ => "no targeted module has a layer number in its path".into(),
                     }
                 ),

@@ -114,9 +114,10 @@ impl<'a, T: Copy> Patterns<'a, T> {
                     self.key,
                     format!(
                         "`{0}` matches no adapted module{1}; a key is the end of a module's path \
-                         or a regular expression that reaches its end",
+                         or a regular expression that reaches its end; adapted: {2}",
                         expression.source,
                         super::nearest_end(&expression.source, names.iter().copied()),
+                        super::last_names(names.iter().copied()),
                     ),
                 ));
             }

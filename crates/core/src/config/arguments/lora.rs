@@ -101,7 +101,19 @@ section! {
         use_dora: bool = false, TRL_MODEL;
         /// How the update starts: true, false, or a method by PEFT's name.
         init_lora_weights: InitLoraWeights = InitLoraWeights::Default, PEFT;
-        /// Where the start takes the update out of the base (pissa, olora), write it as a plain LoRA of twice
+        /// Of init_lora_weights: loftq, as PEFT has it: {loftq_bits: 4, loftq_iter: 1}.
+        loftq_config: Option<BTreeMap<String, Value>> = None, PEFT;
+        /// Of init_lora_weights: eva, as PEFT has it: {rho: 2.0, tau: 0.99, use_label_mask: true, whiten: false,
+        /// adjust_scaling_factors: true}.
+        eva_config: Option<BTreeMap<String, Value>> = None, PEFT;
+        /// Of init_lora_weights: corda, as PEFT has it: {corda_method: ipm}, or kpm.
+        corda_config: Option<BTreeMap<String, Value>> = None, PEFT;
+        /// Of init_lora_weights: lora_ga, as PEFT has it: {direction: ArB2r, scale: stable, stable_gamma: 16}.
+        lora_ga_config: Option<BTreeMap<String, Value>> = None, PEFT;
+        /// Micro-batches of the run, over all ranks, that a start from data looks at before step 0: corda and
+        /// lora_ga at all of them, eva until its directions have settled.
+        lora_init_batches: usize = 64, OURS;
+        /// Where the start takes the update out of the base (pissa, olora, corda, lora_ga), write it as a plain LoRA of twice
         /// the rank for the untouched base; false writes it as it is, which PEFT reads by doing the start again.
         lora_convert_init: bool = true, PEFT;
         /// Biases of the base to train: none, all or lora_only, those of adapted layers (PEFT's bias).

@@ -11,10 +11,10 @@ mod shape;
 mod tests;
 mod trace;
 
-use super::{DecoderConfig, Keep, QkNorm, angles};
+use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
-use ferrotune_kernels::{DType, Device, cuda, linear_cross_entropy};
+use ferrotune_kernels::{DType, Device, Workspace, cuda, linear_cross_entropy};
 use shape::{LayerShape, Method};
 use std::collections::BTreeSet;
 
@@ -31,12 +31,31 @@ const INDEX_BYTES: usize = 24;
 pub struct Workload {
     /// Tokens of the longest, without padding.
     pub tokens: usize,
+    /// Documents of the micro-batch that has most.
+    pub documents: usize,
     /// Numbers of label rows that occur. Those of one power of two count as one.
     pub label_rows: BTreeSet<usize>,
     /// Mean number of tokens of a document.
     pub mean_length: f64,
     /// Sizes of training, of which every padded size has one at least.
     pub sizes: Vec<BatchSize>,
+}
+
+impl Workload {
+    /// The same behind a prompt of `tokens` virtual tokens before each document.
+    #[must_use]
+    pub fn behind_prompt(mut self, tokens: usize) -> Self {
+        if tokens == 0 {
+            return self;
+        }
+        // The largest micro-batch may have as many documents as any; each may have one more label.
+        self.tokens += tokens * self.documents;
+        self.mean_length += tokens as f64;
+        let more = self.label_rows.iter().map(|rows| rows + self.documents);
+        let more: Vec<usize> = more.collect();
+        self.label_rows.extend(more);
+        self
+    }
 }
 
 /// Shapes of a training step: all that its memory and its work depend on.
@@ -54,14 +73,19 @@ pub struct StepShape {
     /// Columns of the statistics of the final norm.
     final_norm: usize,
     embedding: Method,
+    positions: Method,
     /// Whether anything before the layers is trained.
     input_trained: bool,
     head_method: Method,
+    /// Whether its update has a bias, so that B is copied beside it.
+    head_bias: bool,
     on_gpu: bool,
     activations: DType,
     head: DType,
     /// Bytes of the scratch for weights that are not held as values.
     scratch: u64,
+    /// Bytes of a weight and of its gradient where a method changes the weight.
+    changed: u64,
     /// Of low-rank factors in products, and of what they make.
     factors: DType,
     tokens: usize,
@@ -133,12 +157,15 @@ impl StepShape {
             layers,
             final_norm: config.norm.statistics(),
             embedding,
+            positions,
             input_trained: embedding != Method::Frozen || positions != Method::Frozen,
             head_method,
+            head_bias: shape::has_head_bias(&ModelPlan::new(config), attachments),
             on_gpu,
             activations,
             head: weights,
             scratch: 0,
+            changed: shape::changed_bytes(&ModelPlan::new(config), attachments),
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
             label_rows: workload.label_rows.iter().copied().map(padded).collect(),
@@ -301,7 +328,22 @@ impl StepShape {
     fn loss_bytes(&self) -> u64 {
         let head = [self.vocabulary, self.hidden];
         let label_rows = self.label_rows.iter().copied();
-        linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64
+        let logits =
+            linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64;
+        logits.saturating_add(self.wide_bytes())
+    }
+
+    /// B and its gradient beside the bias of the head's update.
+    fn wide_bytes(&self) -> u64 {
+        let Method::LowRank { rank, .. } = self.head_method else {
+            return 0;
+        };
+        if !self.head_bias {
+            return 0;
+        }
+        let cols = Workspace::aligned(self.factors, rank);
+        let row = cols * (self.factors.bytes() + DType::F32.bytes());
+        (self.vocabulary as u64).saturating_mul(row as u64)
     }
 
     fn other_bytes(&self) -> u64 {
@@ -312,6 +354,7 @@ impl StepShape {
         let angles = positions.saturating_mul(row as u64);
         let indices = (self.tokens as u64).saturating_mul(INDEX_BYTES as u64);
         let products = if self.on_gpu { cuda::GEMM_WORKSPACE } else { 0 };
-        angles.saturating_add(indices) + products as u64
+        let more = (products as u64).saturating_add(self.changed);
+        angles.saturating_add(indices).saturating_add(more)
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::adapter::{Attachment, SiteId};
 use crate::model::{DecoderConfig, LayerPlan, ModelPlan, QkNorm};
+use ferrotune_kernels::DType;
 use std::collections::BTreeMap;
 
 /// One decoder layer.
@@ -89,17 +90,42 @@ pub(super) fn layers(
         .iter()
         .map(|l| layer(config, &plan, &methods, l));
     let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
+    let head = match at(plan.head) {
+        Method::LowRank { rank, dropout } => Method::LowRank {
+            rank: rank + usize::from(has_head_bias(&plan, attachments)),
+            dropout,
+        },
+        other => other,
+    };
     let positions = plan.positions.map_or(Method::Frozen, at);
-    (
-        layers.collect(),
-        [at(plan.embedding), at(plan.head), positions],
-    )
+    (layers.collect(), [at(plan.embedding), head, positions])
+}
+
+/// Bytes of the largest weight that a method changes, written out in f32 with its gradient.
+pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> u64 {
+    let changed = attachments
+        .iter()
+        .filter(|(_, attachment)| matches!(attachment, Attachment::Weight(_)))
+        .map(|(id, _)| plan.site(*id));
+    let largest = changed
+        .map(|site| site.out_features * site.in_features)
+        .max();
+    2 * (largest.unwrap_or(0) * DType::F32.bytes()) as u64
+}
+
+/// Whether the head's update has a bias, which is one more rank there.
+pub(super) fn has_head_bias(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
+    attachments.iter().any(|(id, attachment)| {
+        *id == plan.head && matches!(attachment, Attachment::LowRank(u) if u.bias.is_some())
+    })
 }
 
 fn method(attachment: &Attachment) -> Method {
     match attachment {
         Attachment::TrainBias(_) => Method::TrainBias,
         Attachment::KeepBase => Method::Frozen,
+        // Rows of the stream, or of keys and values, that are there anyway.
+        Attachment::Prompt(_) => Method::TrainBias,
         Attachment::LowRank(low_rank) => Method::LowRank {
             rank: low_rank.rank,
             dropout: low_rank.dropout > 0.0,

@@ -35,6 +35,9 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     if shape.learned_positions {
         trace.pool.pass(act, width);
     }
+    if let Method::LowRank { rank, .. } = shape.positions {
+        trace.pool.pass(shape.factors, trace.aligned(rank));
+    }
     let mut flow = trace.normed(stream, shape.norm_before(0));
     let reached = shape.first_reached();
     let mut saved = Vec::new();
@@ -63,10 +66,12 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         let needs_input = shape.input_trained || i > reached;
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
     }
-    if let Method::LowRank { rank, .. } = shape.embedding {
-        let cols = trace.aligned(rank);
-        let both = [(); 2].map(|()| trace.pool.take(shape.factors, cols));
-        trace.give_all(both);
+    for table in [shape.positions, shape.embedding] {
+        if let Method::LowRank { rank, .. } = table {
+            let cols = trace.aligned(rank);
+            let both = [(); 2].map(|()| trace.pool.take(shape.factors, cols));
+            trace.give_all(both);
+        }
     }
     trace.pool.give(d_stream);
     trace.give_all(angles);

@@ -46,10 +46,6 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         target_modules: list(names),
         ..config
     };
-    let head_bias = LoraConfig {
-        lora_bias: true,
-        ..LoraConfig::default()
-    };
     for (config, parts) in [
         (
             saves(&["lm_haed"]),
@@ -73,10 +69,6 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         (
             targets(&["q_proj", "embed_tokens"], rows(&[1])),
             ["`trainable_token_indices`", "adapted"],
-        ),
-        (
-            targets(&["lm_head"], head_bias),
-            ["`lora_bias`", "`lm_head`"],
         ),
     ] {
         let error = refusal(config, &llama_sites(2));

@@ -1,6 +1,7 @@
 //! From `adapter_config.json`.
 
 use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
+use crate::method::{Keys, Source};
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
@@ -13,11 +14,7 @@ use std::sync::Mutex;
 const MUST_BE_OFF: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
-    "corda_config",
-    "eva_config",
     "kasa_config",
-    "loftq_config",
-    "lora_ga_config",
     "megatron_config",
     "monteclora_config",
     "target_parameters",
@@ -35,6 +32,14 @@ const WITHOUT_EFFECT: &[&str] = &[
     "peft_version",
     "qalora_group_size",
     "runtime_config",
+];
+
+/// Keys that say more of a start.
+const SETTINGS: [&str; 4] = [
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
 ];
 
 const TASK_TYPES: &[&str] = &[
@@ -60,14 +65,28 @@ impl LoraConfig {
             task_type: None,
             ..Self::default()
         };
+        let mut settings = Vec::new();
         for (key, value) in object {
             let field = Field { path, key, value };
-            if MUST_BE_OFF.contains(&key.as_str()) {
+            if let Some(known) = SETTINGS.iter().find(|known| *known == key) {
+                settings.extend(field.object()?.map(|object| (*known, object)));
+            } else if MUST_BE_OFF.contains(&key.as_str()) {
                 field.require_off()?;
             } else if !WITHOUT_EFFECT.contains(&key.as_str()) {
                 config.set(&field)?;
             }
         }
+        let mut init = config.init_lora_weights;
+        // Those of other starts do nothing, in PEFT too.
+        let own = init.settings();
+        for (_, object) in settings.iter().filter(|(key, _)| own == Some(key)) {
+            init = init.read(&mut Keys::new(Source::File(path), object))?;
+        }
+        if let InitLoraWeights::Eva(_) = init {
+            // What started by EVA is a plain LoRA, once it is there.
+            init = InitLoraWeights::Kaiming;
+        }
+        config.init_lora_weights = init;
         config.validate().map_err(|error| match error {
             Error::Config { key, message } => Error::adapter(path, format!("`{key}`: {message}")),
             other => other,
@@ -126,7 +145,7 @@ struct Field<'a> {
     value: &'a Value,
 }
 
-impl Field<'_> {
+impl<'a> Field<'a> {
     fn wrong(&self, expected: &str) -> Error {
         Error::adapter(
             self.path,
@@ -154,6 +173,15 @@ impl Field<'_> {
                 self.key, self.value
             ),
         ))
+    }
+
+    /// An object with entries.
+    fn object(&self) -> Result<Option<&'a Map<String, Value>>> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::Object(object) => Ok(Some(object).filter(|object| !object.is_empty())),
+            _ => Err(self.wrong("an object or null")),
+        }
     }
 
     fn bias(&self) -> Result<LoraBias> {

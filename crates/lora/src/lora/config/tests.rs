@@ -47,8 +47,7 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
         ("use_bdlora", json!(true)),
         ("target_parameters", json!(["experts.gate_up_proj"])),
         ("alora_invocation_tokens", json!([5])),
-        ("loftq_config", json!({"loftq_bits": 4})),
-        ("eva_config", json!({"rho": 2.0})),
+        ("velora_config", json!({"num_groups": 2})),
     ] {
         let error = config_error(key, value.clone());
         assert!(

@@ -42,6 +42,7 @@ impl LoraConfig {
                 pattern(&self.alpha_pattern, |&alpha| number(alpha)),
             ),
         ]);
+        keys.extend(self.init_lora_weights.settings_value());
         if self.lora_bias {
             keys.insert("lora_bias", json!(true));
         }

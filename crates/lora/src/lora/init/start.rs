@@ -2,7 +2,7 @@
 
 use super::super::LoraConfig;
 use super::super::names::{self, Part};
-use super::{linears, site};
+use super::{Linear, linears, site};
 use crate::files::Weights;
 use ferrotune_core::adapter::BaseWeights;
 use ferrotune_core::params::{FlatBuffer, ParamLayout, ParamLayoutBuilder, ParamSpec};
@@ -56,6 +56,15 @@ impl Start {
             builder.add(spec.clone());
         }
         Ok(Self::new(FlatBuffer::zeros(&builder.build()?)))
+    }
+
+    /// The factors of the adapter in `directory`, whatever else it has.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if the file is damaged.
+    pub(crate) fn read_factors(directory: &Path) -> Result<Self> {
+        let file = Weights::open(directory)?;
+        Self::read_with(&file, |shape, _| shape, |values, _, _| values)
     }
 
     /// The factors in `directory`, which are what the run beside it started from.
@@ -130,26 +139,40 @@ impl Start {
         Ok(Self::new(factors))
     }
 
-    /// Sets the factors of one linear.
-    pub(super) fn set(&mut self, module: &str, factors: Factors) -> Result<()> {
-        let buffer = Arc::get_mut(&mut self.0)
-            .ok_or_else(|| Error::config(super::KEY, "a start that is in use does not change"))?;
-        for (part, values) in [(Part::A, factors.a), (Part::B, factors.b)] {
-            let name = names::tensor(module, part);
-            let id = buffer.layout().find(&name);
-            match id.map(|id| buffer.get_mut(id)) {
-                Some(to) if to.len() == values.len() => to.copy_from_slice(&values),
-                to => {
-                    let expected = to.map_or(0, |to| to.len());
+    /// Of linears with their factors.
+    pub(super) fn of(all: impl IntoIterator<Item = (Linear, Factors)>) -> Result<Self> {
+        let mut builder = ParamLayoutBuilder::new();
+        let mut values = Vec::new();
+        for (linear, factors) in all {
+            let [out, inputs] = linear.shape;
+            for (part, shape, of_part) in [
+                (Part::A, [linear.rank, inputs], factors.a),
+                (Part::B, [out, linear.rank], factors.b),
+            ] {
+                let name = names::tensor(&linear.module, part);
+                if of_part.len() != shape[0] * shape[1] {
                     let message = format!(
-                        "`{name}` has {} elements, expected {expected}",
-                        values.len()
+                        "`{name}` has {} elements, expected {shape:?}",
+                        of_part.len()
                     );
                     return Err(Error::config(super::KEY, message));
                 }
+                values.push((builder.add(ParamSpec::new(name, shape, 0)), of_part));
             }
         }
-        Ok(())
+        let mut factors = FlatBuffer::zeros(&builder.build()?);
+        for (id, values) in values {
+            factors.get_mut(id).copy_from_slice(&values);
+        }
+        Ok(Self::new(factors))
+    }
+
+    /// The adapted modules with their ranks.
+    pub(super) fn ranks(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.0.layout().by_name().filter_map(|(_, segment)| {
+            let (module, part) = names::parse(&segment.spec.name)?;
+            (part == Part::A).then_some((module, segment.spec.shape[0]))
+        })
     }
 
     /// Copies the factors to `params`.
@@ -162,7 +185,7 @@ impl Start {
             .by_name()
             .filter(|(_, segment)| rank_dimension(&segment.spec.name).is_some());
         for (id, segment) in of_linear {
-            let values = self.of(&segment.spec)?;
+            let values = self.values_of(&segment.spec)?;
             params.get_mut(id).copy_from_slice(values);
         }
         Ok(())
@@ -172,7 +195,7 @@ impl Start {
     ///
     /// # Errors
     /// [`Error::Config`] if it is not here in this shape.
-    pub(crate) fn of(&self, spec: &ParamSpec) -> Result<&[f32]> {
+    pub(crate) fn values_of(&self, spec: &ParamSpec) -> Result<&[f32]> {
         let id = self.0.layout().find(&spec.name);
         let found = id.filter(|id| self.0.layout().segment(*id).spec.shape == spec.shape);
         found.map(|id| self.0.get(id)).ok_or_else(|| {
@@ -189,11 +212,11 @@ impl Start {
     pub(super) fn subtract(&self, config: &LoraConfig, base: &mut dyn BaseWeights) -> Result<()> {
         let layout = self.0.layout();
         for linear in linears(config, layout)? {
-            let site = site(base, linear.module)?;
+            let site = site(base, &linear.module)?;
             let mut weight = base.read(site)?;
             let [out, inputs] = [weight.rows(), weight.cols()];
             let part = |part, rows, cols| {
-                let name = names::tensor(linear.module, part);
+                let name = names::tensor(&linear.module, part);
                 let values = layout.find(&name).map(|id| self.0.get(id));
                 match values.filter(|values| values.len() == rows * cols) {
                     Some(values) => Ok(View::from_f32(values, rows, cols)),

@@ -162,7 +162,7 @@ impl Method for AdaLora {
     }
 
     /// `orth_reg_weight` times the mean over all A and B of |A A^T - I| and |B^T B - I|, Frobenius.
-    fn regularise(
+    fn complete_gradients(
         &self,
         targets: &[Target],
         params: &FlatBuffer,
