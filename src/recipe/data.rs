@@ -56,6 +56,10 @@ fn local(config: &TrainConfig) -> Result<Vec<String>> {
 /// [`Error::Config`] about `key` if there are none; what fetching them finds.
 pub fn row_files(name: &str, split: &str, key: &str) -> Result<Vec<PathBuf>> {
     let path = hub::rows(name, &[split.to_owned()], key)?;
+    // A pipe too.
+    if path.exists() && !path.is_dir() {
+        return Ok(vec![path]);
+    }
     let files = files::named(&[path.display().to_string()], split, key)?;
     Ok(files.concat())
 }

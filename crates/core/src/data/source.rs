@@ -67,11 +67,15 @@ pub fn read_columns(
 /// # Errors
 /// [`Error::Read`] when it cannot be opened, [`Error::Data`] when it is a broken parquet file.
 pub(super) fn open(path: &Path) -> Result<Box<dyn Iterator<Item = Result<RawRow>>>> {
-    let file = File::open(path).map_err(Error::read(path))?;
     let mut start = Vec::new();
-    file.take(PARQUET.len() as u64)
-        .read_to_end(&mut start)
-        .map_err(Error::read(path))?;
+    let metadata = std::fs::metadata(path).map_err(Error::read(path))?;
+    // What is read of a pipe is gone, and parquet is read from its end.
+    if metadata.is_file() {
+        let file = File::open(path).map_err(Error::read(path))?;
+        file.take(PARQUET.len() as u64)
+            .read_to_end(&mut start)
+            .map_err(Error::read(path))?;
+    }
     if start == PARQUET {
         let rows = ParquetRows::open(path)?;
         return Ok(Box::new(rows.map(|row| {
