@@ -73,7 +73,7 @@ impl Model {
             prompt::prompt_rows(&batch, tokens, |s| caches[s].len == 0)
         });
         let rows = prompt_rows.unwrap_or_default();
-        let inputs = Inputs::of(self, pass, Cow::Borrowed(&batch), rows, false);
+        let inputs = Inputs::of(self, pass, &Cow::Borrowed(&batch), rows, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
         let mut stream = self.embed(&run)?;

@@ -54,18 +54,18 @@ impl<'a> Inputs<'a> {
     /// `batch` behind the model's prompt, if it has one, and with `padded` with padding in all its tables.
     pub(crate) fn new(model: &Model, pass: Pass<'_>, batch: &'a PackedBatch, padded: bool) -> Self {
         let Some(Prompt { tokens, of, .. }) = model.prompt else {
-            return Self::of(model, pass, Cow::Borrowed(batch), Vec::new(), padded);
+            return Self::of(model, pass, &Cow::Borrowed(batch), Vec::new(), padded);
         };
         let long = prompt::before_documents(batch, tokens, of);
         let prompt_rows = prompt::prompt_rows(&long, tokens, |_| true);
-        Self::of(model, pass, Cow::Owned(long), prompt_rows, padded)
+        Self::of(model, pass, &Cow::Owned(long), prompt_rows, padded)
     }
 
     /// `batch`, whose rows are the virtual tokens `prompt_rows`.
     pub(crate) fn of(
         model: &Model,
         pass: Pass<'_>,
-        batch: Cow<'a, PackedBatch>,
+        batch: &Cow<'a, PackedBatch>,
         mut prompt_rows: Vec<u32>,
         padded: bool,
     ) -> Self {
@@ -73,23 +73,23 @@ impl<'a> Inputs<'a> {
         let (mut label_rows, mut targets) = batch.targets();
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
-            Mode::Train { .. } => draws(&batch),
+            Mode::Train { .. } => draws(batch),
         };
         let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
         let (angles, mut positions) = if own_angles {
-            let angles = Arc::new(angles::by_row(ropes, &batch, device));
+            let angles = Arc::new(angles::by_row(ropes, batch, device));
             (angles, (0..batch.rows() as u32).collect())
         } else {
             let last = batch.position_ids.iter().max();
             let positions = last.map_or(0, |last| *last as usize + 1);
             let angles = model.angles.up_to(ropes, device, positions);
-            let rows = angle_rows(ropes, &angles, &batch);
+            let rows = angle_rows(ropes, &angles, batch);
             (
                 angles,
-                rows.unwrap_or_else(|| table(&batch, |b| &b.position_ids)),
+                rows.unwrap_or_else(|| table(batch, |b| &b.position_ids)),
             )
         };
-        let mut ids = table(&batch, |b| &b.input_ids);
+        let mut ids = table(batch, |b| &b.input_ids);
         if let Some(rows) = &model.embedding.table.rows {
             let ids = ids.to_mut().iter_mut();
             ids.for_each(|id| *id = rows.place(*id));
@@ -97,7 +97,7 @@ impl<'a> Inputs<'a> {
         if let Some(rows) = &model.head_table().rows {
             targets.iter_mut().for_each(|t| *t = rows.place(*t));
         }
-        let mut cu_seqlens = table(&batch, |b| &b.cu_seqlens);
+        let mut cu_seqlens = table(batch, |b| &b.cu_seqlens);
         let mut rows = batch.rows();
         if padded && rows > 0 {
             rows = padded_rows(rows);
@@ -118,7 +118,7 @@ impl<'a> Inputs<'a> {
         let mut noise = Vec::new();
         if let Mode::Train { step, .. } = pass.mode {
             if model.neftune_noise_alpha > 0.0 {
-                noise = noise_of(model, &batch);
+                noise = noise_of(model, batch);
                 noise.resize(rows, 0);
             }
             draws.resize(2 * rows, 0);

@@ -108,7 +108,10 @@ mod tests {
     use crate::data::record::{Record, TrainedTurns};
     use serde_json::{Value, json};
 
-    fn read(row: &Value) -> Result<(Vec<(String, Value)>, Option<TrainedTurns>), String> {
+    /// Who says what.
+    type Said = Vec<(String, Value)>;
+
+    fn read(row: &Value) -> Result<(Said, Option<TrainedTurns>), String> {
         let row = row.as_object().expect("a row is an object");
         match Record::from_row(row, "text")? {
             Record::Messages { messages, inputs } => {
@@ -122,7 +125,7 @@ mod tests {
         }
     }
 
-    fn said(turns: &[(&str, &str)]) -> Vec<(String, Value)> {
+    fn said(turns: &[(&str, &str)]) -> Said {
         let turns = turns.iter();
         turns.map(|(r, c)| ((*r).to_owned(), json!(c))).collect()
     }
