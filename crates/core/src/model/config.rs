@@ -299,8 +299,11 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
 /// What to write instead of a number that does not divide another.
 pub(crate) fn nearest_divisor(wrong: usize, of: usize) -> String {
     let divides = |n: &usize| of.is_multiple_of(*n);
-    let below = (1..wrong).rev().find(divides);
-    let above = (wrong + 1..=of).find(divides);
+    // Divisors come in pairs: none above the root needs to be looked for.
+    let small = || (1..=of.isqrt()).filter(|n| divides(n));
+    let all = || small().chain(small().map(|n| of / n));
+    let below = all().filter(|n| *n < wrong).max();
+    let above = all().filter(|n| *n > wrong).min();
     let nearest: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
     format!("the nearest that does: {}", nearest.join(" or "))
 }

@@ -258,7 +258,8 @@ impl RopeConfig {
 
 /// The parameters of the rope, and the key they stand under.
 fn parameters(config: &HfConfig) -> Result<(String, Map<String, Value>)> {
-    for group in ["rope_parameters", "rope_scaling"] {
+    // Where there are both, Transformers takes the older one.
+    for group in ["rope_scaling", "rope_parameters"] {
         match config.get(group) {
             None => {}
             Some(Value::Object(map)) => return Ok((group.into(), map.clone())),
@@ -318,11 +319,20 @@ impl Parameters<'_> {
 
     fn scaling(&self, max_position: f64, rotary_dim: usize) -> Result<RopeScaling> {
         // `type` is the key's name before Transformers 4.43.
-        let name = ["rope_type", "type"]
-            .iter()
-            .find_map(|k| self.map.get(*k))
-            .and_then(Value::as_str);
-        match name.unwrap_or("default") {
+        let given = |key: &&str| self.map.get(*key).filter(|value| !value.is_null());
+        let name = match ["rope_type", "type"].iter().find_map(&given) {
+            Some(Value::String(name)) => name,
+            Some(other) => {
+                let message = format!("is {other}; expected one of {}", TYPES.join(", "));
+                return Err(self.error("rope_type", message));
+            }
+            None if given(&"factor").is_some() => {
+                let message = format!("is missing beside a factor; one of {}", TYPES.join(", "));
+                return Err(self.error("rope_type", message));
+            }
+            None => "default",
+        };
+        match name {
             "default" => Ok(RopeScaling::Default),
             "linear" => Ok(RopeScaling::Linear {
                 factor: self.number("factor", None)?,

@@ -3,8 +3,10 @@
 use super::layer_types;
 use crate::Result;
 use crate::model::{DecoderConfig, HfConfig};
+use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let config = &config.with_defaults(&json!({"num_key_value_heads": 4, "rope_theta": 2e6}));
     let common = DecoderConfig::common(config)?;
     let rope_layers = rope_layers(config, common.layers)?;
     let window = match config.flag_or("use_sliding_window", false)? {
