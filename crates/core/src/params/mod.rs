@@ -39,6 +39,8 @@ pub struct ParamSpec {
     pub weight_decay: bool,
     /// Whether files hold the transposed matrix.
     pub transposed: bool,
+    /// A second name under which files have the same values, as PEFT's do where two modules share them.
+    pub also: Option<String>,
 }
 
 impl ParamSpec {
@@ -61,6 +63,7 @@ impl ParamSpec {
             lr_scale: 1.0,
             weight_decay,
             transposed: false,
+            also: None,
         }
     }
 

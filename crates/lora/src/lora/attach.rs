@@ -48,8 +48,9 @@ pub(super) fn attach(
         }
     }
     for site in &saved {
-        attachments.push((site.id, train(site, params)));
         let head = sites.iter().find(|other| other.tied_to == Some(site.id));
+        let sharing = head.filter(|_| tied.is_some());
+        attachments.push((site.id, train(site, sharing, params)));
         if let (Some(head), None) = (head, tied)
             && !saved.iter().any(|site| site.id == head.id)
             && !targets.iter().any(|target| target.site.id == head.id)
@@ -210,8 +211,8 @@ fn declare(config: &LoraConfig, target: &Target<'_>, params: &mut ParamLayoutBui
     }
 }
 
-/// Declares weight and bias of a site that is trained as a whole.
-fn train(site: &Site, params: &mut ParamLayoutBuilder) -> Attachment {
+/// Declares weight and bias of a site that is trained as a whole, and whose weight is also that of `sharing`.
+fn train(site: &Site, sharing: Option<&Site>, params: &mut ParamLayoutBuilder) -> Attachment {
     let shape = match site.kind {
         SiteKind::Norm => vec![site.out_features],
         SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
@@ -219,6 +220,7 @@ fn train(site: &Site, params: &mut ParamLayoutBuilder) -> Attachment {
     let name = names::tensor(&site.name, Part::Weight);
     let mut weight = ParamSpec::new(name, shape, site.execution_order);
     weight.transposed = site.stored_transposed;
+    weight.also = sharing.map(|site| names::tensor(&site.name, Part::Weight));
     Attachment::TrainBase {
         weight: params.add(weight),
         bias: site.bias.then(|| vector(site, Part::Bias, params)),

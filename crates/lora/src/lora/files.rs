@@ -34,16 +34,20 @@ pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -
 /// Writes every tensor of `params` that is an adapter's, f32, under PEFT's names.
 pub(crate) fn write_tensors(params: &FlatBuffer, directory: &Path) -> Result<()> {
     let tensors: BTreeMap<String, TensorData<'_>> = lora_segments(params)
-        .map(|(id, segment)| {
-            let data = TensorData {
-                dtype: FileDType::F32,
-                shape: segment.spec.file_shape(),
-                bytes: match params.file_values(id) {
-                    Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
-                    Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
-                },
-            };
-            (segment.spec.name.clone(), data)
+        .flat_map(|(id, segment)| {
+            // PEFT loads no file that lacks either name of a weight that two modules share.
+            let names = std::iter::once(&segment.spec.name).chain(&segment.spec.also);
+            names.map(move |name| {
+                let data = TensorData {
+                    dtype: FileDType::F32,
+                    shape: segment.spec.file_shape(),
+                    bytes: match params.file_values(id) {
+                        Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+                        Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+                    },
+                };
+                (name.clone(), data)
+            })
         })
         .collect();
     files::write_tensors(directory, &tensors)

@@ -1,7 +1,8 @@
 use super::super::{LoraAdapter, LoraConfig, TokenIndices};
 use crate::testing::{list, llama_sites};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
-use ferrotune_core::params::ParamLayoutBuilder;
+use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 
 /// A Llama whose head is its embedding.
 fn tied_sites() -> Vec<Site> {
@@ -122,5 +123,45 @@ fn a_tied_pair_stays_one_only_where_that_is_asked_for() {
     match [at(&config, 0), at(&config, head)] {
         [Some(Attachment::LowRank(a)), Some(Attachment::LowRank(b))] => assert_eq!(a, b),
         other => panic!("{other:?}"),
+    }
+}
+
+/// PEFT writes and wants both names.
+#[test]
+fn a_weight_trained_for_two_modules_is_written_under_both_names() {
+    for (name, tied, written) in [
+        ("lm_head", true, &["lm_head", "model.embed_tokens"][..]),
+        ("embed_tokens", true, &["lm_head", "model.embed_tokens"]),
+        ("embed_tokens", false, &["model.embed_tokens"]),
+    ] {
+        let config = LoraConfig {
+            ensure_weight_tying: tied,
+            ..saves(&[name])
+        };
+        let adapter = LoraAdapter::new(config, "llama").expect("valid");
+        let mut params = ParamLayoutBuilder::new();
+        adapter
+            .attach(&tied_sites(), &mut params)
+            .expect("attaches");
+        let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+        let values = params.as_mut_slice().iter_mut().enumerate();
+        values.for_each(|(i, value)| *value = i as f32);
+        let directory = tempfile::tempdir().expect("temporary directory");
+        adapter
+            .save(&params, directory.path())
+            .expect("saved and read back");
+        let file = directory.path().join("adapter_model.safetensors");
+        let file = SafetensorsFile::open(file).expect("saved");
+        let weights: Vec<&str> = file.names().filter(|n| !n.contains("lora")).collect();
+        let names: Vec<String> = written
+            .iter()
+            .map(|module| format!("base_model.model.{module}.weight"))
+            .collect();
+        assert_eq!(weights, names, "{name} {tied}");
+        let all: Vec<Vec<f32>> = weights
+            .iter()
+            .map(|name| file.read_f32(name).expect("saved"))
+            .collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
     }
 }
