@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Family, Stored, examples, write_model};
+use common::{Family, Stored, assert_close, examples, write_model};
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::{DecoderConfig, KvCache, Mode, Model, Pass};
@@ -12,14 +12,6 @@ use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
 const SEED: u64 = 17;
 /// Of the largest logit: the products of one row and of many sum in another order.
 const TOLERANCE: f32 = 2e-5;
-
-#[track_caller]
-fn assert_close(got: &[f32], want: &[f32], what: &str) {
-    let largest = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let differences = got.iter().zip(want).map(|(a, b)| (a - b).abs());
-    let error = differences.fold(0.0, f32::max);
-    assert!(error <= TOLERANCE * largest, "{what}: {error} of {largest}");
-}
 
 #[test]
 fn tokens_one_at_a_time_give_the_logits_of_the_whole() {
@@ -67,7 +59,7 @@ fn tokens_one_at_a_time_give_the_logits_of_the_whole() {
                 .to_f32_vec();
             let last = &whole[(end - 1) * shape.vocab..];
             let what = format!("{family:?} on {device:?}, token {end}");
-            assert_close(&step.to_f32_vec(), last, &what);
+            assert_close(&step.to_f32_vec(), last, TOLERANCE, &what);
         }
         assert_eq!(cache.len(), ids.len());
     }

@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{Family, Shape, Stored, add_noise, examples, read_json, write_json, write_model};
+use common::{
+    Family, Shape, Stored, add_noise, assert_close, examples, read_json, write_json, write_model,
+};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::full::FullFineTuning;
@@ -93,15 +95,6 @@ impl Subject {
     }
 }
 
-#[track_caller]
-fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}");
-    let largest = theirs.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let worst = ours.iter().zip(theirs).map(|(a, b)| (a - b).abs());
-    let worst = worst.fold(0.0, f32::max);
-    assert!(worst < 1e-5 * largest, "{what}: {worst} of {largest}");
-}
-
 /// Writes the checkpoint of `shape` with its layers in [`ORDER`].
 fn write_twin(directory: &Path, shape: &Shape) {
     let stacked = Shape {
@@ -140,7 +133,12 @@ fn a_stack_is_the_model_whose_files_have_its_layers() {
         let adapter = lora(&RANGES, family.model_type());
         let stack = Subject::new(&base, &adapter);
         let twin = Subject::merged(&twin);
-        assert_close(&stack.logits(), &twin.logits(), &format!("{family:?}"));
+        assert_close(
+            &stack.logits(),
+            &twin.logits(),
+            1e-5,
+            &format!("{family:?}"),
+        );
         // Nothing is counted twice that is held once.
         let parameters = DecoderConfig::open(&base).expect("written").parameters();
         assert_eq!(stack.decoder.parameters(), parameters, "{family:?}");
@@ -168,7 +166,12 @@ fn merging_writes_the_larger_checkpoint_for_every_family() {
         .expect("merges");
         let merged = Subject::merged(&at("merged"));
         assert_eq!(merged.decoder.layers, ORDER.len(), "{family:?}");
-        assert_close(&stack.logits(), &merged.logits(), &format!("{family:?}"));
+        assert_close(
+            &stack.logits(),
+            &merged.logits(),
+            1e-5,
+            &format!("{family:?}"),
+        );
         let own = DecoderConfig::open(&base).expect("written");
         let windows = ORDER.map(|layer| own.sliding_windows[layer]);
         assert_eq!(merged.decoder.sliding_windows, windows, "{family:?}");
@@ -249,6 +252,7 @@ fn a_shorter_stack_is_merged_without_what_it_leaves_out() {
     assert_close(
         &stack.logits(),
         &Subject::merged(&merged).logits(),
+        1e-5,
         "shorter",
     );
     let extra = ModelFiles::open(&merged).expect("merged");

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Family, Stored, examples, write_model};
+use common::{Family, Stored, assert_close, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::io::ModelFiles;
@@ -126,15 +126,6 @@ impl Prompted {
             mode: Mode::Eval,
         })
     }
-}
-
-#[track_caller]
-fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let largest = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let differences = got.iter().zip(want).map(|(a, b)| (a - b).abs());
-    let error = differences.fold(0.0, f32::max);
-    assert!(error <= tolerance * largest, "{what}: {error} of {largest}");
 }
 
 /// Families, each with the CPU and the stand-in for a GPU.

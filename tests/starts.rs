@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{Finished, Shape, Workbench, copy_dir, ferrotune, read, read_json, text};
+use common::{
+    Finished, Shape, Workbench, assert_same_files, copy_dir, ferrotune, read, read_json, text,
+};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::io::{ModelFiles, SafetensorsFile};
@@ -219,14 +221,12 @@ fn a_resumed_run_has_the_base_and_the_bytes_of_the_uninterrupted_one() {
             let (from, to) = (bench.path(&whole), bench.path(&part));
             copy_dir(&from.join("checkpoint-3"), &to.join("checkpoint-3"));
             bench.train(&part, &changes).expect(0);
-            for file in [
+            let files = [
                 "adapter_model.safetensors",
                 "checkpoint-6/adapter_model.safetensors",
                 "checkpoint-6/optimizer.safetensors",
-            ] {
-                let same = read(&from.join(file)) == read(&to.join(file));
-                assert!(same, "{whole}: {file} differs after a resume");
-            }
+            ];
+            assert_same_files(&from, &to, &files, &format!("{whole}, resumed"));
         }
     }
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Workbench, copy_dir, ferrotune, read, read_json, text};
+use common::{Workbench, assert_same_files, copy_dir, ferrotune, read, read_json, text};
 use ferrotune::core::adapter::{Adapter, BaseWeights};
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::io::{ModelFiles, SafetensorsFile};
@@ -338,14 +338,12 @@ fn runs_are_saved_resumed_and_merged_as_they_were_trained() {
             let (from, to) = (bench.path(&whole), bench.path(&part));
             copy_dir(&from.join("checkpoint-3"), &to.join("checkpoint-3"));
             bench.train(&part, &changes).expect(0);
-            for file in [
+            let files = [
                 "adapter_model.safetensors",
                 "adapter_config.json",
                 "checkpoint-6/optimizer.safetensors",
-            ] {
-                let same = read(&from.join(file)) == read(&to.join(file));
-                assert!(same, "{whole}: {file} differs after a resume");
-            }
+            ];
+            assert_same_files(&from, &to, &files, &format!("{whole}, resumed"));
             let expected = answers(&bench, &base, Some(&from), &[]);
             let moved = furthest(&expected, &answers(&bench, &base, None, &[]));
             assert!(moved > 1e-2, "{init} has learned nothing: {moved}");

@@ -469,6 +469,25 @@ pub(crate) fn entries(directory: &Path) -> Vec<String> {
     names
 }
 
+/// The largest difference is at most `tolerance` of the largest of `want`.
+#[track_caller]
+pub(crate) fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let differences = got.iter().zip(want).map(|(a, b)| (a - b).abs());
+    let error = differences.fold(0.0, f32::max);
+    assert!(error <= tolerance * largest, "{what}: {error} of {largest}");
+}
+
+/// Each of `files` has the same bytes in both directories.
+#[track_caller]
+pub(crate) fn assert_same_files(one: &Path, other: &Path, files: &[&str], what: &str) {
+    for file in files {
+        let same = read(&one.join(file)) == read(&other.join(file));
+        assert!(same, "{what}: {file} differs");
+    }
+}
+
 pub(crate) fn copy_dir(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("writable");
     for entry in std::fs::read_dir(from).unwrap_or_else(|e| panic!("{}: {e}", from.display())) {
