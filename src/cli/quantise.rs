@@ -19,6 +19,9 @@ pub(super) struct QuantiseArgs {
     /// Hold the linears of the base in 8 bits, and multiply bytes
     #[arg(long, conflicts_with = "load_in_4bit")]
     load_in_8bit: bool,
+    /// Hold the linears of the base as 8-bit floats
+    #[arg(long, conflicts_with_all = ["load_in_4bit", "load_in_8bit"])]
+    load_in_fp8: bool,
     /// Inputs from this magnitude on are multiplied as they are; 0 for none
     #[arg(long, default_value_t = f64::from(Int8::THRESHOLD), requires = "load_in_8bit")]
     llm_int8_threshold: f64,
@@ -35,6 +38,7 @@ impl QuantiseArgs {
             bnb_4bit_quant_type: self.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant: self.bnb_4bit_use_double_quant,
             load_in_8bit: self.load_in_8bit,
+            load_in_fp8: self.load_in_fp8,
             llm_int8_threshold: self.llm_int8_threshold,
             llm_int8_skip_modules: self.llm_int8_skip_modules.clone(),
             ..ModelArguments::default()

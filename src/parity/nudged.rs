@@ -31,7 +31,10 @@ pub(super) fn nearest(
 ) -> Result<Recomputed> {
     let run = |seed: Option<u64>| {
         let nudged = |attachments| nudged(base, attachments, seed);
-        let model = Adapted::load_with(base, adapter, DType::F32, device, nudged)?;
+        let mut model = Adapted::load_with(base, adapter, DType::F32, device, nudged)?;
+        if let Some(seed) = seed {
+            nudge(model.params.as_mut_slice(), change(seed), seed);
+        }
         model.run(DType::F32, batch)
     };
     let mut best = run(None)?;
@@ -61,11 +64,22 @@ fn nudged(base: &Path, mut attachments: Attachments, seed: Option<u64>) -> Resul
     for site in linears.filter(|site| !taken.contains(&site.id)) {
         let nudge = Nudge {
             seed: seed << 32 | site.id.0 as u64,
-            change: CHANGE * (1 + seed % LARGEST) as f64,
+            change: change(seed),
         };
         attachments.push((site.id, Attachment::Custom(Box::new(nudge))));
     }
     Ok(attachments)
+}
+
+fn change(seed: u64) -> f64 {
+    CHANGE * (1 + seed % LARGEST) as f64
+}
+
+fn nudge(values: &mut [f32], change: f64, seed: u64) {
+    let mut stream = Stream::new(seed);
+    for value in values {
+        *value *= (1.0 + change * stream.normal()) as f32;
+    }
 }
 
 #[derive(Debug)]
@@ -76,12 +90,9 @@ struct Nudge {
 
 impl CustomLinear for Nudge {
     fn forward(&self, _: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
-        let mut stream = Stream::new(self.seed);
         let [rows, cols] = y.shape();
         let mut values = y.as_view().to_f32_vec();
-        for value in &mut values {
-            *value *= (1.0 + self.change * stream.normal()) as f32;
-        }
+        nudge(&mut values, self.change, self.seed);
         y.copy_from(View::from_f32(&values, rows, cols));
         Ok(Vec::new())
     }

@@ -152,6 +152,7 @@ impl Search<'_> {
         let mut small = self.config.clone();
         small.model.load_in_4bit = true;
         small.model.load_in_8bit = false;
+        small.model.load_in_fp8 = false;
         Some(small).filter(|c| self.fits(c))
     }
 

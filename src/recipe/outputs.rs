@@ -132,7 +132,11 @@ pub(super) fn identity_without_data(
 /// [`Error::Read`].
 pub(super) fn base_digest(base: &Path, files: Option<&ModelFiles>) -> Result<String> {
     let path = base.join("config.json");
-    let config = std::fs::read(&path).map_err(Error::read(&path))?;
+    let config = match std::fs::read(&path) {
+        // A GGUF file has its configuration in itself.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && files.is_some() => Vec::new(),
+        config => config.map_err(Error::read(&path))?,
+    };
     let mut model = blake3_of_bytes(&config);
     for file in files.into_iter().flat_map(ModelFiles::shards) {
         // The header with names, dtypes and shapes is in the first sample.

@@ -153,7 +153,7 @@ fn weights_in_4_bits_are_not_trained() {
         &["load_in_4bit", "use_peft: true"],
     );
     let refused = saved_in_4_bits().train("out", &full).expect(BAD_CONFIG);
-    said(&refused, &["use_peft", "4 bits"]);
+    said(&refused, &["use_peft", "nf4"]);
 }
 
 #[test]
@@ -235,8 +235,8 @@ fn another_quantisation_is_refused_by_name() {
     let bench = saved_in_4_bits();
     let path = bench.path("base/config.json");
     let mut config = read_json(&path);
-    config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+    config["quantization_config"] = json!({"quant_method": "hqq", "bits": 4});
     write_json(&path, &config);
     let refused = bench.train("out", &json!({})).expect(BAD_INPUT);
-    said(&refused, &["quantization_config", "gptq", "bitsandbytes"]);
+    said(&refused, &["quantization_config", "hqq", "bitsandbytes"]);
 }

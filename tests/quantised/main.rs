@@ -2,7 +2,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod formats;
 mod four_bit;
+mod gguf;
 mod int8;
 
 use common::{

@@ -285,7 +285,7 @@ fn an_8_bit_base_is_what_its_keys_say() {
         (
             "use_peft: true",
             "use_peft: false",
-            ["cannot be trained", "8 bits"],
+            ["cannot be trained", "load_in_8bit"],
         ),
         (
             "load_in_8bit: true",

@@ -140,29 +140,27 @@ impl TrainConfig {
             "lora_task_type",
             |value| format!("{value} is not supported yet; expected \"CAUSAL_LM\""),
         )?;
-        self.require(
-            lora.use_peft || !self.model.load_in_4bit,
-            "load_in_4bit",
-            |_| {
-                "true with use_peft: false: weights of 4 bits cannot be trained; set use_peft: true to train an \
+        let formats = [
+            ("load_in_4bit", self.model.load_in_4bit),
+            ("load_in_8bit", self.model.load_in_8bit),
+            ("load_in_fp8", self.model.load_in_fp8),
+        ];
+        let mut asked = formats
+            .iter()
+            .filter(|(_, asked)| *asked)
+            .map(|(key, _)| *key);
+        if let Some(key) = asked.next() {
+            self.require(lora.use_peft, key, |_| {
+                "true with use_peft: false: quantised weights cannot be trained; set use_peft: true to train an \
                  adapter over them"
                     .to_owned()
-            },
-        )?;
-        self.require(
-            lora.use_peft || !self.model.load_in_8bit,
-            "load_in_8bit",
-            |_| {
-                "true with use_peft: false: weights of 8 bits cannot be trained; set use_peft: true to train an \
-                 adapter over them"
-                    .to_owned()
-            },
-        )?;
-        self.require(
-            !(self.model.load_in_4bit && self.model.load_in_8bit),
-            "load_in_8bit",
-            |_| "true beside load_in_4bit: true; the base is held in one format".to_owned(),
-        )?;
+            })?;
+            if let Some(other) = asked.next() {
+                self.require(false, other, |_| {
+                    format!("true beside {key}: true; the base is held in one format")
+                })?;
+            }
+        }
         let threshold = self.model.llm_int8_threshold;
         self.require(
             threshold >= 0.0 && in_f32(threshold.max(1.0)),
@@ -410,7 +408,7 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             four_bit_keys.join(", ")
         ));
     }
-    let quantised = config.model.load_in_4bit || config.model.load_in_8bit;
+    let quantised = config.model.quantise().is_some();
     for (key, used) in [
         ("llm_int8_threshold", config.model.load_in_8bit),
         ("llm_int8_skip_modules", quantised),
@@ -419,7 +417,7 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             let needs = if key.ends_with("threshold") {
                 "load_in_8bit: true"
             } else {
-                "load_in_8bit or load_in_4bit"
+                "load_in_8bit, load_in_4bit or load_in_fp8"
             };
             notes.push(format!("{key} has no effect without {needs}"));
         }

@@ -9,6 +9,7 @@ mod atomic;
 mod convert;
 mod digest;
 mod file_name;
+pub(crate) mod gguf;
 mod json;
 mod model_files;
 mod output_lock;

@@ -1,5 +1,6 @@
 //! The weights of a model directory: one file, or shards and their index.
 
+use super::gguf::{self, GgmlState, Gguf};
 use super::json::UniqueMap;
 use super::quantised::{self, QuantisedWeights};
 use super::{SafetensorsFile, TensorMeta, safe_file_name};
@@ -26,13 +27,15 @@ pub struct ModelFiles {
     dir: PathBuf,
     shards: Vec<SafetensorsFile>,
     shard_of: BTreeMap<String, usize>,
+    /// What a GGUF file says of its weights.
+    gguf: Gguf,
     /// The weights that are codes.
     quantised: QuantisedWeights,
 }
 
 impl ModelFiles {
-    /// Opens `model.safetensors`, or else the shards that `model.safetensors.index.json` names, and
-    /// checks every header.
+    /// Opens `model.safetensors`, or else the shards that `model.safetensors.index.json` names, or else the one
+    /// GGUF file, and checks every header.
     ///
     /// # Errors
     /// [`Error::Model`] if there are no weights, only pickle, a shard is missing or unsound, the
@@ -44,10 +47,15 @@ impl ModelFiles {
             return Err(Error::model(dir, "no such directory"));
         }
         if dir.join(SINGLE).exists() {
-            return Self::collect(dir, vec![SafetensorsFile::open(dir.join(SINGLE))?]);
+            let file = SafetensorsFile::open(dir.join(SINGLE))?;
+            return Self::collect(dir, vec![file], Gguf::default());
         }
         if dir.join(INDEX).exists() {
             return Self::open_sharded(dir);
+        }
+        if let Some(path) = gguf::find(dir)? {
+            let (file, gguf) = gguf::open(&path)?;
+            return Self::collect(dir, vec![file], gguf);
         }
         Err(no_weights(dir))
     }
@@ -74,7 +82,7 @@ impl ModelFiles {
             }
             shards.push(SafetensorsFile::open(path)?);
         }
-        let files = Self::collect(dir, shards)?;
+        let files = Self::collect(dir, shards, Gguf::default())?;
         let shard_numbers: BTreeMap<&String, usize> = names
             .iter()
             .enumerate()
@@ -86,7 +94,7 @@ impl ModelFiles {
         Ok(files)
     }
 
-    fn collect(dir: &Path, shards: Vec<SafetensorsFile>) -> Result<Self> {
+    fn collect(dir: &Path, shards: Vec<SafetensorsFile>, gguf: Gguf) -> Result<Self> {
         let mut shard_of = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for name in shard.names() {
@@ -103,6 +111,7 @@ impl ModelFiles {
             dir: dir.into(),
             shards,
             shard_of,
+            gguf,
             quantised: QuantisedWeights::default(),
         };
         files.quantised = QuantisedWeights::find(&files, &quantised::settings(dir)?)?;
@@ -189,6 +198,21 @@ impl ModelFiles {
         self.quantised.name()
     }
 
+    /// Biases beside packed weights that are zero everywhere.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if a file shrank.
+    pub(crate) fn zero_biases(&self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for weight in self.quantised.packed() {
+            let bias = format!("{}.bias", weight.trim_end_matches(".weight"));
+            if self.meta(&bias).is_some() && self.read_f32(&bias)?.iter().all(|v| *v == 0.0) {
+                found.push(bias);
+            }
+        }
+        Ok(found)
+    }
+
     /// Reads a weight that is held as codes into host memory; `None` for a weight that is not.
     ///
     /// # Errors
@@ -206,6 +230,11 @@ impl ModelFiles {
             Some(&shard) => self.shards[shard].path(),
             None => &self.dir,
         }
+    }
+
+    /// The quantised weights of a GGUF file by name.
+    pub(super) fn ggml_weights(&self) -> impl Iterator<Item = (&String, &GgmlState)> {
+        self.gguf.weights()
     }
 
     /// The directory.
@@ -311,6 +340,6 @@ fn no_weights(dir: &Path) -> Error {
     }
     Error::model(
         dir,
-        format!("no weights: expected {SINGLE}, or {INDEX} and its shards"),
+        format!("no weights: expected {SINGLE}, {INDEX} and its shards, or one GGUF file"),
     )
 }

@@ -53,6 +53,16 @@ impl SafetensorsFile {
         })
     }
 
+    /// The tensors `entries` of a file of another format, which lie inside of it.
+    pub(super) fn of_parts(path: &Path, file: File, entries: BTreeMap<String, Entry>) -> Self {
+        Self {
+            path: path.into(),
+            file,
+            entries,
+            metadata: BTreeMap::new(),
+        }
+    }
+
     /// Where the file is.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -288,20 +288,30 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
                        not supported; expected false";
         return Err(config.error("quantization_config", message));
     }
-    let method = settings.get("quant_method").and_then(Value::as_str);
-    match method.unwrap_or("bitsandbytes") {
-        "bitsandbytes" if is("load_in_4bit") || is("load_in_8bit") => Ok(()),
-        method => Err(config.error(
-            "quantization_config",
-            format!(
-                "weights quantised by {method} with load_in_4bit {} and load_in_8bit {} are not supported; supported \
-                 are the 4 bits (nf4, fp4) and 8 bits of bitsandbytes. Give the checkpoint these were made from, with \
-                 load_in_4bit or load_in_8bit",
-                is("load_in_4bit"),
-                is("load_in_8bit")
-            ),
-        )),
+    let text = |key: &str| settings.get(key).and_then(Value::as_str);
+    let method = text("quant_method").unwrap_or("bitsandbytes");
+    let known = match method {
+        "bitsandbytes" => is("load_in_4bit") || is("load_in_8bit"),
+        "compressed-tensors" => {
+            matches!(text("format"), Some("float-quantized" | "naive-quantized"))
+        }
+        "fp8" | "fbgemm_fp8" | "gptq" | "awq" | "gguf" => true,
+        _ => false,
+    };
+    if known {
+        return Ok(());
     }
+    let format = text("format").map_or_else(String::new, |format| format!(" (format {format})"));
+    Err(config.error(
+        "quantization_config",
+        format!(
+            "weights quantised by {method}{format} with load_in_4bit {} and load_in_8bit {} are not supported; \
+             supported are bitsandbytes of 4 and 8 bits, fp8, fbgemm_fp8, compressed-tensors of 8-bit floats, gptq, \
+             awq and GGUF. Give the checkpoint these were made from, with load_in_4bit or load_in_8bit",
+            is("load_in_4bit"),
+            is("load_in_8bit")
+        ),
+    ))
 }
 
 /// What to write instead of a number that does not divide another.

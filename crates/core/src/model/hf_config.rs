@@ -1,5 +1,6 @@
 //! `config.json` of a Hugging Face model, read key by key with errors that name file and key.
 
+use crate::io::gguf;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -15,12 +16,19 @@ pub struct HfConfig {
 }
 
 impl HfConfig {
-    /// Reads `directory/config.json`.
+    /// Reads `directory/config.json`, or the keys of a GGUF file where that is all there is.
     ///
     /// # Errors
     /// [`Error::Model`] if it is missing or not a JSON object.
     pub fn open(directory: &Path) -> Result<Self> {
-        Self::open_file(&directory.join("config.json"))
+        let path = directory.join("config.json");
+        if !path.exists()
+            && directory.is_dir()
+            && let Some(file) = gguf::find(directory)?
+        {
+            return Self::from_value(&file, gguf::config(&file)?);
+        }
+        Self::open_file(&path)
     }
 
     /// Reads a config file by its own name.

@@ -49,6 +49,19 @@ pub(super) fn int8(matrix: &Scaled, scaled: bool, out: ViewMut<'_>) {
     });
 }
 
+/// Writes `value(row, column)` to every element.
+pub(super) fn each_element<T: Element>(
+    out: ViewMut<'_>,
+    value: impl Fn(usize, usize) -> f32 + Sync,
+) {
+    let mut out = typed_mut::<T>(out);
+    each_row(&mut out, |row, values| {
+        for (column, to) in values.iter_mut().enumerate() {
+            *to = T::from_f32(value(row, column));
+        }
+    });
+}
+
 fn each_row<T: Element>(out: &mut RowsMut<'_, T>, body: impl Fn(usize, &mut [T]) + Sync) {
     let per_block = rows_per_block(out.cols());
     blocks(out).enumerate().for_each(|(i, mut block)| {

@@ -102,7 +102,10 @@ impl Int8Memory {
 }
 
 /// The parts in one allocation, each aligned to 16 bytes, and their addresses; 0 for an empty one.
-fn upload<const N: usize>(device: &Arc<CudaDevice>, parts: [&[u8]; N]) -> (Memory, [u64; N]) {
+pub(super) fn upload<const N: usize>(
+    device: &Arc<CudaDevice>,
+    parts: [&[u8]; N],
+) -> (Memory, [u64; N]) {
     let room = |part: &[u8]| part.len().next_multiple_of(16);
     let memory = device.alloc(parts.iter().map(|part| room(part)).sum());
     let mut at = memory.ptr();
@@ -202,4 +205,44 @@ fn has_eights(out: &ViewMut<'_>) -> bool {
 fn grid(len: usize, eights: bool) -> Grid {
     let per_block = THREADS * if eights { EACH } else { 1 };
     Grid::new(len.div_ceil(per_block) as u32, THREADS as u32)
+}
+
+/// A matrix whose elements are read one by one, as in kernel.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Blocks {
+    arrays: [u64; 4],
+    out: u64,
+    pitch: u64,
+    len: u64,
+    cols: u32,
+    sizes: [u32; 3],
+}
+
+impl Blocks {
+    /// Addresses of the arrays, and sizes, as the format has them.
+    pub(super) fn new(arrays: [u64; 4], sizes: [u32; 3]) -> Self {
+        Self {
+            arrays,
+            out: 0,
+            pitch: 0,
+            len: 0,
+            cols: 0,
+            sizes,
+        }
+    }
+
+    /// Writes the values to `out`.
+    pub(super) fn launch(self, device: &CudaDevice, format: &str, out: ViewMut<'_>) -> Result<()> {
+        let len = out.rows() * out.cols();
+        let params = Self {
+            out: out.ptr(),
+            pitch: out.pitch() as u64,
+            len: len as u64,
+            cols: out.cols() as u32,
+            ..self
+        };
+        let kernel = format!("dequantise_{format}_{}", out.dtype());
+        device.launch(&MODULE, &kernel, grid(len, false), &params)
+    }
 }

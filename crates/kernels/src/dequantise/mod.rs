@@ -1,4 +1,5 @@
-//! Quantised matrices of bitsandbytes' formats, and the values they stand for.
+//! Quantised matrices, and the values they stand for: the formats of bitsandbytes, 8-bit floats ([`Float8`]), whole
+//! numbers in groups as GPTQ and AWQ have them ([`Grouped`]), and the blocks of GGUF ([`Ggml`]).
 //!
 //! ```text
 //! 4 bits:  w[i] = code[q_i] * absmax[i / block]                     i counts the matrix row by row
@@ -19,18 +20,27 @@
 mod codes;
 mod cpu;
 pub(crate) mod cuda;
+mod float8;
 mod format;
+#[cfg(test)]
+mod format_tests;
 mod four_bit;
+mod ggml;
+mod grouped;
 mod int8;
 mod quantise;
 mod quantised;
+mod stored;
 #[cfg(test)]
 mod tests;
 
 pub use codes::{FP4, NF4, dynamic_map};
 pub(crate) use cpu::INVERSE_127;
+pub use float8::Float8;
 pub use format::{FourBitFormat, FourBitType};
 pub use four_bit::{Absmax, FourBit};
+pub use ggml::{Ggml, GgmlType};
+pub use grouped::Grouped;
 pub use int8::Int8;
 pub(crate) use int8::Int8Parts;
 pub use quantised::{QuantFormat, Quantised};

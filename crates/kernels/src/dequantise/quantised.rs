@@ -1,5 +1,5 @@
-use super::{FourBit, FourBitFormat, Int8};
-use crate::{Device, Result, View, ViewMut};
+use super::{Float8, FourBit, FourBitFormat, Ggml, Grouped, Int8};
+use crate::{Device, Error, Result, View, ViewMut};
 
 /// A matrix `[rows, cols]` of codes in one of the formats.
 #[derive(Debug)]
@@ -8,6 +8,12 @@ pub enum Quantised {
     FourBit(FourBit),
     /// `LLM.int8()`.
     Int8(Int8),
+    /// 8-bit floats.
+    Float8(Float8),
+    /// GPTQ or AWQ.
+    Grouped(Grouped),
+    /// Blocks of GGUF.
+    Ggml(Ggml),
 }
 
 impl Quantised {
@@ -17,6 +23,9 @@ impl Quantised {
         match self {
             Self::FourBit(codes) => codes.shape(),
             Self::Int8(codes) => codes.shape(),
+            Self::Float8(codes) => codes.shape(),
+            Self::Grouped(codes) => codes.shape(),
+            Self::Ggml(codes) => codes.shape(),
         }
     }
 
@@ -25,7 +34,9 @@ impl Quantised {
     pub fn bits(&self) -> usize {
         match self {
             Self::FourBit(_) => 4,
-            Self::Int8(_) => 8,
+            Self::Int8(_) | Self::Float8(_) => 8,
+            Self::Grouped(codes) => codes.bits(),
+            Self::Ggml(codes) => codes.kind().bits(),
         }
     }
 
@@ -37,6 +48,9 @@ impl Quantised {
         match self {
             Self::FourBit(codes) => Self::FourBit(codes.to_device(device)),
             Self::Int8(codes) => Self::Int8(codes.to_device(device)),
+            Self::Float8(codes) => Self::Float8(codes.to_device(device)),
+            Self::Grouped(codes) => Self::Grouped(codes.to_device(device)),
+            Self::Ggml(codes) => Self::Ggml(codes.to_device(device)),
         }
     }
 
@@ -48,17 +62,29 @@ impl Quantised {
         match self {
             Self::FourBit(codes) => codes.dequantise(out),
             Self::Int8(codes) => codes.dequantise(out),
+            Self::Float8(codes) => codes.dequantise(out),
+            Self::Grouped(codes) => codes.dequantise(out),
+            Self::Ggml(codes) => codes.dequantise(out),
         }
     }
 
     /// `values` in the same format, where `self` is.
     ///
     /// # Errors
-    /// If a value is not finite.
+    /// If a value is not finite, or the format is one that is read and not made.
     pub fn requantise(&self, values: View<'_>) -> Result<Self> {
         Ok(match self {
             Self::FourBit(codes) => Self::FourBit(codes.requantise(values)?),
             Self::Int8(codes) => Self::Int8(codes.requantise(values)?),
+            Self::Float8(codes) => Self::Float8(codes.requantise(values)?),
+            Self::Grouped(_) | Self::Ggml(_) => {
+                return Err(Error::Invalid {
+                    op: "dequantise::Quantised::requantise",
+                    message: "the format of this checkpoint (GPTQ, AWQ or GGUF) is read and not made: what changes \
+                              the base's weights needs another base"
+                        .into(),
+                });
+            }
         })
     }
 }
@@ -73,6 +99,8 @@ pub enum QuantFormat {
         /// Inputs from this magnitude on stay in floating point; 0 for none.
         threshold: f32,
     },
+    /// 8-bit floats with a scale per row.
+    Float8,
 }
 
 impl QuantFormat {
@@ -86,6 +114,7 @@ impl QuantFormat {
             Self::Int8 { threshold } => {
                 Quantised::Int8(Int8::quantise(values)?.with_threshold(threshold))
             }
+            Self::Float8 => Quantised::Float8(Float8::quantise(values)?),
         })
     }
 
@@ -95,6 +124,7 @@ impl QuantFormat {
         match self {
             Self::FourBit(format) => format.bytes(rows * cols),
             Self::Int8 { .. } => rows * cols + rows * size_of::<f32>(),
+            Self::Float8 => Float8::bytes([rows, cols], [1, cols.max(1)]),
         }
     }
 
@@ -104,6 +134,7 @@ impl QuantFormat {
         match self {
             Self::FourBit(format) => format.quant_type.as_str(),
             Self::Int8 { .. } => "int8",
+            Self::Float8 => "fp8",
         }
     }
 }

@@ -50,10 +50,14 @@ section! {
         /// bytes with inputs that become bytes too (`LLM.int8()` of bitsandbytes). Needs `use_peft: true`. A base
         /// whose files are in 8 bits needs no key.
         load_in_8bit: bool = false, TRL_MODEL;
+        /// Hold the linears of the base's layers as 8-bit floats (e4m3) with a scale per output, quantised as they
+        /// are read; products read what they stand for. Needs `use_peft: true`. A base whose files are so needs no
+        /// key.
+        load_in_fp8: bool = false, OURS;
         /// With `load_in_8bit`, inputs from this magnitude on are multiplied as they are; 0 for none. A base whose
         /// files are in 8 bits has its own.
         llm_int8_threshold: f64 = f64::from(Int8::THRESHOLD), OURS;
-        /// Linears that `load_in_8bit` and `load_in_4bit` leave as they are: names of modules, or what they begin or
+        /// Linears that `load_in_8bit`, `load_in_4bit` and `load_in_fp8` leave as they are: names of modules, or what they begin or
         /// end with, such as down_proj.
         llm_int8_skip_modules: Vec<String> = Vec::new(), OURS;
         /// What the 4 bits stand for: nf4 or fp4.
@@ -95,6 +99,8 @@ impl ModelArguments {
             QuantFormat::Int8 {
                 threshold: self.llm_int8_threshold as f32,
             }
+        } else if self.load_in_fp8 {
+            QuantFormat::Float8
         } else {
             return None;
         };

@@ -9,6 +9,7 @@
 //! # Source
 //! `Linear8bitLt._save_to_state_dict` of bitsandbytes 0.50.
 
+use super::sibling;
 use crate::io::{FileDType, ModelFiles, TensorMeta};
 use crate::{Error, Result};
 use ferrotune_kernels::dequantise::Int8;
@@ -136,12 +137,5 @@ impl Int8State {
         let bytes = files.read_bytes(weight)?;
         let values = bytes.into_iter().map(u8::cast_signed).collect();
         Ok(Int8::new(self.shape, values, scales)?.with_threshold(self.threshold))
-    }
-}
-
-fn sibling(weight: &str, part: &str) -> String {
-    match weight.rsplit_once('.') {
-        Some((module, _)) => format!("{module}.{part}"),
-        None => part.to_owned(),
     }
 }

@@ -3,12 +3,15 @@
 //! A format is a file here that finds its weights among the names of the tensors, checks their parts against
 //! each other before anything is read, and reads one.
 
+mod float8;
 mod four_bit;
 mod int8;
+mod packed;
 
 use super::ModelFiles;
+use super::gguf::GgmlState;
 use crate::{Error, Result};
-use ferrotune_kernels::dequantise::{FourBitFormat, QuantFormat, Quantised};
+use ferrotune_kernels::dequantise::{Float8, FourBitFormat, Grouped, QuantFormat, Quantised};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -27,6 +30,9 @@ pub(super) struct QuantisedWeights {
 pub(super) enum Stored {
     FourBit(four_bit::QuantState),
     Int8(int8::Int8State),
+    Float8(float8::Float8State),
+    Packed(packed::PackedState),
+    Ggml(GgmlState),
 }
 
 impl QuantisedWeights {
@@ -44,11 +50,31 @@ impl QuantisedWeights {
             found.parts.extend(int8::parts(&weight));
             found.weights.insert(weight, Stored::Int8(state));
         }
+        for (weight, state) in float8::states(files, settings)? {
+            found.parts.extend(float8::parts(&weight));
+            found.weights.insert(weight, Stored::Float8(state));
+        }
+        for (weight, state) in packed::states(files, settings)? {
+            found.parts.extend(packed::parts(&weight));
+            found.weights.insert(weight, Stored::Packed(state));
+        }
+        for (weight, state) in files.ggml_weights() {
+            found
+                .weights
+                .insert(weight.clone(), Stored::Ggml(state.clone()));
+        }
         Ok(found)
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Stored> {
         self.weights.get(name)
+    }
+
+    /// Names of the packed weights.
+    pub(super) fn packed(&self) -> impl Iterator<Item = &str> {
+        let packed = self.weights.iter();
+        let packed = packed.filter(|(_, stored)| matches!(stored, Stored::Packed(_)));
+        packed.map(|(name, _)| name.as_str())
     }
 
     /// Names and shapes of the weights.
@@ -73,6 +99,9 @@ impl Stored {
         match self {
             Self::FourBit(state) => &state.shape,
             Self::Int8(state) => &state.shape,
+            Self::Float8(state) => &state.shape,
+            Self::Packed(state) => &state.shape,
+            Self::Ggml(state) => &state.shape,
         }
     }
 
@@ -80,6 +109,9 @@ impl Stored {
         match self {
             Self::FourBit(state) => state.format.quant_type.as_str(),
             Self::Int8(_) => "int8",
+            Self::Float8(_) => "fp8",
+            Self::Packed(state) => state.name(),
+            Self::Ggml(state) => state.kind.name(),
         }
     }
 
@@ -90,20 +122,31 @@ impl Stored {
             Self::Int8(state) => Some(QuantFormat::Int8 {
                 threshold: state.threshold,
             }),
+            Self::Float8(_) | Self::Packed(_) | Self::Ggml(_) => None,
         }
     }
 
     pub(super) fn four_bit_format(&self) -> Option<FourBitFormat> {
         match self {
             Self::FourBit(state) => Some(state.format),
-            Self::Int8(_) => None,
+            _ => None,
         }
     }
 
     /// Bytes that the weight takes in memory.
     pub(super) fn bytes(&self) -> usize {
-        self.format()
-            .map_or(0, |format| format.bytes(*self.shape()))
+        let shape = *self.shape();
+        let len = shape[0] * shape[1];
+        match self {
+            Self::FourBit(state) => state.format.bytes(len),
+            Self::Int8(state) => {
+                let threshold = state.threshold;
+                QuantFormat::Int8 { threshold }.bytes(shape)
+            }
+            Self::Float8(state) => Float8::bytes(shape, state.block),
+            Self::Packed(state) => Grouped::bytes(shape, state.bits(), state.groups),
+            Self::Ggml(state) => state.kind.bytes(len),
+        }
     }
 
     /// Reads the weight into host memory.
@@ -111,7 +154,32 @@ impl Stored {
         Ok(match self {
             Self::FourBit(state) => Quantised::FourBit(state.read_weight(files, weight)?),
             Self::Int8(state) => Quantised::Int8(state.read_weight(files, weight)?),
+            Self::Float8(state) => Quantised::Float8(state.read_weight(files, weight)?),
+            Self::Packed(state) => Quantised::Grouped(state.read_weight(files, weight)?),
+            Self::Ggml(state) => Quantised::Ggml(state.weight(files.read_bytes(weight)?)?),
         })
+    }
+}
+
+/// The name of `part` beside `weight`.
+fn sibling(weight: &str, part: &str) -> String {
+    match weight.rsplit_once('.') {
+        Some((module, _)) => format!("{module}.{part}"),
+        None => part.to_owned(),
+    }
+}
+
+/// Refuses scales that are no numbers.
+fn check_finite(files: &ModelFiles, name: &str, scales: &[f32]) -> Result<()> {
+    match scales.iter().position(|scale| !scale.is_finite()) {
+        None => Ok(()),
+        Some(at) => {
+            let message = format!(
+                "`{name}` is {} at element {at}: the file is damaged",
+                scales[at]
+            );
+            Err(Error::model(files.file_of(name), message))
+        }
     }
 }
 
