@@ -129,7 +129,7 @@ impl Part {
                 let s = low_rank_forward(run, x, &update, y.reborrow())?;
                 let scaled = match (low_rank.magnitude, norms) {
                     (Some(magnitude), Some(norms)) => {
-                        Some(scale(run, magnitude, norms, y.reborrow())?)
+                        Some(scale(run, magnitude.id(), norms, y.reborrow())?)
                     }
                     _ => None,
                 };
@@ -171,7 +171,7 @@ impl Part {
             }
             (
                 Some(Attachment::LowRank(LowRank {
-                    magnitude: Some(id),
+                    magnitude: Some(magnitude),
                     ..
                 })),
                 PartSaved::LowRank {
@@ -179,9 +179,9 @@ impl Part {
                     ..
                 },
             ) => {
-                let norms = scaled.norms.view();
-                dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(*id))?;
-                Ok(dora::scale(dy, run.params.view(*id), norms)?)
+                let (id, norms) = (magnitude.id(), scaled.norms.view());
+                dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(id))?;
+                Ok(dora::scale(dy, run.params.view(id), norms)?)
             }
             _ => Ok(()),
         }

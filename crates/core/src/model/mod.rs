@@ -7,6 +7,7 @@ mod activation;
 mod angles;
 mod attached;
 mod base;
+mod column_norms;
 mod config;
 mod decode;
 mod frozen;
@@ -387,7 +388,7 @@ impl Model {
 
     /// The stream before the first layer.
     fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
-        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+        let mut stream = self.embedding.forward(run, &run.inputs.ids)?;
         let prompt = |scaled: bool| self.embedded_prompt.as_ref().filter(|p| p.scaled == scaled);
         if let Some(prompt) = prompt(true) {
             prompt.place(run, &mut stream)?;
@@ -428,7 +429,8 @@ impl Model {
         if let Some(prompt) = prompt(true) {
             prompt.backward(run, grads, d_stream.view())?;
         }
-        self.embedding.backward(run, grads, d_stream.view())
+        let ids = &run.inputs.ids;
+        self.embedding.backward(run, grads, ids, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
