@@ -29,6 +29,7 @@ mod rope;
 mod run;
 mod saved;
 mod stack;
+mod together;
 mod vocabulary;
 mod weight_format;
 mod weight_source;
@@ -46,6 +47,7 @@ pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
+pub use together::MemberPass;
 pub use weight_format::WeightFormat;
 pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
@@ -128,6 +130,7 @@ impl Model {
             config,
             plan: &plan,
             attachments: alone,
+            members: Vec::new(),
             trained_biases,
             prompt,
             source,
