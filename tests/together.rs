@@ -40,7 +40,7 @@ fn lora(config: LoraConfig) -> Box<dyn Adapter> {
     Box::new(LoraAdapter::new(config, "llama").expect("valid"))
 }
 
-fn of_peft(config: Value) -> Box<dyn Adapter> {
+fn of_peft(config: &Value) -> Box<dyn Adapter> {
     let object = config.as_object().expect("an object");
     let config = PeftConfig::from_config("peft_config", object).expect("valid");
     config.into_adapter("llama").expect("valid")
@@ -104,7 +104,7 @@ fn members() -> Vec<Member> {
         },
         Member {
             adapter: || {
-                of_peft(json!({
+                of_peft(&json!({
                     "peft_type": "VBLORA", "target_modules": ["q_proj", "v_proj"], "r": 2,
                     "vector_length": 8, "num_vectors": 12,
                 }))
@@ -291,7 +291,7 @@ fn what_cannot_stand_beside_others_is_named() {
     let error = with(|c| c.init_lora_weights = ferrotune::lora::InitLoraWeights::Olora);
     assert!(error.contains("other adapters of this run"), "{error}");
     let error = refusal(of_peft(
-        json!({"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj"]}),
+        &json!({"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj"]}),
     ));
     assert!(error.contains("q_proj"), "{error}");
 }

@@ -22,7 +22,9 @@ mod output;
 mod overrides;
 mod parity;
 mod progress;
+mod several;
 mod stop;
+mod sweep;
 mod train;
 
 use clap::builder::StyledStr;
