@@ -55,6 +55,12 @@ impl PartSaved {
 pub(crate) struct Norms(BTreeMap<(usize, usize), Tensor>);
 
 impl Norms {
+    /// Whether a part of `group` that lies in `columns` needs them.
+    pub(crate) fn are_wanted(group: &LinearGroup, columns: &Range<usize>) -> bool {
+        let mut attached = inside(group, columns).flat_map(Part::all_attached);
+        attached.any(|attachment| scaled(Some(attachment)).is_some())
+    }
+
     /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`.
     pub(crate) fn add(
         &mut self,
@@ -63,14 +69,10 @@ impl Norms {
         columns: Range<usize>,
         weight: View<'_>,
     ) -> Result<()> {
-        let inside =
-            |part: &&Part| part.columns.start >= columns.start && part.columns.end <= columns.end;
-        for part in group.parts.iter().filter(inside) {
+        for part in inside(group, &columns) {
             let rows = part.columns.start - columns.start..part.columns.end - columns.start;
             for (place, (attachment, run)) in part.attached(run).into_iter().enumerate() {
-                if let Some(Attachment::LowRank(low_rank)) = attachment
-                    && low_rank.magnitude.is_some()
-                {
+                if let Some(low_rank) = scaled(attachment) {
                     let norms = row_norms(run, low_rank, weight.row_range(rows.clone()))?;
                     self.0.insert((part.site, place), norms);
                 }
@@ -81,6 +83,20 @@ impl Norms {
 
     fn take(&mut self, part: &Part, place: usize) -> Option<Tensor> {
         self.0.remove(&(part.site, place))
+    }
+}
+
+/// The parts of `group` that lie in `columns`.
+fn inside<'a>(group: &'a LinearGroup, columns: &'a Range<usize>) -> impl Iterator<Item = &'a Part> {
+    let parts = group.parts.iter();
+    parts.filter(|p| columns.start <= p.columns.start && p.columns.end <= columns.end)
+}
+
+/// An update whose rows are brought to trained norms.
+fn scaled(attachment: Option<&Attachment>) -> Option<&LowRank> {
+    match attachment {
+        Some(Attachment::LowRank(low_rank)) if low_rank.magnitude.is_some() => Some(low_rank),
+        _ => None,
     }
 }
 

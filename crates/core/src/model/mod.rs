@@ -48,7 +48,7 @@ pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use together::MemberPass;
-pub use weight_format::WeightFormat;
+pub use weight_format::{Quantise, WeightFormat};
 pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
 
 use crate::Result;

@@ -312,8 +312,8 @@ impl BaseWeights for SharedBase<'_> {
         self.0.embed(tokens)
     }
 
-    fn is_quantised(&self, site: SiteId) -> bool {
-        self.0.is_quantised(site)
+    fn code_bits(&self, site: SiteId) -> Option<usize> {
+        self.0.code_bits(site)
     }
 
     fn original(&self, site: SiteId) -> Result<Tensor> {
