@@ -87,6 +87,7 @@ fn is_known(case: &Path) -> bool {
                     "dora",
                     "multi_weighted",
                     "dora_bias",
+                    "dora_rslora_embed",
                     "rslora",
                     "olora",
                     "pissa",
