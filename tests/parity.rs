@@ -50,7 +50,8 @@ fn is_known(case: &Path) -> bool {
             let config = HfConfig::open(case).expect("a model's config");
             DecoderConfig::covers(&config)
         }
-        Some("quant") => name.starts_with("hf_"),
+        // In `hf_int8` a padding token makes a column of its micro-batch an outlier; here padding has no say.
+        Some("quant") => name.starts_with("hf_") && name != "hf_int8",
         Some("adapters") => {
             const METHODS: [&str; 16] = [
                 "adalora",
@@ -176,7 +177,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 104, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 105, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 
@@ -343,7 +344,6 @@ fn a_recorded_tensor_off_by_a_thousandth_fails_its_case() {
             "expected.safetensors",
             "qlora.logits",
         ),
-        ("quant", "hf_int8", "expected.safetensors", "lora8.logits"),
         (
             "quant",
             "hf_nf4_fp32compute",

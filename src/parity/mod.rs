@@ -13,7 +13,6 @@ mod compare;
 mod complete;
 mod cpu_kernel;
 mod initialised;
-mod nudged;
 mod padded;
 mod prompt;
 mod quantised;

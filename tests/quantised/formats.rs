@@ -195,7 +195,7 @@ fn states_that_do_not_fit_are_refused() {
     let lose = |case: &str, name: &str| {
         let name = part(name);
         said_of(case, &none(), |tensors| {
-            drop(tensors.remove(&name).expect("there"))
+            drop(tensors.remove(&name).expect("there"));
         })
     };
     let set = |case: &str, name: &str, at: usize, bytes: &[u8]| {

@@ -2,7 +2,7 @@
 
 use super::gguf::{self, GgmlState, Gguf};
 use super::json::UniqueMap;
-use super::quantised::{self, QuantisedWeights};
+use super::quantised::{self, QuantisedWeights, Stored};
 use super::{SafetensorsFile, TensorMeta, safe_file_name};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
@@ -175,21 +175,21 @@ impl ModelFiles {
     #[must_use]
     pub fn four_bit_format(&self, name: &str) -> Option<FourBitFormat> {
         let stored = self.quantised.get(self.own_name(name));
-        stored.and_then(|stored| stored.four_bit_format())
+        stored.and_then(Stored::four_bit_format)
     }
 
     /// The format of a weight that is held as codes, where values can be brought into it.
     #[must_use]
     pub fn quant_format(&self, name: &str) -> Option<QuantFormat> {
         let stored = self.quantised.get(self.own_name(name));
-        stored.and_then(|stored| stored.format())
+        stored.and_then(Stored::format)
     }
 
     /// Bytes that a weight takes in memory which is held as codes; `None` for a weight that is not.
     #[must_use]
     pub fn quantised_bytes(&self, name: &str) -> Option<usize> {
         let stored = self.quantised.get(self.own_name(name));
-        stored.map(|stored| stored.bytes())
+        stored.map(Stored::bytes)
     }
 
     /// The name of the format that weights are held in as codes; `None` if none is.

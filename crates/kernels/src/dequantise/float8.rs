@@ -85,7 +85,7 @@ impl Float8 {
     /// A GPU that is out of memory says so with its next operation.
     #[must_use]
     pub fn to_device(self, device: &Device) -> Self {
-        let stored = self.stored.to_device(device, |(codes, scales)| {
+        let stored = self.stored.moved_to(device, |(codes, scales)| {
             [codes, bytemuck::cast_slice(scales)]
         });
         Self { stored, ..self }

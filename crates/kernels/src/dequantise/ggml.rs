@@ -154,7 +154,7 @@ impl Ggml {
     /// A GPU that is out of memory says so with its next operation.
     #[must_use]
     pub fn to_device(self, device: &Device) -> Self {
-        let stored = self.stored.to_device(device, |blocks| [blocks.as_slice()]);
+        let stored = self.stored.moved_to(device, |blocks| [blocks.as_slice()]);
         Self { stored, ..self }
     }
 

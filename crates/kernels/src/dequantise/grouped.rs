@@ -57,7 +57,7 @@ impl Grouped {
         check_len(OP, "codes", rows * cols, codes.len())?;
         check_len(OP, "group_of", cols, group_of.len())?;
         check_len(OP, "zeros", scales.len(), zeros.len())?;
-        let groups = if rows == 0 { 0 } else { scales.len() / rows };
+        let groups = scales.len().checked_div(rows).unwrap_or(0);
         check_len(OP, "scales", rows * groups, scales.len())?;
         if let Some(column) = group_of
             .iter()
@@ -115,7 +115,7 @@ impl Grouped {
     /// A GPU that is out of memory says so with its next operation.
     #[must_use]
     pub fn to_device(self, device: &Device) -> Self {
-        let stored = self.stored.to_device(device, |arrays| {
+        let stored = self.stored.moved_to(device, |arrays| {
             [
                 &arrays.codes,
                 bytemuck::cast_slice(&arrays.scales),

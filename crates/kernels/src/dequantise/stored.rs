@@ -14,7 +14,7 @@ pub(super) enum Stored<H, const N: usize> {
 
 impl<H, const N: usize> Stored<H, N> {
     /// Moves host memory to a GPU; `arrays` are those of it.
-    pub(super) fn to_device(self, device: &Device, arrays: impl FnOnce(&H) -> [&[u8]; N]) -> Self {
+    pub(super) fn moved_to(self, device: &Device, arrays: impl FnOnce(&H) -> [&[u8]; N]) -> Self {
         match (self, device) {
             (Self::Host(host), Device::Cuda(device)) => {
                 let (memory, addresses) = cuda::upload(device, arrays(&host));
