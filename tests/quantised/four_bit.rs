@@ -174,7 +174,7 @@ fn a_damaged_state_is_refused_before_a_weight_is_read() {
     };
     let lose = |name: String| {
         damaged(CASE, move |tensors| {
-            drop(tensors.remove(&name).expect("there"))
+            drop(tensors.remove(&name).expect("there"));
         })
     };
     let cut = |name: String| {

@@ -6,6 +6,8 @@ use candle_core::quantized::gguf_file::{self, Value as Key};
 use candle_core::quantized::{GgmlDType, QTensor};
 
 type Candle = candle_core::Tensor;
+/// Shapes and values by name.
+type Weights = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn shape(columns: usize) -> Shape {
     Shape {
@@ -59,11 +61,7 @@ fn reordered(values: &Candle, heads: usize, interleave: bool) -> candle_core::Re
 }
 
 /// Writes `model.gguf` with matrices of `kind`, and returns the values of the model it holds.
-fn write_gguf(
-    directory: &Path,
-    shape: &Shape,
-    kind: GgmlDType,
-) -> candle_core::Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+fn write_gguf(directory: &Path, shape: &Shape, kind: GgmlDType) -> candle_core::Result<Weights> {
     let cpu = candle_core::Device::Cpu;
     let heads = |name: &str| match name {
         _ if name.contains("q_proj") => Some(shape.heads),
