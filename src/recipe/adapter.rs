@@ -7,8 +7,8 @@ use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
-    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraPlus, PeftConfig,
-    Start, TargetModules, TokenIndices,
+    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
+    PeftConfig, Start, TargetModules, TokenIndices,
 };
 use std::path::Path;
 
@@ -49,6 +49,10 @@ pub(super) fn adapter_from(
                 None => adapter,
             })
         }
+    };
+    let adapter = match config.optimizer.use_lora_fa {
+        true => Box::new(LoraFa::new(adapter)),
+        false => adapter,
     };
     Ok(match config.optimizer.loraplus_lr_ratio {
         Some(ratio) => {
