@@ -344,10 +344,9 @@ fn damaged(change: impl FnOnce(&mut BTreeMap<String, TensorData<'static>>)) -> S
     change(&mut tensors);
     write_safetensors(&path, &tensors, &BTreeMap::new()).expect("writable");
     let config = DecoderConfig::open(directory.path()).expect("a config");
-    let expected =
-        ferrotune::core::model::expected_tensors(&ferrotune::core::model::ModelPlan::new(&config));
+    let plan = ferrotune::core::model::ModelPlan::new(&config);
     let checked = ModelFiles::open(directory.path())
-        .and_then(|files| ferrotune::core::model::WeightSource::check(&files, &expected));
+        .and_then(|files| ferrotune::core::model::WeightSource::check(&files, &plan));
     checked.expect_err("damaged").to_string()
 }
 

@@ -3,9 +3,7 @@
 use crate::device;
 use ferrotune_core::config::{Dtype, TrainConfig};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{
-    DecoderConfig, ModelPlan, WeightFormat, WeightSource, expected_tensors,
-};
+use ferrotune_core::model::{DecoderConfig, ModelPlan, WeightFormat, WeightSource};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
@@ -20,7 +18,7 @@ pub(super) fn weights(
         return Ok(None);
     }
     let files = ModelFiles::open(base)?;
-    files.check(&expected_tensors(&ModelPlan::new(decoder)))?;
+    files.check(&ModelPlan::new(decoder))?;
     if files.has_four_bit() && !config.lora.use_peft {
         let message = format!(
             "is false, and the weights of {} are held in 4 bits, which cannot be trained; set use_peft: true, or \

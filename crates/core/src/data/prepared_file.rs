@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-const MAGIC: [u8; 8] = *b"FERRTOK1";
+const MAGIC: [u8; 8] = *b"FERRTOK2";
 const DIGEST: u64 = 32;
 /// The two numbers before the digest.
 const NUMBERS: u64 = 16;
@@ -292,7 +292,7 @@ mod tests {
             (flipped(bytes.len() - 40), "damaged"),
             (flipped(0), "no file of prepared rows"),
             (cut, "damaged"),
-            (b"FERRTOK1".to_vec(), "no file of prepared rows"),
+            (b"FERRTOK2".to_vec(), "no file of prepared rows"),
             (Vec::new(), "no file of prepared rows"),
             (foreign, "other rows"),
         ];

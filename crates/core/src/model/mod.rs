@@ -46,7 +46,7 @@ pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use weight_format::WeightFormat;
-pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
+pub use weight_source::{RandomWeights, WeightSource};
 
 use crate::Result;
 use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};

@@ -75,11 +75,58 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         let error = refusal(config, &llama_sites(2));
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
-    let error = refusal(of("lm_head"), &tied_sites());
+    for name in ["", "named twice"] {
+        let tokens = match name {
+            "" => vec![(String::new(), vec![1])],
+            _ => vec![
+                ("embed_tokens".into(), vec![1]),
+                ("model.embed_tokens".into(), vec![1]),
+            ],
+        };
+        let error = refusal(trains(TokenIndices::Modules(tokens)), &llama_sites(2));
+        let part = ["is no table", "named before"][usize::from(!name.is_empty())];
+        assert!(error.contains(part), "{error}");
+    }
+    let config = LoraConfig {
+        ensure_weight_tying: true,
+        ..of("lm_head")
+    };
+    let error = refusal(config, &tied_sites());
     assert!(
-        error.contains("shares its weight") && error.contains("name the embedding"),
+        error.contains("to keep by `ensure_weight_tying`") && error.contains("name the embedding"),
         "{error}"
     );
+    let with_bias = LoraConfig {
+        lora_bias: true,
+        ..targets(&["q_proj", "embed_tokens"], LoraConfig::default())
+    };
+    let error = refusal(with_bias, &llama_sites(2));
+    let parts = ["`lora_bias`", "`model.embed_tokens`", "`target_modules`"];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
+/// PEFT ties what is named with the same tokens, or not named; what is named with others it trains apart.
+#[test]
+fn a_tied_head_named_with_other_tokens_is_trained_apart() {
+    let rows = |modules: &[(&str, &[u32])]| -> Vec<(usize, Vec<u32>)> {
+        let modules = modules.iter();
+        let modules = modules.map(|(name, ids)| ((*name).into(), ids.to_vec()));
+        let config = trains(TokenIndices::Modules(modules.collect()));
+        let all = attached(config, &tied_sites()).into_iter();
+        let found = all.filter_map(|(site, attachment)| match attachment {
+            Attachment::TrainRows { indices, .. } => Some((site.0, indices)),
+            _ => None,
+        });
+        found.collect()
+    };
+    let head = tied_sites().len() - 1;
+    let embedding = (0, vec![1, 2]);
+    assert_eq!(rows(&[("embed_tokens", &[1, 2])]), [embedding.clone()]);
+    let same: &[(&str, &[u32])] = &[("lm_head", &[1, 2]), ("embed_tokens", &[1, 2])];
+    assert_eq!(rows(same), [embedding.clone()]);
+    let other: &[(&str, &[u32])] = &[("embed_tokens", &[1, 2]), ("lm_head", &[2])];
+    assert_eq!(rows(other), [embedding, (head, vec![2])]);
+    assert_eq!(rows(&[("lm_head", &[2])]), [(head, vec![2])]);
 }
 
 #[test]
