@@ -24,11 +24,15 @@ const DROPOUT: [&str; 4] = [
 ];
 
 /// Names of activations, as Transformers has them.
-const ACTIVATIONS: [(&str, Activation); 5] = [
+const ACTIVATIONS: [(&str, Activation); 9] = [
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),
     ("gelu", Activation::Gelu),
+    ("gelu_accurate", Activation::GeluTanh),
+    ("gelu_fast", Activation::GeluTanh),
     ("gelu_new", Activation::GeluTanh),
+    ("gelu_python", Activation::Gelu),
+    ("gelu_python_tanh", Activation::GeluTanh),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
 ];
 
@@ -123,8 +127,8 @@ pub struct DecoderConfig {
     pub layer_ropes: Vec<Option<usize>>,
     /// Norm of q and k before RoPE.
     pub qk_norm: Option<QkNorm>,
-    /// Factor of q k^T.
-    pub attention_scale: f32,
+    /// Factor of q k^T in each layer.
+    pub attention_scales: Vec<f32>,
     /// Bound c of the scores, which become `c * tanh(score / c)`.
     pub attention_softcap: Option<f32>,
     /// Window of each layer, in tokens; `None` attends to everything before.
@@ -236,7 +240,7 @@ impl DecoderConfig {
             ropes: Vec::new(),
             layer_ropes: vec![None; layers],
             qk_norm: None,
-            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_scales: vec![1.0 / (head_dim as f32).sqrt(); layers],
             attention_softcap: None,
             sliding_windows: vec![None; layers],
             qkv_bias: false,
@@ -330,8 +334,7 @@ impl DecoderConfig {
             };
             let (key, by) = (given(names), given(by));
             let message = format!(
-                "makes {size}, times {by} {times} more than {MAX_ELEMENTS} elements of one weight; such a model does \
-                 not exist"
+                "{size} times {by} {times} is more than {MAX_ELEMENTS}, and no weight has as many elements"
             );
             return Err(config.error(key, message));
         }

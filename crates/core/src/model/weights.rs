@@ -115,7 +115,7 @@ impl Builder<'_> {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
-                scale: config.attention_scale,
+                scale: config.attention_scales[index],
                 window: config.sliding_windows[index],
                 softcap: config.attention_softcap,
             },

@@ -30,7 +30,7 @@ pub(super) fn common(config: &HfConfig, slides: impl Fn(usize) -> bool) -> Resul
     Ok(DecoderConfig {
         modules: ModuleNames::BOTH_NORMS,
         activation: activation(config, "hidden_activation", "gelu_pytorch_tanh")?,
-        attention_scale: scalar.sqrt().recip() as f32,
+        attention_scales: vec![scalar.sqrt().recip() as f32; common.layers],
         attention_softcap: softcap("attn_logit_softcapping")?,
         logits_softcap: softcap("final_logit_softcapping")?,
         sliding_windows: layer_types::windows(config, common.layers, window, slides)?,

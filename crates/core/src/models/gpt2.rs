@@ -26,18 +26,23 @@ const MODULES: ModuleNames = ModuleNames {
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     config.require_false("add_cross_attention")?;
-    config.require_false("scale_attn_by_inverse_layer_idx")?;
     let common = DecoderConfig::without_rope(&renamed(config)?)?;
+    let scale = match config.flag_or("scale_attn_weights", true)? {
+        true => (common.head_dim as f32).sqrt().recip(),
+        false => 1.0,
+    };
+    let divisor = match config.flag_or("scale_attn_by_inverse_layer_idx", false)? {
+        true => |layer| layer as f32,
+        false => |_| 1.0,
+    };
+    let scales = (1..=common.layers).map(|layer| scale / divisor(layer));
     Ok(DecoderConfig {
         modules: MODULES,
         activation: activation(config, "activation_function", "gelu_new")?,
         gated_mlp: false,
         norm: NormKind::Layer,
         norm_eps: norm_eps(config, "layer_norm_epsilon", 1e-5)?,
-        attention_scale: match config.flag_or("scale_attn_weights", true)? {
-            true => common.attention_scale,
-            false => 1.0,
-        },
+        attention_scales: scales.collect(),
         qkv_bias: true,
         o_bias: true,
         mlp_bias: true,

@@ -121,7 +121,7 @@ fn sizes_beyond_counting_are_refused_by_their_keys() {
         (
             "qwen3",
             json!({"intermediate_size": most}),
-            ["intermediate_size", "makes 1099511627775"],
+            ["intermediate_size", "1099511627775 times"],
         ),
         (
             "gemma",
@@ -190,7 +190,6 @@ fn flags_for_what_is_not_computed_are_refused() {
         ("gemma", "use_bidirectional_attention"),
         ("gemma3_text", "use_bidirectional_attention"),
         ("gpt2", "add_cross_attention"),
-        ("gpt2", "scale_attn_by_inverse_layer_idx"),
     ] {
         let parts = [key, "true", "expected false"];
         assert_refused(model_type, &json!({key: true}), &parts);
@@ -234,6 +233,14 @@ fn what_a_config_leaves_out_is_what_its_class_has() {
     let gemma3 = decoder("gemma3_text", &json!({"sliding_window_pattern": 2}));
     assert_eq!(gemma3.layer_ropes, [Some(1), Some(0), Some(1), Some(0)]);
     assert_eq!([gemma3.ropes[0].theta, gemma3.ropes[1].theta], [1e6, 1e4]);
+    // Of Gemma 3, parameters that are of no kind of layer are nobody's; an older scaling is full attention's.
+    let linear = json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0});
+    let thetas = |keys: Value| decoder("gemma3_text", &keys).ropes.into_iter();
+    let thetas = |keys: Value| thetas(keys).map(|rope| rope.theta).collect::<Vec<_>>();
+    assert_eq!(thetas(json!({"rope_parameters": linear})), [1e6, 1e4]);
+    assert_eq!(thetas(json!({"rope_scaling": linear})), [5.0, 1e4]);
+    let both = json!({"rope_scaling": linear, "rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}});
+    assert_eq!(thetas(both), [5.0, 7.0]);
     let gpt2 = decoder(
         "gpt2",
         &json!({"n_embd": 32, "n_head": 4, "head_dim": null}),
@@ -276,7 +283,9 @@ fn whatever_is_left_out_is_what_transformers_class_has() {
         let root = (ours.head_dim as f64).sqrt().recip();
         let scalar = number("query_pre_attn_scalar").map(|n| n.sqrt().recip());
         let scale = scalar.or(number("attention_multiplier")).unwrap_or(root);
-        same("attention_scale", ours.attention_scale, scale);
+        for ours in ours.attention_scales {
+            same("attention_scale", ours, scale);
+        }
         let residual = number("residual_multiplier").unwrap_or(1.0);
         same("residual_scale", ours.residual_scale, residual);
         let logits = number("logits_scaling").map_or(1.0, f64::recip);
@@ -324,6 +333,13 @@ fn whatever_is_left_out_is_what_transformers_class_has() {
             );
         }
     }
+}
+
+#[test]
+fn gpt2_may_scale_scores_by_the_number_of_the_layer() {
+    let keys = json!({"scale_attn_by_inverse_layer_idx": true});
+    let scales = decoder("gpt2", &keys).attention_scales;
+    assert_eq!(scales, [0.25, 0.125, 0.25 / 3.0, 0.0625]);
 }
 
 #[test]

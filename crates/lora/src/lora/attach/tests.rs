@@ -1,8 +1,9 @@
 use super::super::{LoraAdapter, LoraConfig, TokenIndices};
 use crate::testing::{list, llama_sites};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
-use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::io::{self, SafetensorsFile, TensorData};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use std::collections::BTreeMap;
 
 /// A Llama whose head is its embedding.
 fn tied_sites() -> Vec<Site> {
@@ -210,5 +211,45 @@ fn a_weight_trained_for_two_modules_is_written_under_both_names() {
             .map(|name| file.read_f32(name).expect("saved"))
             .collect();
         assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
+    }
+}
+
+/// PEFT saves the base's weight of an adapted table, and of the head that is tied to it.
+#[test]
+fn copies_of_a_base_weight_beside_a_tied_update_change_nothing() {
+    for tied in [true, false] {
+        let config = LoraConfig {
+            ensure_weight_tying: tied,
+            target_modules: list(&["embed_tokens"]),
+            ..LoraConfig::default()
+        };
+        let adapter = LoraAdapter::new(config, "llama").expect("valid");
+        let mut params = ParamLayoutBuilder::new();
+        adapter
+            .attach(&tied_sites(), &mut params)
+            .expect("attaches");
+        let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+        let directory = tempfile::tempdir().expect("temporary directory");
+        adapter.save(&params, directory.path()).expect("saved");
+        let path = directory.path().join("adapter_model.safetensors");
+        let file = SafetensorsFile::open(&path).expect("saved");
+        let values: BTreeMap<&str, Vec<f32>> = file
+            .names()
+            .map(|name| (name, file.read_f32(name).expect("saved")))
+            .collect();
+        let shape = |name: &str| file.meta(name).expect("saved").shape.clone();
+        let saved = values.iter();
+        let saved =
+            saved.map(|(name, v)| ((*name).to_owned(), TensorData::from_f32(v, shape(name))));
+        let weight = vec![0.5; 256 * 32];
+        let copy = |module: &str| {
+            let name = format!("base_model.model.{module}.base_layer.weight");
+            (name, TensorData::from_f32(&weight, [256, 32]))
+        };
+        let copies = [copy("model.embed_tokens"), copy("lm_head")];
+        io::write_safetensors(&path, &saved.chain(copies).collect(), &BTreeMap::new())
+            .expect("writable");
+        let read = adapter.load(&mut params, directory.path());
+        assert_eq!(read.is_ok(), tied, "{read:?}");
     }
 }
