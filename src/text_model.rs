@@ -5,10 +5,9 @@ use crate::generate::{GenerateOptions, generate};
 use ferrotune_core::Result;
 use ferrotune_core::data::{Decoding, Prompt, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass, WeightFormat};
+use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass, Quantise, WeightFormat};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
-use ferrotune_kernels::dequantise::FourBitFormat;
 use ferrotune_kernels::{DType, Device, Workspace};
 use std::path::{Path, PathBuf};
 
@@ -52,7 +51,7 @@ impl TextModel {
         Self::load_as(device, base, adapter, None)
     }
 
-    /// [`TextModel::load_on`] with the linears of the base in `four_bit`, if given, as an adapter was
+    /// [`TextModel::load_on`] with the linears of the base quantised, if asked for, as an adapter was
     /// trained over them.
     ///
     /// # Errors
@@ -61,13 +60,13 @@ impl TextModel {
         device: &Device,
         base: &Path,
         adapter: Option<&Path>,
-        four_bit: Option<FourBitFormat>,
+        quantise: Option<Quantise>,
     ) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
         let format = WeightFormat {
             dtype: dtype_of(&files),
-            four_bit,
+            quantise,
         };
         let (model, params) = match adapter {
             Some(directory) => {

@@ -13,7 +13,7 @@ use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, WeightFormat, Wei
 use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune::core::trainer::attach;
 use ferrotune::core::{Result, model::ModelPlan};
-use ferrotune::kernels::dequantise::{FourBit, FourBitFormat, FourBitType};
+use ferrotune::kernels::dequantise::{FourBitFormat, FourBitType, QuantFormat, Quantised};
 use ferrotune::kernels::{DType, ViewMut, Workspace};
 use ferrotune::lora::{LoraAdapter, LoraConfig, MergeOptions, TargetModules, merge};
 use serde_json::{Value, json};
@@ -197,8 +197,8 @@ impl WeightSource for Counting {
         WeightSource::read(&self.files, name, to)
     }
 
-    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
-        WeightSource::read_four_bit(&self.files, name)
+    fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
+        WeightSource::read_quantised(&self.files, name)
     }
 }
 
@@ -209,22 +209,22 @@ fn each_weight_of_the_base_is_read_and_held_once() {
     let plain = DecoderConfig::open(&base).expect("written");
     let adapter = lora(&RANGES, "llama");
     let stack = adapter.decoder(plain.clone()).expect("ranges of this base");
-    let nf4 = FourBitFormat {
+    let nf4 = QuantFormat::FourBit(FourBitFormat {
         quant_type: FourBitType::Nf4,
         block: FourBitFormat::BLOCK,
         double_quant: true,
-    };
-    for four_bit in [None, Some(nf4)] {
+    });
+    for format in [None, Some(nf4)] {
         let format = WeightFormat {
             dtype: DType::F32,
-            four_bit,
+            quantise: format.map(Into::into),
         };
         let source = Counting {
             files: ModelFiles::open(&base).expect("written"),
             read: Mutex::default(),
         };
         let (attachments, mut params) = attach(&stack, &adapter).expect("attaches");
-        Model::load(&stack, attachments, &source, &mut params, format).expect("loads");
+        Model::load(&stack, attachments, &source, &mut params, format.clone()).expect("loads");
         let read = source.read.into_inner().expect("one thread");
         let names: Vec<&str> = source.files.names().collect();
         assert_eq!(read.keys().collect::<Vec<_>>(), names);

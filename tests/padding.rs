@@ -7,9 +7,10 @@ use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::full::FullFineTuning;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, WeightFormat};
 use ferrotune::core::params::FlatBuffer;
 use ferrotune::core::trainer::attach;
+use ferrotune::kernels::dequantise::QuantFormat;
 use ferrotune::kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
@@ -37,15 +38,17 @@ struct Outcome {
 fn run(
     directory: &Path,
     adapter: &dyn Adapter,
-    on: (&Device, DType),
+    device: &Device,
+    format: &WeightFormat,
     batch: &PackedBatch,
 ) -> Outcome {
-    let (device, dtype) = on;
+    let dtype = format.dtype;
     let config = DecoderConfig::open(directory).expect("config");
     let files = ModelFiles::open(directory).expect("weights");
     let (attachments, mut params) = attach(&config, adapter).expect("attaches");
     params.move_to(device);
-    let mut model = Model::load(&config, attachments, &files, &mut params, dtype).expect("loads");
+    let format = format.clone();
+    let mut model = Model::load(&config, attachments, &files, &mut params, format).expect("loads");
     model.set_neftune_noise_alpha(5.0);
     // A fresh B is zero, and so would the gradient of A be.
     common::add_noise(&mut params, SEED);
@@ -85,15 +88,21 @@ fn padded(batch: &PackedBatch, more: usize, token: u32) -> PackedBatch {
     padded
 }
 
-fn assert_same(device: &Device, family: Family, method: fn() -> Box<dyn Adapter>) {
+fn assert_same(
+    device: &Device,
+    family: Family,
+    method: fn() -> Box<dyn Adapter>,
+    format: impl Fn(DType) -> WeightFormat,
+) {
     let directory = tempfile::tempdir().expect("temporary directory");
     let shape = family.shape();
     write_model(directory.path(), &shape, Stored::F32, SEED);
     let documents = examples(5, shape.vocab, SEED);
     let batch = PackedBatch::pack(documents.iter().enumerate().map(|(i, d)| (i as u64, d)));
     for dtype in [DType::F32, DType::Bf16] {
+        let format = format(dtype);
         let run =
-            |batch: &PackedBatch| run(directory.path(), method().as_ref(), (device, dtype), batch);
+            |batch: &PackedBatch| run(directory.path(), method().as_ref(), device, &format, batch);
         let plain = run(&batch);
         assert!(plain.gradient.iter().any(|g| f32::from_bits(*g) != 0.0));
         for (more, token) in [(1, 0), (1, 3), (40, 9)] {
@@ -109,7 +118,7 @@ fn assert_same(device: &Device, family: Family, method: fn() -> Box<dyn Adapter>
 fn padding_changes_no_bit_of_the_gradient_of_an_adapter() {
     for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
         for family in Family::ALL {
-            assert_same(&device, family, lora);
+            assert_same(&device, family, lora, WeightFormat::from);
         }
     }
 }
@@ -118,7 +127,21 @@ fn padding_changes_no_bit_of_the_gradient_of_an_adapter() {
 fn padding_changes_no_bit_of_the_gradient_of_the_model() {
     for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
         for family in Family::ALL {
-            assert_same(&device, family, || Box::new(FullFineTuning));
+            let full = || -> Box<dyn Adapter> { Box::new(FullFineTuning) };
+            assert_same(&device, family, full, WeightFormat::from);
         }
+    }
+}
+
+/// Columns with a large value are multiplied in another way: those that padding alone has are not.
+#[test]
+fn padding_changes_no_bit_of_the_gradient_over_8_bits() {
+    let threshold = 1.5;
+    let format = |dtype| WeightFormat {
+        dtype,
+        quantise: Some(QuantFormat::Int8 { threshold }.into()),
+    };
+    for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
+        assert_same(&device, Family::Llama, lora, format);
     }
 }

@@ -11,7 +11,7 @@ use ferrotune::core::io::{ModelFiles, SafetensorsFile};
 use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, WeightFormat};
 use ferrotune::core::params::FlatBuffer;
 use ferrotune::core::trainer::attach;
-use ferrotune::kernels::dequantise::{FourBitFormat, FourBitType};
+use ferrotune::kernels::dequantise::{FourBitFormat, FourBitType, QuantFormat};
 use ferrotune::kernels::{DType, Workspace};
 use ferrotune::lora::{InitLoraWeights, LoraAdapter, LoraConfig, TargetModules};
 use serde_json::{Value, json};
@@ -111,16 +111,19 @@ fn a_base_in_four_bits_keeps_olora_and_refuses_what_needs_its_values() {
     let base = bench.path("base");
     let format = WeightFormat {
         dtype: DType::F32,
-        four_bit: Some(FourBitFormat {
-            quant_type: FourBitType::Nf4,
-            block: 64,
-            double_quant: false,
-        }),
+        quantise: Some(
+            QuantFormat::FourBit(FourBitFormat {
+                quant_type: FourBitType::Nf4,
+                block: 64,
+                double_quant: false,
+            })
+            .into(),
+        ),
     };
-    let expected = logits(&base, format, None);
+    let expected = logits(&base, format.clone(), None);
     let method = adapter("olora", &["q_proj", "v_proj"]);
     // What is left of a weight is quantised again, which moves the output as quantising does.
-    let error = furthest(&logits(&base, format, Some(&method)), &expected);
+    let error = furthest(&logits(&base, format.clone(), Some(&method)), &expected);
     let quantising = furthest(&expected, &logits(&base, DType::F32.into(), None));
     assert!(error < 2.0 * quantising, "{error} {quantising}");
     let changes = json!({"load_in_4bit": true, "init_lora_weights": "pissa"});

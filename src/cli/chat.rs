@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::base_note::note_other_base;
-use super::four_bit::FourBitArgs;
+use super::quantise::QuantiseArgs;
 use ferrotune::core::Result;
 use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
@@ -19,7 +19,7 @@ pub(super) struct ModelArgs {
     #[arg(long)]
     pub(super) adapter: Option<String>,
     #[command(flatten)]
-    pub(super) four_bit: FourBitArgs,
+    pub(super) quantise: QuantiseArgs,
     /// Where to compute: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     pub(super) device: Device,
@@ -35,7 +35,7 @@ impl ModelArgs {
             note_other_base(&base, adapter)?;
         }
         let device = ferrotune::device::open(self.device)?;
-        TextModel::load_as(&device, &base, adapter.as_deref(), self.four_bit.format())
+        TextModel::load_as(&device, &base, adapter.as_deref(), self.quantise.quantise())
     }
 }
 

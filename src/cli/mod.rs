@@ -11,7 +11,6 @@ mod demo;
 mod env;
 mod eval;
 mod exact_match;
-mod four_bit;
 mod generate;
 mod inspect;
 mod kernels;
@@ -22,6 +21,7 @@ mod output;
 mod overrides;
 mod parity;
 mod progress;
+mod quantise;
 mod stop;
 mod train;
 

@@ -60,11 +60,23 @@ impl Adapted {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        Self::load_with(base, adapter, dtype, device, Ok)
+    }
+
+    /// [`Adapted::load`] with `change` made to what stands at the sites.
+    pub(super) fn load_with(
+        base: &Path,
+        adapter: Option<&Path>,
+        dtype: DType,
+        device: &Device,
+        change: impl FnOnce(Attachments) -> Result<Attachments>,
+    ) -> Result<Self> {
         let Some(directory) = adapter else {
             let config = DecoderConfig::open(base)?;
             let files = ModelFiles::open(base)?;
             let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
-            let model = Model::load(&config, Vec::new(), &files, &mut params, dtype)?;
+            let attachments = change(Vec::new())?;
+            let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
             let method = None;
             return Ok(Self {
                 model,
@@ -72,17 +84,6 @@ impl Adapted {
                 method,
             });
         };
-        Self::load_with(base, directory, dtype, device, Ok)
-    }
-
-    /// [`Adapted::load`] with `change` made to what stands at the sites.
-    pub(super) fn load_with(
-        base: &Path,
-        directory: &Path,
-        dtype: DType,
-        device: &Device,
-        change: impl FnOnce(Attachments) -> Result<Attachments>,
-    ) -> Result<Self> {
         let model_type = DecoderConfig::open(base)?.model_type;
         let method = ferrotune_lora::load_as_peft(directory, &model_type)?;
         let adapted = Self::with(

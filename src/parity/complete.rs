@@ -93,8 +93,8 @@ pub(super) fn adapter(case: &Case, expected: &SafetensorsFile, params: &ParamLay
     ))
 }
 
-/// Of a checkpoint in 4 bits: the quantities behind `prefix` and the gradient of each parameter, and the
-/// values of a weight.
+/// Of a checkpoint in 4 or 8 bits: the quantities behind `prefix` and the gradient of each parameter, and of
+/// 4 bits the values of a weight.
 pub(super) fn quantised(
     expected: &SafetensorsFile,
     prefix: &str,
@@ -102,13 +102,24 @@ pub(super) fn quantised(
 ) -> Result<()> {
     known(
         expected,
-        &["logits", "loss", "qlora.logits", "qlora.loss"],
-        &["qlora.grad.", "dequant."],
+        &[
+            "logits",
+            "loss",
+            "qlora.logits",
+            "qlora.loss",
+            "lora8.logits",
+            "lora8.loss",
+        ],
+        &["qlora.grad.", "lora8.grad.", "dequant."],
     )?;
     for (_, segment) in params.by_name() {
         require(expected, &format!("{prefix}grad.{}", segment.spec.name))?;
     }
-    if expected.names().any(|name| name.starts_with("dequant.")) {
+    let of_int8 = |name: &str| name.starts_with("lora8.");
+    if expected
+        .names()
+        .any(|name| name.starts_with("dequant.") || of_int8(name))
+    {
         return Ok(());
     }
     Err(Error::data(

@@ -31,7 +31,7 @@ pub(super) fn in_front(
     for id in without_gradient(plan, first) {
         let (site, attached) = (plan.site(id), attachments.remove(&id));
         let name = format!("{}.weight", site.name);
-        let (update, codes, format) = match (attached, files.read_four_bit(&name)?) {
+        let (update, codes, format) = match (attached, files.read_quantised(&name)?) {
             (None, Some(codes)) => (None, codes, files.four_bit_format(&name)),
             (Some(Attachment::LowRank(update)), Some(codes)) => {
                 (Some(update), codes, files.four_bit_format(&name))

@@ -13,6 +13,7 @@ mod compare;
 mod complete;
 mod cpu_kernel;
 mod initialised;
+mod nudged;
 mod padded;
 mod prompt;
 mod quantised;

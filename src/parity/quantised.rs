@@ -1,16 +1,16 @@
-//! A checkpoint that Transformers saved in 4 bits: its weights, logits and loss, and those of an adapter
+//! A checkpoint that Transformers saved in 4 or 8 bits: its weights, logits and loss, and those of an adapter
 //! over it with the gradients of its parameters.
 
 use super::adapted::{Adapted, Recorded};
 use super::case::{Case, dtype_of, inputs};
 use super::compare::Comparison;
-use super::{complete, cpu_kernel};
+use super::{complete, cpu_kernel, nudged};
 use crate::device::activation_dtype;
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::dequantise::FourBit;
+use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Device, Tensor};
 use std::path::Path;
 
@@ -23,10 +23,15 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (batch, places) = padded.pack();
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
     let files = ModelFiles::open(&case.directory)?;
-    if !files.has_four_bit() {
-        let message = "holds no weight in 4 bits; only such checkpoints are compared";
-        return Err(Error::data(case.path("model.safetensors"), None, message));
-    }
+    let names = match files.quantisation() {
+        Some("int8") => ["lora_adapter", "lora8."],
+        Some(_) => ["qlora_adapter", "qlora."],
+        None => {
+            let message = "holds no weight as codes; only such checkpoints are compared";
+            return Err(Error::data(case.path("model.safetensors"), None, message));
+        }
+    };
+    let [adapter, prefix] = names;
     let mut comparison = Comparison::default();
     compare_weights(&mut comparison, case, &expected, &files)?;
 
@@ -36,8 +41,8 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
         dtype: dtype_of(&files.shards()[0]),
         batch,
     };
-    let adapter = case.path("qlora_adapter");
-    for (prefix, adapter) in [("", None), ("qlora.", Some(adapter.as_path()))] {
+    let adapter = case.path(adapter);
+    for (prefix, adapter) in [("", None), (prefix, Some(adapter.as_path()))] {
         let recorded = Recorded {
             file: &expected,
             prefix,
@@ -77,14 +82,19 @@ impl Run<'_> {
             let reference = load(DType::F32)?.run(DType::F32, &self.batch)?;
             return recorded.compare_bf16(c, &ours.run(activations, &self.batch)?, &reference);
         }
+        if self.files.quantisation() == Some("int8") {
+            let nearest = nudged::nearest(base, adapter, device, &self.batch, recorded)?;
+            return recorded.compare_f32(c, &nearest);
+        }
         let ours = ours.run(DType::F32, &self.batch)?;
         let Some(adapter) = adapter else {
             return recorded.compare_f32(c, &ours);
         };
         let plan = ModelPlan::new(&DecoderConfig::open(base)?);
-        let rounding = Adapted::load_with(base, adapter, DType::F32, device, |attachments| {
-            cpu_kernel::in_front(&plan, self.files, device, attachments)
-        })?;
+        let rounding =
+            Adapted::load_with(base, Some(adapter), DType::F32, device, |attachments| {
+                cpu_kernel::in_front(&plan, self.files, device, attachments)
+            })?;
         let rounded = rounding.run(DType::F32, &self.batch)?;
         // Which kernel ran depends on the processor it was recorded on.
         let rounds = recorded.logits_error(&rounded)? < recorded.logits_error(&ours)?;
@@ -102,7 +112,7 @@ fn compare_weights(
 ) -> Result<()> {
     let base = ModelFiles::open(case.base()?)?;
     for name in files.weight_shapes().into_keys() {
-        let (Some(codes), Some(format)) = (files.read_four_bit(name)?, files.four_bit_format(name))
+        let (Some(codes), Some(format)) = (files.read_quantised(name)?, files.quant_format(name))
         else {
             continue;
         };
@@ -116,8 +126,8 @@ fn compare_weights(
         let Some(weight) = name.strip_prefix("dequant.") else {
             continue;
         };
-        let Some(codes) = files.read_four_bit(weight)? else {
-            let message = format!("`{name}` is of a weight that is not in 4 bits");
+        let Some(codes) = files.read_quantised(weight)? else {
+            let message = format!("`{name}` is of a weight that is not held as codes");
             return Err(Error::data(expected.path(), None, message));
         };
         let ours = values(codes, dtype_of(expected), &case.device)?;
@@ -126,7 +136,7 @@ fn compare_weights(
     Ok(())
 }
 
-fn values(codes: FourBit, dtype: DType, device: &Device) -> Result<Vec<f32>> {
+fn values(codes: Quantised, dtype: DType, device: &Device) -> Result<Vec<f32>> {
     let codes = codes.to_device(device);
     let [rows, cols] = codes.shape();
     let mut values = Tensor::empty(device, dtype, rows, cols);

@@ -3,8 +3,8 @@
 use crate::device;
 use ferrotune_core::config::{Dtype, TrainConfig};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{DecoderConfig, ModelPlan, WeightFormat, WeightSource};
-use ferrotune_core::{Error, Result};
+use ferrotune_core::model::{DecoderConfig, ModelPlan, Quantise, WeightFormat, WeightSource};
+use ferrotune_core::{Error, Result, suggest};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
 
@@ -14,20 +14,40 @@ pub(super) fn weights(
     base: &Path,
     decoder: &DecoderConfig,
 ) -> Result<Option<ModelFiles>> {
+    check_skipped(config, decoder)?;
     if config.model.random_init {
         return Ok(None);
     }
     let files = ModelFiles::open(base)?;
     files.check(&ModelPlan::new(decoder))?;
-    if files.has_four_bit() && !config.lora.use_peft {
+    if let Some(held) = files.quantisation()
+        && !config.lora.use_peft
+    {
         let message = format!(
-            "is false, and the weights of {} are held in 4 bits, which cannot be trained; set use_peft: true, or \
+            "is false, and the weights of {} are held in {held}, which cannot be trained; set use_peft: true, or \
              give the checkpoint they were made from",
             base.display()
         );
         return Err(Error::config("use_peft", message));
     }
     Ok(Some(files))
+}
+
+/// Every module that is not to be quantised must be there.
+fn check_skipped(config: &TrainConfig, decoder: &DecoderConfig) -> Result<()> {
+    const KEY: &str = "llm_int8_skip_modules";
+    let sites = ModelPlan::new(decoder).sites;
+    for skip in &config.model.llm_int8_skip_modules {
+        if !sites.iter().any(|site| Quantise::skips(skip, &site.name)) {
+            let words = sites
+                .iter()
+                .flat_map(|site| site.name.split('.').chain([&*site.name]));
+            let hint = suggest::did_you_mean(skip, words);
+            let message = format!("`{skip}` begins and ends the name of no module{hint}");
+            return Err(Error::config(KEY, message));
+        }
+    }
+    Ok(())
 }
 
 /// As asked for; `auto` is as the files have it, and on a GPU bf16 where `bf16: true` says so.
@@ -55,7 +75,7 @@ pub(super) fn weight_format(
     };
     WeightFormat {
         dtype,
-        four_bit: config.model.four_bit(),
+        quantise: config.model.quantise(),
     }
 }
 

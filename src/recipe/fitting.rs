@@ -7,7 +7,6 @@ use super::adapter::{self, Attached};
 use super::memory::{Base, highest_rank, least_trained};
 use super::{Recipe, data};
 use ferrotune_core::config::TrainConfig;
-use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::Workload;
 
 /// A suggestion leaves one part in so many free: memory comes and goes from one start to the next.
@@ -143,12 +142,16 @@ impl Search<'_> {
 
     /// The base in 4 bits, where it is not so in its files.
     fn in_four_bits(&self) -> Option<TrainConfig> {
-        let quantised = self.base.files.is_none_or(ModelFiles::has_four_bit);
+        let quantised = self
+            .base
+            .files
+            .is_none_or(|files| files.quantisation().is_some());
         if !self.config.lora.use_peft || self.config.model.load_in_4bit || quantised {
             return None;
         }
         let mut small = self.config.clone();
         small.model.load_in_4bit = true;
+        small.model.load_in_8bit = false;
         Some(small).filter(|c| self.fits(c))
     }
 

@@ -84,11 +84,12 @@ impl<'a> Base<'a> {
         let attachments = &attached.attachments;
         let dtypes = [weights.dtype, activations];
         let step = StepShape::new(self.decoder, attachments, self.device, dtypes, workload);
-        let in_files = self.files.is_some_and(ModelFiles::has_four_bit);
-        if weights.four_bit.is_some() || in_files {
-            step.with_quantised_linears()
-        } else {
-            step
+        let in_files = self.files.and_then(ModelFiles::quantisation);
+        let asked = weights.quantise.map(|q| q.format.name());
+        match in_files.or(asked) {
+            None => step,
+            Some("int8") => step.with_int8_linears(),
+            Some(_) => step.with_quantised_linears(),
         }
     }
 

@@ -427,7 +427,7 @@ impl Recipe {
         TrainerOptions {
             device: self.device.clone(),
             seed: runtime.seed,
-            weights: self.weights,
+            weights: self.weights.clone(),
             activation_dtype: activation_dtype(&self.config, self.weights.dtype, &self.device),
             adamw: AdamW {
                 beta1: optimizer.adam_beta1,

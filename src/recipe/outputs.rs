@@ -227,6 +227,9 @@ pub(super) fn trainer_log(
 /// Written last: where it is, the whole result is.
 const RUN: &str = "run.json";
 
+/// Written if the run evaluates.
+const EVALUATION: &str = "eval_results.json";
+
 /// Whether `output` holds the whole result of a run of `step` steps.
 pub(super) fn has_result(output: &Path, step: u64) -> bool {
     result_step(output) == Some(step)
@@ -239,13 +242,19 @@ pub(super) fn result_step(output: &Path) -> Option<u64> {
     run["steps"].as_u64()
 }
 
-/// Takes back the claim that `output` holds a result: a run is about to make another.
+/// Takes back the claim that `output` holds a result: a run is about to make another, which may have no
+/// evaluation.
 pub(super) fn withdraw_result(output: &Path) -> Result<()> {
-    let path = output.join(RUN);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(&path)(e)),
-        _ => Ok(()),
+    for name in [RUN, EVALUATION] {
+        let path = output.join(name);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::write(&path)(e));
+            }
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 /// The result, at the top of the output directory, read back before it counts.
@@ -271,10 +280,7 @@ pub(super) fn write_final(
         all_results(finished, evaluated.as_ref()).as_bytes(),
     )?;
     if let Some(evaluated) = &evaluated {
-        write_file(
-            &output.join("eval_results.json"),
-            eval_results(evaluated).as_bytes(),
-        )?;
+        write_file(&output.join(EVALUATION), eval_results(evaluated).as_bytes())?;
     }
     write_file(
         &output.join("README.md"),

@@ -25,7 +25,8 @@ pub(super) fn require_readable(
     decoder: &DecoderConfig,
     files: Option<&ModelFiles>,
 ) -> Result<()> {
-    let quantised = config.model.load_in_4bit || files.is_some_and(ModelFiles::has_four_bit);
+    let quantised = config.model.quantise().is_some()
+        || files.is_some_and(|files| files.quantisation().is_some());
     if !quantised || !config.lora.use_peft || config.lora.peft_config.is_some() {
         return Ok(());
     }
@@ -84,7 +85,7 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
         seen.attachments(),
         source,
         &mut params,
-        options.weights,
+        options.weights.clone(),
     )?;
     model.set_keep(&options.keep);
     let workspace = Workspace::on(options.device.clone(), 0);

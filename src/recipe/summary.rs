@@ -137,12 +137,10 @@ impl fmt::Display for Summary {
 
 /// The base, and how its linears are held where not as values.
 fn model(recipe: &Recipe) -> String {
-    let in_files = recipe.files.as_ref().is_some_and(ModelFiles::has_four_bit);
-    let held = match recipe.weights.four_bit {
-        Some(format) => format!(", linears in {}", format.quant_type.as_str()),
-        None if in_files => ", linears in 4 bits".to_owned(),
-        None => String::new(),
-    };
+    let in_files = recipe.files.as_ref().and_then(ModelFiles::quantisation);
+    let asked = recipe.weights.quantise.as_ref().map(|q| q.format.name());
+    let held = in_files.or(asked);
+    let held = held.map_or_else(String::new, |name| format!(", linears in {name}"));
     format!(
         "{} ({}, {} parameters{held})",
         recipe.base.display(),

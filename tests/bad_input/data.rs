@@ -155,6 +155,13 @@ fn compressed_rows_and_rows_held_out_train() {
         results["eval_loss"].as_f64().is_some_and(f64::is_finite),
         "{results}"
     );
+    // A run that evaluates nothing leaves no evaluation of the run before.
+    let mut changes = changes;
+    changes["eval_strategy"] = json!("no");
+    changes["overwrite_output_dir"] = json!(true);
+    bench.train("out", &changes).expect(0);
+    assert!(bench.path("out/run.json").is_file());
+    assert!(!bench.path("out/eval_results.json").exists());
 }
 
 /// The checksum of gzip, bit by bit.

@@ -155,10 +155,10 @@ pub trait BaseWeights {
     /// [`crate::Error::Config`] if a token lies outside the vocabulary, or the embedding is not at hand.
     fn embed(&self, tokens: &[u32]) -> Result<Tensor>;
 
-    /// Whether W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
-    fn is_quantised(&self, site: SiteId) -> bool {
+    /// Bits of a code where W is held as codes, so that [`BaseWeights::read`] gives what they stand for.
+    fn code_bits(&self, site: SiteId) -> Option<usize> {
         let _ = site;
-        false
+        None
     }
 
     /// W as the files of a base have it that is held as codes of it.

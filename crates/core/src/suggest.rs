@@ -6,11 +6,11 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     candidates
         .into_iter()
         .map(|c| {
-            (
-                strsim::normalized_damerau_levenshtein(name, c)
-                    .max(strsim::jaro_winkler(name, c) - 0.15),
-                c,
-            )
+            let likeness = strsim::normalized_damerau_levenshtein(name, c)
+                .max(strsim::jaro_winkler(name, c) - 0.15);
+            // A name that was written out or cut short: `lora_rank` for `lora_r`.
+            let begins = name.starts_with(c) || c.starts_with(name);
+            (likeness + if begins { 0.1 } else { 0.0 }, c)
         })
         .filter(|(score, _)| *score > 0.5)
         .max_by(|a, b| a.0.total_cmp(&b.0))
@@ -34,6 +34,10 @@ mod tests {
         let keys = ["learning_rate", "lora_r", "max_length"];
         assert_eq!(nearest("learnig_rate", keys), Some("learning_rate"));
         assert_eq!(nearest("max_lenght", keys), Some("max_length"));
+        assert_eq!(
+            nearest("lora_rank", ["local_rank", "lora_r"]),
+            Some("lora_r")
+        );
         assert_eq!(nearest("zzz", keys), None);
         assert_eq!(did_you_mean("lora_rr", keys), "; did you mean `lora_r`?");
     }

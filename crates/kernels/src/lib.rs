@@ -29,6 +29,7 @@ pub mod embedding;
 mod error;
 #[doc(hidden)]
 pub mod host_cuda;
+pub mod int8_linear;
 mod lanes;
 pub mod layer_norm;
 pub mod linear_cross_entropy;

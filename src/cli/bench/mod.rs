@@ -8,7 +8,7 @@ mod report;
 mod rows;
 mod shapes;
 
-use super::four_bit::FourBitArgs;
+use super::quantise::QuantiseArgs;
 use super::{Failure, Outcome, print, print_line};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
@@ -72,7 +72,7 @@ pub(super) struct Args {
     #[arg(long, value_enum, default_value_t = Dtype::Float32)]
     dtype: Dtype,
     #[command(flatten)]
-    four_bit: FourBitArgs,
+    quantise: QuantiseArgs,
     /// Where to train: auto, cpu or cuda
     #[arg(long, default_value = "cpu")]
     device: Choice,
@@ -201,7 +201,7 @@ fn trainer(
         seed: args.seed,
         weights: WeightFormat {
             dtype: args.dtype.kernel(),
-            four_bit: args.four_bit.format(),
+            quantise: args.quantise.quantise(),
         },
         activation_dtype: args.dtype.kernel(),
         max_tokens,
@@ -272,7 +272,7 @@ fn report(
         model: model_name(args),
         method: trainer.adapter().describe(),
         dtype: trainer.model().weight_dtype().to_string(),
-        four_bit: args.four_bit.format().map(|f| f.quant_type.as_str()),
+        quantised: args.quantise.quantise().map(|q| q.format.name()),
         device: start.device.to_string(),
         threads: rayon::current_num_threads(),
         parameters: decoder.parameters(),

@@ -11,8 +11,8 @@ pub(super) struct Report {
     pub(super) model: String,
     pub(super) method: String,
     pub(super) dtype: String,
-    /// What the linears of the base are held in, if not as values: nf4 or fp4.
-    pub(super) four_bit: Option<&'static str>,
+    /// What the linears of the base are held in, if not as values: nf4, fp4 or int8.
+    pub(super) quantised: Option<&'static str>,
     pub(super) device: String,
     pub(super) threads: usize,
     pub(super) parameters: usize,
@@ -110,7 +110,7 @@ impl fmt::Display for Report {
                     "{}, {}{}, {}, {} threads",
                     self.method,
                     self.dtype,
-                    self.four_bit
+                    self.quantised
                         .map_or(String::new(), |f| format!(" from {f}")),
                     self.device,
                     self.threads

@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             .len();
     }
     let parameters = decoder.parameters();
-    let quantised = files.has_four_bit();
+    let quantised = files.quantisation();
     if args.json {
         let modules = sites.iter().map(|site| {
             json!({
@@ -78,7 +78,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         });
         print_line(json!({
             "model_type": decoder.model_type, "parameters": parameters, "bytes": bytes,
-            "files": files.shards().len(), "dtypes": dtypes, "four_bit": quantised,
+            "files": files.shards().len(), "dtypes": dtypes, "quantised": quantised,
             "modules": modules.collect::<Vec<Value>>(), "rank": args.rank,
             "choices": choices.collect::<Vec<Value>>(),
         }))?;
@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         bytes as f64 / 1e6,
         files.shards().len(),
         types.join(", "),
-        if quantised { ", linears in 4 bits" } else { "" }
+        quantised.map_or_else(String::new, |name| format!(", linears in {name}"))
     ))?;
     print_rows(&rows(&sites))?;
     for choice in &choices {

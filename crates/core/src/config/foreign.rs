@@ -72,7 +72,16 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("use_cpu", OFF, NoEffect("use device: cpu")),
     key("no_cuda", OFF, NoEffect("use device: cpu")),
     key("lora_target_parameters", EMPTY, NotYet("")),
-    key("load_in_8bit", OFF, NotYet("use load_in_4bit")),
+    key(
+        "llm_int8_has_fp16_weight",
+        OFF,
+        NotYet("weights in 8 bits are frozen; leave it out"),
+    ),
+    key(
+        "llm_int8_enable_fp32_cpu_offload",
+        OFF,
+        NotYet("a model is on one device"),
+    ),
     key(
         "bnb_4bit_quant_storage",
         &["null", "\"uint8\""],

@@ -3,6 +3,7 @@ use super::{
     json_schema, load, markdown_reference,
 };
 use crate::Error;
+use ferrotune_kernels::dequantise::QuantFormat;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -270,6 +271,44 @@ fn wrong_values_name_key_value_expectation_and_place() {
 }
 
 #[test]
+fn an_8_bit_base_is_what_its_keys_say() {
+    let keys = "use_peft: true\nload_in_8bit: true\nllm_int8_threshold: 5\nllm_int8_skip_modules: [down_proj]\n\
+                llm_int8_has_fp16_weight: false\n";
+    let text = format!("{MINIMAL}{keys}");
+    let config = TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid");
+    let quantise = config.model.quantise().expect("8 bits");
+    assert_eq!(quantise.format, QuantFormat::Int8 { threshold: 5.0 });
+    assert_eq!(quantise.skip_modules, ["down_proj"]);
+    assert!(config.notes.is_empty(), "{:?}", config.notes);
+
+    for (from, to, parts) in [
+        (
+            "use_peft: true",
+            "use_peft: false",
+            ["cannot be trained", "8 bits"],
+        ),
+        (
+            "load_in_8bit: true",
+            "load_in_8bit: true\nload_in_4bit: true",
+            ["load_in_4bit", "one format"],
+        ),
+        (
+            "threshold: 5",
+            "threshold: -5",
+            ["llm_int8_threshold", "0 or more"],
+        ),
+        (
+            "weight: false",
+            "weight: true",
+            ["llm_int8_has_fp16_weight", "frozen"],
+        ),
+    ] {
+        let fault = yaml_fault(&keys.replace(from, to));
+        assert!(parts.iter().all(|part| fault.contains(part)), "{fault}");
+    }
+}
+
+#[test]
 fn a_4_bit_base_is_what_its_keys_say() {
     let keys = "use_peft: true\nload_in_4bit: true\nbnb_4bit_quant_type: fp4\n\
                 use_bnb_nested_quant: true\nbnb_4bit_compute_dtype: bfloat16\n\
@@ -279,14 +318,17 @@ fn a_4_bit_base_is_what_its_keys_say() {
         TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid")
     };
     let config = read(keys);
-    let format = config.model.four_bit().expect("4 bits");
+    let format = config.model.quantise().expect("4 bits").format;
+    let QuantFormat::FourBit(format) = format else {
+        panic!("{format:?}");
+    };
     assert_eq!((format.quant_type.as_str(), format.block), ("fp4", 64));
     assert!(format.double_quant && config.notes.is_empty());
     assert_eq!(config.model.base_dtype(), Dtype::Bfloat16);
 
     let off = keys.replace("load_in_4bit: true", "load_in_4bit: false");
     let config = read(&off);
-    assert_eq!(config.model.four_bit(), None);
+    assert_eq!(config.model.quantise(), None);
     assert_eq!(config.model.base_dtype(), Dtype::Auto);
     assert!(config.notes[0].contains("bnb_4bit_quant_type"));
 
@@ -299,7 +341,7 @@ fn a_4_bit_base_is_what_its_keys_say() {
 fn features_to_come_are_errors_unless_they_are_off() {
     for text in [
         "fp16: true",
-        "load_in_8bit: true",
+        "llm_int8_has_fp16_weight: true",
         "loss_type: dft",
         "push_to_hub: true",
         "dataloader_drop_last: true",

@@ -149,6 +149,26 @@ impl TrainConfig {
                     .to_owned()
             },
         )?;
+        self.require(
+            lora.use_peft || !self.model.load_in_8bit,
+            "load_in_8bit",
+            |_| {
+                "true with use_peft: false: weights of 8 bits cannot be trained; set use_peft: true to train an \
+                 adapter over them"
+                    .to_owned()
+            },
+        )?;
+        self.require(
+            !(self.model.load_in_4bit && self.model.load_in_8bit),
+            "load_in_8bit",
+            |_| "true beside load_in_4bit: true; the base is held in one format".to_owned(),
+        )?;
+        let threshold = self.model.llm_int8_threshold;
+        self.require(
+            threshold >= 0.0 && in_f32(threshold.max(1.0)),
+            "llm_int8_threshold",
+            |value| format!("got {value}, expected a number of 0 or more, such as 6.0"),
+        )?;
         if !lora.use_peft {
             return Ok(());
         }
@@ -389,6 +409,20 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             "load_in_4bit is false, so these have no effect: {}",
             four_bit_keys.join(", ")
         ));
+    }
+    let quantised = config.model.load_in_4bit || config.model.load_in_8bit;
+    for (key, used) in [
+        ("llm_int8_threshold", config.model.load_in_8bit),
+        ("llm_int8_skip_modules", quantised),
+    ] {
+        if !used && config.origin(key).is_some() {
+            let needs = if key.ends_with("threshold") {
+                "load_in_8bit: true"
+            } else {
+                "load_in_8bit or load_in_4bit"
+            };
+            notes.push(format!("{key} has no effect without {needs}"));
+        }
     }
     let base = config
         .model

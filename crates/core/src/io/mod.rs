@@ -13,7 +13,7 @@ mod json;
 mod model_files;
 mod output_lock;
 mod position;
-mod quant_state;
+mod quantised;
 mod safetensors_file;
 mod safetensors_header;
 mod safetensors_writer;

@@ -1,12 +1,12 @@
 //! The weights of a model directory: one file, or shards and their index.
 
 use super::json::UniqueMap;
-use super::quant_state::{self, QuantState};
+use super::quantised::{self, QuantisedWeights};
 use super::{SafetensorsFile, TensorMeta, safe_file_name};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use ferrotune_kernels::ViewMut;
-use ferrotune_kernels::dequantise::{FourBit, FourBitFormat};
+use ferrotune_kernels::dequantise::{FourBitFormat, QuantFormat, Quantised};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,8 +26,8 @@ pub struct ModelFiles {
     dir: PathBuf,
     shards: Vec<SafetensorsFile>,
     shard_of: BTreeMap<String, usize>,
-    /// Of the 4-bit weights.
-    quant_states: BTreeMap<String, QuantState>,
+    /// The weights that are codes.
+    quantised: QuantisedWeights,
 }
 
 impl ModelFiles {
@@ -37,7 +37,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Model`] if there are no weights, only pickle, a shard is missing or unsound, the
     /// index names a file outside the directory or a tensor that its shard lacks, a tensor is in two
-    /// shards, or the parts of a 4-bit weight do not fit together.
+    /// shards, or the parts of a quantised weight do not fit together.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -103,9 +103,9 @@ impl ModelFiles {
             dir: dir.into(),
             shards,
             shard_of,
-            quant_states: BTreeMap::new(),
+            quantised: QuantisedWeights::default(),
         };
-        files.quant_states = quant_state::quant_states(&files)?;
+        files.quantised = QuantisedWeights::find(&files, &quantised::settings(dir)?)?;
         Ok(files)
     }
 
@@ -153,43 +153,50 @@ impl ModelFiles {
         self.shards[shard].meta(name)
     }
 
-    /// Names and shapes of the weights: a 4-bit weight and its parts are one, with the shape of its
+    /// Names and shapes of the weights: one that is codes and its parts are one, with the shape of its
     /// values.
     #[must_use]
     pub fn weight_shapes(&self) -> BTreeMap<&str, &[usize]> {
-        let whole = self
-            .names()
-            .filter(|name| !quant_state::is_part(name, &self.quant_states));
-        let shape = |name| match self.quant_states.get(name) {
-            Some(state) => Some(state.shape.as_slice()),
-            None => self.meta(name).map(|meta| meta.shape.as_slice()),
-        };
-        whole
-            .filter_map(|name| Some((name, shape(name)?)))
-            .collect()
+        let values = self.names().filter(|name| !self.quantised.covers(name));
+        let values = values.filter_map(|name| Some((name, self.meta(name)?.shape.as_slice())));
+        values.chain(self.quantised.shapes()).collect()
     }
 
-    /// The format of a weight that is held in 4 bits.
+    /// The format of a weight that is held in 4 bits of bitsandbytes.
     #[must_use]
     pub fn four_bit_format(&self, name: &str) -> Option<FourBitFormat> {
-        let state = self.quant_states.get(self.own_name(name));
-        state.map(|state| state.format)
+        let stored = self.quantised.get(self.own_name(name));
+        stored.and_then(|stored| stored.four_bit_format())
     }
 
-    /// Whether any weight is held in 4 bits.
+    /// The format of a weight that is held as codes, where values can be brought into it.
     #[must_use]
-    pub fn has_four_bit(&self) -> bool {
-        !self.quant_states.is_empty()
+    pub fn quant_format(&self, name: &str) -> Option<QuantFormat> {
+        let stored = self.quantised.get(self.own_name(name));
+        stored.and_then(|stored| stored.format())
     }
 
-    /// Reads a 4-bit weight into host memory; `None` for a weight that is not one.
+    /// Bytes that a weight takes in memory which is held as codes; `None` for a weight that is not.
+    #[must_use]
+    pub fn quantised_bytes(&self, name: &str) -> Option<usize> {
+        let stored = self.quantised.get(self.own_name(name));
+        stored.map(|stored| stored.bytes())
+    }
+
+    /// The name of the format that weights are held in as codes; `None` if none is.
+    #[must_use]
+    pub fn quantisation(&self) -> Option<&'static str> {
+        self.quantised.name()
+    }
+
+    /// Reads a weight that is held as codes into host memory; `None` for a weight that is not.
     ///
     /// # Errors
-    /// [`Error::Model`] if a file shrank.
-    pub fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+    /// [`Error::Model`] if a file shrank, or holds what is no state of such a weight.
+    pub fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
         let name = self.own_name(name);
-        let state = self.quant_states.get(name);
-        state.map(|state| state.read_weight(self, name)).transpose()
+        let stored = self.quantised.get(name);
+        stored.map(|stored| stored.read(self, name)).transpose()
     }
 
     /// The file that a tensor is in, or the directory if there is no such tensor.
@@ -199,6 +206,11 @@ impl ModelFiles {
             Some(&shard) => self.shards[shard].path(),
             None => &self.dir,
         }
+    }
+
+    /// The directory.
+    pub(super) fn directory(&self) -> &Path {
+        &self.dir
     }
 
     /// The files, sorted by name.

@@ -54,6 +54,26 @@ impl PartSaved {
 pub(crate) struct Norms(BTreeMap<usize, Tensor>);
 
 impl Norms {
+    /// Whether a part of `group` that lies in `columns` needs them.
+    pub(crate) fn are_wanted(group: &LinearGroup, columns: &Range<usize>) -> bool {
+        Self::wanted(group, columns).next().is_some()
+    }
+
+    fn wanted<'a>(
+        group: &'a LinearGroup,
+        columns: &'a Range<usize>,
+    ) -> impl Iterator<Item = (&'a Part, &'a LowRank)> {
+        group.parts.iter().filter_map(move |part| {
+            let inside = columns.start <= part.columns.start && part.columns.end <= columns.end;
+            match &part.attachment {
+                Some(Attachment::LowRank(update)) if inside && update.magnitude.is_some() => {
+                    Some((part, update))
+                }
+                _ => None,
+            }
+        })
+    }
+
     /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`.
     pub(crate) fn add(
         &mut self,
@@ -62,16 +82,7 @@ impl Norms {
         columns: Range<usize>,
         weight: View<'_>,
     ) -> Result<()> {
-        for part in &group.parts {
-            let Some(Attachment::LowRank(low_rank)) = &part.attachment else {
-                continue;
-            };
-            if low_rank.magnitude.is_none()
-                || part.columns.start < columns.start
-                || part.columns.end > columns.end
-            {
-                continue;
-            }
+        for (part, low_rank) in Self::wanted(group, &columns) {
             let rows = part.columns.start - columns.start..part.columns.end - columns.start;
             let norms = row_norms(run, low_rank, weight.row_range(rows))?;
             self.0.insert(part.site, norms);

@@ -59,10 +59,10 @@ impl BaseWeights for Model {
         Ok(Tensor::from_f32(values, tokens.len(), table.cols()))
     }
 
-    fn is_quantised(&self, site: SiteId) -> bool {
+    fn code_bits(&self, site: SiteId) -> Option<usize> {
         let mut groups = self.layers.iter().flat_map(Layer::groups);
-        let found = groups.find_map(|group| frozen_rows(group, site));
-        found.is_some_and(|(weight, rows)| weight.is_quantised(rows))
+        let (weight, rows) = groups.find_map(|group| frozen_rows(group, site))?;
+        weight.code_bits(rows)
     }
 
     fn replace(&mut self, site: SiteId, weight: View<'_>) -> Result<()> {
@@ -96,8 +96,8 @@ impl BaseWeights for LoadedBase<'_> {
         self.model.read(site)
     }
 
-    fn is_quantised(&self, site: SiteId) -> bool {
-        self.model.is_quantised(site)
+    fn code_bits(&self, site: SiteId) -> Option<usize> {
+        self.model.code_bits(site)
     }
 
     fn vocabulary(&self) -> usize {
@@ -111,9 +111,13 @@ impl BaseWeights for LoadedBase<'_> {
     fn original(&self, id: SiteId) -> Result<Tensor> {
         let plan = ModelPlan::new(&self.model.config);
         let site = plan.sites.get(id.0).ok_or_else(|| no_linear(id))?;
-        if self.source.read_four_bit(&site.tensor("weight"))?.is_some() {
+        if self
+            .source
+            .read_quantised(&site.tensor("weight"))?
+            .is_some()
+        {
             let message = format!(
-                "needs the weights that the quantised base was made of, and the files have `{}` in 4 bits too; \
+                "needs the weights that the quantised base was made of, and the files have `{}` quantised too; \
                  give the checkpoint that they were made from",
                 site.name
             );

@@ -342,20 +342,28 @@ impl DecoderConfig {
     }
 }
 
-/// Refuses a checkpoint that is quantised in another way than to bitsandbytes' 4 bits.
+/// Refuses a checkpoint that is quantised in another way than those that are read.
 fn check_quantisation(config: &HfConfig) -> Result<()> {
     let Some(settings) = config.get("quantization_config") else {
         return Ok(());
     };
+    let is = |key: &str| settings.get(key) == Some(&Value::Bool(true));
+    if is("llm_int8_has_fp16_weight") {
+        let message = "`llm_int8_has_fp16_weight` is true: weights that are quantised anew for every product are \
+                       not supported; expected false";
+        return Err(config.error("quantization_config", message));
+    }
     let method = settings.get("quant_method").and_then(Value::as_str);
-    let four_bit = settings.get("load_in_4bit") == Some(&Value::Bool(true));
-    match (method.unwrap_or("bitsandbytes"), four_bit) {
-        ("bitsandbytes", true) => Ok(()),
-        (method, _) => Err(config.error(
+    match method.unwrap_or("bitsandbytes") {
+        "bitsandbytes" if is("load_in_4bit") || is("load_in_8bit") => Ok(()),
+        method => Err(config.error(
             "quantization_config",
             format!(
-                "weights quantised by {method} with load_in_4bit {four_bit} are not supported; supported are the 4 \
-                 bits of bitsandbytes (nf4, fp4). Give the checkpoint these were made from, with load_in_4bit"
+                "weights quantised by {method} with load_in_4bit {} and load_in_8bit {} are not supported; supported \
+                 are the 4 bits (nf4, fp4) and 8 bits of bitsandbytes. Give the checkpoint these were made from, with \
+                 load_in_4bit or load_in_8bit",
+                is("load_in_4bit"),
+                is("load_in_8bit")
             ),
         )),
     }

@@ -1,8 +1,9 @@
 //! Weights that are not trained, in the form they are held in.
 
+use super::run::Run;
 use crate::Result;
-use ferrotune_kernels::dequantise::FourBit;
-use ferrotune_kernels::{DType, Tensor, View, ViewMut, Workspace};
+use ferrotune_kernels::dequantise::Quantised;
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, Workspace, int8_linear, matmul};
 use std::ops::Range;
 
 /// A frozen matrix `[out, in]`.
@@ -11,7 +12,7 @@ pub(crate) enum FrozenWeight {
     /// The values that products read.
     Dense(Tensor),
     /// Codes, from which the values are made anew for each product.
-    FourBit(FourBit),
+    Codes(Quantised),
     /// Matrices over one input, one below the other, not all of them dense.
     Stacked(Vec<FrozenWeight>),
 }
@@ -24,6 +25,8 @@ pub(crate) struct Scratch {
     pub(crate) dtype: DType,
     /// Elements of the largest matrix.
     pub(crate) elements: usize,
+    /// Columns of the widest input.
+    pub(crate) columns: usize,
 }
 
 impl FrozenWeight {
@@ -31,7 +34,7 @@ impl FrozenWeight {
     pub(crate) fn shape(&self) -> [usize; 2] {
         match self {
             Self::Dense(values) => [values.rows(), values.cols()],
-            Self::FourBit(codes) => codes.shape(),
+            Self::Codes(codes) => codes.shape(),
             Self::Stacked(parts) => {
                 let shapes = parts.iter().map(Self::shape);
                 shapes.fold([0, 0], |[rows, _], [more, cols]| [rows + more, cols])
@@ -58,6 +61,72 @@ impl FrozenWeight {
         result
     }
 
+    /// Whether the format has a product of its own, which the values do not give.
+    pub(crate) fn has_own_product(&self) -> bool {
+        match self {
+            Self::Codes(codes) => matches!(codes, Quantised::Int8(_)),
+            Self::Stacked(parts) => parts.iter().any(Self::has_own_product),
+            Self::Dense(_) => false,
+        }
+    }
+
+    /// Writes `y = x W^T`, by the format's own product where it has one.
+    pub(crate) fn product(
+        &self,
+        run: &Run<'_>,
+        scratch: Scratch,
+        x: View<'_>,
+        y: ViewMut<'_>,
+    ) -> Result<()> {
+        let mut input = None;
+        self.part_product(run, scratch, &mut input, x, y)?;
+        if let Some(input) = input {
+            input.give(run.workspace);
+        }
+        Ok(())
+    }
+
+    /// [`FrozenWeight::product`], where parts over one input share what that becomes for them.
+    fn part_product(
+        &self,
+        run: &Run<'_>,
+        scratch: Scratch,
+        input: &mut Option<int8_linear::Input>,
+        x: View<'_>,
+        mut y: ViewMut<'_>,
+    ) -> Result<()> {
+        match self {
+            Self::Stacked(parts) => {
+                let mut first = 0;
+                for part in parts {
+                    let columns = first..first + part.shape()[0];
+                    first = columns.end;
+                    part.part_product(run, scratch, input, x, y.reborrow().columns(columns))?;
+                }
+                Ok(())
+            }
+            Self::Codes(Quantised::Int8(codes)) => {
+                let (threshold, documents) = (codes.threshold(), &run.inputs.cu_seqlens);
+                let (dtype, columns, workspace) = (scratch.dtype, scratch.columns, run.workspace);
+                let input = match input {
+                    Some(input) => input,
+                    None => input.insert(int8_linear::Input::new(
+                        x, dtype, threshold, documents, columns, workspace,
+                    )?),
+                };
+                let buffer = workspace.take_scratch(dtype, scratch.elements);
+                let [rows, cols] = codes.shape();
+                let mut room = Tensor::from_buffer(buffer, rows, cols);
+                let result = input.product(x, codes, room.view_mut(), y, workspace);
+                workspace.give_scratch(room.into_buffer());
+                Ok(result?)
+            }
+            _ => self.with_values(scratch, run.workspace, |values| {
+                Ok(matmul::nt(y, 0.0, 1.0, x, values)?)
+            }),
+        }
+    }
+
     /// The values in host memory, f32.
     pub(crate) fn to_host(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
         self.with_values(scratch, workspace, |values| {
@@ -66,18 +135,19 @@ impl FrozenWeight {
         })
     }
 
-    /// Whether `rows` are codes.
-    pub(crate) fn is_quantised(&self, rows: Range<usize>) -> bool {
+    /// Bits of a code where `rows` are codes.
+    pub(crate) fn code_bits(&self, rows: Range<usize>) -> Option<usize> {
         match self {
-            Self::Dense(_) => false,
-            Self::FourBit(_) => true,
+            Self::Dense(_) => None,
+            Self::Codes(codes) => Some(codes.bits()),
             Self::Stacked(parts) => {
                 let mut first = 0;
-                parts.iter().any(|part| {
+                let mut own = parts.iter().filter(|part| {
                     let begin = first;
                     first += part.shape()[0];
-                    begin <= rows.start && rows.end <= first && part.is_quantised(0..rows.len())
-                })
+                    begin <= rows.start && rows.end <= first
+                });
+                own.next()?.code_bits(0..rows.len())
             }
         }
     }
@@ -86,7 +156,7 @@ impl FrozenWeight {
     pub(crate) fn replace_rows(&mut self, rows: Range<usize>, values: View<'_>) -> Result<()> {
         match self {
             Self::Dense(held) => held.view_mut().row_range(rows).copy_from(values),
-            Self::FourBit(codes) => *codes = codes.requantise(values)?,
+            Self::Codes(codes) => *codes = codes.requantise(values)?,
             Self::Stacked(parts) => {
                 let mut first = 0;
                 for part in parts {
@@ -105,7 +175,7 @@ impl FrozenWeight {
     fn write(&self, mut out: ViewMut<'_>) -> Result<()> {
         match self {
             Self::Dense(values) => out.copy_from(values.view()),
-            Self::FourBit(codes) => codes.dequantise(out)?,
+            Self::Codes(codes) => codes.dequantise(out)?,
             Self::Stacked(parts) => {
                 let mut first = 0;
                 for part in parts {

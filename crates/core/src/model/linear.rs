@@ -8,7 +8,7 @@ pub(crate) use super::attached::PartSaved;
 use super::frozen::{FrozenWeight, Scratch};
 use super::run::Run;
 use crate::Result;
-use crate::adapter::Attachment;
+use crate::adapter::{Attachment, WeightUpdate};
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
@@ -53,6 +53,15 @@ pub(crate) enum PartBias {
     Trained(ParamId),
 }
 
+/// What makes the base output of some columns.
+#[derive(Clone, Copy)]
+enum BaseWeight<'a> {
+    Frozen(&'a FrozenWeight),
+    Trained(ParamId),
+    /// W that a method changes.
+    Changed(&'a Part, &'a FrozenWeight, &'a dyn WeightUpdate),
+}
+
 /// What the products with a weight make.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Product {
@@ -74,11 +83,24 @@ impl LinearGroup {
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
         let mut norms = Norms::default();
-        self.each_product(run, Product::Output, |columns, weight| {
-            norms.add(self, run, columns.clone(), weight)?;
-            let y = y.reborrow().columns(columns);
-            Ok(matmul::nt(y, 0.0, 1.0, x, weight)?)
-        })?;
+        for (columns, base) in self.base_weights() {
+            let mut y = y.reborrow().columns(columns.clone());
+            if let BaseWeight::Frozen(weight) = base
+                && weight.has_own_product()
+            {
+                if Norms::are_wanted(self, &columns) {
+                    weight.with_values(self.scratch, run.workspace, |values| {
+                        norms.add(self, run, columns, values)
+                    })?;
+                }
+                weight.product(run, self.scratch, x, y)?;
+                continue;
+            }
+            self.with_base(run, Product::Output, base, |weight| {
+                norms.add(self, run, columns, weight)?;
+                Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
+            })?;
+        }
         let mut saved = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             let y = y.reborrow().columns(part.columns.clone());
@@ -112,11 +134,13 @@ impl LinearGroup {
         if let Some(dx) = &mut dx {
             // Where the output is changed, dx already holds what that adds to it.
             let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
-            self.each_product(run, Product::InputGradient, |columns, weight| {
-                matmul::nn(dx.reborrow(), beta, 1.0, base_dy.columns(columns), weight)?;
+            for (columns, base) in self.base_weights() {
+                let dy = base_dy.columns(columns);
+                self.with_base(run, Product::InputGradient, base, |weight| {
+                    Ok(matmul::nn(dx.reborrow(), beta, 1.0, dy, weight)?)
+                })?;
                 beta = 1.0;
-                Ok(())
-            })?;
+            }
         }
         for (part, saved) in self.parts.iter().zip(saved) {
             let dy = base_dy.columns(part.columns.clone());
@@ -197,40 +221,47 @@ impl LinearGroup {
         Ok(())
     }
 
-    /// Calls `product` for each product that makes the base output, with the columns of y and the
-    /// weight rows they come from.
-    fn each_product(
+    /// The weights whose products make the base output, with their columns of it.
+    fn base_weights(&self) -> Vec<(Range<usize>, BaseWeight<'_>)> {
+        if let Some(weight) = &self.frozen {
+            return vec![(0..self.out_features(), BaseWeight::Frozen(weight))];
+        }
+        let parts = self.parts.iter().filter_map(|part| {
+            let weight = match (&part.weight, &part.attachment) {
+                (PartWeight::Trained(id), _) => BaseWeight::Trained(*id),
+                (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
+                    BaseWeight::Changed(part, weight, update.as_ref())
+                }
+                (PartWeight::Alone(weight), _) => BaseWeight::Frozen(weight),
+                (PartWeight::InGroup, _) => return None,
+            };
+            Some((part.columns.clone(), weight))
+        });
+        parts.collect()
+    }
+
+    /// Calls `product` with the values of `base`.
+    fn with_base(
         &self,
         run: &Run<'_>,
         of: Product,
-        mut product: impl FnMut(Range<usize>, View<'_>) -> Result<()>,
+        base: BaseWeight<'_>,
+        product: impl FnOnce(View<'_>) -> Result<()>,
     ) -> Result<()> {
         let (scratch, workspace) = (self.scratch, run.workspace);
-        if let Some(weight) = &self.frozen {
-            let columns = 0..self.out_features();
-            return weight.with_values(scratch, workspace, |values| product(columns, values));
-        }
-        for part in &self.parts {
-            let columns = part.columns.clone();
-            match &part.weight {
-                PartWeight::Trained(id) => product(columns, run.params.view_as(*id, run.dtype))?,
-                PartWeight::Alone(weight) => match &part.attachment {
-                    Some(Attachment::Weight(update)) => {
-                        let mut values = weight.to_host(scratch, workspace)?;
-                        match of {
-                            Product::Output => update.apply(run.params, values.view_mut())?,
-                            Product::InputGradient => {
-                                update.apply_for_input_gradient(run.params, values.view_mut())?;
-                            }
-                        }
-                        let values = part.placed(run, &values);
-                        product(columns, values.view())?;
+        match base {
+            BaseWeight::Frozen(weight) => weight.with_values(scratch, workspace, product),
+            BaseWeight::Trained(id) => product(run.params.view_as(id, run.dtype)),
+            BaseWeight::Changed(part, weight, update) => {
+                let mut values = weight.to_host(scratch, workspace)?;
+                match of {
+                    Product::Output => update.apply(run.params, values.view_mut())?,
+                    Product::InputGradient => {
+                        update.apply_for_input_gradient(run.params, values.view_mut())?;
                     }
-                    _ => weight.with_values(scratch, workspace, |v| product(columns, v))?,
-                },
-                PartWeight::InGroup => {}
+                }
+                product(part.placed(run, &values).view())
             }
         }
-        Ok(())
     }
 }

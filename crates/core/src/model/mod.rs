@@ -45,7 +45,7 @@ pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
-pub use weight_format::WeightFormat;
+pub use weight_format::{Quantise, WeightFormat};
 pub use weight_source::{RandomWeights, WeightSource};
 
 use crate::Result;

@@ -134,6 +134,15 @@ impl ModelPlan {
         groups.max().unwrap_or(0)
     }
 
+    /// Columns of the widest input of a linear.
+    pub(crate) fn largest_input(&self) -> usize {
+        let linears = self.layers.iter().flat_map(LayerPlan::groups).flatten();
+        linears
+            .map(|id| self.site(*id).in_features)
+            .max()
+            .unwrap_or(0)
+    }
+
     /// A site.
     #[must_use]
     pub fn site(&self, id: SiteId) -> &Site {

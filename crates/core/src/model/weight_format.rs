@@ -2,24 +2,51 @@ use super::{LayerPlan, ModelPlan};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::ModelFiles;
 use ferrotune_kernels::DType;
-use ferrotune_kernels::dequantise::FourBitFormat;
+use ferrotune_kernels::dequantise::QuantFormat;
 use std::collections::BTreeSet;
 
 /// How the frozen weights of a model are held, and what products read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WeightFormat {
     /// Dtype of the values in products, and of what is held as values.
     pub dtype: DType,
-    /// Holds the linears of the layers as 4-bit codes; embedding, head, norms and biases stay values.
-    /// Weights that are codes in their file stay those, whatever this says.
-    pub four_bit: Option<FourBitFormat>,
+    /// Holds linears of the layers as codes; embedding, head, norms and biases stay values. Weights that
+    /// are codes in their file stay those, whatever this says.
+    pub quantise: Option<Quantise>,
+}
+
+/// Which linears of the layers are quantised as they are read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Quantise {
+    /// What to.
+    pub format: QuantFormat,
+    /// Those that are not: names of modules, or what they begin or end with.
+    pub skip_modules: Vec<String>,
+}
+
+impl Quantise {
+    /// Whether `skip` names `module`, as in Transformers' `llm_int8_skip_modules`.
+    #[must_use]
+    pub fn skips(skip: &str, module: &str) -> bool {
+        module.starts_with(skip) || module.ends_with(skip)
+    }
+}
+
+impl From<QuantFormat> for Quantise {
+    fn from(format: QuantFormat) -> Self {
+        let skip_modules = Vec::new();
+        Self {
+            format,
+            skip_modules,
+        }
+    }
 }
 
 impl From<DType> for WeightFormat {
     fn from(dtype: DType) -> Self {
         Self {
             dtype,
-            four_bit: None,
+            quantise: None,
         }
     }
 }
@@ -62,8 +89,17 @@ fn held_together<'a>(
 }
 
 impl WeightFormat {
+    /// What the weight of `site` is quantised to as it is read.
+    pub(super) fn of(&self, site: &Site) -> Option<QuantFormat> {
+        let quantise = self.quantise.as_ref()?;
+        let in_layer = site.kind == SiteKind::Linear && site.layer.is_some();
+        let mut skip = quantise.skip_modules.iter();
+        let skipped = skip.any(|skip| Quantise::skips(skip, &site.stored_name));
+        (in_layer && !skipped).then_some(quantise.format)
+    }
+
     /// Bytes of all weights that are held frozen beside `attachments`, each that is shared counted once. What
-    /// `files` have in 4 bits counts as there.
+    /// `files` have as codes counts as there.
     #[must_use]
     pub fn bytes(
         &self,
@@ -116,11 +152,11 @@ impl WeightFormat {
     /// Bytes of the weight of a site.
     fn bytes_of(&self, site: &Site, files: Option<&ModelFiles>) -> usize {
         let weights = site.out_features * site.in_features;
-        let in_files = files.and_then(|f| f.four_bit_format(&site.tensor("weight")));
         let in_layer = site.kind == SiteKind::Linear && site.layer.is_some();
-        match in_files.or(self.four_bit.filter(|_| in_layer)) {
-            Some(format) => format.bytes(weights),
-            None => weights * self.dtype.bytes(),
-        }
+        let in_files = files.filter(|_| in_layer);
+        let in_files = in_files.and_then(|f| f.quantised_bytes(&site.tensor("weight")));
+        let shape = [site.out_features, site.in_features];
+        let codes = in_files.or_else(|| Some(self.of(site)?.bytes(shape)));
+        codes.unwrap_or(weights * self.dtype.bytes())
     }
 }

@@ -4,8 +4,8 @@ use super::plan::ModelPlan;
 use crate::adapter::SiteKind;
 use crate::io::{ModelFiles, SafetensorsFile};
 use crate::{Error, Result, suggest};
-use ferrotune_kernels::dequantise::FourBit;
-use ferrotune_kernels::{View, ViewMut, rng};
+use ferrotune_kernels::dequantise::Quantised;
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, rng};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -18,17 +18,17 @@ pub trait WeightSource {
     /// embedding it is tied to and is another one, before anything is read.
     fn check(&self, plan: &ModelPlan) -> Result<()>;
 
-    /// Reads tensor `name` into `to`, converting the dtype. A vector is one row.
+    /// Reads tensor `name` into `to`, converting the dtype, or what its codes stand for. A vector is one row.
     ///
     /// # Errors
     /// If it cannot be read.
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
 
-    /// Reads matrix `name` into host memory where the source has it in 4 bits; else `None`.
+    /// Reads matrix `name` into host memory where the source has it as codes; else `None`.
     ///
     /// # Errors
     /// If it cannot be read.
-    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
+    fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
         let _ = name;
         Ok(None)
     }
@@ -85,11 +85,18 @@ impl WeightSource for ModelFiles {
     }
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
-        self.read_rows_into(name, to)
+        let Some(codes) = Self::read_quantised(self, name)? else {
+            return self.read_rows_into(name, to);
+        };
+        let [rows, cols] = codes.shape();
+        let mut values = Tensor::zeros(DType::F32, rows, cols);
+        codes.dequantise(values.view_mut())?;
+        to.copy_from(values.view());
+        Ok(())
     }
 
-    fn read_four_bit(&self, name: &str) -> Result<Option<FourBit>> {
-        Self::read_four_bit(self, name)
+    fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
+        Self::read_quantised(self, name)
     }
 }
 

@@ -19,7 +19,7 @@ use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Prompt, Site, SiteId};
 use crate::params::{FlatBuffer, ParamId, transpose};
 use crate::{Error, Result};
-use ferrotune_kernels::dequantise::FourBit;
+use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -190,6 +190,7 @@ impl Builder<'_> {
             scratch: Scratch {
                 dtype: self.format.dtype,
                 elements: plan.largest_group(),
+                columns: plan.largest_input(),
             },
         })
     }
@@ -211,16 +212,16 @@ impl Builder<'_> {
         if let [site] = *sites {
             return self.frozen_linear(site);
         }
-        let quantised: Vec<Option<FourBit>> = sites
+        let quantised: Vec<Option<Quantised>> = sites
             .iter()
-            .map(|site| self.four_bit(site))
+            .map(|site| self.quantised(site))
             .collect::<Result<_>>()?;
         if quantised.iter().any(Option::is_some) {
             let parts = sites
                 .iter()
                 .zip(quantised)
                 .map(|(site, codes)| match codes {
-                    Some(codes) => Ok(FrozenWeight::FourBit(codes)),
+                    Some(codes) => Ok(FrozenWeight::Codes(codes)),
                     None => Ok(FrozenWeight::Dense(self.frozen(site)?)),
                 });
             return Ok(FrozenWeight::Stacked(parts.collect::<Result<_>>()?));
@@ -238,16 +239,16 @@ impl Builder<'_> {
     }
 
     fn frozen_linear(&self, site: &Site) -> Result<FrozenWeight> {
-        Ok(match self.four_bit(site)? {
-            Some(codes) => FrozenWeight::FourBit(codes),
+        Ok(match self.quantised(site)? {
+            Some(codes) => FrozenWeight::Codes(codes),
             None => FrozenWeight::Dense(self.frozen(site)?),
         })
     }
 
     /// The codes of a linear where it is to be held as such, from the source or made here.
-    fn four_bit(&self, site: &Site) -> Result<Option<FourBit>> {
+    fn quantised(&self, site: &Site) -> Result<Option<Quantised>> {
         let name = site.tensor("weight");
-        let codes = match (self.source.read_four_bit(&name)?, self.format.four_bit) {
+        let codes = match (self.source.read_quantised(&name)?, self.format.of(site)) {
             (Some(codes), _) => codes,
             (None, None) => return Ok(None),
             (None, Some(format)) => {

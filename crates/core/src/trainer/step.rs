@@ -137,7 +137,13 @@ impl Trainer {
         }
         let (attachments, mut params) = attach(config, adapter.as_ref())?;
         params.move_to(&options.device);
-        let mut model = Model::load(config, attachments, source, &mut params, options.weights)?;
+        let mut model = Model::load(
+            config,
+            attachments,
+            source,
+            &mut params,
+            options.weights.clone(),
+        )?;
         model.set_keep(&options.keep);
         model.set_label_smoothing(options.label_smoothing);
         model.set_neftune_noise_alpha(options.neftune_noise_alpha);

@@ -18,6 +18,7 @@ static MODULES: &[&Module] = &[
     &crate::dora::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,
+    &crate::int8_linear::cuda::MODULE,
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
     &crate::noise::cuda::MODULE,

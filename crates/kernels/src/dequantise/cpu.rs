@@ -6,7 +6,7 @@ use crate::{Element, RowsMut, ViewMut};
 use rayon::prelude::*;
 
 /// `q * absmax / 127` is computed with this reciprocal.
-const INVERSE_127: f32 = 1.0 / 127.0;
+pub(crate) const INVERSE_127: f32 = 1.0 / 127.0;
 
 pub(super) fn four_bit(packed: &Packed, block: usize, code: &[f32; 16], out: ViewMut<'_>) {
     let absmax = packed.absmax.values();
@@ -34,14 +34,16 @@ fn look_up<T: Element>(codes: &[u8], at: usize, table: &[T; 16], values: &mut [T
     }
 }
 
-pub(super) fn int8(scaled: &Scaled, out: ViewMut<'_>) {
+/// The values, or without `scaled` the bytes.
+pub(super) fn int8(matrix: &Scaled, scaled: bool, out: ViewMut<'_>) {
     with_dtype!(out.dtype(), T => {
         let mut out = typed_mut::<T>(out);
         each_row(&mut out, |row, values| {
-            let (cols, scale) = (values.len(), scaled.absmax[row]);
-            let bytes = &scaled.values[row * cols..(row + 1) * cols];
+            let (cols, scale) = (values.len(), matrix.absmax[row]);
+            let bytes = &matrix.values[row * cols..(row + 1) * cols];
             for (to, &byte) in values.iter_mut().zip(bytes) {
-                *to = T::from_f32(f32::from(byte) * scale * INVERSE_127);
+                let byte = f32::from(byte);
+                *to = T::from_f32(if scaled { byte * scale * INVERSE_127 } else { byte });
             }
         });
     });

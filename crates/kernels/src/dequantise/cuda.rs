@@ -87,6 +87,15 @@ impl Int8Memory {
         Self { memory, absmax }
     }
 
+    /// Addresses of the bytes and of the scales.
+    pub(super) fn codes(&self) -> u64 {
+        self.memory.ptr()
+    }
+
+    pub(super) fn absmax(&self) -> u64 {
+        self.absmax
+    }
+
     pub(super) fn device(&self) -> &Arc<CudaDevice> {
         self.memory.device()
     }
@@ -164,11 +173,12 @@ struct Int8 {
     eights: u32,
 }
 
-pub(super) fn int8(memory: &Int8Memory, out: ViewMut<'_>) -> Result<()> {
+/// The values, or without `scaled` the bytes.
+pub(super) fn int8(memory: &Int8Memory, scaled: bool, out: ViewMut<'_>) -> Result<()> {
     let (len, eights) = (out.rows() * out.cols(), has_eights(&out));
     let params = Int8 {
         values: memory.memory.ptr(),
-        absmax: memory.absmax,
+        absmax: if scaled { memory.absmax } else { 0 },
         out: out.ptr(),
         pitch: out.pitch() as u64,
         len: len as u64,

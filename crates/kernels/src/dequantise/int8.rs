@@ -10,6 +10,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Int8 {
     shape: [usize; 2],
+    threshold: f32,
     storage: Storage,
 }
 
@@ -17,6 +18,12 @@ pub struct Int8 {
 enum Storage {
     Host(Scaled),
     Cuda(cuda::Int8Memory),
+}
+
+/// Bytes and scales where they lie: slices of the host, or addresses of a GPU.
+pub(crate) enum Int8Parts<'a> {
+    Host { codes: &'a [i8], absmax: &'a [f32] },
+    Cuda { codes: u64, absmax: u64 },
 }
 
 /// Bytes and scales in host memory.
@@ -27,6 +34,9 @@ pub(super) struct Scaled {
 }
 
 impl Int8 {
+    /// Inputs that stay in floating point unless something else is asked for, as in Transformers.
+    pub const THRESHOLD: f32 = 6.0;
+
     /// Takes over `values [rows * cols]`, row by row, and the largest magnitude of every row, which
     /// 127 stands for (`SCB` in a checkpoint).
     ///
@@ -38,6 +48,7 @@ impl Int8 {
         check_len(OP, "absmax", shape[0], absmax.len())?;
         Ok(Self {
             shape,
+            threshold: Self::THRESHOLD,
             storage: Storage::Host(Scaled { values, absmax }),
         })
     }
@@ -56,6 +67,32 @@ impl Int8 {
         quantise::check_finite(OP, &flat)?;
         let (values, absmax) = quantise::rowwise(&flat, [rows, cols]);
         Self::new([rows, cols], values, absmax)
+    }
+
+    /// The same with another limit of the inputs that stay in floating point in [`crate::int8_linear`];
+    /// 0 for none that do.
+    #[must_use]
+    pub fn with_threshold(self, threshold: f32) -> Self {
+        Self { threshold, ..self }
+    }
+
+    /// Inputs from this magnitude on stay in floating point; 0 for none.
+    #[must_use]
+    pub fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    /// `values` in the same format, where `self` is.
+    ///
+    /// # Errors
+    /// If a value is not finite as f16.
+    pub fn requantise(&self, values: View<'_>) -> Result<Self> {
+        let device = match &self.storage {
+            Storage::Host(_) => Device::Cpu,
+            Storage::Cuda(memory) => Device::Cuda(memory.device().clone()),
+        };
+        let codes = Self::quantise(values)?.with_threshold(self.threshold);
+        Ok(codes.to_device(&device))
     }
 
     /// `[rows, cols]`.
@@ -80,19 +117,44 @@ impl Int8 {
     /// # Errors
     /// If the shapes differ, or the devices; the first failure of the GPU.
     pub fn dequantise(&self, out: ViewMut<'_>) -> Result<()> {
-        const OP: &str = "dequantise::Int8::dequantise";
-        check_shape(OP, "out", self.shape, out.shape())?;
-        common(OP, &[self.device(), out.device()])?;
+        self.write("dequantise::Int8::dequantise", true, out)
+    }
+
+    /// Writes the bytes themselves as numbers, -127 to 127, which both dtypes hold exactly.
+    ///
+    /// # Errors
+    /// As [`Int8::dequantise`].
+    pub(crate) fn write_codes(&self, out: ViewMut<'_>) -> Result<()> {
+        self.write("dequantise::Int8::write_codes", false, out)
+    }
+
+    /// What `int8_linear` reads of it.
+    pub(crate) fn parts(&self) -> Int8Parts<'_> {
         match &self.storage {
-            Storage::Host(scaled) => {
-                cpu::int8(scaled, out);
-                Ok(())
-            }
-            Storage::Cuda(memory) => cuda::int8(memory, out),
+            Storage::Host(scaled) => Int8Parts::Host {
+                codes: &scaled.values,
+                absmax: &scaled.absmax,
+            },
+            Storage::Cuda(memory) => Int8Parts::Cuda {
+                codes: memory.codes(),
+                absmax: memory.absmax(),
+            },
         }
     }
 
-    fn device(&self) -> Option<&Arc<CudaDevice>> {
+    fn write(&self, op: &'static str, scaled: bool, out: ViewMut<'_>) -> Result<()> {
+        check_shape(op, "out", self.shape, out.shape())?;
+        common(op, &[self.device(), out.device()])?;
+        match &self.storage {
+            Storage::Host(matrix) => {
+                cpu::int8(matrix, scaled, out);
+                Ok(())
+            }
+            Storage::Cuda(memory) => cuda::int8(memory, scaled, out),
+        }
+    }
+
+    pub(crate) fn device(&self) -> Option<&Arc<CudaDevice>> {
         match &self.storage {
             Storage::Host(_) => None,
             Storage::Cuda(memory) => Some(memory.device()),

@@ -20,7 +20,7 @@ struct FourBit {
 
 struct Int8 {
     const i8* values;
-    const f32* absmax; // per row
+    const f32* absmax; // per row; null writes the bytes as numbers
     void* out;         // [rows, cols]
     u64 pitch, len;    // len: rows * cols
     u32 cols, eights;
@@ -95,8 +95,9 @@ DEVICE void four_bit(const FourBit& p) {
     }
 }
 
-DEVICE f32 int8_value(i8 value, f32 scale) {
-    return static_cast<f32>(value) * scale * (1.0f / 127.0f);
+DEVICE f32 int8_value(i8 value, const f32* absmax, u64 row) {
+    const f32 code = static_cast<f32>(value);
+    return absmax == nullptr ? code : code * absmax[row] * (1.0f / 127.0f);
 }
 
 template <typename T>
@@ -108,11 +109,10 @@ DEVICE void int8_eight(const Int8& p) {
     const u32 per_row = p.cols / EACH, item = static_cast<u32>(own_index());
     const u32 row = item / per_row, col = item % per_row * EACH;
     const Vec<i8, EACH> bytes = *reinterpret_cast<const Vec<i8, EACH>*>(p.values + at);
-    const f32 scale = p.absmax[row];
     f32 values[EACH];
 #pragma unroll
     for (u32 i = 0; i < EACH; i++) {
-        values[i] = int8_value(bytes[i], scale);
+        values[i] = int8_value(bytes[i], p.absmax, row);
     }
     store_eight(static_cast<T*>(p.out) + row * p.pitch + col, values);
 }
@@ -127,7 +127,7 @@ DEVICE void int8(const Int8& p) {
     if (at < p.len) {
         const u64 row = at / p.cols;
         T* out = static_cast<T*>(p.out) + row * p.pitch + at % p.cols;
-        *out = from_f32<T>(int8_value(p.values[at], p.absmax[row]));
+        *out = from_f32<T>(int8_value(p.values[at], p.absmax, row));
     }
 }
 

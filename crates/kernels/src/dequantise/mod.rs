@@ -23,13 +23,17 @@ mod format;
 mod four_bit;
 mod int8;
 mod quantise;
+mod quantised;
 #[cfg(test)]
 mod tests;
 
 pub use codes::{FP4, NF4, dynamic_map};
+pub(crate) use cpu::INVERSE_127;
 pub use format::{FourBitFormat, FourBitType};
 pub use four_bit::{Absmax, FourBit};
 pub use int8::Int8;
+pub(crate) use int8::Int8Parts;
+pub use quantised::{QuantFormat, Quantised};
 
 /// Elements of `absmax` that share one value of the nested statistics.
 pub const NESTED_BLOCK: usize = 256;

@@ -1,7 +1,8 @@
 use super::source::{OURS, TRL_MODEL};
 use crate::config::section::section;
 use crate::config::value::choices;
-use ferrotune_kernels::dequantise::{FourBitFormat, FourBitType};
+use crate::model::Quantise;
+use ferrotune_kernels::dequantise::{FourBitFormat, FourBitType, Int8, QuantFormat};
 
 choices! {
     /// Data type of the frozen weights and of the arithmetic on them.
@@ -45,6 +46,16 @@ section! {
         /// Hold the linears of the base's layers in 4 bits, quantised as they are read, in the format of
         /// bitsandbytes (QLoRA). Needs `use_peft: true`. A base whose files are in 4 bits needs no key.
         load_in_4bit: bool = false, TRL_MODEL;
+        /// Hold the linears of the base's layers in 8 bits, quantised as they are read, and multiply them as
+        /// bytes with inputs that become bytes too (`LLM.int8()` of bitsandbytes). Needs `use_peft: true`. A base
+        /// whose files are in 8 bits needs no key.
+        load_in_8bit: bool = false, TRL_MODEL;
+        /// With `load_in_8bit`, inputs from this magnitude on are multiplied as they are; 0 for none. A base whose
+        /// files are in 8 bits has its own.
+        llm_int8_threshold: f64 = f64::from(Int8::THRESHOLD), OURS;
+        /// Linears that `load_in_8bit` and `load_in_4bit` leave as they are: names of modules, or what they begin or
+        /// end with, such as down_proj.
+        llm_int8_skip_modules: Vec<String> = Vec::new(), OURS;
         /// What the 4 bits stand for: nf4 or fp4.
         bnb_4bit_quant_type: QuantType = QuantType::Nf4, TRL_MODEL;
         /// Quantise the scales of the blocks of 64 weights too, which saves 0.37 bits per weight.
@@ -68,16 +79,28 @@ impl ModelArguments {
         }
     }
 
-    /// The format of a base that is to be held in 4 bits.
+    /// Which linears are to be quantised as they are read, and what to.
     #[must_use]
-    pub fn four_bit(&self) -> Option<FourBitFormat> {
-        self.load_in_4bit.then_some(FourBitFormat {
-            quant_type: match self.bnb_4bit_quant_type {
-                QuantType::Nf4 => FourBitType::Nf4,
-                QuantType::Fp4 => FourBitType::Fp4,
-            },
-            block: FourBitFormat::BLOCK,
-            double_quant: self.bnb_4bit_use_double_quant,
+    pub fn quantise(&self) -> Option<Quantise> {
+        let format = if self.load_in_4bit {
+            QuantFormat::FourBit(FourBitFormat {
+                quant_type: match self.bnb_4bit_quant_type {
+                    QuantType::Nf4 => FourBitType::Nf4,
+                    QuantType::Fp4 => FourBitType::Fp4,
+                },
+                block: FourBitFormat::BLOCK,
+                double_quant: self.bnb_4bit_use_double_quant,
+            })
+        } else if self.load_in_8bit {
+            QuantFormat::Int8 {
+                threshold: self.llm_int8_threshold as f32,
+            }
+        } else {
+            return None;
+        };
+        Some(Quantise {
+            format,
+            skip_modules: self.llm_int8_skip_modules.clone(),
         })
     }
 }

@@ -7,6 +7,18 @@ use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::sync::Arc;
 
+/// Templates that write what is said more than once, or otherwise than it is said, or have the head of a
+/// turn, or what may be in the generation prompt, inside their tags: how they render is recorded, and
+/// what they train is what their tags say.
+const ODD: [&str; 6] = [
+    "hard_documents",
+    "hard_features2",
+    "hard_gen_macro",
+    "hard_python",
+    "hard_reasoning",
+    "hard_zephyr_gen",
+];
+
 /// A recorded template with its conversations, and whether it has tags of its own.
 struct Recorded {
     name: String,
@@ -48,6 +60,7 @@ fn recorded(root: &Path) -> Vec<Recorded> {
     };
     folders(&root.join("chat_templates"))
         .iter()
+        .filter(|folder| !ODD.iter().any(|name| folder.ends_with(name)))
         .map(read)
         .collect()
 }

@@ -1,12 +1,12 @@
-//! The sandbox: filters, functions, methods and limits of a chat template.
+//! The sandbox: the limits of a chat template, and what it may do besides [`python`].
 
-use super::generation;
 use super::rewrite::CHECK_FILTER;
 use super::strftime::strftime;
 use super::tojson::tojson;
+use super::{generation, python};
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
+use minijinja::value::ValueKind;
 use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 use std::io;
 
@@ -32,19 +32,9 @@ pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(MAX_RECURSION);
-    environment.set_unknown_method_callback(python_method);
-    environment.add_filter(
-        "tojson",
-        |state: &State,
-         value: &Value,
-         ensure_ascii: Option<bool>,
-         indent: Option<&Value>,
-         kwargs: Kwargs| tojson(state, value, ensure_ascii, indent, &kwargs),
-    );
+    python::install(&mut environment);
+    environment.add_filter("tojson", tojson);
     environment.add_filter(CHECK_FILTER, assignable);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
     set_date(&mut environment, date);
     Ok(environment)
 }
@@ -71,7 +61,10 @@ fn assignable(state: &State, value: Value) -> Result<Value, minijinja::Error> {
                 "a namespace cannot be assigned to an attribute of a namespace",
             ));
         }
-        if next.kind() == ValueKind::Map {
+        if let Some(items) = python::held_items(&next) {
+            state.consume_fuel(items.len() as u64)?;
+            waiting.extend(items);
+        } else if next.kind() == ValueKind::Map {
             for key in next.try_iter()? {
                 waiting.push(next.get_item(&key)?);
             }
@@ -87,7 +80,8 @@ fn assignable(state: &State, value: Value) -> Result<Value, minijinja::Error> {
 fn materialized(state: &State, value: Value) -> Result<Value, minijinja::Error> {
     let name = value.as_object().map_or("", |object| object.type_name());
     let lazy = ["Merge", "Iter", "Slice", "Closure", "closure"];
-    if !lazy.iter().any(|part| name.contains(part)) && value.kind() != ValueKind::Iterable {
+    let lazy = lazy.iter().any(|part| name.contains(part)) || value.kind() == ValueKind::Iterable;
+    if !lazy || python::is_plain_iterable(&value) {
         return Ok(value);
     }
     let mut items = Vec::new();
@@ -103,53 +97,6 @@ fn materialized(state: &State, value: Value) -> Result<Value, minijinja::Error> 
         .map(|key| Ok((key.clone(), value.get_item(&key)?)))
         .collect();
     Ok(Value::from_pairs(pairs?))
-}
-
-/// Python's methods on strings, lists and mappings.
-fn python_method(
-    state: &mut State,
-    value: &Value,
-    method: &str,
-    args: &[Value],
-) -> Result<Value, minijinja::Error> {
-    let Some(text) = value.as_str() else {
-        return minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args);
-    };
-    match method {
-        "removeprefix" => {
-            let (prefix,): (&str,) = from_args(args)?;
-            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
-        }
-        "removesuffix" => {
-            let (suffix,): (&str,) = from_args(args)?;
-            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
-        }
-        "rsplit" => {
-            let (separator, limit, Rest(rest)): (&str, Option<i64>, Rest<Value>) = from_args(args)?;
-            if separator.is_empty() || !rest.is_empty() {
-                return Err(minijinja::Error::new(
-                    ErrorKind::InvalidOperation,
-                    "rsplit takes a separator that is not empty and a count",
-                ));
-            }
-            let parts = match limit.and_then(|n| usize::try_from(n).ok()) {
-                Some(n) => text.rsplitn(n.saturating_add(1), separator),
-                None => text.rsplitn(usize::MAX, separator),
-            };
-            let mut parts: Vec<Value> = parts.map(Value::from).collect();
-            parts.reverse();
-            Ok(parts.into())
-        }
-        "partition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            let (before, found, after) = match text.split_once(separator) {
-                Some((before, after)) => (before, separator, after),
-                None => (text, "", ""),
-            };
-            Ok(vec![Value::from(before), found.into(), after.into()].into())
-        }
-        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
-    }
 }
 
 /// A JSON value for templates. With `reserved`, text that holds a generation marker is refused.

@@ -10,7 +10,11 @@
 //! `{% generation %}`.
 
 mod environment;
+mod expression;
 mod generation;
+mod lexer;
+mod literal;
+mod python;
 mod rewrite;
 mod strftime;
 #[cfg(test)]
@@ -93,7 +97,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] with the line when it does not parse.
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
-        let (rewritten, has_generation_tags) = rewrite::rewrite_tags(source);
+        let (rewritten, has_generation_tags) = rewrite::rewrite(source).map_err(template_error)?;
         let mut environment = environment(DEFAULT_DATE)?;
         environment
             .add_template_owned(NAME, rewritten)

@@ -1,6 +1,7 @@
 //! The `tojson` filter as Python's `json.dumps` writes it, without HTML escapes.
 
-use minijinja::value::{Kwargs, ValueKind};
+use super::python;
+use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Error, ErrorKind, State, Value};
 use std::fmt::Write;
 
@@ -23,24 +24,23 @@ struct Writer {
 pub(super) fn tojson(
     state: &State,
     value: &Value,
-    ensure_ascii: Option<bool>,
-    indent: Option<&Value>,
-    kwargs: &Kwargs,
+    args: Rest<ValueOrKwargs>,
 ) -> Result<Value, Error> {
-    let ensure_ascii = match ensure_ascii {
-        Some(given) => given,
-        None => kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-    };
-    let indent = match indent {
-        Some(given) => Some(given.clone()),
-        None => kwargs.get::<Option<Value>>("indent")?,
+    let parameters = ["ensure_ascii", "indent", "separators", "sort_keys"];
+    let [ensure_ascii, indent, separators, sort_keys] =
+        python::bind("tojson", parameters, &args.into_values())?;
+    let ensure_ascii = ensure_ascii.is_some_and(|value| value.is_true());
+    let sort_keys = sort_keys.is_some_and(|value| value.is_true());
+    let separators = match separators.filter(|value| !value.is_none()) {
+        Some(pair) => Some(pair.try_iter()?.collect::<Vec<Value>>()),
+        None => None,
     };
     let indent = indent_text(indent.as_ref())?;
-    let separators: Option<Vec<String>> = kwargs.get("separators")?;
-    let sort_keys = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    kwargs.assert_all_used()?;
-    let (item_separator, key_separator) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
+    let texts = separators
+        .as_ref()
+        .map(|pair| pair.iter().map(Value::as_str).collect::<Vec<_>>());
+    let (item_separator, key_separator) = match texts.as_deref() {
+        Some([Some(item), Some(key)]) => ((*item).to_owned(), (*key).to_owned()),
         Some(_) => return Err(invalid("tojson: `separators` takes two strings")),
         None if indent.is_some() => (",".into(), ": ".into()),
         None => (", ".into(), ": ".into()),
@@ -93,6 +93,11 @@ impl Writer {
                 self.string(text);
             }
             ValueKind::Seq | ValueKind::Iterable => {
+                if python::is_plain_iterable(value) {
+                    return Err(invalid(
+                        "tojson: a generator, range or view is not JSON serializable: add `| list`",
+                    ));
+                }
                 let items: Vec<Value> = value.try_iter()?.collect();
                 self.container(('[', ']'), depth, items.len(), |writer, i| {
                     writer.value(state, &items[i], depth + 1)
@@ -167,9 +172,13 @@ impl Writer {
         if value.is_integer() {
             let _ = write!(self.out, "{value}");
         } else {
-            self.out.push_str(&python_float(
-                f64::try_from(value.clone()).unwrap_or(f64::NAN),
-            ));
+            let number = f64::try_from(value.clone()).unwrap_or(f64::NAN);
+            self.out.push_str(&match number {
+                number if number.is_nan() => "NaN".to_owned(),
+                f64::INFINITY => "Infinity".to_owned(),
+                f64::NEG_INFINITY => "-Infinity".to_owned(),
+                number => python::python_float(number),
+            });
         }
     }
 
@@ -184,63 +193,14 @@ impl Writer {
                 '\t' => self.out.push_str("\\t"),
                 '\u{8}' => self.out.push_str("\\b"),
                 '\u{c}' => self.out.push_str("\\f"),
-                c if c < ' ' || (self.ensure_ascii && !c.is_ascii()) => {
+                c if c < ' ' || (self.ensure_ascii && c > '~') => {
                     for unit in c.encode_utf16(&mut [0; 2]) {
                         let _ = write!(self.out, "\\u{unit:04x}");
                     }
                 }
-                // Python escapes DEL only when everything beyond ASCII is escaped: never.
                 c => self.out.push(c),
             }
         }
         self.out.push('"');
-    }
-}
-
-/// A float as Python's `repr` writes it: shortest digits, an exponent from 1e16 and below 1e-4.
-pub(super) fn python_float(value: f64) -> String {
-    if value.is_nan() {
-        return "NaN".into();
-    }
-    if value.is_infinite() {
-        return if value > 0.0 { "Infinity" } else { "-Infinity" }.into();
-    }
-    let magnitude = value.abs();
-    if magnitude != 0.0 && !(1e-4..1e16).contains(&magnitude) {
-        let text = format!("{value:e}");
-        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        let (sign, exponent) = match exponent.strip_prefix('-') {
-            Some(rest) => ('-', rest),
-            None => ('+', exponent),
-        };
-        return format!("{digits}e{sign}{exponent:0>2}");
-    }
-    let text = value.to_string();
-    if text.contains('.') {
-        text
-    } else {
-        text + ".0"
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn floats_are_written_as_python_writes_them() {
-        for (value, expected) in [
-            (1.5, "1.5"),
-            (100.0, "100.0"),
-            (-0.0, "-0.0"),
-            (1e15, "1000000000000000.0"),
-            (1e16, "1e+16"),
-            (1.25e22, "1.25e+22"),
-            (0.0001, "0.0001"),
-            (0.000_012, "1.2e-05"),
-            (1e-120, "1e-120"),
-        ] {
-            assert_eq!(python_float(value), expected);
-        }
     }
 }

@@ -14,7 +14,7 @@ mod trace;
 use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
-use ferrotune_kernels::{DType, Device, Workspace, cuda, linear_cross_entropy};
+use ferrotune_kernels::{DType, Device, Workspace, cuda, int8_linear, linear_cross_entropy};
 use shape::{LayerShape, Method};
 use std::collections::BTreeSet;
 
@@ -84,6 +84,8 @@ pub struct StepShape {
     head: DType,
     /// Bytes of the scratch for weights that are not held as values.
     scratch: u64,
+    /// Whether linears multiply bytes.
+    int8: bool,
     /// Bytes of a weight and of its gradient where a method changes the weight.
     changed: u64,
     /// Of low-rank factors in products, and of what they make.
@@ -165,6 +167,7 @@ impl StepShape {
             activations,
             head: weights,
             scratch: 0,
+            int8: false,
             changed: shape::changed_bytes(&ModelPlan::new(config), attachments),
             factors: if on_gpu { activations } else { DType::F32 },
             tokens,
@@ -184,6 +187,19 @@ impl StepShape {
         let largest = groups.map(|g| g.in_features * g.out_features).max();
         self.scratch = (largest.unwrap_or(0) as u64).saturating_mul(self.head.bytes() as u64);
         self
+    }
+
+    /// The same with linears that multiply bytes (`LLM.int8()`).
+    #[must_use]
+    pub fn with_int8_linears(self) -> Self {
+        let groups = self.layers.iter();
+        let groups = groups.flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let widest = groups.map(|g| g.in_features).max().unwrap_or(0);
+        let more = int8_linear::scratch_bytes(self.on_gpu, self.activations, widest) as u64;
+        let mut shape = self.with_quantised_linears();
+        shape.scratch = shape.scratch.saturating_add(more);
+        shape.int8 = true;
+        shape
     }
 
     /// Number of layers.

@@ -368,6 +368,12 @@ impl Trace<'_> {
 
     /// The low-rank intermediates that the parts keep.
     fn group_forward(&mut self, group: &GroupShape) -> Vec<Slot> {
+        if self.shape.int8 {
+            // Bytes of the input as numbers, and a scale per row.
+            let codes = self.pool.take(self.shape.head, group.in_features);
+            let scales = self.pool.take(DType::F32, 1);
+            self.give_all([codes, scales]);
+        }
         let mut kept = Vec::new();
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {

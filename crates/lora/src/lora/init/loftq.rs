@@ -84,11 +84,15 @@ pub(super) fn start(
 ) -> Result<Vec<Factors>> {
     let sites = linears.iter().map(|linear| site(base, &linear.module));
     let sites = sites.collect::<Result<Vec<_>>>()?;
-    let in_codes: Vec<bool> = sites.iter().map(|&site| base.is_quantised(site)).collect();
-    if config.bits == 8 && in_codes.contains(&true) {
-        let message = "loftq_bits is 8, and the base is held in 4 bits; set loftq_bits: 4";
+    let bits: Vec<Option<usize>> = sites.iter().map(|&site| base.code_bits(site)).collect();
+    if let Some(held) = bits.iter().flatten().find(|bits| **bits != config.bits) {
+        let message = format!(
+            "loftq_bits is {}, and the base is held in {held} bits; set loftq_bits: {held}",
+            config.bits
+        );
         return Err(Error::config("loftq_config", message));
     }
+    let in_codes: Vec<bool> = bits.iter().map(Option::is_some).collect();
     let weights = sites
         .iter()
         .zip(&in_codes)

@@ -138,7 +138,7 @@ fn from_base(config: &LoraConfig, layout: &ParamLayout, base: &dyn BaseWeights) 
     for some in parts(&linears(config, layout)?, |linear| linear) {
         let weights = some.iter().map(|linear| {
             let site = site(base, &linear.module)?;
-            match fault.clone().filter(|_| base.is_quantised(site)) {
+            match fault.clone().filter(|_| base.code_bits(site).is_some()) {
                 None => base.read(site),
                 Some(fault) => Err(Error::config(KEY, fault)),
             }

@@ -12,7 +12,7 @@
 //! # Source
 //! `QuantState.as_dict(packed=True)` of bitsandbytes 0.50.
 
-use super::{FileDType, ModelFiles, TensorMeta};
+use crate::io::{FileDType, ModelFiles, TensorMeta};
 use crate::{Error, Result};
 use ferrotune_kernels::dequantise::{Absmax, FourBit, FourBitFormat, FourBitType, NESTED_BLOCK};
 use serde::Deserialize;
@@ -34,10 +34,10 @@ const BLOCKS: std::ops::RangeInclusive<usize> = 32..=4096;
 
 /// What a file says of a 4-bit weight, checked against the lengths of its parts.
 #[derive(Clone, Debug)]
-pub(super) struct QuantState {
+pub(in crate::io) struct QuantState {
     /// `[out, in]` of the values.
-    pub(super) shape: [usize; 2],
-    pub(super) format: FourBitFormat,
+    pub(in crate::io) shape: [usize; 2],
+    pub(in crate::io) format: FourBitFormat,
     /// Of quantised scales.
     nested_offset: Option<f32>,
 }
@@ -82,16 +82,14 @@ pub(super) fn quant_states(files: &ModelFiles) -> Result<BTreeMap<String, QuantS
     }
 }
 
-/// Whether `name` belongs to one of the weights in `states`.
-pub(super) fn is_part(name: &str, states: &BTreeMap<String, QuantState>) -> bool {
-    let weight = match name.split_once(STATE) {
-        Some((weight, _)) => Some(weight),
-        None => MEMBERS.iter().find_map(|member| name.strip_suffix(member)),
-    };
-    weight.is_some_and(|weight| states.contains_key(weight))
-}
-
 impl QuantState {
+    /// The tensors of `weight` beside itself.
+    pub(super) fn parts(&self, weight: &str) -> impl Iterator<Item = String> {
+        let state = format!("{weight}{STATE}{}", self.format.quant_type.as_str());
+        let members = MEMBERS.map(|member| format!("{weight}{member}"));
+        members.into_iter().chain([state])
+    }
+
     fn read(files: &ModelFiles, key: &str, weight: &str, quant_type: &str) -> Result<Self> {
         let fault =
             |message: String| Error::model(files.file_of(key), format!("`{key}`: {message}"));
