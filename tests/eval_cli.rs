@@ -180,7 +180,10 @@ fn padded_and_packed_rows_of_tokens_are_their_documents() {
             }
         }
         // Without saying so they are one document, which is another thing.
-        assert_ne!(score(&[both.clone()])["eval_loss"], plain["eval_loss"]);
+        assert_ne!(
+            score(std::slice::from_ref(&both))["eval_loss"],
+            plain["eval_loss"]
+        );
     }
 }
 
