@@ -61,18 +61,19 @@ fn data(args: &DataArgs) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("inspect");
     }
-    let (pairs, switches) = overrides::parse(&args.overrides)?;
+    let (mut pairs, switches) = overrides::parse(&args.overrides)?;
+    // These are no keys, but may stand where keys do.
+    let rows = number(&mut pairs, "rows")?.unwrap_or(args.rows);
+    let first = number(&mut pairs, "first")?.unwrap_or(args.first);
     let config = config::load(&args.config, &pairs)?;
     let (tokenizer, dataset) = prepare_data(&config)?;
-    let first = args.first.max(1) - 1;
-    let shown = first..first.saturating_add(args.rows);
-    if first >= dataset.examples.len() {
+    if first == 0 || first > dataset.examples.len() {
         return Err(Failure::Usage(format!(
-            "--first {}: there are {} rows",
-            args.first,
+            "--first {first}: there are rows 1 to {}",
             dataset.examples.len()
         )));
     }
+    let shown = first - 1..(first - 1).saturating_add(rows);
     let seen = Preflight::of(&tokenizer, &dataset, shown)?;
     if switches.json {
         print_line(seen.json())?;
@@ -80,6 +81,18 @@ fn data(args: &DataArgs) -> Outcome {
         print_preflight(&seen)?;
     }
     Ok(ExitCode::Done)
+}
+
+/// Takes a number called `name` out of what follows the config file.
+fn number(pairs: &mut Vec<(String, String)>, name: &str) -> Result<Option<usize>, Failure> {
+    let mut found = None;
+    for (_, value) in pairs.extract_if(.., |(key, _)| key == name) {
+        let number = value.parse();
+        found = Some(number.map_err(|_| {
+            Failure::Usage(format!("--{name} {value}: a whole number is expected"))
+        })?);
+    }
+    Ok(found)
 }
 
 /// Rows, facts, and warnings as notes.

@@ -124,6 +124,9 @@ fn bad_rows_are_skipped_where_asked_and_inspect_names_them() {
     let json: serde_json::Value = serde_json::from_str(&json.stdout).expect("one document");
     assert_eq!((&json["bad_rows"], &json["rows"]), (&json!(1), &json!(3)));
     ferrotune(&["inspect", "data", "--first", "9", text(&config)]).expect(2);
+    ferrotune(&["inspect", "data", text(&config), "--first", "9"]).expect(2);
+    ferrotune(&["inspect", "data", text(&config), "--rows", "few"]).expect(2);
+    ferrotune(&["inspect", "data", text(&config), "--rows", "1"]).expect(0);
     bench.train("out", &changes).expect(0);
 }
 

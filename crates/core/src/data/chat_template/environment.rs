@@ -30,6 +30,8 @@ pub(super) fn environment(date: i64) -> Result<Environment<'static>> {
     environment.set_syntax(syntax);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    // So that an error says which value is undefined.
+    environment.set_debug(true);
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(MAX_RECURSION);
     python::install(&mut environment);

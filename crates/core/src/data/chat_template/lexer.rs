@@ -25,6 +25,9 @@ pub(super) struct Tag<'a> {
     pub after: &'a str,
 }
 
+/// A longer tag is refused: what is made of it grows with the square of its length.
+const MAX_TOKENS: usize = 10_000;
+
 const OPERATORS: [&str; 26] = [
     "**", "//", "==", "!=", "<=", ">=", "<", ">", "+", "-", "*", "/", "%", "~", "|", ".", ",", ":",
     "(", ")", "[", "]", "{", "}", "=", ";",
@@ -57,6 +60,9 @@ pub(super) fn tag<'a>(text: &'a str, close: &str) -> Result<Tag<'a>, String> {
                     after,
                 });
             }
+        }
+        if tokens.len() == MAX_TOKENS {
+            return Err(format!("a tag of more than {MAX_TOKENS} words and signs"));
         }
         let token = token(rest, tokens.last().copied())?;
         match token.text {

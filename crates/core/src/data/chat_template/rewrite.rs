@@ -120,9 +120,12 @@ fn raw<'a>(open: &Tag<'a>) -> Piece<'a> {
     let mut from = 0;
     while let Some(at) = open.after[from..].find("{%") {
         let (content, rest) = open.after.split_at(from + at);
-        let close = tag(rest, "%}").ok();
-        let Some(close) = close.filter(|t| matches!(t.tokens[..], [t] if t.text == "endraw"))
-        else {
+        let word = rest[2..].trim_start_matches(['-', '+']).trim_start();
+        let close = word.starts_with("endraw").then(|| tag(rest, "%}").ok());
+        let close = close
+            .flatten()
+            .filter(|t| matches!(t.tokens[..], [t] if t.text == "endraw"));
+        let Some(close) = close else {
             from += at + 2;
             continue;
         };

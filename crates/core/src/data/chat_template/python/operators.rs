@@ -224,7 +224,19 @@ pub(super) fn order_holds(
 
 /// The order of two values that Python can order. `None` where one is not a number.
 pub(super) fn compare(state: &State, left: &Value, right: &Value) -> Result<Option<Ordering>> {
+    compare_nested(state, left, right, 0)
+}
+
+fn compare_nested(
+    state: &State,
+    left: &Value,
+    right: &Value,
+    depth: usize,
+) -> Result<Option<Ordering>> {
     state.consume_fuel(1)?;
+    if depth > super::repr::MAX_DEPTH {
+        return Err(error("lists nested too deeply to compare"));
+    }
     match (number(left), number(right)) {
         (Some(Number::Integer(a)), Some(Number::Integer(b))) => return Ok(Some(a.cmp(&b))),
         (Some(a), Some(b)) => return Ok(float(a).partial_cmp(&float(b))),
@@ -246,7 +258,7 @@ pub(super) fn compare(state: &State, left: &Value, right: &Value) -> Result<Opti
             return Ok(Some(Ordering::Greater));
         };
         if a != b {
-            return compare(state, &a, &b);
+            return compare_nested(state, &a, &b, depth + 1);
         }
     }
     Ok(Some(match others.next() {
@@ -285,12 +297,8 @@ pub(super) fn contains(state: &State, container: &Value, value: &Value) -> Resul
         }
         ValueKind::Map => {
             hashable(value)?;
-            let keys = container.try_iter()?;
-            match value.as_str() {
-                Some(_) => Ok(!container.get_item(value)?.is_undefined()
-                    || container.try_iter()?.any(|key| key == *value)),
-                None => Ok(keys.into_iter().any(|key| key == *value)),
-            }
+            let object = container.as_object();
+            Ok(object.is_some_and(|object| object.get_value(value).is_some()))
         }
         ValueKind::Seq | ValueKind::Iterable => {
             for item in container.try_iter()? {

@@ -7,7 +7,7 @@ use minijinja::value::ValueKind;
 use std::fmt::Write;
 
 /// Python's own limit is near this.
-const MAX_DEPTH: usize = 300;
+pub(super) const MAX_DEPTH: usize = 300;
 
 /// `str(value)`; an undefined value is nothing.
 pub(in super::super) fn python_str(value: &Value) -> Result<String> {

@@ -168,7 +168,11 @@ fn hostile_templates_fail_in_bounded_time_with_a_reason() {
         ("{{ lipsum() }}", "lipsum"),
         ("{{ open('/etc/passwd') }}", "open"),
         ("{{ messages[0].content.nothing() }}", ""),
-        ("{{ missing.attribute }}", ""),
+        ("{{ missing.attribute }}", "`missing` is undefined"),
+        (
+            "{{ messages[0].nope.deeper }}",
+            "`messages[0].nope` is undefined",
+        ),
         (
             "{{ raise_exception('as the template says') }}",
             "as the template says (line 1",
@@ -176,6 +180,12 @@ fn hostile_templates_fail_in_bounded_time_with_a_reason() {
         ("{{ [1] | tojson(indent=1000000000) }}", "indent"),
         ("{% generation %}x", "not closed"),
         ("x{% endgeneration %}{% generation %}", ""),
+        ("{{ '%1000000000d' % 1 }}", long),
+        ("{{ '{:1000000000}'.format(1) }}", long),
+        ("{{ 'x'.center(1000000000) }}", long),
+        ("{{ [0] * 1000000000 }}", long),
+        ("{{ 'a\tb'.expandtabs(1000000000) }}", long),
+        ("{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}", ""),
         ("{% for %}", "line 1"),
         ("{{ 1 // 0 }}", ""),
     ];
@@ -186,6 +196,30 @@ fn hostile_templates_fail_in_bounded_time_with_a_reason() {
         assert!(message.len() < 700, "{source}: {message}");
         let seconds = begin.elapsed().as_secs_f64();
         assert!(seconds < 10.0, "{source}: {seconds} s");
+    }
+}
+
+#[test]
+fn long_sources_are_read_or_refused_in_bounded_time() {
+    for (unit, expected) in [
+        ("{% raw %}{% ", "without `endraw`"),
+        ("{{ 1 * ", "a tag of more than"),
+        ("{{ a.b", ""),
+        ("{{ x|f", ""),
+        ("{{ (", ""),
+        ("{# ", "not closed"),
+        ("{% if x %}", ""),
+    ] {
+        let begin = std::time::Instant::now();
+        let (open, repeated) = unit.split_at(3);
+        let source = open.to_owned() + &repeated.repeat(300_000);
+        let message = render(&source, "hello").expect_err(unit);
+        assert!(message.contains(expected), "{unit}: {message}");
+        assert!(
+            begin.elapsed().as_secs() < 20,
+            "{unit}: {:?}",
+            begin.elapsed()
+        );
     }
 }
 
