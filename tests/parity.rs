@@ -103,6 +103,7 @@ fn is_known(case: &Path) -> bool {
             name.starts_with("lora_ga")
                 || [
                     "loraplus_ga1",
+                    "lora_fa_ga1",
                     "loraplus_embed_ga1",
                     "lora_bias_all_ga1",
                     "lora_modules_to_save_ga1",
@@ -177,7 +178,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 105, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 108, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

@@ -86,9 +86,6 @@ fn targets(names: &[&str]) -> Option<TargetModules> {
 
 /// Every switch over a tied and an untied base, with biases.
 fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
-    // Two tokens that occur, the larger one first.
-    let seen: BTreeSet<u32> = batch().input_ids.into_iter().collect();
-    let seen: Vec<u32> = seen.into_iter().rev().take(2).collect();
     let plain = LoraConfig {
         rank: 4,
         alpha: 6.0,
@@ -99,7 +96,7 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
         target_modules: targets(names),
         ..plain.clone()
     };
-    vec![
+    [
         (
             "a tied update of both",
             true,
@@ -167,6 +164,49 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
                 ..plain.clone()
             },
         ),
+    ]
+    .into_iter()
+    .chain(of_tokens(plain))
+    .collect()
+}
+
+/// Trained rows of tables.
+fn of_tokens(plain: LoraConfig) -> Vec<(&'static str, bool, LoraConfig)> {
+    // Two tokens that occur, the larger one first.
+    let seen: BTreeSet<u32> = batch().input_ids.into_iter().collect();
+    let seen: Vec<u32> = seen.into_iter().rev().take(2).collect();
+    vec![
+        (
+            "rows of a tied head apart from those of the embedding",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Modules(vec![
+                    ("embed_tokens".into(), seen.clone()),
+                    ("lm_head".into(), vec![1, 9, 3]),
+                ])),
+                ..plain.clone()
+            },
+        ),
+        (
+            "rows of a tied head alone",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Modules(vec![(
+                    "lm_head".into(),
+                    vec![1, 9, 3],
+                )])),
+                ..plain.clone()
+            },
+        ),
+        (
+            "rows of an embedding and its head",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Embedding(seen.clone())),
+                ensure_weight_tying: true,
+                ..plain.clone()
+            },
+        ),
         (
             "rows of two tables",
             false,
@@ -192,6 +232,19 @@ fn base(root: &Path, tied: bool) -> std::path::PathBuf {
     let directory = root.join(if tied { "tied" } else { "apart" });
     write_model(&directory, &shape, Stored::F32, 3);
     directory
+}
+
+/// Stores a tied head once more, as some checkpoints do.
+fn store_head(base: &Path) {
+    let shape = Shape {
+        tied: true,
+        bias: true,
+        ..Shape::default()
+    };
+    let mut weights = shape.weights(3);
+    let embedding = weights["model.embed_tokens.weight"].clone();
+    weights.insert("lm_head.weight".into(), embedding);
+    common::write_weights(&base.join("model.safetensors"), weights.iter(), Stored::F32);
 }
 
 /// Norms that are computed in closed form, of rows and of a table's columns, are those that magnitudes start at.
@@ -293,9 +346,15 @@ fn gradients_of_every_switch_are_the_slope_of_the_loss() {
 #[test]
 fn what_is_merged_computes_what_the_adapter_did_and_unties_only_what_differs() {
     let root = tempfile::tempdir().expect("temporary directory");
-    for (i, (name, tied, config)) in configs().into_iter().enumerate() {
+    let twice = configs().into_iter().filter(|(_, tied, _)| *tied);
+    let all = configs().into_iter().map(|config| (config, false));
+    let all = all.chain(twice.map(|config| (config, true)));
+    for (i, ((name, tied, config), stores_head)) in all.enumerate() {
         let stays_tied = config.ensure_weight_tying;
         let base = base(root.path(), tied);
+        if stores_head {
+            store_head(&base);
+        }
         let subject = subject(&base, config);
         let [saved, merged] = ["adapter", "merged"].map(|n| root.path().join(format!("{n}{i}")));
         subject

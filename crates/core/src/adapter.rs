@@ -282,6 +282,20 @@ pub trait Adapter: Debug + Send + Sync {
         Ok(0.0)
     }
 
+    /// Whether [`Adapter::precondition`] is to be called.
+    fn preconditions(&self) -> bool {
+        false
+    }
+
+    /// Makes of the mean gradient of a step, summed over ranks and clipped, the one that the optimizer gets.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn precondition(&self, params: &FlatBuffer, grads: &mut FlatBuffer) -> Result<()> {
+        let _ = (params, grads);
+        Ok(())
+    }
+
     /// Changes the parameters after an optimizer step, in the same way on every rank.
     ///
     /// # Errors

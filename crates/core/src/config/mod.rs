@@ -25,11 +25,11 @@ pub use arguments::{
     BadRows, CudaGraph, DataArguments, DdpBackend, Device, Dtype, GemmTuning, InitLoraWeights,
     IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments,
     OutputArguments, PackingStrategy, QuantType, Resume, RuntimeArguments, SamplingStrategy,
-    ScheduleArguments, TruncationMode,
+    ScheduleArguments, TokenIndices, TruncationMode,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
-pub use value::{ALL_LINEAR, Arity, KeyValue, Names};
+pub use value::{ALL_LINEAR, Arity, KeyValue, Names, is_metacharacter};
 
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};

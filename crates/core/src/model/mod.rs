@@ -49,7 +49,7 @@ pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use together::MemberPass;
 pub use weight_format::{Quantise, WeightFormat};
-pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
+pub use weight_source::{RandomWeights, WeightSource};
 
 use crate::Result;
 use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};

@@ -15,7 +15,7 @@ use super::prompt::{EmbeddedPrompt, Prefix};
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
-use super::weight_source::{WeightSource, expected_tensors, to_rows};
+use super::weight_source::{WeightSource, to_rows};
 use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Prompt, Site, SiteId};
 use crate::params::{FlatBuffer, ParamId, transpose};
@@ -66,7 +66,7 @@ pub(super) struct Held {
 impl Builder<'_> {
     pub(super) fn model(mut self) -> Result<Model> {
         let plan = self.plan;
-        self.source.check(&expected_tensors(plan))?;
+        self.source.check(plan)?;
         let embedding = self.embedding()?;
         let positions = self.positions()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
@@ -120,7 +120,7 @@ impl Builder<'_> {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
-                scale: config.attention_scale,
+                scale: config.attention_scales[index],
                 window: config.sliding_windows[index],
                 softcap: config.attention_softcap,
             },
@@ -378,9 +378,10 @@ impl Builder<'_> {
             (Some(tied), None | Some(Attachment::KeepBase)) => {
                 own(self, self.plan.site(tied), None)?
             }
-            (Some(tied), Some(attachment @ Attachment::TrainBase { .. })) => {
-                own(self, self.plan.site(tied), Some(attachment))?
-            }
+            (
+                Some(tied),
+                Some(attachment @ (Attachment::TrainBase { .. } | Attachment::TrainRows { .. })),
+            ) => own(self, self.plan.site(tied), Some(attachment))?,
             (Some(_), Some(_)) => return Err(unsupported(site)),
         };
         Ok(Head {

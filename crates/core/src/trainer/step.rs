@@ -415,25 +415,37 @@ impl Trainer {
     /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
     /// returns its norm, and this rank's sums.
     fn update(&mut self, lr: f64, count: u64) -> Result<(f64, Sums)> {
-        let groups = self.parameter_groups(lr);
-        let settings = adamw::cuda::Settings {
+        let mut settings = adamw::cuda::Settings {
             adamw: self.options.adamw,
             divisor: count as f64,
             max_norm: self.options.max_grad_norm,
         };
+        let mut clipped = None;
+        if self.adapter.preconditions() {
+            let norm = optimizer::clip(&settings, &mut self.grads);
+            if !norm.is_finite() {
+                return Ok((norm, self.sums.read()?));
+            }
+            self.adapter.precondition(&self.params, &mut self.grads)?;
+            (settings.divisor, settings.max_norm, clipped) = (1.0, None, Some(norm));
+        }
+        let groups = self.parameter_groups(lr);
         let buffers = Buffers {
             params: &mut self.params,
             grads: &mut self.grads,
             exp_avg: &mut self.exp_avg,
             exp_avg_sq: &mut self.exp_avg_sq,
         };
-        match &mut self.on_gpu {
+        let (norm, sums) = match &mut self.on_gpu {
             None => {
                 let norm = optimizer::on_host(&settings, &groups, buffers)?;
-                Ok((norm, self.sums.read()?))
+                (norm, self.sums.read()?)
             }
-            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums),
-        }
+            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums)?,
+        };
+        // That of the loss, unless what was made of it is not finite.
+        let clipped = clipped.filter(|_| norm.is_finite());
+        Ok((clipped.unwrap_or(norm), sums))
     }
 
     /// Neighbouring segments with the same learning rate and decay as one range.

@@ -65,7 +65,8 @@ pub(super) fn attach(
     }
     let taken: BTreeSet<SiteId> = attachments.iter().map(|(id, _)| *id).collect();
     if let Some(indices) = &config.trainable_token_indices {
-        for rows in tokens::rows("trainable_token_indices", indices, sites)? {
+        let key = "trainable_token_indices";
+        for rows in tokens::rows(key, indices, sites, config.ensure_weight_tying)? {
             require_free(sites, rows.site, &taken)?;
             attachments.push((rows.site.id, tokens::declare(rows, Part::TokenRows, params)));
         }
@@ -202,14 +203,15 @@ fn declare(config: &LoraConfig, target: &Target<'_>, params: &mut ParamLayoutBui
         add(a, [rank, site.in_features]),
         add(b, [site.out_features, rank]),
     );
-    let has_bias = config.lora_bias && site.kind == SiteKind::Linear;
     LowRank {
         a,
         b,
         rank,
         scale: config.scale(rank, target.alpha),
         dropout: config.dropout as f32,
-        bias: has_bias.then(|| vector(site, Part::BiasOfB, params)),
+        bias: config
+            .lora_bias
+            .then(|| vector(site, Part::BiasOfB, params)),
         magnitude: config.use_dora.then(|| magnitude(site, params)),
     }
 }
@@ -285,6 +287,16 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             format!(
                 "`{}` is a norm, and LoRA needs a linear layer or an embedding; leave it out, put it into \
                  `exclude_modules`, or train it as a whole with `modules_to_save`",
+                site.name
+            ),
+        ));
+    }
+    if config.lora_bias && site.kind == SiteKind::Embedding {
+        return Err(Error::config(
+            "lora_bias",
+            format!(
+                "true gives B a bias, and PEFT has none for an embedding such as `{}`; leave that out of \
+                 `target_modules`, or this off",
                 site.name
             ),
         ));
