@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Workbench, chat_rows, ferrotune, read_json, text, write_json, write_rows};
+use common::{Family, Workbench, chat_rows, ferrotune, read_json, text, write_json, write_rows};
 use serde_json::{Value, json};
 
 /// Long enough to know two rows by heart.
@@ -130,6 +130,61 @@ fn the_masks_of_training_choose_the_tokens() {
     write_rows(&bench.path("rows.jsonl"), &[rows]);
     assert_eq!(tokens(&["--assistant_only_loss", "true"]), 3);
     assert_eq!(tokens(&["--assistant_only_loss", "false"]), 9);
+}
+
+/// GPT-2 too, whose positions are learned.
+#[test]
+fn padded_and_packed_rows_of_tokens_are_their_documents() {
+    for family in [Family::Llama, Family::Gpt2] {
+        let bench = Workbench::of(&family.shape(), 0);
+        let score = |rows: &[Value]| {
+            write_rows(&bench.path("rows.jsonl"), rows);
+            eval(&bench, "base", &[])
+        };
+        let plain = score(&[
+            json!({"input_ids": [5, 9, 7, 30, 11]}),
+            json!({"input_ids": [8, 40, 6], "labels": [-100, 40, 6]}),
+        ]);
+        assert_eq!(plain["eval_num_tokens"], 6);
+        let left = [
+            json!({"input_ids": [5, 9, 7, 30, 11], "attention_mask": [1, 1, 1, 1, 1]}),
+            json!({"input_ids": [0, 0, 8, 40, 6], "attention_mask": [0, 0, 1, 1, 1],
+                   "labels": [-100, -100, -100, 40, 6], "position_ids": [1, 1, 0, 1, 2]}),
+        ];
+        let right = [
+            json!({"input_ids": [5, 9, 7, 30, 11, 0], "attention_mask": [1, 1, 1, 1, 1, 0]}),
+            json!({"input_ids": [8, 40, 6, 0, 0, 0], "attention_mask": [1, 1, 1, 0, 0, 0],
+                   "labels": [-100, 40, 6, -100, -100, -100]}),
+        ];
+        let both = json!({"input_ids": [5, 9, 7, 30, 11, 8, 40, 6],
+                          "labels": [5, 9, 7, 30, 11, -100, 40, 6]});
+        let by = |key: &str, value: Value| {
+            let mut row = both.clone();
+            row[key] = value;
+            [row]
+        };
+        for rows in [
+            &left[..],
+            &right,
+            &by("position_ids", json!([0, 1, 2, 3, 4, 0, 1, 2])),
+            &by("seq_lengths", json!([5, 3])),
+        ] {
+            let found = score(rows);
+            for key in [
+                "eval_loss",
+                "eval_entropy",
+                "eval_num_tokens",
+                "eval_samples",
+            ] {
+                assert_eq!(found[key], plain[key], "{family:?} {key} {rows:?}");
+            }
+        }
+        // Without saying so they are one document, which is another thing.
+        assert_ne!(
+            score(std::slice::from_ref(&both))["eval_loss"],
+            plain["eval_loss"]
+        );
+    }
 }
 
 #[test]

@@ -55,6 +55,34 @@ fn a_model_shows_its_modules_and_what_would_be_adapted() {
 }
 
 #[test]
+fn targets_are_read_as_a_configuration_reads_them() {
+    let base = golden("_bases/llama_tied");
+    for (words, modules) in [
+        (&[r"model.layers.\d{1,2}.self_attn.q_proj"][..], 2),
+        (&["model.layers.[01].self_attn.[qv]_proj"], 4),
+        (&["(model.)?layers.0.mlp.up_proj"], 1),
+        (&["All-Linear"], 14),
+        (&["q_proj, v_proj"], 4),
+        (&["q_proj", "v_proj,o_proj"], 6),
+        (&["[q_proj, v_proj]"], 4),
+        (&["model.layers.0.self_attn.q_proj"], 1),
+    ] {
+        let asked = [&["model", text(&base), "--target-modules"], words].concat();
+        let found = json(&asked)["choices"][0]["modules"].clone();
+        assert_eq!(found.as_array().map(Vec::len), Some(modules), "{words:?}");
+    }
+    let mixed = [
+        "inspect",
+        "model",
+        text(&base),
+        "--target-modules",
+        "q_proj,.*v_proj",
+    ];
+    let mixed = ferrotune(&mixed).expect(78).stderr;
+    assert!(mixed.contains("as one string instead of a list"), "{mixed}");
+}
+
+#[test]
 fn an_adapter_shows_its_updates_and_a_difference_its_modules() {
     let [qv, tokens] = ["lora_qv", "lora_trainable_tokens"].map(|c| golden(c).join("adapter"));
     let facts = json(&["adapter", text(&tokens)]);

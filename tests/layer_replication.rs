@@ -187,8 +187,8 @@ struct Counting {
 }
 
 impl WeightSource for Counting {
-    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        self.files.check(expected)
+    fn check(&self, plan: &ModelPlan) -> Result<()> {
+        self.files.check(plan)
     }
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
@@ -232,6 +232,18 @@ fn each_weight_of_the_base_is_read_and_held_once() {
         let bytes = |decoder| format.bytes(&ModelPlan::new(decoder), &[], None);
         assert_eq!(bytes(&stack), bytes(&plain));
     }
+    // Where q of one copy is trained as a whole, its k and v lie apart from those of the others.
+    let config = LoraConfig {
+        modules_to_save: vec!["layers.2.self_attn.q_proj".into()],
+        target_modules: Some(TargetModules::List(vec!["down_proj".into()])),
+        ..adapter.config().clone()
+    };
+    let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let (attachments, _) = attach(&stack, &adapter).expect("attaches");
+    let (format, plan) = (WeightFormat::from(DType::F32), ModelPlan::new(&stack));
+    let [with, without] = [&attachments[..], &[]].map(|a| format.bytes(&plan, a, None));
+    let apart = 2 * stack.kv_heads * stack.head_dim * stack.hidden_size;
+    assert_eq!(with, without + 4 * apart as u64);
 }
 
 /// A stack may leave layers out; their tensors are still those of the base.

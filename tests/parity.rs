@@ -87,6 +87,7 @@ fn is_known(case: &Path) -> bool {
                     "dora",
                     "multi_weighted",
                     "dora_bias",
+                    "dora_rslora_embed",
                     "rslora",
                     "olora",
                     "pissa",
@@ -101,6 +102,7 @@ fn is_known(case: &Path) -> bool {
             name.starts_with("lora_ga")
                 || [
                     "loraplus_ga1",
+                    "lora_fa_ga1",
                     "loraplus_embed_ga1",
                     "lora_bias_all_ga1",
                     "lora_modules_to_save_ga1",
@@ -175,7 +177,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 103, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 107, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 

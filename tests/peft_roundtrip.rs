@@ -25,6 +25,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         "lora_alpha_pattern": {"up_proj": 3},
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
+    let dora_table = json!({"lora_target_modules": ["q_proj", "embed_tokens"], "use_dora": true});
     let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
     let data = |init: &str| json!({"init_lora_weights": init, "lora_init_batches": 4});
     let switched = json!({
@@ -74,6 +75,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("rslora", plain.clone(), rslora),
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
+        ("dora_table", biased.clone(), dora_table),
         ("layer_replication", biased.clone(), replicated),
         ("head_bias", biased.clone(), head_bias),
         ("tied_update", biased.clone(), tied_update),

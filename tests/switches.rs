@@ -6,16 +6,19 @@ mod common;
 use common::{Shape, Stored, add_noise, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
+use ferrotune::core::full::FullFineTuning;
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
 use ferrotune::core::params::{FlatBuffer, ParamLayoutBuilder};
-use ferrotune::core::trainer::attach;
+use ferrotune::core::trainer::{Trainer, TrainerOptions, attach};
 use ferrotune::kernels::linear_cross_entropy::Accumulator;
 use ferrotune::kernels::rng::Stream;
 use ferrotune::kernels::{DType, Workspace};
 use ferrotune::lora::{
-    LoraAdapter, LoraBias, LoraConfig, MergeOptions, TargetModules, TokenIndices, merge,
+    InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, MergeOptions, TargetModules, TokenIndices,
+    merge,
 };
+use ferrotune::prelude::Solo;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -83,9 +86,6 @@ fn targets(names: &[&str]) -> Option<TargetModules> {
 
 /// Every switch over a tied and an untied base, with biases.
 fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
-    // Two tokens that occur, the larger one first.
-    let seen: BTreeSet<u32> = batch().input_ids.into_iter().collect();
-    let seen: Vec<u32> = seen.into_iter().rev().take(2).collect();
     let plain = LoraConfig {
         rank: 4,
         alpha: 6.0,
@@ -96,7 +96,7 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
         target_modules: targets(names),
         ..plain.clone()
     };
-    vec![
+    [
         (
             "a tied update of both",
             true,
@@ -164,6 +164,49 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
                 ..plain.clone()
             },
         ),
+    ]
+    .into_iter()
+    .chain(of_tokens(plain))
+    .collect()
+}
+
+/// Trained rows of tables.
+fn of_tokens(plain: LoraConfig) -> Vec<(&'static str, bool, LoraConfig)> {
+    // Two tokens that occur, the larger one first.
+    let seen: BTreeSet<u32> = batch().input_ids.into_iter().collect();
+    let seen: Vec<u32> = seen.into_iter().rev().take(2).collect();
+    vec![
+        (
+            "rows of a tied head apart from those of the embedding",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Modules(vec![
+                    ("embed_tokens".into(), seen.clone()),
+                    ("lm_head".into(), vec![1, 9, 3]),
+                ])),
+                ..plain.clone()
+            },
+        ),
+        (
+            "rows of a tied head alone",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Modules(vec![(
+                    "lm_head".into(),
+                    vec![1, 9, 3],
+                )])),
+                ..plain.clone()
+            },
+        ),
+        (
+            "rows of an embedding and its head",
+            true,
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Embedding(seen.clone())),
+                ensure_weight_tying: true,
+                ..plain.clone()
+            },
+        ),
         (
             "rows of two tables",
             false,
@@ -189,6 +232,70 @@ fn base(root: &Path, tied: bool) -> std::path::PathBuf {
     let directory = root.join(if tied { "tied" } else { "apart" });
     write_model(&directory, &shape, Stored::F32, 3);
     directory
+}
+
+/// Stores a tied head once more, as some checkpoints do.
+fn store_head(base: &Path) {
+    let shape = Shape {
+        tied: true,
+        bias: true,
+        ..Shape::default()
+    };
+    let mut weights = shape.weights(3);
+    let embedding = weights["model.embed_tokens.weight"].clone();
+    weights.insert("lm_head.weight".into(), embedding);
+    common::write_weights(&base.join("model.safetensors"), weights.iter(), Stored::F32);
+}
+
+/// Norms that are computed in closed form, of rows and of a table's columns, are those that magnitudes start at.
+#[test]
+fn dora_starts_at_its_base() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    for names in [&["q_proj", "down_proj"][..], &["embed_tokens", "v_proj"]] {
+        let base = base(root.path(), true);
+        let decoder = DecoderConfig::open(&base).expect("written");
+        let files = ModelFiles::open(&base).expect("written");
+        let logits = |config: Option<LoraConfig>| {
+            let adapter: Box<dyn Adapter> = match config {
+                Some(config) => Box::new(LoraAdapter::new(config, "llama").expect("valid")),
+                None => Box::new(FullFineTuning),
+            };
+            let options = TrainerOptions {
+                max_tokens: 64,
+                ..TrainerOptions::default()
+            };
+            let trainer = Trainer::new(&decoder, &files, adapter, Box::new(Solo), options);
+            let trainer = trainer.expect("starts");
+            let (pass, model) = (trainer.eval_pass(), trainer.model());
+            let logits = model.logits(pass, trainer.params(), &batch());
+            logits.expect("computes").to_f32_vec()
+        };
+        let dora = LoraConfig {
+            rank: 3,
+            use_dora: true,
+            // Both factors are random: the norms are not those of the base alone.
+            init_lora_weights: InitLoraWeights::Random,
+            target_modules: targets(names),
+            ..LoraConfig::default()
+        };
+        let lora = LoraConfig {
+            use_dora: false,
+            ..dora.clone()
+        };
+        let started = logits(Some(dora));
+        assert!(
+            furthest(&started, &logits(None)) > 1e-3,
+            "{names:?}: B A is 0"
+        );
+        let error = furthest(&started, &logits(Some(lora)));
+        assert!(error < 1e-5, "{names:?}: {error}");
+    }
+}
+
+fn furthest(a: &[f32], b: &[f32]) -> f32 {
+    let largest = b.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max) / largest
 }
 
 /// Moves all parameters by `step` times a random direction, in which the loss then changes.
@@ -239,9 +346,15 @@ fn gradients_of_every_switch_are_the_slope_of_the_loss() {
 #[test]
 fn what_is_merged_computes_what_the_adapter_did_and_unties_only_what_differs() {
     let root = tempfile::tempdir().expect("temporary directory");
-    for (i, (name, tied, config)) in configs().into_iter().enumerate() {
+    let twice = configs().into_iter().filter(|(_, tied, _)| *tied);
+    let all = configs().into_iter().map(|config| (config, false));
+    let all = all.chain(twice.map(|config| (config, true)));
+    for (i, ((name, tied, config), stores_head)) in all.enumerate() {
         let stays_tied = config.ensure_weight_tying;
         let base = base(root.path(), tied);
+        if stores_head {
+            store_head(&base);
+        }
         let subject = subject(&base, config);
         let [saved, merged] = ["adapter", "merged"].map(|n| root.path().join(format!("{n}{i}")));
         subject
@@ -276,8 +389,6 @@ fn what_is_merged_computes_what_the_adapter_did_and_unties_only_what_differs() {
             workspace: Workspace::new(64),
         };
         let (ours, theirs) = (subject.logits(), merged.logits());
-        let largest = ours.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
-        assert!(worst.fold(0.0, f32::max) < 1e-5 * largest, "{name}");
+        assert!(furthest(&theirs, &ours) < 1e-5, "{name}");
     }
 }

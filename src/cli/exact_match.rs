@@ -36,12 +36,13 @@ impl Answered {
 
 /// The first `limit` rows of files, or all.
 pub(super) fn read_rows(files: &[PathBuf], text_field: &str, limit: usize) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+    let (mut rows, mut read) = (Vec::new(), 0);
     for path in files {
         let shared: Arc<Path> = Arc::from(path.as_path());
-        for row in read_columns(path)?.take(limit - rows.len()) {
+        for row in read_columns(path)?.take(limit - read) {
             let (line, columns) = row?;
-            rows.push(Row::of_columns(&shared, line, &columns, text_field)?);
+            rows.extend(Row::of_columns(&shared, line, &columns, text_field)?);
+            read += 1;
         }
     }
     Ok(rows)

@@ -1,7 +1,7 @@
 use super::before_nccl;
 use super::launch_flags::LaunchFlags;
 use super::stop::Stop;
-use super::{Cli, Command, Failure, Outcome, print_note};
+use super::{Cli, Command, Failure, Outcome, print_note, train};
 use clap::Parser;
 use ferrotune::core::config::{Device, TrainConfig};
 use ferrotune::core::{EXIT_CODES, Error, ExitCode};
@@ -37,15 +37,16 @@ pub(super) fn run(args: &Args) -> Outcome {
     let mut device = args.device.unwrap_or(Device::Auto);
     let mut config = None;
     if args.program.is_none()
-        && let Command::Train(train) = command_of(&words).command
+        && let Command::Train(asked) = command_of(&words).command
     {
         match args.device {
             Some(device) => words.extend(["--device".into(), device.as_str().into()]),
             // A configuration that is wrong is reported here, once.
             None => {
-                let (loaded, ..) = train.load()?;
+                let (loaded, ..) = asked.load()?;
+                let loaded = train::first(&loaded);
                 device = loaded.runtime.device;
-                config = Some(loaded);
+                config = Some(loaded.clone());
             }
         }
     }

@@ -22,7 +22,9 @@ mod overrides;
 mod parity;
 mod progress;
 mod quantise;
+mod several;
 mod stop;
+mod sweep;
 mod train;
 
 use clap::builder::StyledStr;

@@ -107,9 +107,9 @@ fn value(key: &str, arity: Option<Arity>, words: &[String]) -> Result<String, Fa
 }
 
 /// A word is an entry, blanks and all, unless commas or brackets make a list of it.
-fn list(words: &[String]) -> String {
+pub(super) fn list(words: &[String]) -> String {
     let first = words[0].as_str();
-    let is_literal = first.starts_with(['[', '"', '\'']);
+    let is_literal = first.starts_with(['[', '{', '"', '\'']);
     let is_plain = words.len() == 1 && !first.contains(char::is_whitespace);
     if is_literal || is_plain {
         return words.join(" ");

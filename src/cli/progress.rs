@@ -11,12 +11,23 @@ const TEMPLATE: &str = "{bar:30} {pos}/{len} steps [{elapsed_precise} < {eta_pre
 #[derive(Debug)]
 pub(super) struct Progress {
     bar: ProgressBar,
+    /// What each line begins with, and that there is no bar: several runs at once would draw over each other.
+    name: Option<String>,
 }
 
 impl Progress {
     pub(super) fn new() -> Self {
         Self {
             bar: ProgressBar::hidden(),
+            name: None,
+        }
+    }
+
+    /// One of several runs at once.
+    pub(super) fn of(name: &str) -> Self {
+        Self {
+            bar: ProgressBar::hidden(),
+            name: Some(format!("{name}  ")),
         }
     }
 
@@ -29,8 +40,9 @@ impl Progress {
 
     /// Above the bar; the bar swallows its lines where standard error is not a terminal.
     fn say(&self, line: &str) {
+        let name = self.name.as_deref().unwrap_or_default();
         if self.bar.is_hidden() {
-            print_error_line(line);
+            print_error_line(&format!("{name}{line}"));
         } else {
             self.bar.println(line);
         }
@@ -40,7 +52,7 @@ impl Progress {
 impl Observer for Progress {
     fn on(&mut self, event: &Event) -> Result<()> {
         match event {
-            Event::RunStarted(run) => {
+            Event::RunStarted(run) if self.name.is_none() => {
                 self.bar = ProgressBar::new(run.max_steps);
                 let style = ProgressStyle::with_template(TEMPLATE);
                 self.bar

@@ -4,9 +4,9 @@ use super::overrides::{self, Switches};
 use super::progress::Progress;
 use super::{
     Failure, Outcome, before_nccl, inspect, launch, print, print_help_of, print_line, print_note,
-    stop,
+    several, stop, sweep,
 };
-use ferrotune::core::config::{self, TrainConfig};
+use ferrotune::core::config::{self, Runs, TrainConfig};
 use ferrotune::core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune::core::run_log::{JsonLines, Observer};
 use ferrotune::core::trainer::RunOutcome;
@@ -27,7 +27,7 @@ const SHOWN_ROWS: usize = 2;
 pub(super) struct Args {
     /// YAML file with TRL's keys (see `config-schema --markdown`)
     config: PathBuf,
-    /// `--key value` for any configuration key; also --dry-run and --json
+    /// `--key value` for any configuration key; also --dry-run, --json, and --sweep KEY=V1,V2 for one adapter per value
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -60,9 +60,16 @@ pub(super) fn train(args: &Args) -> Outcome {
         return print_help_of("train");
     }
     let stop = stop::on_signal()?;
-    let (config, flags, switches) = args.load()?;
+    let (runs, flags, switches) = args.load()?;
     let voice = Voice::new(switches);
-    let found = peers(&config, &flags)?;
+    let found = peers(first(&runs), &flags)?;
+    let config = match runs {
+        Runs::One(config) => *config,
+        Runs::Several(configs) if switches.dry_run => {
+            return several::show_plan(configs, &found, voice);
+        }
+        Runs::Several(configs) => return several::run(configs, &found, voice, &stop),
+    };
     if switches.dry_run {
         return show_plan(config, Some(&found), voice);
     }
@@ -78,9 +85,20 @@ pub(super) fn plan(args: &Args) -> Outcome {
     if overrides::ask_for_help(&args.overrides) {
         return print_help_of("plan");
     }
-    let (config, flags, switches) = args.load()?;
-    let found = peers(&config, &flags)?;
-    show_plan(config, Some(&found), Voice::new(switches))
+    let (runs, flags, switches) = args.load()?;
+    let (found, voice) = (peers(first(&runs), &flags)?, Voice::new(switches));
+    match runs {
+        Runs::One(config) => show_plan(*config, Some(&found), voice),
+        Runs::Several(configs) => several::show_plan(configs, &found, voice),
+    }
+}
+
+/// The configuration that says what all runs have in common.
+pub(super) fn first(runs: &Runs) -> &TrainConfig {
+    match runs {
+        Runs::One(config) => config,
+        Runs::Several(configs) => &configs[0].config,
+    }
 }
 
 /// Which ranks there are, by flags and launcher.
@@ -97,11 +115,13 @@ fn peers(config: &TrainConfig, flags: &LaunchFlags) -> Result<LaunchEnv, Failure
 }
 
 impl Args {
-    /// The configuration, what the command line says about ranks, and how to speak.
-    pub(super) fn load(&self) -> Result<(TrainConfig, LaunchFlags, Switches), Failure> {
+    /// What to train, what the command line says about ranks, and how to speak.
+    pub(super) fn load(&self) -> Result<(Runs, LaunchFlags, Switches), Failure> {
         let (flags, words) = LaunchFlags::take(&self.overrides)?;
+        let (axes, words) = sweep::take(&words)?;
         let (pairs, switches) = overrides::parse(&words)?;
-        Ok((config::load(&self.config, &pairs)?, flags, switches))
+        let runs = config::load_runs(&self.config, &pairs, &axes)?;
+        Ok((runs, flags, switches))
     }
 }
 

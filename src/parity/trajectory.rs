@@ -14,7 +14,7 @@ use ferrotune_core::trainer::{Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_lora::LoraPlus;
+use ferrotune_lora::{LoraFa, LoraPlus};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -111,7 +111,7 @@ fn compare_rates(
 }
 
 /// Keys of case.json that change nothing, or that are read here.
-const KNOWN: [&str; 18] = [
+const KNOWN: [&str; 19] = [
     "kind",
     "name",
     "base",
@@ -122,6 +122,7 @@ const KNOWN: [&str; 18] = [
     "micro_batch",
     "scheduler",
     "loraplus_ratio",
+    "lora_fa",
     "label_smoothing",
     "param_groups",
     "loss",
@@ -163,7 +164,7 @@ fn reject_unknown(case: &Case) -> Result<()> {
     let optimizer = case.json.get("optimizer").and_then(Value::as_object);
     for (key, value) in optimizer.into_iter().flatten() {
         let wrong = match key.as_str() {
-            "name" => value != "AdamW",
+            "name" => !["AdamW", "LoraFAOptimizer"].contains(&value.as_str().unwrap_or_default()),
             "betas" => !value.is_array(),
             known if OPTIMIZER.contains(&known) => !(value.is_number() || value.is_null()),
             _ => !off(value),
@@ -233,6 +234,10 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let lr_ratio = case.number(&["loraplus_ratio"]);
     let read = || -> Result<Box<dyn Adapter>> {
         let adapter = ferrotune_lora::load(&initial, &config.model_type)?;
+        let adapter = match case.json.get("lora_fa") == Some(&Value::Bool(true)) {
+            true => Box::new(LoraFa::new(adapter)),
+            false => adapter,
+        };
         Ok(match lr_ratio {
             Some(ratio) => {
                 // PEFT's default of loraplus_lr_embedding, which the recorded runs leave alone.

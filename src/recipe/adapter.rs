@@ -1,14 +1,14 @@
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
 use ferrotune_core::config::{
-    InitLoraWeights as Init, LoraArguments, LoraBias as Bias, Names, TrainConfig,
+    InitLoraWeights as Init, LoraArguments, LoraBias as Bias, TokenIndices as Tokens, TrainConfig,
 };
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::ParamLayoutBuilder;
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
-    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraPlus, PeftConfig,
-    Start, TargetModules, TokenIndices,
+    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
+    PeftConfig, Start, TargetModules, TokenIndices,
 };
 use std::path::Path;
 
@@ -49,6 +49,10 @@ pub(super) fn adapter_from(
                 None => adapter,
             })
         }
+    };
+    let adapter = match config.optimizer.use_lora_fa {
+        true => Box::new(LoraFa::new(adapter)),
+        false => adapter,
     };
     Ok(match config.optimizer.loraplus_lr_ratio {
         Some(ratio) => {
@@ -104,7 +108,7 @@ pub(super) fn attach(
     require_biases(config, &attachments)?;
     Ok(Attached {
         trainable: builder.build()?.trainable(),
-        notes: rank_notes(&sites, &attachments),
+        notes: notes(config, &sites, &attachments),
         attachments,
     })
 }
@@ -164,8 +168,35 @@ impl Attached {
     }
 }
 
+fn notes(
+    config: &TrainConfig,
+    sites: &[Site],
+    attachments: &[(SiteId, Attachment)],
+) -> Vec<String> {
+    let tying = config.lora.use_peft && config.lora.lora_ensure_weight_tying;
+    let of_tying = tying.then(|| tying_note(sites, attachments)).flatten();
+    let of_rank = rank_note(sites, attachments);
+    of_tying.into_iter().chain(of_rank).collect()
+}
+
+/// What there is to keep the same, if anything.
+fn tying_note(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Option<String> {
+    let head = sites.iter().find_map(|site| Some((site.id, site.tied_to?)));
+    let why = match head {
+        None => "head and embedding of this base are two weights",
+        Some((head, embedding)) => {
+            let of_pair = |(id, _): &(SiteId, Attachment)| *id == head || *id == embedding;
+            if attachments.iter().any(of_pair) {
+                return None;
+            }
+            "neither head nor embedding is adapted or trained"
+        }
+    };
+    Some(format!("lora_ensure_weight_tying: does nothing, {why}"))
+}
+
 /// A rank above the smaller dimension of a weight is legal, and for nothing.
-fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<String> {
+fn rank_note(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Option<String> {
     let too_high: Vec<(&Site, usize)> = attachments
         .iter()
         .filter_map(|(id, attachment)| match attachment {
@@ -174,20 +205,18 @@ fn rank_notes(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Vec<Strin
         })
         .filter(|(site, rank)| *rank > site.in_features.min(site.out_features))
         .collect();
-    let Some((site, rank)) = too_high.first() else {
-        return Vec::new();
-    };
+    let (site, rank) = too_high.first()?;
     let (rows, columns) = (site.out_features, site.in_features);
     let others = match too_high.len() - 1 {
         0 => String::new(),
         n => format!(" (and {n} more)"),
     };
-    vec![format!(
+    Some(format!(
         "lora_r: rank {rank} of `{}`{others} is more than the smaller dimension of its weight, {rows} x \
          {columns}; no update of it has a rank above {}",
         site.name,
         rows.min(columns)
-    )]
+    ))
 }
 
 /// The keys of a LoRA in a configuration, by PEFT's names for them.
@@ -306,8 +335,8 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         dropout: lora.lora_dropout,
         use_rslora: lora.use_rslora,
         use_dora: lora.use_dora,
-        target_modules: lora.lora_target_modules.as_ref().map(targets),
-        exclude_modules: lora.lora_exclude_modules.as_ref().map(excludes),
+        target_modules: lora.lora_target_modules.as_ref().map(TargetModules::from),
+        exclude_modules: lora.lora_exclude_modules.as_ref().map(ExcludeModules::from),
         layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
         rank_pattern: lora.lora_rank_pattern.0.clone(),
         alpha_pattern: lora.lora_alpha_pattern.0.clone(),
@@ -340,27 +369,22 @@ fn bias(bias: Bias) -> LoraBias {
     }
 }
 
-fn token_indices(ids: &[usize]) -> Result<Option<TokenIndices>> {
+fn token_indices(tokens: &Tokens) -> Result<Option<TokenIndices>> {
     let key = "lora_trainable_token_indices";
     let token = |&id: &usize| {
         u32::try_from(id).map_err(|_| Error::config(key, format!("{id} is no token id")))
     };
-    let ids: Vec<u32> = ids.iter().map(token).collect::<Result<_>>()?;
-    Ok((!ids.is_empty()).then_some(TokenIndices::Embedding(ids)))
-}
-
-fn targets(names: &Names) -> TargetModules {
-    match names {
-        Names::Pattern(text) => TargetModules::from_text(text),
-        Names::List(list) => TargetModules::List(list.clone()),
-    }
-}
-
-fn excludes(names: &Names) -> ExcludeModules {
-    match names {
-        Names::Pattern(text) => ExcludeModules::Regex(text.clone()),
-        Names::List(list) => ExcludeModules::List(list.clone()),
-    }
+    let ids = |ids: &[usize]| ids.iter().map(token).collect::<Result<Vec<u32>>>();
+    Ok(match tokens {
+        Tokens::Embedding(none) if none.is_empty() => None,
+        Tokens::Embedding(list) => Some(TokenIndices::Embedding(ids(list)?)),
+        Tokens::Modules(none) if none.0.is_empty() => None,
+        Tokens::Modules(modules) => {
+            let modules = modules.0.iter();
+            let modules = modules.map(|(name, list)| Ok((name.clone(), ids(list)?)));
+            Some(TokenIndices::Modules(modules.collect::<Result<_>>()?))
+        }
+    })
 }
 
 /// The start, as its key and the one that says more of it have it.

@@ -3,9 +3,7 @@
 use crate::device;
 use ferrotune_core::config::{Dtype, TrainConfig};
 use ferrotune_core::io::{FileDType, ModelFiles};
-use ferrotune_core::model::{
-    DecoderConfig, ModelPlan, Quantise, WeightFormat, WeightSource, expected_tensors,
-};
+use ferrotune_core::model::{DecoderConfig, ModelPlan, Quantise, WeightFormat, WeightSource};
 use ferrotune_core::{Error, Result, suggest};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
@@ -21,7 +19,7 @@ pub(super) fn weights(
         return Ok(None);
     }
     let files = ModelFiles::open(base)?;
-    files.check(&expected_tensors(&ModelPlan::new(decoder)))?;
+    files.check(&ModelPlan::new(decoder))?;
     if let Some(held) = files.quantisation()
         && !config.lora.use_peft
     {

@@ -15,6 +15,7 @@ mod resume;
 mod run_plan;
 mod start;
 mod summary;
+mod together;
 
 use adapter::adapter_from;
 pub use adapter::adapter_of;
@@ -26,6 +27,7 @@ pub use outputs::CheckpointFiles;
 pub use preflight::{Preflight, ShownRow, prepare_data};
 use run_plan::run_plan;
 pub use summary::Summary;
+pub use together::{Ended, Together};
 
 use crate::{device, hub, threads};
 use base_weights::{activation_dtype, weight_format, weights};
@@ -234,18 +236,18 @@ impl Recipe {
             return Err(Error::config("rank", message));
         }
         if self.place.is_first() {
-            self.lead(group, observers, stop)
+            self.lead(observers, stop, |from| self.trainer_from(group, from))
         } else {
             self.follow(group, stop)
         }
     }
 
-    /// Trains as rank 0: all files and all words are its own.
+    /// Trains as rank 0: all files and all words are its own. `trainer` is made for the checkpoint to go on from.
     fn lead(
         &self,
-        group: Box<dyn ProcessGroup>,
         observers: &mut [Box<dyn Observer + '_>],
         stop: &AtomicBool,
+        trainer: impl FnOnce(Option<&Path>) -> Result<Trainer>,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
         std::fs::create_dir_all(output).map_err(Error::write(output))?;
@@ -254,7 +256,7 @@ impl Recipe {
         if let Some(checkpoint) = &from {
             resume::refuse_to_go_back(output, checkpoint.step(), self.plan.total_steps)?;
         }
-        let mut trainer = self.trainer_from(group, from.as_ref().map(Checkpoint::path))?;
+        let mut trainer = trainer(from.as_ref().map(Checkpoint::path))?;
         let (mut state, window) = match &from {
             Some(checkpoint) => resume::restore(self, checkpoint, &mut trainer)?,
             None => (self.new_state(), LogWindow::new(0)),

@@ -308,6 +308,58 @@ fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
             &["`lora_bias`", "all", "has none", "out.yaml:"],
         ),
         fault(
+            "PEFT's name of a bias of B, which is that of another key",
+            json!({"lora_bias": true}),
+            untouched,
+            BAD_CONFIG,
+            &["lora_bias", "lora_only", "lora_b_bias"],
+        ),
+        fault(
+            "a bias of B of an embedding",
+            json!({"lora_b_bias": true, "lora_target_modules": ["q_proj", "embed_tokens"]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_b_bias`",
+                "`model.embed_tokens`",
+                "`lora_target_modules`",
+            ],
+        ),
+        fault(
+            "a start that changes layers that share their weights",
+            json!({"init_lora_weights": "pissa", "lora_layer_replication": [[0, 2], [1, 2]]}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`init_lora_weights`",
+                "pissa",
+                "`lora_layer_replication`",
+                "out.yaml:",
+            ],
+        ),
+        fault(
+            "tokens of what is no table",
+            json!({"lora_trainable_token_indices": {"embed_tokns": [5]}}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_trainable_token_indices`",
+                "did you mean `embed_tokens`",
+                "lm_head",
+            ],
+        ),
+        fault(
+            "tokens that are no list",
+            json!({"lora_trainable_token_indices": {"embed_tokens": "five"}}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "lora_trainable_token_indices",
+                "five",
+                "{embed_tokens: [5, 6]}",
+            ],
+        ),
+        fault(
             "a bias of B that its start does not know",
             json!({"lora_b_bias": true, "init_lora_weights": "gaussian"}),
             untouched,

@@ -84,7 +84,26 @@ fn faults_of_config_json() {
                 edit_config(bench, "vocab_size", json!(1_u64 << 39));
             },
             BAD_INPUT,
-            &["model.safetensors", "shape"],
+            &[
+                "config.json",
+                "intermediate_size",
+                "hidden_size 549755813888",
+            ],
+        ),
+        fault(
+            "heads that overflow",
+            json!({}),
+            |bench| {
+                edit_config(bench, "num_attention_heads", json!(1_u64 << 39));
+                edit_config(bench, "head_dim", json!(1_u64 << 39));
+            },
+            BAD_INPUT,
+            &[
+                "config.json",
+                "num_attention_heads",
+                "549755813888",
+                "head_dim",
+            ],
         ),
         fault(
             "more layers than anything",

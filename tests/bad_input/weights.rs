@@ -1,7 +1,7 @@
 //! Weights of the base and of the adapter.
 
 use super::common::{
-    Shape, Stored, Workbench, entries, ferrotune, read, text, write_json, write_model,
+    Shape, Stored, Workbench, entries, ferrotune, read, read_json, text, write_json, write_model,
     write_weights,
 };
 use super::{BAD_INPUT, INTERNAL, check, fault};
@@ -35,6 +35,23 @@ fn faults_of_the_tensors() {
             |bench| rewrite(bench, |w| drop(w.remove(UP))),
             BAD_INPUT,
             &["model.safetensors", UP, "missing"],
+        ),
+        fault(
+            "a head that is said to be the embedding and is not",
+            json!({}),
+            |bench| {
+                let path = bench.path("base/config.json");
+                let mut config = read_json(&path);
+                config["tie_word_embeddings"] = json!(true);
+                write_json(&path, &config);
+            },
+            BAD_INPUT,
+            &[
+                "model.safetensors",
+                "`lm_head.weight`",
+                "`model.embed_tokens.weight`",
+                "tie_word_embeddings",
+            ],
         ),
         fault(
             "misspelt tensor",

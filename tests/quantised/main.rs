@@ -205,9 +205,8 @@ fn damaged(case: &str, change: impl FnOnce(&mut Tensors)) -> String {
     copy_dir(&golden(case), directory.path());
     change_tensors(directory.path(), change);
     let config = DecoderConfig::open(directory.path()).expect("a config");
-    let expected =
-        ferrotune::core::model::expected_tensors(&ferrotune::core::model::ModelPlan::new(&config));
+    let plan = ferrotune::core::model::ModelPlan::new(&config);
     let checked = ModelFiles::open(directory.path())
-        .and_then(|files| ferrotune::core::model::WeightSource::check(&files, &expected));
+        .and_then(|files| ferrotune::core::model::WeightSource::check(&files, &plan));
     checked.expect_err("damaged").to_string()
 }

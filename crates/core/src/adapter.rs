@@ -129,10 +129,29 @@ pub struct LowRank {
     /// Probability that an element of x is dropped before A, in training; without effect on an
     /// embedding, whose ids cannot be dropped.
     pub dropout: f32,
-    /// DoRA's m, `[out_features]`: row i of W + scale * B A is brought to the norm m\[i\].
-    pub magnitude: Option<ParamId>,
+    /// DoRA's m: what rows or columns of W + scale * B A are brought to.
+    pub magnitude: Option<Magnitude>,
     /// b, `[out_features]`, on a linear or the head.
     pub bias: Option<ParamId>,
+}
+
+/// DoRA's m, one norm per feature of the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Magnitude {
+    /// `[out_features]`: row i of a linear's weight is brought to the norm m\[i\].
+    OfRows(ParamId),
+    /// `[in_features]`: column i of a table is.
+    OfColumns(ParamId),
+}
+
+impl Magnitude {
+    /// m.
+    #[must_use]
+    pub fn id(self) -> ParamId {
+        match self {
+            Self::OfRows(id) | Self::OfColumns(id) => id,
+        }
+    }
 }
 
 /// The linears of a loaded base, as a method sees and changes them.
@@ -140,10 +159,10 @@ pub trait BaseWeights {
     /// The site of the module called `name`.
     fn find(&self, name: &str) -> Option<SiteId>;
 
-    /// W `[out_features, in_features]`, f32 in host memory.
+    /// W `[out_features, in_features]` of a linear, or of a table that is looked up, f32 in host memory.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] if no frozen linear stands at the site.
+    /// [`crate::Error::Config`] if no frozen linear or table stands at the site.
     fn read(&self, site: SiteId) -> Result<Tensor>;
 
     /// Rows of the embedding; 0 where that is not at hand.
@@ -261,6 +280,20 @@ pub trait Adapter: Debug + Send + Sync {
     ) -> Result<f64> {
         let _ = (params, weight, grads);
         Ok(0.0)
+    }
+
+    /// Whether [`Adapter::precondition`] is to be called.
+    fn preconditions(&self) -> bool {
+        false
+    }
+
+    /// Makes of the mean gradient of a step, summed over ranks and clipped, the one that the optimizer gets.
+    ///
+    /// # Errors
+    /// If a value cannot be computed.
+    fn precondition(&self, params: &FlatBuffer, grads: &mut FlatBuffer) -> Result<()> {
+        let _ = (params, grads);
+        Ok(())
     }
 
     /// Changes the parameters after an optimizer step, in the same way on every rank.

@@ -53,6 +53,7 @@ mod combine;
 mod files;
 pub mod inspect;
 pub mod lora;
+mod lora_fa;
 mod lora_plus;
 pub mod merge;
 mod method;
@@ -73,6 +74,7 @@ pub use lora::{
     CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraAdapter, LoraBias,
     LoraConfig, LoraGaConfig, Observation, Scale, Start, TokenIndices,
 };
+pub use lora_fa::LoraFa;
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};

@@ -77,6 +77,14 @@ impl Adapter for LoraPlus {
         self.method.complete_gradients(params, weight, grads)
     }
 
+    fn preconditions(&self) -> bool {
+        self.method.preconditions()
+    }
+
+    fn precondition(&self, params: &FlatBuffer, grads: &mut FlatBuffer) -> Result<()> {
+        self.method.precondition(params, grads)
+    }
+
     fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
         self.method.after_step(params, done)
     }

@@ -195,7 +195,7 @@ impl Adapter for PartsAdapter {
                         TokenIndices::Modules(named.collect())
                     }
                 };
-                let rows = tokens::rows("token_indices", &tokens, sites)?.into_iter();
+                let rows = tokens::rows("token_indices", &tokens, sites, false)?.into_iter();
                 let part = Part::TokenRowsAlone;
                 Ok(rows
                     .map(|rows| (rows.site.id, tokens::declare(rows, part, params)))

@@ -19,11 +19,9 @@ pub(crate) use pattern::{Expression, Patterns};
 use layers::Layers;
 
 use ferrotune_core::adapter::{Site, SiteKind};
+use ferrotune_core::config::{ALL_LINEAR, Names, is_metacharacter};
 use ferrotune_core::{Error, Result, suggest};
 use std::collections::BTreeSet;
-
-/// The shorthand for every linear but the output head, in any case.
-const ALL_LINEAR: &str = "all-linear";
 
 /// `target_modules` once it is given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +46,15 @@ impl TargetModules {
     }
 }
 
+impl From<&Names> for TargetModules {
+    fn from(names: &Names) -> Self {
+        match names {
+            Names::Pattern(text) => Self::from_text(text),
+            Names::List(list) => Self::List(list.clone()),
+        }
+    }
+}
+
 /// `exclude_modules` once it is given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExcludeModules {
@@ -55,6 +62,15 @@ pub enum ExcludeModules {
     List(Vec<String>),
     /// A regular expression that matches the whole module path.
     Regex(String),
+}
+
+impl From<&Names> for ExcludeModules {
+    fn from(names: &Names) -> Self {
+        match names {
+            Names::Pattern(text) => Self::Regex(text.clone()),
+            Names::List(list) => Self::List(list.clone()),
+        }
+    }
 }
 
 /// Everything that decides which modules are adapted.
@@ -164,25 +180,24 @@ pub fn select<'a>(sites: &'a [Site], selection: &Selection<'_>) -> Result<Vec<&'
     let excluded = Excluded::compile(selection.exclude_modules, sites)?;
     let layers = Layers::compile(selection)?;
     let mut selected = Vec::new();
-    let mut targeted_layers = BTreeSet::new();
+    let mut targeted = Vec::new();
     for site in sites {
         let hit = targets.hit(site)?;
         if hit == Hit::No || excluded.contains(&site.name)? {
             continue;
         }
-        if hit == Hit::Suffix
-            && let Some(layers) = &layers
-        {
+        if let Some(layers) = &layers {
+            targeted.push(site.name.as_str());
             let layer = layers.index(&site.name)?;
-            targeted_layers.extend(layer);
-            if !layer.is_some_and(|layer| layers.wanted.contains(&layer)) {
+            let is_wanted = layer.is_some_and(|layer| layers.wanted.contains(&layer));
+            if hit == Hit::Suffix && !is_wanted {
                 continue;
             }
         }
         selected.push(site);
     }
     if let Some(layers) = &layers {
-        layers.require_all_exist(&targeted_layers, sites)?;
+        layers.require_all_used(&targeted, sites)?;
     }
     if selected.is_empty() {
         return Err(nothing_selected(selection.target_modules, sites));
@@ -326,11 +341,6 @@ fn require_entries_exist(key: &'static str, entries: &[String], sites: &[Site]) 
     Ok(())
 }
 
-/// Characters that stand in regular expressions and never in module paths. Dots stand in both.
-fn is_metacharacter(c: char) -> bool {
-    r"*+?[](){}|^$\".contains(c)
-}
-
 fn unmatched_regex(key: &'static str, source: &str, sites: &[Site]) -> Error {
     let hint = if source.contains(is_metacharacter) {
         String::new()
@@ -348,7 +358,7 @@ fn unmatched_regex(key: &'static str, source: &str, sites: &[Site]) -> Error {
             "the regular expression `{source}` matches no module's whole path (such as `{}`){}{hint}; {}",
             sites
                 .iter()
-                .find(|s| s.layer.is_some())
+                .find(|s| s.layer.is_some() && s.kind == SiteKind::Linear)
                 .or(sites.first())
                 .map_or("", |s| &s.name),
             nearest_end(word, names()),

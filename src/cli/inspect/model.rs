@@ -1,9 +1,10 @@
 //! `inspect model`: what a base is made of, and what an adapter would attach to.
 
-use super::super::{Outcome, print_line};
+use super::super::{Outcome, overrides, print_line};
 use ferrotune::core::adapter::{Adapter, Site, SiteKind};
+use ferrotune::core::config::Names;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, ModelPlan, WeightSource, expected_tensors};
+use ferrotune::core::model::{DecoderConfig, ModelPlan, WeightSource};
 use ferrotune::core::params::ParamLayoutBuilder;
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::hub;
@@ -17,7 +18,7 @@ pub(super) struct Args {
     directory: String,
     /// What a LoRA would target: names, or one of all-linear and a regular expression; else PEFT's choice
     /// and all-linear are shown
-    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    #[arg(long, num_args = 1..)]
     target_modules: Vec<String>,
     /// Rank of that LoRA
     #[arg(long, default_value_t = 16)]
@@ -48,7 +49,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let decoder = DecoderConfig::open(&directory)?;
     let files = ModelFiles::open(&directory)?;
     let plan = ModelPlan::new(&decoder);
-    files.check(&expected_tensors(&plan))?;
+    files.check(&plan)?;
     let sites = plan.sites;
     let choices = choices(args, &decoder.model_type, &sites)?;
     let mut dtypes: BTreeMap<String, usize> = BTreeMap::new();
@@ -121,10 +122,14 @@ fn choices(args: &Args, model_type: &str, sites: &[Site]) -> Result<Vec<Choice>>
                 .chain([TargetModules::AllLinear])
                 .collect()
         }
-        [word] if word.contains(['*', '\\', '(', '|', '^', '$', '+']) || word == "all-linear" => {
-            vec![TargetModules::from_text(word)]
+        words => {
+            let names = Names::from_text(&overrides::list(words));
+            let names = names.map_err(|expected| {
+                let message = format!("is {}; expected {expected}", words.join(" "));
+                Error::config("target_modules", message)
+            });
+            vec![TargetModules::from(&names?)]
         }
-        words => vec![TargetModules::List(words.to_vec())],
     };
     asked
         .into_iter()

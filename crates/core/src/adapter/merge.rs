@@ -1,6 +1,6 @@
 //! Folding an attachment into the weight it stands at.
 
-use super::{Attachment, LowRank};
+use super::{Attachment, LowRank, Magnitude};
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
 use ferrotune_kernels::{View, ViewMut, matmul};
@@ -41,7 +41,7 @@ impl Attachment {
 }
 
 impl LowRank {
-    /// `W + scale * B A`, with its rows brought to the trained norms for DoRA.
+    /// `W + scale * B A`, with its rows or columns brought to the trained norms for DoRA.
     fn merge(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
         let [out, inputs] = weight.shape();
         let a = View::from_f32(params.get(self.a), self.rank, inputs);
@@ -50,25 +50,49 @@ impl LowRank {
         let Some(magnitude) = self.magnitude else {
             return Ok(());
         };
-        let magnitude = params.get(magnitude);
-        if magnitude.len() != out {
-            let message = format!(
-                "a magnitude of {} values for {out} outputs",
-                magnitude.len()
-            );
+        let norms = params.get(magnitude.id());
+        let mut values = weight.as_view().to_f32_vec();
+        let expected = match magnitude {
+            Magnitude::OfRows(_) => out,
+            Magnitude::OfColumns(_) => inputs,
+        };
+        if norms.len() != expected {
+            let message = format!("a magnitude of {} values for {expected}", norms.len());
             return Err(Error::config("use_dora", message));
         }
-        let mut values = weight.as_view().to_f32_vec();
-        for (row, m) in values.chunks_exact_mut(inputs.max(1)).zip(magnitude) {
-            let norm = row
-                .iter()
-                .map(|w| f64::from(*w).powi(2))
-                .sum::<f64>()
-                .sqrt();
-            row.iter_mut()
-                .for_each(|w| *w = (f64::from(*w) * f64::from(*m) / norm) as f32);
+        match magnitude {
+            Magnitude::OfRows(_) => bring_rows(&mut values, norms),
+            Magnitude::OfColumns(_) => bring_columns(&mut values, norms),
         }
         weight.copy_from(View::from_f32(&values, out, inputs));
         Ok(())
+    }
+}
+
+/// Brings each row of `values` to its norm.
+fn bring_rows(values: &mut [f32], norms: &[f32]) {
+    let inputs = values.len() / norms.len().max(1);
+    for (row, m) in values.chunks_exact_mut(inputs.max(1)).zip(norms) {
+        let squares = row.iter().map(|w| f64::from(*w).powi(2));
+        let factor = f64::from(*m) / squares.sum::<f64>().sqrt();
+        row.iter_mut()
+            .for_each(|w| *w = (f64::from(*w) * factor) as f32);
+    }
+}
+
+/// Brings each column of `values` to its norm.
+fn bring_columns(values: &mut [f32], norms: &[f32]) {
+    let mut squares = vec![0.0_f64; norms.len()];
+    for row in values.chunks_exact(norms.len().max(1)) {
+        for (sum, w) in squares.iter_mut().zip(row) {
+            *sum += f64::from(*w).powi(2);
+        }
+    }
+    let factors = squares.iter().zip(norms);
+    let factors: Vec<f64> = factors.map(|(sum, m)| f64::from(*m) / sum.sqrt()).collect();
+    for row in values.chunks_exact_mut(norms.len().max(1)) {
+        for (w, factor) in row.iter_mut().zip(&factors) {
+            *w = (f64::from(*w) * factor) as f32;
+        }
     }
 }

@@ -9,6 +9,7 @@
 //! Keys of TRL and Transformers without a field here are either an error unless they are off, or
 //! noted and ignored ([`TrainConfig::notes`]). Any other key is an error.
 
+mod adapters;
 mod arguments;
 mod foreign;
 mod parse;
@@ -19,15 +20,16 @@ mod tests;
 mod validate;
 mod value;
 
+pub use adapters::{Axis, NamedConfig, Runs, load_runs, runs};
 pub use arguments::{
     BadRows, CudaGraph, DataArguments, DdpBackend, Device, Dtype, GemmTuning, InitLoraWeights,
     IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments,
     OutputArguments, PackingStrategy, QuantType, Resume, RuntimeArguments, SamplingStrategy,
-    ScheduleArguments, TruncationMode,
+    ScheduleArguments, TokenIndices, TruncationMode,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
-pub use value::{ALL_LINEAR, Arity, KeyValue, Names};
+pub use value::{ALL_LINEAR, Arity, KeyValue, Names, is_metacharacter};
 
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
@@ -126,6 +128,11 @@ pub struct TrainConfig {
 /// [`Error::Config`] as [`TrainConfig::from_yaml`], and for a file that cannot be read, is above 1 MiB
 /// or not in UTF-8: what is wrong with it is wrong with the configuration.
 pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<TrainConfig> {
+    TrainConfig::from_yaml(&read_text(path)?, &path.display().to_string(), overrides)
+}
+
+/// The text of a configuration file.
+fn read_text(path: &Path) -> Result<String> {
     let name = path.display().to_string();
     let unreadable = |error: std::io::Error| {
         let message = format!("cannot be read: {error}; expected a YAML file with TRL's keys");
@@ -147,7 +154,7 @@ pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<TrainConfig> 
             ),
         ));
     }
-    let text = String::from_utf8(bytes).map_err(|error| {
+    String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let line = 1 + error.as_bytes()[..valid]
             .iter()
@@ -157,8 +164,7 @@ pub fn load(path: &Path, overrides: &[(String, String)]) -> Result<TrainConfig> 
             format!("{name}:{line}"),
             "not UTF-8; save the file as UTF-8 text",
         )
-    })?;
-    TrainConfig::from_yaml(&text, &name, overrides)
+    })
 }
 
 impl TrainConfig {
@@ -173,14 +179,27 @@ impl TrainConfig {
     /// that is not one YAML mapping within the limits, unknown keys, values of the wrong type, and
     /// everything [`TrainConfig::validate`] refuses.
     pub fn from_yaml(text: &str, name: &str, overrides: &[(String, String)]) -> Result<Self> {
+        Self::from_entries(parse::entries(text, name)?, Vec::new(), overrides)
+    }
+
+    /// Of the entries of a file, those of an adapter in their place, and what the command line says.
+    fn from_entries(
+        shared: Vec<Entry>,
+        own: Vec<Entry>,
+        overrides: &[(String, String)],
+    ) -> Result<Self> {
         let mut config = Self::default();
-        for entry in parse::entries(text, name)? {
-            let key = config.canonical(&entry)?;
-            if let Some(earlier) = config.origins.get(key) {
-                let message = format!("set twice under two names: {earlier} and {}", entry.origin);
-                return Err(Error::config(key, message));
+        for entries in [shared, own] {
+            let mut seen = BTreeMap::new();
+            for entry in entries {
+                let (key, origin) = (config.canonical(&entry)?, entry.origin.clone());
+                if let Some(earlier) = seen.get(key) {
+                    let message = format!("set twice under two names: {earlier} and {origin}");
+                    return Err(Error::config(key, message));
+                }
+                config.set(key, entry)?;
+                seen.insert(key, origin);
             }
-            config.set(key, entry)?;
         }
         for (key, text) in overrides {
             let mut entry = Entry {
@@ -296,6 +315,13 @@ impl TrainConfig {
     /// The table's own name for an entry's key.
     fn canonical(&self, entry: &Entry) -> Result<&'static str> {
         let written = entry.key.as_str();
+        if written == adapters::KEY {
+            let message = format!(
+                "trains several, and this command takes a configuration of one adapter; leave the list out ({})",
+                entry.origin
+            );
+            return Err(Error::config(written, message));
+        }
         let name = unaliased(written);
         let keys = Self::keys();
         if let Some(key) = keys.iter().find(|key| key.name == name) {

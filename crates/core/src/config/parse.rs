@@ -50,14 +50,37 @@ pub(super) fn entries(text: &str, name: &str) -> Result<Vec<Entry>> {
         let place = Origin::file(name, line);
         Error::config(place.to_string(), reason(&error))
     })?;
-    let entries = parsed.unwrap_or_default().into_iter();
-    Ok(entries
+    Ok(placed(parsed.unwrap_or_default(), name))
+}
+
+fn placed(mapping: BTreeMap<String, Spanned<Value>>, name: &str) -> Vec<Entry> {
+    let entries = mapping.into_iter();
+    entries
         .map(|(key, spanned)| Entry {
             key,
             origin: Origin::file(name, Some(spanned.referenced.line())),
             value: spanned.value,
         })
-        .collect())
+        .collect()
+}
+
+/// The entries of each mapping of the list `adapters` of a YAML file that has one, at `origin`.
+pub(super) fn adapters(text: &str, name: &str, origin: &Origin) -> Result<Vec<Vec<Entry>>> {
+    #[derive(serde::Deserialize)]
+    struct File {
+        adapters: Vec<BTreeMap<String, Spanned<Value>>>,
+    }
+    let parsed: File = yaml(text).map_err(|error| {
+        let line = error.location().map(|location| location.line());
+        let place = line.map_or(origin.clone(), |line| Origin::file(name, Some(line)));
+        let message = format!(
+            "expected a list of mappings, such as `- {{name: first, lora_r: 8}}`; {} ({place})",
+            reason(&error)
+        );
+        Error::config(super::adapters::KEY, message)
+    })?;
+    let adapters = parsed.adapters.into_iter();
+    Ok(adapters.map(|adapter| placed(adapter, name)).collect())
 }
 
 /// Why a text is not a configuration, for someone who writes one.

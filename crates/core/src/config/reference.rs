@@ -1,7 +1,7 @@
 //! The table of keys for readers: JSON schema and documentation.
 
 use super::foreign::FOREIGN_KEYS;
-use super::{ALIASES, TrainConfig};
+use super::{ALIASES, TrainConfig, adapters};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
@@ -27,6 +27,16 @@ pub fn json_schema() -> Value {
     for key in FOREIGN_KEYS {
         properties.insert(key.name.to_owned(), json!({"description": key.doc()}));
     }
+    let adapters = json!({
+        "description": "Several runs over one base, each with its name and what it has for itself.",
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": { "name": { "type": "string" } },
+            "required": ["name"],
+        },
+    });
+    properties.insert(adapters::KEY.to_owned(), adapters);
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ferrotune training configuration",
@@ -44,6 +54,8 @@ A configuration is one flat YAML mapping. `--key value` on the command line over
 may be several words or one with commas, a bare `--key` is true. An unknown key is an error that names
 the nearest known one. This page is what `ferrotune config-schema --markdown` prints; `ferrotune
 config-schema` prints a JSON schema for editors.
+
+`adapters` is a list of mappings of these keys, each with a `name`: several runs over one base ([several.md](several.md)).
 ";
 
 /// The reference of all keys as Markdown: a table per section, then the keys without a field.

@@ -375,7 +375,7 @@ pub enum Names {
     List(Vec<String>),
 }
 
-/// The word that stands for every linear layer but the output head.
+/// The word that stands for every linear layer but the output head, in any case.
 pub const ALL_LINEAR: &str = "all-linear";
 
 impl KeyValue for Names {
@@ -393,7 +393,9 @@ impl KeyValue for Names {
                 let names: Option<Vec<_>> = items.iter().map(Value::as_str).collect();
                 match names.ok_or_else(expected)?.as_slice() {
                     // TRL's command line makes a list of every argument, this word too.
-                    [ALL_LINEAR] => Ok(Self::Pattern(ALL_LINEAR.to_owned())),
+                    [word] if word.eq_ignore_ascii_case(ALL_LINEAR) => {
+                        Ok(Self::Pattern((*word).to_owned()))
+                    }
                     names => Ok(Self::List(names.iter().map(ToString::to_string).collect())),
                 }
             }
@@ -408,24 +410,55 @@ impl KeyValue for Names {
         }
     }
 
-    /// A word with a regular expression's characters is a pattern, other words are names.
+    /// A regular expression is a pattern, other words are names. In brackets it is a list, as in a file.
     fn parse_text(text: &str) -> Result<Value, String> {
-        let list = words(text)?;
-        match list.as_slice() {
-            // In brackets it is a list, as in a file.
-            [Value::String(word)]
-                if !text.trim_start().starts_with('[')
-                    && word.contains(['*', '\\', '(', '|', '^', '$', '+']) =>
-            {
-                Ok(Value::String(word.clone()))
-            }
-            _ => Ok(Value::Array(list)),
+        let is_list =
+            text.trim_start().starts_with('[') && matches!(yaml_scalar(text), Ok(Value::Array(_)));
+        if !is_list && text.contains(is_metacharacter) && !has_separator(text) {
+            return Ok(Value::String(plain_text(text)));
         }
+        words(text).map(Value::Array)
     }
 }
 
+impl Names {
+    /// What a text on a command line means.
+    ///
+    /// # Errors
+    /// What was expected instead.
+    pub fn from_text(text: &str) -> Result<Self, String> {
+        Self::from_value(&Self::parse_text(text)?)
+    }
+}
+
+/// Characters that stand in regular expressions and never in module paths. Dots stand in both.
+#[must_use]
+pub fn is_metacharacter(c: char) -> bool {
+    r"*+?[](){}|^$\".contains(c)
+}
+
+/// Whether a comma of `text` stands between entries of a list, and not inside of a group such as `{1,2}`.
+fn has_separator(text: &str) -> bool {
+    let mut depth = 0;
+    text.chars().any(|c| {
+        depth += match c {
+            '(' | '[' | '{' => 1,
+            ')' | ']' | '}' => -1,
+            _ => 0,
+        };
+        c == ',' && depth == 0
+    })
+}
+
 /// Reads one of a fixed set of names.
-pub(super) fn choice<T: Copy>(value: &Value, choices: &[(&'static str, T)]) -> Result<T, String> {
+///
+/// # Errors
+/// The names there are, the nearest, and `note`.
+pub(super) fn choice<T: Copy>(
+    value: &Value,
+    choices: &[(&'static str, T)],
+    note: &str,
+) -> Result<T, String> {
     let text = match value {
         Value::String(text) => text.as_str(),
         // YAML 1.1 readers make false of a bare `no`, and JSON made by them holds that.
@@ -436,15 +469,17 @@ pub(super) fn choice<T: Copy>(value: &Value, choices: &[(&'static str, T)]) -> R
     named.map(|(_, value)| *value).ok_or_else(|| {
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
         let hint = did_you_mean(text, names.iter().copied());
-        format!("one of {}{hint}", names.join(", "))
+        format!("one of {}{hint}{note}", names.join(", "))
     })
 }
 
-/// Declares an enum whose values are words in the configuration file.
+/// Declares an enum whose values are words in the configuration file, with what else there is to say of a
+/// wrong one.
 macro_rules! choices {
     (
         $(#[doc = $doc:literal])+
         $name:ident { $( $(#[doc = $variant_doc:literal])+ $variant:ident = $word:literal ),+ $(,)? }
+        $(else $note:literal)?
     ) => {
         $(#[doc = $doc])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -474,7 +509,8 @@ macro_rules! choices {
             }
 
             fn from_value(value: &serde_json::Value) -> Result<Self, String> {
-                $crate::config::value::choice(value, &[$(($word, Self::$variant)),+])
+                let note = concat!("", $($note)?);
+                $crate::config::value::choice(value, &[$(($word, Self::$variant)),+], note)
             }
 
             fn to_value(&self) -> serde_json::Value {

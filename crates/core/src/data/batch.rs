@@ -79,6 +79,23 @@ impl PackedBatch {
         batch
     }
 
+    /// The documents of all `batches`, which have no padding, in one.
+    #[must_use]
+    pub fn joined<'a>(batches: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut joined = Self::pack([]);
+        for batch in batches {
+            let first = joined.rows() as u32;
+            joined.input_ids.extend_from_slice(&batch.input_ids);
+            joined.labels.extend_from_slice(&batch.labels);
+            joined.position_ids.extend_from_slice(&batch.position_ids);
+            let ends = batch.cu_seqlens.iter().skip(1);
+            joined.cu_seqlens.extend(ends.map(|end| first + end));
+            joined.sequence_ids.extend_from_slice(&batch.sequence_ids);
+            joined.rope_lengths.extend_from_slice(&batch.rope_lengths);
+        }
+        joined
+    }
+
     /// The same documents with padding up to `rows` rows, if there are fewer: tokens of no document,
     /// which are not trained on.
     #[must_use]

@@ -175,11 +175,14 @@ impl<'a, 'f> Builder<'a, 'f> {
                 return Ok(());
             }
             let options = self.options;
-            let rows = chunk
-                .into_par_iter()
-                .map(|row| Row::read(&path, row?, options))
-                .collect();
-            self.add(rows)?;
+            let read = |row: Result<RawRow>| {
+                let documents = row.and_then(|row| Row::read(&path, row, options));
+                match documents {
+                    Ok(rows) => rows.into_iter().map(Ok).collect(),
+                    Err(error) => vec![Err(error)],
+                }
+            };
+            self.add(chunk.into_par_iter().flat_map_iter(read).collect())?;
         }
     }
 
@@ -285,14 +288,15 @@ fn next_chunk(source: &mut impl Iterator<Item = Result<RawRow>>) -> Vec<Result<R
 
 impl Row {
     /// Reads a row of a file.
-    fn read(path: &Arc<Path>, row: RawRow, options: &PrepareOptions) -> Result<Self> {
+    fn read(path: &Arc<Path>, row: RawRow, options: &PrepareOptions) -> Result<Vec<Self>> {
         let number = row.number();
         let columns = rename_columns(row.columns(path)?, &options.dataset_columns)
             .map_err(|message| Error::data(path, number, message))?;
         Self::of_columns(path, number, &columns, &options.dataset_text_field)
     }
 
-    /// Reads the columns of a row, which is at `line` of `path`; see [`Record::from_row`].
+    /// Reads the columns of a row, which is at `line` of `path`, as a row for each document that is packed into
+    /// it; see [`Record::documents_of_row`].
     ///
     /// # Errors
     /// [`Error::Data`] with file and line.
@@ -301,14 +305,15 @@ impl Row {
         line: u64,
         columns: &Map<String, Value>,
         text_field: &str,
-    ) -> Result<Self> {
-        let record = Record::from_row(columns, text_field)
+    ) -> Result<Vec<Self>> {
+        let documents = Record::documents_of_row(columns, text_field)
             .map_err(|message| Error::data(path, line, message))?;
-        Ok(Self {
+        let row = |record| Self {
             record,
             path: path.clone(),
             line,
-        })
+        };
+        Ok(documents.into_iter().map(row).collect())
     }
 }
 

@@ -189,15 +189,37 @@ impl Record {
     /// whichever of these is there first. Other columns are ignored, and so are those that are null.
     ///
     /// # Errors
-    /// What is wrong, what was found and what is accepted.
+    /// What is wrong, what was found and what is accepted. A packed row is more than one record: see
+    /// [`Record::documents_of_row`].
     ///
     /// # Source
     /// The data formats of TRL's `SFTTrainer`.
     pub fn from_row(row: &Map<String, Value>, text_field: &str) -> Result<Self, String> {
-        let column = |name: &str| row.get(name).filter(|value| !value.is_null());
-        if let Some(input_ids) = column("input_ids") {
-            return formats::tokens(row, input_ids);
+        let mut documents = Self::documents_of_row(row, text_field)?;
+        match (documents.pop(), documents.len()) {
+            (Some(only), 0) => Ok(only),
+            (_, others) => Err(format!("holds {} documents; expected one", others + 1)),
         }
+    }
+
+    /// Reads a row of tokens that several documents may be packed into, as its `seq_lengths` or `position_ids`
+    /// say; any other row is one record, as [`Record::from_row`] reads it. At least one.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn documents_of_row(
+        row: &Map<String, Value>,
+        text_field: &str,
+    ) -> Result<Vec<Self>, String> {
+        match row.get("input_ids").filter(|value| !value.is_null()) {
+            Some(input_ids) => formats::tokens(row, input_ids),
+            None => Self::of_text(row, text_field).map(|record| vec![record]),
+        }
+    }
+
+    /// Reads a row without tokens.
+    fn of_text(row: &Map<String, Value>, text_field: &str) -> Result<Self, String> {
+        let column = |name: &str| row.get(name).filter(|value| !value.is_null());
         if let (Some(prompt), Some(completion)) = (column("prompt"), column("completion")) {
             return prompt_completion(row, prompt, completion);
         }

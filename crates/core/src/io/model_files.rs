@@ -237,6 +237,34 @@ impl ModelFiles {
         self.shard(name)?.read_f32(name)
     }
 
+    /// Refuses a head that is stored beside the embedding it is tied to and has other values. One that is not
+    /// stored is the embedding's.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming both: which of them the head is, is not said.
+    pub fn require_tied(&self, head: &str, embedding: &str) -> Result<()> {
+        let stored = |name: &str| Some((self.own_name(name).to_owned(), self.meta(name)?.clone()));
+        let Some(((head, of_head), (embedding, of_embedding))) =
+            stored(head).zip(stored(embedding))
+        else {
+            return Ok(());
+        };
+        let same = of_head.shape == of_embedding.shape
+            && match of_head.dtype == of_embedding.dtype {
+                true => self.read_bytes(&head)? == self.read_bytes(&embedding)?,
+                false => self.read_f32(&head)? == self.read_f32(&embedding)?,
+            };
+        if same {
+            return Ok(());
+        }
+        let message = format!(
+            "`{head}` has other values than `{embedding}`, and config.json ties the two: Transformers 5 takes each \
+             as it is stored, earlier ones `{embedding}` for both. Set tie_word_embeddings to false for the former, \
+             take `{head}` out for the latter"
+        );
+        Err(Error::model(self.file_of(&head), message))
+    }
+
     /// The bytes of a tensor of any dtype.
     pub(super) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         self.shard(name)?.read_bytes(name)

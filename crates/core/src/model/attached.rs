@@ -26,6 +26,8 @@ pub(crate) enum PartSaved {
         factors: [Tensor; 2],
     },
     Custom(Vec<Tensor>),
+    /// Of each member of the pass.
+    Members(Vec<PartSaved>),
 }
 
 /// What DoRA keeps: the output before it is scaled, without bias, `[T, out]`, and the norms of the rows
@@ -38,40 +40,25 @@ pub(crate) struct Scaled {
 impl PartSaved {
     /// Whether the gradient of the base output is another than that of the output.
     pub(crate) fn changes_output(&self) -> bool {
-        matches!(
-            self,
-            Self::Custom(_)
-                | Self::LowRank {
-                    scaled: Some(_),
-                    ..
-                }
-        )
+        match self {
+            Self::Custom(_) => true,
+            Self::LowRank { scaled, .. } => scaled.is_some(),
+            Self::Members(saved) => saved.iter().any(Self::changes_output),
+            Self::None | Self::Factors { .. } => false,
+        }
     }
 }
 
-/// Norms of the rows of W + scale * B A for the parts that need them, taken while W is at hand.
+/// Norms of the rows of W + scale * B A for the parts that need them, taken while W is at hand: by site, and
+/// by place among the members of the pass.
 #[derive(Default)]
-pub(crate) struct Norms(BTreeMap<usize, Tensor>);
+pub(crate) struct Norms(BTreeMap<(usize, usize), Tensor>);
 
 impl Norms {
     /// Whether a part of `group` that lies in `columns` needs them.
     pub(crate) fn are_wanted(group: &LinearGroup, columns: &Range<usize>) -> bool {
-        Self::wanted(group, columns).next().is_some()
-    }
-
-    fn wanted<'a>(
-        group: &'a LinearGroup,
-        columns: &'a Range<usize>,
-    ) -> impl Iterator<Item = (&'a Part, &'a LowRank)> {
-        group.parts.iter().filter_map(move |part| {
-            let inside = columns.start <= part.columns.start && part.columns.end <= columns.end;
-            match &part.attachment {
-                Some(Attachment::LowRank(update)) if inside && update.magnitude.is_some() => {
-                    Some((part, update))
-                }
-                _ => None,
-            }
-        })
+        let mut attached = inside(group, columns).flat_map(Part::all_attached);
+        attached.any(|attachment| scaled(Some(attachment)).is_some())
     }
 
     /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`.
@@ -82,17 +69,34 @@ impl Norms {
         columns: Range<usize>,
         weight: View<'_>,
     ) -> Result<()> {
-        for (part, low_rank) in Self::wanted(group, &columns) {
+        for part in inside(group, &columns) {
             let rows = part.columns.start - columns.start..part.columns.end - columns.start;
-            let norms = row_norms(run, low_rank, weight.row_range(rows))?;
-            self.0.insert(part.site, norms);
+            for (place, (attachment, run)) in part.attached(run).into_iter().enumerate() {
+                if let Some(low_rank) = scaled(attachment) {
+                    let norms = row_norms(run, low_rank, weight.row_range(rows.clone()))?;
+                    self.0.insert((part.site, place), norms);
+                }
+            }
         }
         Ok(())
     }
 
-    /// Those of `part`.
-    pub(crate) fn take(&mut self, part: &Part) -> Option<Tensor> {
-        self.0.remove(&part.site)
+    fn take(&mut self, part: &Part, place: usize) -> Option<Tensor> {
+        self.0.remove(&(part.site, place))
+    }
+}
+
+/// The parts of `group` that lie in `columns`.
+fn inside<'a>(group: &'a LinearGroup, columns: &'a Range<usize>) -> impl Iterator<Item = &'a Part> {
+    let parts = group.parts.iter();
+    parts.filter(|p| columns.start <= p.columns.start && p.columns.end <= columns.end)
+}
+
+/// An update whose rows are brought to trained norms.
+fn scaled(attachment: Option<&Attachment>) -> Option<&LowRank> {
+    match attachment {
+        Some(Attachment::LowRank(low_rank)) if low_rank.magnitude.is_some() => Some(low_rank),
+        _ => None,
     }
 }
 
@@ -122,16 +126,50 @@ fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tens
 }
 
 impl Part {
+    /// What stands here in each pass of `run`: one, or those of its members.
+    fn attached<'a, 'b>(&'a self, run: &'a Run<'b>) -> Vec<(Option<&'a Attachment>, &'a Run<'b>)> {
+        if run.members.is_empty() {
+            return vec![(self.attachment.as_ref(), run)];
+        }
+        let of = |number: usize| self.members.get(number).and_then(Option::as_ref);
+        let members = run.members.iter();
+        members
+            .map(|member| (of(member.number), &member.run))
+            .collect()
+    }
+
     /// Adds bias and attachment to `y` `[T, out]`, which holds the base product.
     pub(crate) fn forward(
         &self,
         run: &Run<'_>,
         x: View<'_>,
         mut y: ViewMut<'_>,
-        norms: Option<Tensor>,
+        norms: &mut Norms,
     ) -> Result<PartSaved> {
-        let base_bias = self.bias(run.params);
-        match &self.attachment {
+        let bias = self.bias(run.params);
+        let mut saved = Vec::new();
+        for (place, (attachment, own)) in self.attached(run).into_iter().enumerate() {
+            let rows = run.rows_of(place);
+            let (x, y) = (x.row_range(rows.clone()), y.reborrow().row_range(rows));
+            let norms = norms.take(self, place);
+            saved.push(self.forward_of(attachment, own, x, y, norms, bias)?);
+        }
+        Ok(match run.members.is_empty() {
+            true => saved.pop().unwrap_or(PartSaved::None),
+            false => PartSaved::Members(saved),
+        })
+    }
+
+    fn forward_of(
+        &self,
+        attachment: Option<&Attachment>,
+        run: &Run<'_>,
+        x: View<'_>,
+        mut y: ViewMut<'_>,
+        norms: Option<Tensor>,
+        base_bias: Option<View<'_>>,
+    ) -> Result<PartSaved> {
+        match attachment {
             Some(Attachment::LowRank(low_rank)) => {
                 if let Some(id) = low_rank.bias {
                     bias::add_scaled(y.reborrow(), low_rank.scale, run.params.view(id))?;
@@ -140,7 +178,7 @@ impl Part {
                 let s = low_rank_forward(run, x, &update, y.reborrow())?;
                 let scaled = match (low_rank.magnitude, norms) {
                     (Some(magnitude), Some(norms)) => {
-                        Some(scale(run, magnitude, norms, y.reborrow())?)
+                        Some(scale(run, magnitude.id(), norms, y.reborrow())?)
                     }
                     _ => None,
                 };
@@ -173,29 +211,22 @@ impl Part {
         grads: &mut FlatBuffer,
         x: View<'_>,
         saved: &PartSaved,
-        dy: ViewMut<'_>,
-        dx: Option<ViewMut<'_>>,
+        mut dy: ViewMut<'_>,
+        mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        match (&self.attachment, saved) {
-            (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) => {
-                custom.backward(run.params, grads, x, saved, dy, dx)
-            }
-            (
-                Some(Attachment::LowRank(LowRank {
-                    magnitude: Some(id),
-                    ..
-                })),
-                PartSaved::LowRank {
-                    scaled: Some(scaled),
-                    ..
-                },
-            ) => {
-                let norms = scaled.norms.view();
-                dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(*id))?;
-                Ok(dora::scale(dy, run.params.view(*id), norms)?)
-            }
-            _ => Ok(()),
+        let PartSaved::Members(saved) = saved else {
+            let attachment = self.attachment.as_ref();
+            return output_backward_of(attachment, run, grads, x, saved, dy, dx);
+        };
+        let attached = self.attached(run).into_iter().zip(&run.members);
+        for (((attachment, own), member), saved) in attached.zip(saved) {
+            let rows = || member.rows.clone();
+            let dx = dx.as_mut().map(|dx| dx.reborrow().row_range(rows()));
+            let dy = dy.reborrow().row_range(rows());
+            let grads = &mut member.grads.borrow_mut();
+            output_backward_of(attachment, own, grads, x.row_range(rows()), saved, dy, dx)?;
         }
+        Ok(())
     }
 
     /// Gradients of a low-rank update's factors; what it adds to `dx`. `dy` is the gradient of the base
@@ -207,9 +238,38 @@ impl Part {
         x: View<'_>,
         saved: PartSaved,
         dy: View<'_>,
+        mut dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let PartSaved::Members(saved) = saved else {
+            let attachment = self.attachment.as_ref();
+            return self.low_rank_backward_of(attachment, run, grads, x, saved, dy, dx);
+        };
+        let attached = self.attached(run).into_iter().zip(&run.members);
+        for (((attachment, own), member), saved) in attached.zip(saved) {
+            let rows = || member.rows.clone();
+            let (x, dy) = (x.row_range(rows()), dy.row_range(rows()));
+            let dx = dx.as_mut().map(|dx| dx.reborrow().row_range(rows()));
+            let grads = &mut member.grads.borrow_mut();
+            self.low_rank_backward_of(attachment, own, grads, x, saved, dy, dx)?;
+        }
+        Ok(())
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "whose, where, and a linear's own"
+    )]
+    fn low_rank_backward_of(
+        &self,
+        attachment: Option<&Attachment>,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        saved: PartSaved,
+        dy: View<'_>,
         dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        match (&self.attachment, saved) {
+        match (attachment, saved) {
             (Some(Attachment::LowRank(low_rank)), PartSaved::LowRank { s, scaled }) => {
                 if let Some(id) = low_rank.bias {
                     bias::backward_scaled(dy, low_rank.scale, grads.view_mut(id))?;
@@ -288,6 +348,37 @@ impl Part {
             PartBias::Frozen(values) => values.view(),
             PartBias::Trained(id) => params.view(*id),
         })
+    }
+}
+
+fn output_backward_of(
+    attachment: Option<&Attachment>,
+    run: &Run<'_>,
+    grads: &mut FlatBuffer,
+    x: View<'_>,
+    saved: &PartSaved,
+    dy: ViewMut<'_>,
+    dx: Option<ViewMut<'_>>,
+) -> Result<()> {
+    match (attachment, saved) {
+        (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) => {
+            custom.backward(run.params, grads, x, saved, dy, dx)
+        }
+        (
+            Some(Attachment::LowRank(LowRank {
+                magnitude: Some(magnitude),
+                ..
+            })),
+            PartSaved::LowRank {
+                scaled: Some(scaled),
+                ..
+            },
+        ) => {
+            let (id, norms) = (magnitude.id(), scaled.norms.view());
+            dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(id))?;
+            Ok(dora::scale(dy, run.params.view(id), norms)?)
+        }
+        _ => Ok(()),
     }
 }
 

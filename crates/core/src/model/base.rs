@@ -9,7 +9,7 @@ use super::weights::read_weight;
 use super::{Model, ModelPlan};
 use crate::adapter::{BaseWeights, SiteId};
 use crate::{Error, Result};
-use ferrotune_kernels::{DType, Tensor, View, Workspace};
+use ferrotune_kernels::{DType, Device, Tensor, View, Workspace};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -32,7 +32,10 @@ impl BaseWeights for Model {
                 });
             }
         }
-        Err(no_linear(site))
+        match self.frozen_table(site) {
+            Some(table) => Ok(table.to_device(&Device::Cpu).to_dtype(DType::F32)),
+            None => Err(no_linear(site)),
+        }
     }
 
     fn vocabulary(&self) -> usize {
@@ -76,6 +79,26 @@ impl BaseWeights for Model {
             }
         }
         Err(no_linear(site))
+    }
+}
+
+impl Model {
+    /// The table of tokens or of positions at `site`, if it is frozen.
+    fn frozen_table(&self, site: SiteId) -> Option<&Tensor> {
+        let plan = ModelPlan::new(&self.config);
+        let table = if site == plan.embedding {
+            &self.embedding.table
+        } else {
+            let positions = self
+                .positions
+                .as_ref()
+                .filter(|_| Some(site) == plan.positions);
+            &positions?.embedding.table
+        };
+        match (&table.weight, &table.rows) {
+            (TableWeight::Frozen(table), None) => Some(table),
+            _ => None,
+        }
     }
 }
 
@@ -167,6 +190,9 @@ impl LinearGroup {
 }
 
 fn no_linear(site: SiteId) -> Error {
-    let message = format!("site {} is no frozen linear of a layer", site.0);
+    let message = format!(
+        "site {} is no frozen linear of a layer and no frozen table",
+        site.0
+    );
     Error::config("target_modules", message)
 }

@@ -12,12 +12,27 @@ use std::path::Path;
 /// More layers than any model has. Each takes memory before a weight is looked at.
 pub(super) const MAX_LAYERS: usize = 4096;
 
+/// More elements than any weight has: sums of all weights, in bytes, can be counted.
+const MAX_ELEMENTS: usize = 1 << 44;
+
+/// Keys of dropout in the base itself, in which Transformers trains it.
+const DROPOUT: [&str; 4] = [
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+];
+
 /// Names of activations, as Transformers has them.
-const ACTIVATIONS: [(&str, Activation); 5] = [
+const ACTIVATIONS: [(&str, Activation); 9] = [
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),
     ("gelu", Activation::Gelu),
+    ("gelu_accurate", Activation::GeluTanh),
+    ("gelu_fast", Activation::GeluTanh),
     ("gelu_new", Activation::GeluTanh),
+    ("gelu_python", Activation::Gelu),
+    ("gelu_python_tanh", Activation::GeluTanh),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
 ];
 
@@ -112,8 +127,8 @@ pub struct DecoderConfig {
     pub layer_ropes: Vec<Option<usize>>,
     /// Norm of q and k before RoPE.
     pub qk_norm: Option<QkNorm>,
-    /// Factor of q k^T.
-    pub attention_scale: f32,
+    /// Factor of q k^T in each layer.
+    pub attention_scales: Vec<f32>,
     /// Bound c of the scores, which become `c * tanh(score / c)`.
     pub attention_softcap: Option<f32>,
     /// Window of each layer, in tokens; `None` attends to everything before.
@@ -204,6 +219,7 @@ impl DecoderConfig {
             ));
         }
         let head_dim = config.size_or("head_dim", Some(hidden_size / heads))?;
+        warn_of_dropout(config)?;
         Ok(Self {
             model_type: config.text_or("model_type", "")?.to_owned(),
             modules: ModuleNames::LLAMA,
@@ -224,7 +240,7 @@ impl DecoderConfig {
             ropes: Vec::new(),
             layer_ropes: vec![None; layers],
             qk_norm: None,
-            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_scales: vec![1.0 / (head_dim as f32).sqrt(); layers],
             attention_softcap: None,
             sliding_windows: vec![None; layers],
             qkv_bias: false,
@@ -262,16 +278,65 @@ impl DecoderConfig {
 
     fn check(&self, config: &HfConfig) -> Result<(), Error> {
         check_quantisation(config)?;
+        self.check_sizes(config)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
+            let key = "num_key_value_heads";
+            let default = match config.get(key) {
+                Some(_) => "",
+                None => " (where it is left out)",
+            };
             return Err(config.error(
-                "num_key_value_heads",
+                key,
                 format!(
-                    "is {}, which does not divide num_attention_heads {}; {}",
+                    "is {}{default}, which does not divide num_attention_heads {}; {}",
                     self.kv_heads,
                     self.heads,
                     nearest_divisor(self.kv_heads, self.heads)
                 ),
             ));
+        }
+        Ok(())
+    }
+
+    /// Refuses sizes whose products are more than any machine could hold, or count.
+    fn check_sizes(&self, config: &HfConfig) -> Result<()> {
+        let hidden = (["hidden_size", "n_embd"], self.hidden_size);
+        let pairs = [
+            (
+                ["num_attention_heads", "n_head"],
+                self.heads,
+                (["head_dim"; 2], self.head_dim),
+            ),
+            (
+                ["num_attention_heads", "n_head"],
+                self.heads.saturating_mul(self.head_dim),
+                hidden,
+            ),
+            (
+                ["intermediate_size", "n_inner"],
+                self.intermediate_size,
+                hidden,
+            ),
+            (["vocab_size"; 2], self.vocab_size, hidden),
+            (
+                ["max_position_embeddings", "n_positions"],
+                self.max_position_embeddings,
+                hidden,
+            ),
+        ];
+        for (names, size, (by, times)) in pairs {
+            if size.checked_mul(times).is_some_and(|n| n <= MAX_ELEMENTS) {
+                continue;
+            }
+            let given = |names: [&'static str; 2]| {
+                let known = names.into_iter().find(|key| config.get(key).is_some());
+                known.unwrap_or(names[0])
+            };
+            let (key, by) = (given(names), given(by));
+            let message = format!(
+                "{size} times {by} {times} is more than {MAX_ELEMENTS}, and no weight has as many elements"
+            );
+            return Err(config.error(key, message));
         }
         Ok(())
     }
@@ -302,6 +367,16 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
             ),
         )),
     }
+}
+
+fn warn_of_dropout(config: &HfConfig) -> Result<()> {
+    for key in DROPOUT {
+        let p = config.number_or(key, 0.0)?;
+        if p != 0.0 {
+            tracing::warn!("{key} of the base is {p} and is ignored: only adapters have dropout");
+        }
+    }
+    Ok(())
 }
 
 /// What to write instead of a number that does not divide another.

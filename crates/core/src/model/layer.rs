@@ -76,9 +76,9 @@ impl Layer {
             },
         };
         let saved = match keep {
-            Some(keep) => Some(saved.reduced_to(keep, workspace)),
+            Some(keep) => Some(saved.reduced_to(keep, run)),
             None => {
-                saved.release(workspace);
+                saved.release(run);
                 None
             }
         };

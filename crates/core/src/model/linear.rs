@@ -35,6 +35,15 @@ pub(crate) struct Part {
     pub(crate) weight: PartWeight,
     pub(crate) bias: Option<PartBias>,
     pub(crate) attachment: Option<Attachment>,
+    /// Those of adapters that share the model, by their numbers.
+    pub(crate) members: Vec<Option<Attachment>>,
+}
+
+impl Part {
+    /// Everything that stands here, of whichever adapter.
+    pub(crate) fn all_attached(&self) -> impl Iterator<Item = &Attachment> {
+        self.attachment.iter().chain(self.members.iter().flatten())
+    }
 }
 
 #[derive(Debug)]
@@ -104,7 +113,7 @@ impl LinearGroup {
         let mut saved = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             let y = y.reborrow().columns(part.columns.clone());
-            saved.push(part.forward(run, x, y, norms.take(part))?);
+            saved.push(part.forward(run, x, y, &mut norms)?);
         }
         Ok(saved)
     }
@@ -156,17 +165,18 @@ impl LinearGroup {
 
     /// Whether a method of its own computes here.
     pub(crate) fn has_custom(&self) -> bool {
-        let on_host = |part: &Part| {
+        let on_host = |attachment: &Attachment| {
             use Attachment::{Custom, Factors, Weight};
-            matches!(part.attachment, Some(Custom(_) | Factors(_) | Weight(_)))
+            matches!(attachment, Custom(_) | Factors(_) | Weight(_))
         };
-        self.parts.iter().any(on_host)
+        let mut attached = self.parts.iter().flat_map(Part::all_attached);
+        attached.any(on_host)
     }
 
     /// Whether anything here is trained.
     pub(crate) fn trained(&self) -> bool {
         let trains = |part: &Part| {
-            part.attachment.is_some() || matches!(part.bias, Some(PartBias::Trained(_)))
+            part.all_attached().next().is_some() || matches!(part.bias, Some(PartBias::Trained(_)))
         };
         self.parts.iter().any(trains)
     }

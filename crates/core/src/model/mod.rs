@@ -7,6 +7,7 @@ mod activation;
 mod angles;
 mod attached;
 mod base;
+mod column_norms;
 mod config;
 mod decode;
 mod frozen;
@@ -28,6 +29,7 @@ mod rope;
 mod run;
 mod saved;
 mod stack;
+mod together;
 mod vocabulary;
 mod weight_format;
 mod weight_source;
@@ -45,8 +47,9 @@ pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
+pub use together::MemberPass;
 pub use weight_format::{Quantise, WeightFormat};
-pub use weight_source::{RandomWeights, WeightSource, check_tensors, expected_tensors};
+pub use weight_source::{RandomWeights, WeightSource};
 
 use crate::Result;
 use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};
@@ -127,6 +130,7 @@ impl Model {
             config,
             plan: &plan,
             attachments: alone,
+            members: Vec::new(),
             trained_biases,
             prompt,
             source,
@@ -387,7 +391,7 @@ impl Model {
 
     /// The stream before the first layer.
     fn embed(&self, run: &Run<'_>) -> Result<Tensor> {
-        let mut stream = self.embedding.forward(run, self.config.hidden_size)?;
+        let mut stream = self.embedding.forward(run, &run.inputs.ids)?;
         let prompt = |scaled: bool| self.embedded_prompt.as_ref().filter(|p| p.scaled == scaled);
         if let Some(prompt) = prompt(true) {
             prompt.place(run, &mut stream)?;
@@ -428,7 +432,8 @@ impl Model {
         if let Some(prompt) = prompt(true) {
             prompt.backward(run, grads, d_stream.view())?;
         }
-        self.embedding.backward(run, grads, d_stream.view())
+        let ids = &run.inputs.ids;
+        self.embedding.backward(run, grads, ids, d_stream.view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.

@@ -1,19 +1,16 @@
 //! Learned positions: a table whose rows are added to the embedding's.
 
 use super::run::Run;
-use super::vocabulary::{self, Table};
-use crate::adapter::LowRank;
+use super::vocabulary::Embedding;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{Tensor, axpby, embedding};
+use ferrotune_kernels::{Tensor, axpby};
 
 /// `stream[t] += table[position of t]`.
 #[derive(Debug)]
 pub(crate) struct Positions {
-    /// `[positions, D]`, frozen or trained as a whole.
-    pub(crate) table: Table,
-    /// Of the table, as the embedding's.
-    pub(crate) update: Option<LowRank>,
+    /// `[positions, D]`, frozen or trained as a whole, or with an update.
+    pub(crate) embedding: Embedding,
     /// Its module.
     pub(crate) name: &'static str,
 }
@@ -21,19 +18,13 @@ pub(crate) struct Positions {
 impl Positions {
     /// Adds the rows to `stream` `[T, D]`.
     pub(crate) fn add(&self, run: &Run<'_>, stream: &mut Tensor) -> Result<()> {
-        let (table, positions) = (
-            self.table.whole(run.params, run.dtype),
-            &run.inputs.positions,
-        );
+        let positions = &run.inputs.positions;
+        let table = self.embedding.table.whole(run.params, run.dtype);
         self.require(positions, table.rows())?;
-        let mut rows = run.workspace.take(run.dtype, stream.rows(), stream.cols());
-        embedding::forward(table, positions, rows.view_mut())?;
+        let rows = self.embedding.forward(run, positions)?;
         axpby::add(1.0, stream.view_mut(), 1.0, rows.view())?;
         run.workspace.give(rows);
-        match &self.update {
-            Some(update) => vocabulary::add_update(run, update, positions, stream),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Adds the gradients of what is trained of it, given that of the stream.
@@ -43,19 +34,13 @@ impl Positions {
         grads: &mut FlatBuffer,
         d_stream: &Tensor,
     ) -> Result<()> {
-        if let Some(id) = self.table.param() {
-            let positions = &run.inputs.positions;
-            embedding::backward(d_stream.view(), positions, grads.view_mut(id))?;
-        }
-        if let Some(update) = &self.update {
-            let positions = &run.inputs.positions;
-            vocabulary::update_backward(run, grads, update, positions, d_stream.view())?;
-        }
-        Ok(())
+        let positions = &run.inputs.positions;
+        self.embedding
+            .backward(run, grads, positions, d_stream.view())
     }
 
     pub(crate) fn trained(&self) -> bool {
-        self.table.param().is_some() || self.update.is_some()
+        self.embedding.trained()
     }
 
     /// Refuses a document that is longer than the table.

@@ -96,7 +96,7 @@ impl RopeConfig {
 
     /// The same of layers of one kind (`full_attention` or `sliding_attention`): from
     /// `rope_parameters.KIND` (Transformers 5), or `theta`'s key (4.x), where the default of that is.
-    /// A `rope_scaling` of 4.x is that of full attention.
+    /// A `rope_scaling` of 4.x is that of full attention; `rope_parameters` of no kind say nothing.
     ///
     /// # Errors
     /// As [`RopeConfig::from_hf`].
@@ -106,12 +106,16 @@ impl RopeConfig {
         kind: &str,
         theta: (&str, f64),
     ) -> Result<Self> {
-        let (group, map) = parameters(config)?;
-        let (group, map) = match (map.get(kind), kind) {
-            (Some(Value::Object(of_kind)), _) => (format!("{group}.{kind}"), of_kind.clone()),
-            (None, "full_attention") => (group, map),
-            _ => (group, Map::new()),
-        };
+        let of_kinds = group_of(config, "rope_parameters")?;
+        let of_kind = of_kinds.and_then(|kinds| kinds.get(kind)?.as_object());
+        let mut map = of_kind.cloned().unwrap_or_default();
+        let mut group = format!("rope_parameters.{kind}");
+        if kind == "full_attention"
+            && let Some(scaling) = group_of(config, "rope_scaling")?
+        {
+            map.extend(scaling.clone());
+            group = "rope_scaling".into();
+        }
         let read = Parameters { config, group, map };
         read.rope(theta, rotary_dim)
     }
@@ -259,16 +263,21 @@ impl RopeConfig {
 /// The parameters of the rope, and the key they stand under.
 fn parameters(config: &HfConfig) -> Result<(String, Map<String, Value>)> {
     // Where there are both, Transformers takes the older one.
-    for group in ["rope_scaling", "rope_parameters"] {
-        match config.get(group) {
-            None => {}
-            Some(Value::Object(map)) => return Ok((group.into(), map.clone())),
-            Some(other) => {
-                return Err(config.error(group, format!("is {other}; expected an object or null")));
-            }
+    for key in ["rope_scaling", "rope_parameters"] {
+        if let Some(map) = group_of(config, key)? {
+            return Ok((key.into(), map.clone()));
         }
     }
     Ok(("rope_parameters".into(), Map::new()))
+}
+
+/// The object under `key`, unless absent or null.
+fn group_of<'a>(config: &'a HfConfig, key: &str) -> Result<Option<&'a Map<String, Value>>> {
+    match config.get(key) {
+        None => Ok(None),
+        Some(Value::Object(map)) => Ok(Some(map)),
+        Some(other) => Err(config.error(key, format!("is {other}; expected an object or null"))),
+    }
 }
 
 struct Parameters<'a> {
@@ -400,6 +409,14 @@ impl Parameters<'_> {
         })
     }
 
+    /// A number above 0. A zero is none, as Transformers takes it.
+    fn bound(&self, key: &str, default: f64) -> Result<f64> {
+        match self.map.get(key).and_then(Value::as_f64) {
+            Some(0.0) => Ok(default),
+            _ => self.number(key, Some(default)),
+        }
+    }
+
     /// A list of `count` numbers above 0.
     fn numbers(&self, key: &str, count: usize) -> Result<Vec<f64>> {
         let expected =
@@ -442,8 +459,8 @@ impl Parameters<'_> {
         };
         Ok(RopeScaling::Yarn {
             factor,
-            beta_fast: self.number("beta_fast", Some(32.0))?,
-            beta_slow: self.number("beta_slow", Some(1.0))?,
+            beta_fast: self.bound("beta_fast", 32.0)?,
+            beta_slow: self.bound("beta_slow", 1.0)?,
             original_max_position: original,
             attention_factor: self.number("attention_factor", Some(attention_factor))?,
             truncate: self

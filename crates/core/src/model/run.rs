@@ -4,6 +4,8 @@ use super::inputs::Inputs;
 use crate::Result;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, noise, rng};
+use std::cell::RefCell;
+use std::ops::Range;
 
 /// Whether random draws happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,20 @@ pub(crate) struct Run<'a> {
     /// cos and sin per token of each rope, `[T, rotary_dim / 2]`.
     angles: Vec<[Tensor; 2]>,
     mode: Mode,
+    /// Those that share the pass, each with the rows that follow on those of the one before; none in a pass of
+    /// one adapter.
+    pub(crate) members: Vec<Member<'a>>,
+}
+
+/// One of several adapters in a pass over the same base.
+pub(crate) struct Member<'a> {
+    /// Which of the model's.
+    pub(crate) number: usize,
+    /// Its rows of the pass.
+    pub(crate) rows: Range<usize>,
+    /// Its own parameters and draws, over its own rows.
+    pub(crate) run: Run<'a>,
+    pub(crate) grads: RefCell<&'a mut FlatBuffer>,
 }
 
 impl<'a> Run<'a> {
@@ -66,7 +82,14 @@ impl<'a> Run<'a> {
                 .map(|angles| Ok([gather(&angles.cos)?, gather(&angles.sin)?]))
                 .collect::<Result<_>>()?,
             mode: pass.mode,
+            members: Vec::new(),
         })
+    }
+
+    /// The rows of the member at `place`, or all.
+    pub(crate) fn rows_of(&self, place: usize) -> Range<usize> {
+        let member = self.members.get(place);
+        member.map_or(0..self.rows, |member| member.rows.clone())
     }
 
     /// Gives everything back.
@@ -74,6 +97,8 @@ impl<'a> Run<'a> {
         let workspace = self.workspace;
         let tables = self.angles.into_iter().flatten();
         tables.for_each(|table| workspace.give(table));
+        let members = self.members.into_iter();
+        members.for_each(|member| member.run.end());
     }
 
     /// cos and sin of the model's rope number `rope`.

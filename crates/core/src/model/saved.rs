@@ -77,67 +77,66 @@ impl Stream {
 
 impl LayerSaved {
     /// Without what `keep` does not keep, which goes back to the pool.
-    pub(crate) fn reduced_to(mut self, keep: Keep, workspace: &Workspace) -> Self {
+    pub(crate) fn reduced_to(mut self, keep: Keep, run: &Run<'_>) -> Self {
         if keep != Keep::All
             && let Some(gate_up) = self.gate_up.take()
         {
-            gate_up.release(workspace);
+            gate_up.release(run);
         }
         if keep == Keep::Input
             && let Some(attention) = self.attention.take()
         {
-            attention.release(workspace);
+            attention.release(run);
         }
         self
     }
 
     /// Gives everything back.
-    pub(crate) fn release(self, workspace: &Workspace) {
-        let Self { input, down, .. } = self.reduced_to(Keep::Input, workspace);
-        input.release(workspace);
-        release_parts(down.parts, workspace);
+    pub(crate) fn release(self, run: &Run<'_>) {
+        let Self { input, down, .. } = self.reduced_to(Keep::Input, run);
+        input.release(run.workspace);
+        release_parts(down.parts, run);
         if let Some(output) = down.output {
-            output.release(workspace);
+            output.release(run.workspace);
         }
     }
 }
 
 impl AttentionSaved {
-    fn release(self, workspace: &Workspace) {
-        for tensor in [self.qkv, self.attended, self.lse] {
-            workspace.give(tensor);
-        }
-        release_parts(self.qkv_parts, workspace);
-        release_parts(self.o_parts, workspace);
+    fn release(self, run: &Run<'_>) {
+        run.give([self.qkv, self.attended, self.lse]);
+        release_parts(self.qkv_parts, run);
+        release_parts(self.o_parts, run);
         if let Some(output) = self.output {
-            output.release(workspace);
+            output.release(run.workspace);
         }
-        self.middle.release(workspace);
+        self.middle.release(run.workspace);
     }
 }
 
 impl GateUpSaved {
-    fn release(self, workspace: &Workspace) {
-        workspace.give(self.values);
-        release_parts(self.parts, workspace);
+    fn release(self, run: &Run<'_>) {
+        run.workspace.give(self.values);
+        release_parts(self.parts, run);
     }
 }
 
-fn release_parts(parts: Vec<PartSaved>, workspace: &Workspace) {
+fn release_parts(parts: Vec<PartSaved>, run: &Run<'_>) {
     for part in parts {
         match part {
             PartSaved::LowRank { s, scaled } => {
-                workspace.give(s);
-                for tensor in scaled
-                    .into_iter()
-                    .flat_map(|scaled| [scaled.u, scaled.norms])
-                {
-                    workspace.give(tensor);
-                }
+                run.give([s]);
+                let scaled = scaled.into_iter();
+                run.give(scaled.flat_map(|scaled| [scaled.u, scaled.norms]));
             }
             // A method of its own allocates for itself: the pool would grow by it in every pass.
-            PartSaved::Factors { s, .. } => workspace.give(s),
+            PartSaved::Factors { s, .. } => run.give([s]),
             PartSaved::None | PartSaved::Custom(_) => {}
+            PartSaved::Members(parts) => {
+                for (part, member) in parts.into_iter().zip(&run.members) {
+                    release_parts(vec![part], &member.run);
+                }
+            }
         }
     }
 }

@@ -52,6 +52,7 @@ impl DecoderConfig {
         Ok(Self {
             layers: count,
             layer_sources: picked(&self.layer_sources, &order),
+            attention_scales: picked(&self.attention_scales, &order),
             layer_ropes: picked(&self.layer_ropes, &order),
             sliding_windows: picked(&self.sliding_windows, &order),
             ..self.clone()

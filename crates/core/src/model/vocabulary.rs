@@ -1,10 +1,11 @@
 //! Tables over the vocabulary, `[V, D]`: the embedding, and the head where that has a table of its own.
 
+use super::column_norms::ColumnNorms;
 use super::run::Run;
 use crate::Result;
 use crate::adapter::LowRank;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, embedding, matmul};
+use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dora, embedding, matmul};
 
 /// A table, frozen or trained, or frozen but for some of its rows.
 #[derive(Debug)]
@@ -115,20 +116,34 @@ impl Table {
     }
 }
 
-/// The rows of token ids.
+/// The rows of token ids, or of positions.
 #[derive(Debug)]
 pub(crate) struct Embedding {
     pub(crate) table: Table,
     /// `scale * B[ids] A`, with the shapes of a linear `[V, D]`.
     pub(crate) update: Option<LowRank>,
+    /// Where the update has a magnitude: what its norms are made of.
+    pub(crate) norms: Option<ColumnNorms>,
 }
 
 impl Embedding {
-    /// A `[T, D]` buffer with the rows of the ids.
-    pub(crate) fn forward(&self, run: &Run<'_>, width: usize) -> Result<Tensor> {
-        let mut out = run.workspace.take(run.dtype, run.rows, width);
-        let (params, ids) = (run.params, &run.inputs.ids);
-        embedding::forward(self.table.whole(params, run.dtype), ids, out.view_mut())?;
+    /// A `[T, D]` buffer with the rows of `ids`.
+    pub(crate) fn forward(&self, run: &Run<'_>, ids: &Indices<'_>) -> Result<Tensor> {
+        let mut out = self.unscaled(run, ids)?;
+        if let Some((magnitude, norms)) = self.norms(run)? {
+            let magnitude = run.params.view(magnitude);
+            dora::scale(out.view_mut(), magnitude, norms.view())?;
+            run.workspace.give(norms);
+        }
+        Ok(out)
+    }
+
+    /// [`Embedding::forward`] before DoRA brings its columns to the trained norms.
+    fn unscaled(&self, run: &Run<'_>, ids: &Indices<'_>) -> Result<Tensor> {
+        let params = run.params;
+        let table = self.table.whole(params, run.dtype);
+        let mut out = run.workspace.take(run.dtype, run.rows, table.cols());
+        embedding::forward(table, ids, out.view_mut())?;
         if let Some(rows) = &self.table.rows {
             let values = params.view_as(rows.param, run.dtype);
             embedding::overlay(values, rows.first, ids, out.view_mut())?;
@@ -139,14 +154,26 @@ impl Embedding {
         Ok(out)
     }
 
+    /// DoRA's magnitude, and the norms that it stands for, `[1, D]`.
+    fn norms(&self, run: &Run<'_>) -> Result<Option<(ParamId, Tensor)>> {
+        let (Some(update), Some(norms)) = (&self.update, &self.norms) else {
+            return Ok(None);
+        };
+        let Some(magnitude) = update.magnitude else {
+            return Ok(None);
+        };
+        let table = self.table.whole(run.params, run.dtype);
+        Ok(Some((magnitude.id(), norms.of(run, update, table)?)))
+    }
+
     /// Adds to `grads` what `d_out` `[T, D]` says of what is trained here.
     pub(crate) fn backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
+        ids: &Indices<'_>,
         d_out: View<'_>,
     ) -> Result<()> {
-        let ids = &run.inputs.ids;
         match (&self.table.weight, &self.table.rows) {
             (TableWeight::Trained(id), _) => {
                 embedding::backward(d_out, ids, grads.view_mut(*id))?;
@@ -157,10 +184,23 @@ impl Embedding {
             }
             (_, None) => {}
         }
-        match &self.update {
-            Some(update) => update_backward(run, grads, update, ids, d_out),
-            None => Ok(()),
-        }
+        let Some(update) = &self.update else {
+            return Ok(());
+        };
+        let Some((magnitude, norms)) = self.norms(run)? else {
+            return update_backward(run, grads, update, ids, d_out);
+        };
+        // The rows again: to look them up costs less than to keep them.
+        let unscaled = self.unscaled(run, ids)?;
+        let to = grads.view_mut(magnitude);
+        dora::backward(d_out, unscaled.view(), norms.view(), to)?;
+        let mut d_unscaled = unscaled;
+        d_unscaled.view_mut().copy_from(d_out);
+        let values = run.params.view(magnitude);
+        dora::scale(d_unscaled.view_mut(), values, norms.view())?;
+        update_backward(run, grads, update, ids, d_unscaled.view())?;
+        run.give([d_unscaled, norms]);
+        Ok(())
     }
 
     /// Whether anything here is trained.
@@ -170,12 +210,7 @@ impl Embedding {
 }
 
 /// Adds `scale * B[ids] A` of a table's update to `out` `[T, D]`.
-pub(super) fn add_update(
-    run: &Run<'_>,
-    update: &LowRank,
-    ids: &Indices<'_>,
-    out: &mut Tensor,
-) -> Result<()> {
+fn add_update(run: &Run<'_>, update: &LowRank, ids: &Indices<'_>, out: &mut Tensor) -> Result<()> {
     let s = gathered(run, update, ids)?;
     let a = run.params.view_as(update.a, run.dtype);
     matmul::nn(out.view_mut(), 1.0, update.scale, rank_of(&s, update), a)?;
@@ -184,7 +219,7 @@ pub(super) fn add_update(
 }
 
 /// Adds the gradients of a table's update to `grads`, from that of its output, `[T, D]`.
-pub(super) fn update_backward(
+fn update_backward(
     run: &Run<'_>,
     grads: &mut FlatBuffer,
     update: &LowRank,
@@ -200,8 +235,7 @@ pub(super) fn update_backward(
     let d_rank = d_s.view_mut().columns(0..update.rank);
     matmul::nt(d_rank, 0.0, scale, d_out, a)?;
     embedding::backward(rank_of(&d_s, update), ids, grads.view_mut(update.b))?;
-    run.workspace.give(s);
-    run.workspace.give(d_s);
+    run.give([s, d_s]);
     Ok(())
 }
 

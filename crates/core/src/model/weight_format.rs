@@ -1,4 +1,4 @@
-use super::ModelPlan;
+use super::{LayerPlan, ModelPlan};
 use crate::adapter::{Attachment, Site, SiteId, SiteKind};
 use crate::io::ModelFiles;
 use ferrotune_kernels::DType;
@@ -51,7 +51,8 @@ impl From<DType> for WeightFormat {
     }
 }
 
-/// Whether a tied head has a table of its own, because the embedding's is trained and it keeps the base's.
+/// Whether a tied head has a frozen table of its own, because it keeps the base's or trains rows of it, or because
+/// the embedding's is trained.
 fn copies_head(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
     use Attachment::{KeepBase, LowRank, TrainBase, TrainRows};
     let at = |id: SiteId| {
@@ -59,11 +60,32 @@ fn copies_head(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
         here.map(|(_, attachment)| attachment)
     };
     let trained = |a: &Attachment| matches!(a, TrainBase { .. } | TrainRows { .. });
-    let tied_to = plan.site(plan.head).tied_to;
-    let keeps = at(plan.head).any(|a| matches!(a, KeepBase));
+    let Some(tied_to) = plan.site(plan.head).tied_to else {
+        return false;
+    };
+    let own = at(plan.head).any(|a| matches!(a, KeepBase | TrainRows { .. }));
     let updates = at(plan.head).any(|a| matches!(a, LowRank(_)));
-    let embedding_trained = tied_to.is_some_and(|id| at(id).any(trained));
-    keeps || (updates && embedding_trained)
+    own || (updates && at(tied_to).any(trained))
+}
+
+/// Linears over one input that are held as one matrix.
+fn held_together<'a>(
+    plan: &'a ModelPlan,
+    attachments: &[(SiteId, Attachment)],
+) -> Vec<&'a [SiteId]> {
+    use Attachment::{TrainBase, Weight};
+    let apart = |id: &SiteId| {
+        let at = |(site, attachment): &(SiteId, Attachment)| {
+            site == id && matches!(attachment, TrainBase { .. } | Weight(_))
+        };
+        attachments.iter().any(at)
+    };
+    let groups = plan.layers.iter().flat_map(LayerPlan::groups);
+    let parts = groups.map(|ids| match ids.iter().any(apart) {
+        true => ids.chunks(1),
+        false => ids.chunks(ids.len()),
+    });
+    parts.flatten().collect()
 }
 
 impl WeightFormat {
@@ -91,27 +113,50 @@ impl WeightFormat {
             };
             attachments.iter().any(at)
         };
+        let names = |ids: &[SiteId]| -> Vec<&String> {
+            ids.iter().map(|&id| &plan.site(id).stored_name).collect()
+        };
         let mut held = BTreeSet::new();
-        let own = plan.sites.iter().filter(|site| site.tied_to.is_none());
-        let own = own.filter(|site| !is_trained(site) && held.insert(&site.stored_name));
+        let mut weights = 0;
+        let mut in_layers: BTreeSet<SiteId> = BTreeSet::new();
+        for ids in held_together(plan, attachments) {
+            in_layers.extend(ids);
+            // A copy of a layer shares matrices of the same linears.
+            if !ids.iter().any(|&id| is_trained(plan.site(id))) && held.insert(names(ids)) {
+                let each = ids.iter().map(|&id| self.bytes_of(plan.site(id), files));
+                weights += each.sum::<usize>() as u64;
+            }
+        }
+        let rest = plan.sites.iter().filter(|site| site.tied_to.is_none());
+        let rest = rest.filter(|site| !in_layers.contains(&site.id) && !is_trained(site));
+        let rest = rest.filter(|site| held.insert(vec![&site.stored_name]));
         let head = Some(plan.site(plan.head)).filter(|_| copies_head(plan, attachments));
-        own.chain(head)
-            .map(|site| self.bytes_of(site, files) as u64)
+        let rest = rest
+            .chain(head)
+            .map(|site| self.bytes_of(site, files) as u64);
+        weights + rest.sum::<u64>() + self.biases(plan, is_trained)
+    }
+
+    /// Bytes of the biases of sites that are not trained: those of a layer are its copies' too.
+    fn biases(&self, plan: &ModelPlan, is_trained: impl Fn(&Site) -> bool) -> u64 {
+        let mut held = BTreeSet::new();
+        let own = plan
+            .sites
+            .iter()
+            .filter(|site| site.bias && !is_trained(site));
+        let own = own.filter(|site| held.insert(&site.stored_name));
+        own.map(|site| (site.out_features * self.dtype.bytes()) as u64)
             .sum()
     }
 
+    /// Bytes of the weight of a site.
     fn bytes_of(&self, site: &Site, files: Option<&ModelFiles>) -> usize {
-        let (values, weights) = (self.dtype.bytes(), site.out_features * site.in_features);
-        let bias = if site.bias {
-            site.out_features * values
-        } else {
-            0
-        };
+        let weights = site.out_features * site.in_features;
         let in_layer = site.kind == SiteKind::Linear && site.layer.is_some();
         let in_files = files.filter(|_| in_layer);
         let in_files = in_files.and_then(|f| f.quantised_bytes(&site.tensor("weight")));
         let shape = [site.out_features, site.in_features];
         let codes = in_files.or_else(|| Some(self.of(site)?.bytes(shape)));
-        codes.unwrap_or(weights * values) + bias
+        codes.unwrap_or(weights * self.dtype.bytes())
     }
 }

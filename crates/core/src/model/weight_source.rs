@@ -11,11 +11,12 @@ use std::path::Path;
 
 /// Where base weights come from.
 pub trait WeightSource {
-    /// Refuses unless exactly these tensors `(name, shape)` can be read.
+    /// Refuses unless exactly the tensors of `plan` can be read.
     ///
     /// # Errors
-    /// [`Error::Model`] naming a missing, extra or misshapen tensor, before anything is read.
-    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()>;
+    /// [`Error::Model`] naming a missing, extra or misshapen tensor, or a head that is stored beside the
+    /// embedding it is tied to and is another one, before anything is read.
+    fn check(&self, plan: &ModelPlan) -> Result<()>;
 
     /// Reads tensor `name` into `to`, converting the dtype, or what its codes stand for. A vector is one row.
     ///
@@ -42,7 +43,7 @@ pub struct RandomWeights {
 }
 
 impl WeightSource for RandomWeights {
-    fn check(&self, _: &[(String, Vec<usize>)]) -> Result<()> {
+    fn check(&self, _: &ModelPlan) -> Result<()> {
         Ok(())
     }
 
@@ -66,14 +67,21 @@ impl WeightSource for RandomWeights {
 }
 
 impl WeightSource for ModelFiles {
-    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+    fn check(&self, plan: &ModelPlan) -> Result<()> {
         let file = self
             .shards()
             .first()
             .map_or(Path::new(""), SafetensorsFile::path);
-        let own = expected.iter();
-        let own = own.map(|(name, shape)| (self.own_name(name).to_owned(), shape.clone()));
-        check_tensors(file, &own.collect::<Vec<_>>(), &self.weight_shapes())
+        let own = expected_tensors(plan).into_iter();
+        let own = own.map(|(name, shape)| (self.own_name(&name).to_owned(), shape));
+        check_tensors(file, &own.collect::<Vec<_>>(), &self.weight_shapes())?;
+        let head = plan.site(plan.head);
+        match head.tied_to.map(|id| plan.site(id)) {
+            Some(embedding) => {
+                self.require_tied(&head.tensor("weight"), &embedding.tensor("weight"))
+            }
+            None => Ok(()),
+        }
     }
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
@@ -98,8 +106,7 @@ pub(super) fn to_rows(to: ViewMut<'_>, values: &[f32]) {
 }
 
 /// Names and shapes of every tensor of the checkpoint, from the plan alone.
-#[must_use]
-pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
+fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
     let mut expected = Vec::new();
     for site in plan.owners().chain(&plan.left_out) {
         let weight = match site.kind {
@@ -116,10 +123,7 @@ pub fn expected_tensors(plan: &ModelPlan) -> Vec<(String, Vec<usize>)> {
 }
 
 /// Compares what a checkpoint has with what a model needs: missing, extra, misshapen.
-///
-/// # Errors
-/// [`Error::Model`] naming the tensor, with the nearest name the file has.
-pub fn check_tensors(
+fn check_tensors(
     file: &Path,
     expected: &[(String, Vec<usize>)],
     found: &BTreeMap<&str, &[usize]>,

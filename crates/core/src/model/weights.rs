@@ -2,6 +2,7 @@
 
 use super::activation::Activation;
 use super::angles::AngleTable;
+use super::column_norms::ColumnNorms;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
 use super::head::Head;
@@ -14,7 +15,7 @@ use super::prompt::{EmbeddedPrompt, Prefix};
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
-use super::weight_source::{WeightSource, expected_tensors, to_rows};
+use super::weight_source::{WeightSource, to_rows};
 use super::{Keep, Model, WeightFormat};
 use crate::adapter::{Attachment, Prompt, Site, SiteId};
 use crate::params::{FlatBuffer, ParamId, transpose};
@@ -43,6 +44,8 @@ pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) plan: &'a ModelPlan,
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
+    /// Of adapters that share the model, by their numbers.
+    pub(super) members: Vec<BTreeMap<SiteId, Attachment>>,
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) prompt: Option<Prompt>,
@@ -63,7 +66,7 @@ pub(super) struct Held {
 impl Builder<'_> {
     pub(super) fn model(mut self) -> Result<Model> {
         let plan = self.plan;
-        self.source.check(&expected_tensors(plan))?;
+        self.source.check(plan)?;
         let embedding = self.embedding()?;
         let positions = self.positions()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
@@ -72,7 +75,9 @@ impl Builder<'_> {
         }
         let norm = self.norm(Some(plan.norm))?;
         let head = self.head(&embedding)?;
+        let members = self.members.iter().flat_map(BTreeMap::keys);
         let left = (self.attachments.keys()).chain(self.trained_biases.keys());
+        let left = left.chain(members);
         if let Some(site) = left.min() {
             return Err(unsupported(plan.site(*site)));
         }
@@ -115,7 +120,7 @@ impl Builder<'_> {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
-                scale: config.attention_scale,
+                scale: config.attention_scales[index],
                 window: config.sliding_windows[index],
                 softcap: config.attention_softcap,
             },
@@ -181,6 +186,9 @@ impl Builder<'_> {
                 weight,
                 bias,
                 attachment,
+                members: (self.members.iter_mut())
+                    .map(|member| member.remove(&id))
+                    .collect(),
             });
         }
         Ok(LinearGroup {
@@ -319,32 +327,41 @@ impl Builder<'_> {
     }
 
     fn embedding(&mut self) -> Result<Embedding> {
-        let site = self.plan.site(self.plan.embedding);
-        let (table, update) = match self.attachments.remove(&site.id) {
-            Some(Attachment::LowRank(update)) => (None, Some(update)),
-            other => (other, None),
-        };
-        Ok(Embedding {
-            table: self.table(site, site, table)?,
-            update,
-        })
+        self.embedding_at(self.plan.embedding)
     }
 
     fn positions(&mut self) -> Result<Option<Positions>> {
         let (Some(id), Some(name)) = (self.plan.positions, self.config.modules.positions) else {
             return Ok(None);
         };
-        let site = self.plan.site(id);
-        let (attachment, update) = match self.attachments.remove(&id) {
-            attachment @ (None | Some(Attachment::TrainBase { .. })) => (attachment, None),
-            Some(Attachment::LowRank(update)) => (None, Some(update)),
-            Some(_) => return Err(unsupported(site)),
-        };
+        if let Some(Attachment::TrainRows { .. }) = self.attachments.get(&id) {
+            return Err(unsupported(self.plan.site(id)));
+        }
         Ok(Some(Positions {
-            table: self.table(site, site, attachment)?,
-            update,
+            embedding: self.embedding_at(id)?,
             name,
         }))
+    }
+
+    fn embedding_at(&mut self, id: SiteId) -> Result<Embedding> {
+        let site = self.plan.site(id);
+        let (attachment, update) = match self.attachments.remove(&id) {
+            Some(Attachment::LowRank(update)) => (None, Some(update)),
+            other => (other, None),
+        };
+        let table = self.table(site, site, attachment)?;
+        let norms = match (&table.weight, &update) {
+            (TableWeight::Frozen(weight), Some(update)) if update.magnitude.is_some() => {
+                let device = self.params.device();
+                Some(ColumnNorms::new(weight.view(), update.rank, device))
+            }
+            _ => None,
+        };
+        Ok(Embedding {
+            table,
+            update,
+            norms,
+        })
     }
 
     fn head(&mut self, embedding: &Embedding) -> Result<Head> {
@@ -361,9 +378,10 @@ impl Builder<'_> {
             (Some(tied), None | Some(Attachment::KeepBase)) => {
                 own(self, self.plan.site(tied), None)?
             }
-            (Some(tied), Some(attachment @ Attachment::TrainBase { .. })) => {
-                own(self, self.plan.site(tied), Some(attachment))?
-            }
+            (
+                Some(tied),
+                Some(attachment @ (Attachment::TrainBase { .. } | Attachment::TrainRows { .. })),
+            ) => own(self, self.plan.site(tied), Some(attachment))?,
             (Some(_), Some(_)) => return Err(unsupported(site)),
         };
         Ok(Head {

@@ -6,6 +6,15 @@ use ferrotune_kernels::activation::Activation;
 use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+    }));
     let activation = match config.text_or("hidden_act", "gelu")? {
         // The first checkpoints say so and mean its approximation, as Transformers takes them.
         "gelu" => Activation::GeluTanh,

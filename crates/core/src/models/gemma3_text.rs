@@ -6,7 +6,16 @@ use crate::model::{DecoderConfig, HfConfig, QkNorm, RopeConfig};
 use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
-    let config = &config.with_defaults(&json!({"sliding_window": 4096}));
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    }));
     let pattern = config.size_or("sliding_window_pattern", Some(6))?;
     let common = gemma2::common(config, |layer| !(layer + 1).is_multiple_of(pattern))?;
     let rope = |kind, theta| RopeConfig::of_layers(config, common.head_dim, kind, theta);

@@ -26,19 +26,23 @@ const MODULES: ModuleNames = ModuleNames {
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     config.require_false("add_cross_attention")?;
-    config.require_false("scale_attn_by_inverse_layer_idx")?;
-    warn_of_dropout(config)?;
     let common = DecoderConfig::without_rope(&renamed(config)?)?;
+    let scale = match config.flag_or("scale_attn_weights", true)? {
+        true => (common.head_dim as f32).sqrt().recip(),
+        false => 1.0,
+    };
+    let divisor = match config.flag_or("scale_attn_by_inverse_layer_idx", false)? {
+        true => |layer| layer as f32,
+        false => |_| 1.0,
+    };
+    let scales = (1..=common.layers).map(|layer| scale / divisor(layer));
     Ok(DecoderConfig {
         modules: MODULES,
         activation: activation(config, "activation_function", "gelu_new")?,
         gated_mlp: false,
         norm: NormKind::Layer,
         norm_eps: norm_eps(config, "layer_norm_epsilon", 1e-5)?,
-        attention_scale: match config.flag_or("scale_attn_weights", true)? {
-            true => common.attention_scale,
-            false => 1.0,
-        },
+        attention_scales: scales.collect(),
         qkv_bias: true,
         o_bias: true,
         mlp_bias: true,
@@ -66,16 +70,8 @@ fn renamed(config: &HfConfig) -> Result<HfConfig> {
         "intermediate_size": config.size_or("n_inner", Some(4 * hidden))?,
         "max_position_embeddings": config.size_or("n_positions", Some(1024))?,
         "vocab_size": 50257,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
     })))
-}
-
-/// Dropout of the base itself, in which Transformers would train it.
-fn warn_of_dropout(config: &HfConfig) -> Result<()> {
-    for key in ["resid_pdrop", "embd_pdrop", "attn_pdrop"] {
-        let p = config.number_or(key, 0.1)?;
-        if p != 0.0 {
-            tracing::warn!("{key} of the base is {p} and is ignored: only adapters have dropout");
-        }
-    }
-    Ok(())
 }

@@ -42,13 +42,11 @@ pub(super) fn windows(
     types.iter().map(window_of).collect()
 }
 
-/// `sliding_window`: a number, none where it is null, and `default` where the config does not have it.
+/// `sliding_window`: a number, or none where it is null.
 ///
 /// # Errors
 /// If it is no positive integer.
-pub(super) fn sliding_window(config: &HfConfig, default: usize) -> Result<Option<usize>> {
-    match config.keys().get("sliding_window") {
-        Some(value) if value.is_null() => Ok(None),
-        _ => config.size_or("sliding_window", Some(default)).map(Some),
-    }
+pub(super) fn sliding_window(config: &HfConfig) -> Result<Option<usize>> {
+    let window = config.get("sliding_window");
+    window.map(|_| config.size("sliding_window")).transpose()
 }

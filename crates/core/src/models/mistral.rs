@@ -3,11 +3,22 @@
 use super::layer_types::sliding_window;
 use crate::Result;
 use crate::model::{DecoderConfig, HfConfig};
+use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    }));
     let common = DecoderConfig::common(config)?;
     Ok(DecoderConfig {
-        sliding_windows: vec![sliding_window(config, 4096)?; common.layers],
+        sliding_windows: vec![sliding_window(config)?; common.layers],
         ..common
     })
 }

@@ -5,7 +5,15 @@ use crate::model::{DecoderConfig, HfConfig, ModuleNames, QkNorm};
 use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
-    let config = &config.with_defaults(&json!({"rms_norm_eps": 1e-5}));
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    }));
     let attention_bias = config.flag_or("attention_bias", false)?;
     Ok(DecoderConfig {
         modules: ModuleNames {

@@ -6,7 +6,18 @@ use crate::model::{DecoderConfig, HfConfig, ModuleNames, RopeConfig};
 use serde_json::{Value, json};
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
-    let config = &config.with_defaults(&json!({"rms_norm_eps": 1e-5, "sliding_window": null}));
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        // Comes before the one in the group, given or not.
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": null,
+    }));
     let common = DecoderConfig::without_rope(config)?;
     let rotary_dim = RopeConfig::partial(config, common.head_dim)?;
     Ok(DecoderConfig {
@@ -17,7 +28,7 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         },
         ropes: vec![RopeConfig::from_hf(&renamed(config), rotary_dim)?],
         layer_ropes: vec![Some(0); common.layers],
-        sliding_windows: vec![sliding_window(config, 4096)?; common.layers],
+        sliding_windows: vec![sliding_window(config)?; common.layers],
         ..common
     })
 }

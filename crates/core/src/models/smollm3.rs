@@ -6,14 +6,20 @@ use crate::model::{DecoderConfig, HfConfig};
 use serde_json::json;
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
-    let config = &config.with_defaults(&json!({"num_key_value_heads": 4, "rope_theta": 2e6}));
+    let config = &config.with_defaults(&json!({
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 2e6,
+    }));
     let common = DecoderConfig::common(config)?;
     let rope_layers = rope_layers(config, common.layers)?;
     let window = match config.flag_or("use_sliding_window", false)? {
-        true => config
-            .get("sliding_window")
-            .map(|_| config.size("sliding_window"))
-            .transpose()?,
+        true => layer_types::sliding_window(config)?,
         false => None,
     };
     let windows = layer_types::windows(config, common.layers, window, |i| !rope_layers[i])?;

@@ -2,8 +2,12 @@
 
 use super::architecture;
 use crate::model::{DecoderConfig, HfConfig, RopeScaling};
+use ferrotune_kernels::activation::Activation;
 use serde_json::{Value, json};
 use std::path::Path;
+
+/// What Transformers' classes have, recorded by `tests/fixtures/make_config_defaults.py`.
+const CLASSES: &str = include_str!("../../../../tests/fixtures/config_defaults.json");
 
 /// A config of `model_type` with keys on top.
 fn config(model_type: &str, keys: &Value) -> HfConfig {
@@ -92,6 +96,46 @@ fn heads_that_do_not_divide_are_refused_with_the_nearest_that_do() {
     assert_refused("llama", &keys, &parts);
     let keys = json!({"n_embd": 32, "n_head": 5});
     assert_refused("gpt2", &keys, &["n_head", "is 5", "n_embd 32", "4 or 8"]);
+    let left_out = json!({"model_type": "mistral", "num_attention_heads": 12, "head_dim": 8});
+    let config = HfConfig::from_value(Path::new("config.json"), left_out).expect("an object");
+    let error = DecoderConfig::from_hf(&config)
+        .expect_err("8 of 12")
+        .to_string();
+    assert!(error.contains("is 8 (where it is left out)"), "{error}");
+}
+
+#[test]
+fn sizes_beyond_counting_are_refused_by_their_keys() {
+    let most = (1_u64 << 40) - 1;
+    for (model_type, keys, parts) in [
+        (
+            "llama",
+            json!({"num_attention_heads": most, "head_dim": most - 1, "num_key_value_heads": 1}),
+            ["num_attention_heads", "head_dim 1099511627774"],
+        ),
+        (
+            "llama",
+            json!({"head_dim": most - 1, "hidden_size": most}),
+            ["num_attention_heads", "hidden_size 1099511627775"],
+        ),
+        (
+            "qwen3",
+            json!({"intermediate_size": most}),
+            ["intermediate_size", "1099511627775 times"],
+        ),
+        (
+            "gemma",
+            json!({"vocab_size": most}),
+            ["vocab_size", "hidden_size 32"],
+        ),
+        (
+            "gpt2",
+            json!({"n_positions": most, "max_position_embeddings": most}),
+            ["max_position_embeddings", "more than"],
+        ),
+    ] {
+        assert_refused(model_type, &keys, &parts);
+    }
 }
 
 #[test]
@@ -146,7 +190,6 @@ fn flags_for_what_is_not_computed_are_refused() {
         ("gemma", "use_bidirectional_attention"),
         ("gemma3_text", "use_bidirectional_attention"),
         ("gpt2", "add_cross_attention"),
-        ("gpt2", "scale_attn_by_inverse_layer_idx"),
     ] {
         let parts = [key, "true", "expected false"];
         assert_refused(model_type, &json!({key: true}), &parts);
@@ -190,12 +233,113 @@ fn what_a_config_leaves_out_is_what_its_class_has() {
     let gemma3 = decoder("gemma3_text", &json!({"sliding_window_pattern": 2}));
     assert_eq!(gemma3.layer_ropes, [Some(1), Some(0), Some(1), Some(0)]);
     assert_eq!([gemma3.ropes[0].theta, gemma3.ropes[1].theta], [1e6, 1e4]);
+    // Of Gemma 3, parameters that are of no kind of layer are nobody's; an older scaling is full attention's.
+    let linear = json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0});
+    let thetas = |keys: Value| decoder("gemma3_text", &keys).ropes.into_iter();
+    let thetas = |keys: Value| thetas(keys).map(|rope| rope.theta).collect::<Vec<_>>();
+    assert_eq!(thetas(json!({"rope_parameters": linear})), [1e6, 1e4]);
+    assert_eq!(thetas(json!({"rope_scaling": linear})), [5.0, 1e4]);
+    let both = json!({"rope_scaling": linear, "rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}});
+    assert_eq!(thetas(both), [5.0, 7.0]);
     let gpt2 = decoder(
         "gpt2",
         &json!({"n_embd": 32, "n_head": 4, "head_dim": null}),
     );
     assert_eq!([gpt2.head_dim, gpt2.intermediate_size], [8, 64]);
     assert!(gpt2.tie_word_embeddings && gpt2.ropes.is_empty());
+}
+
+/// Of a config.json that says `model_type` and nothing else.
+#[test]
+fn whatever_is_left_out_is_what_transformers_class_has() {
+    let classes: Value = serde_json::from_str(CLASSES).expect("JSON");
+    let classes = classes.as_object().expect("an object");
+    assert_eq!(classes.len(), super::ARCHITECTURES.len());
+    for (name, class) in classes {
+        let alone = json!({"model_type": name});
+        let config = HfConfig::from_value(Path::new("config.json"), alone).expect("an object");
+        let ours = DecoderConfig::from_hf(&config).expect("a class is whole");
+        let size = |key: &str| class[key].as_u64().map(|n| n as usize);
+        let (hidden, heads) = (ours.hidden_size, ours.heads);
+        for (key, value, absent) in [
+            ("hidden_size", hidden, 0),
+            ("intermediate_size", ours.intermediate_size, 4 * hidden),
+            ("num_hidden_layers", ours.layers, 0),
+            ("num_attention_heads", heads, 0),
+            ("num_key_value_heads", ours.kv_heads, heads),
+            ("head_dim", ours.head_dim, hidden / heads),
+            ("vocab_size", ours.vocab_size, 0),
+            ("max_position_embeddings", ours.max_position_embeddings, 0),
+        ] {
+            assert_eq!(value, size(key).unwrap_or(absent), "{name} {key}");
+        }
+        let number = |key: &str| class[key].as_f64();
+        let same = |key: &str, ours: f32, theirs: f64| {
+            let error = (f64::from(ours) / theirs - 1.0).abs();
+            assert!(error < 1e-6, "{name} {key}: {ours} {theirs}");
+        };
+        let eps = number("rms_norm_eps").or(number("layer_norm_epsilon"));
+        same("eps", ours.norm_eps, eps.expect("every class has one"));
+        let root = (ours.head_dim as f64).sqrt().recip();
+        let scalar = number("query_pre_attn_scalar").map(|n| n.sqrt().recip());
+        let scale = scalar.or(number("attention_multiplier")).unwrap_or(root);
+        for ours in ours.attention_scales {
+            same("attention_scale", ours, scale);
+        }
+        let residual = number("residual_multiplier").unwrap_or(1.0);
+        same("residual_scale", ours.residual_scale, residual);
+        let logits = number("logits_scaling").map_or(1.0, f64::recip);
+        same("logits_scale", ours.logits_scale, logits);
+        let softcap = |key: &str| number(key).map(|cap| cap as f32);
+        // Gemma 3 computes nothing with that of scores.
+        assert_eq!(
+            ours.attention_softcap,
+            softcap("attn_logit_softcapping"),
+            "{name}"
+        );
+        assert_eq!(
+            ours.logits_softcap,
+            softcap("final_logit_softcapping"),
+            "{name}"
+        );
+        let tied = class["tie_word_embeddings"].as_bool();
+        assert_eq!(Some(ours.tie_word_embeddings), tied, "{name}");
+        let keys = ["hidden_act", "hidden_activation", "activation_function"];
+        let activation = match keys.iter().find_map(|key| class[*key].as_str()) {
+            Some("silu") => Activation::Silu,
+            Some("gelu_new" | "gelu_pytorch_tanh") => Activation::GeluTanh,
+            other => panic!("{name}: {other:?}"),
+        };
+        assert_eq!(ours.activation, activation, "{name}");
+        let flag = |key: &str| class[key].as_bool();
+        // Qwen 2 and GPT-2 have biases without a key for them.
+        let of_qkv = flag("attention_bias").unwrap_or(["qwen2", "gpt2"].contains(&name.as_str()));
+        assert_eq!(ours.qkv_bias, of_qkv, "{name}");
+        let of_mlp = flag("mlp_bias").unwrap_or(name == "gpt2");
+        assert_eq!(ours.mlp_bias, of_mlp, "{name}");
+        for layer in 0..ours.layers {
+            let kind = class["layer_types"][layer].as_str();
+            let slides = kind.is_none_or(|kind| kind == "sliding_attention");
+            let window = size("sliding_window").filter(|_| slides);
+            assert_eq!(ours.sliding_windows[layer], window, "{name} {layer}");
+            let rotates = name != "gpt2" && class["no_rope_layers"][layer] != json!(0);
+            let rope = ours.layer_ropes[layer].map(|rope| ours.ropes[rope].theta);
+            let theta = class["rope_parameters"]["rope_theta"].as_f64();
+            let of_kind = || class["rope_parameters"][kind?]["rope_theta"].as_f64();
+            assert_eq!(
+                rope,
+                theta.or_else(of_kind).filter(|_| rotates),
+                "{name} {layer}"
+            );
+        }
+    }
+}
+
+#[test]
+fn gpt2_may_scale_scores_by_the_number_of_the_layer() {
+    let keys = json!({"scale_attn_by_inverse_layer_idx": true});
+    let scales = decoder("gpt2", &keys).attention_scales;
+    assert_eq!(scales, [0.25, 0.125, 0.25 / 3.0, 0.0625]);
 }
 
 #[test]

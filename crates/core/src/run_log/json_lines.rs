@@ -13,6 +13,8 @@ use std::path::PathBuf;
 pub struct JsonLines<W> {
     writer: UntilClosed<W>,
     name: PathBuf,
+    /// Whose events these are, where several adapters train together.
+    adapter: Option<String>,
 }
 
 impl<W: Write> JsonLines<W> {
@@ -21,13 +23,23 @@ impl<W: Write> JsonLines<W> {
         Self {
             writer: UntilClosed::new(writer),
             name: name.into(),
+            adapter: None,
         }
+    }
+
+    /// The same with `adapter` in every line.
+    #[must_use]
+    pub fn of_adapter(mut self, adapter: &str) -> Self {
+        self.adapter = Some(adapter.to_owned());
+        self
     }
 }
 
 impl<W: Write> Observer for JsonLines<W> {
     fn on(&mut self, event: &Event) -> Result<()> {
-        let text = line(entries(event));
+        let mut entries = entries(event);
+        entries.extend(self.adapter.iter().map(|name| ("adapter", json!(name))));
+        let text = line(entries);
         let written = self.writer.write_all(text.as_bytes());
         let written = written.and_then(|()| self.writer.flush());
         written.map_err(Error::write(&self.name))

@@ -15,6 +15,9 @@ impl Trainer {
     pub(super) fn gradients(&mut self, micro_batches: &[PackedBatch]) -> Result<Option<Totals>> {
         self.grads.zero();
         self.sums.clear();
+        if self.seat.is_some() {
+            return self.gradients_together(micro_batches).map(Some);
+        }
         let peers = self.group.world_size() > 1;
         for (i, batch) in micro_batches.iter().enumerate() {
             // Peers begin to sum what is final while the rest is still computed.

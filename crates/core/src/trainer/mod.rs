@@ -8,6 +8,7 @@ mod ranks;
 mod rehearsal;
 mod run;
 mod step;
+mod together;
 
 pub use crate::run_log::StepReport;
 pub use run::{Run, RunOutcome, RunPlan, Save, StepData};

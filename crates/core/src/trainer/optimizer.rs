@@ -26,6 +26,17 @@ pub(super) fn scalars(device: &Device, layout: &ParamLayout) -> Option<Update> {
     }
 }
 
+/// Divides and clips the gradient if its norm is finite, on the host; returns the norm before that.
+pub(super) fn clip(settings: &Settings, grads: &mut FlatBuffer) -> f64 {
+    let grads = grads.as_mut_slice();
+    let norm = adamw::global_norm(grads) / settings.divisor;
+    if norm.is_finite() {
+        let factor = (clip_factor(settings.max_norm, norm) / settings.divisor) as f32;
+        grads.iter_mut().for_each(|g| *g *= factor);
+    }
+    norm
+}
+
 /// Divides, clips and applies the gradient if its norm is finite; returns the norm.
 pub(super) fn on_host(settings: &Settings, groups: &[Group], buffers: Buffers<'_>) -> Result<f64> {
     let Buffers {

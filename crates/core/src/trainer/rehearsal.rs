@@ -12,7 +12,8 @@ impl Trainer {
     /// # Errors
     /// What a step of that size would fail with, as for want of memory.
     pub fn rehearse(&mut self, sizes: &[BatchSize]) -> Result<()> {
-        let Some(update) = &self.on_gpu else {
+        // Beside others, shapes depend on what they bring.
+        let (Some(update), None) = (&self.on_gpu, &self.seat) else {
             return Ok(());
         };
         update.prepare()?;

@@ -3,13 +3,14 @@
 use super::graphs::Graphs;
 use super::optimizer::{self, Buffers};
 use super::ranks::{self, Totals};
+use super::together::Seat;
 use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
 use crate::data::{PackedBatch, padded_rows};
 use crate::model::{
     DecoderConfig, Keep, LoadedBase, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource,
 };
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
-use crate::process_group::ProcessGroup;
+use crate::process_group::{ProcessGroup, Solo};
 use crate::run_log::StepReport;
 use crate::{Error, Result};
 use ferrotune_kernels::adamw::{self, AdamW};
@@ -17,6 +18,7 @@ use ferrotune_kernels::cuda::GemmTuning;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Workspace};
 use std::path::Path;
+use std::sync::Arc;
 
 /// What a step needs to know besides its data.
 #[derive(Clone, Debug)]
@@ -98,7 +100,9 @@ pub struct EvalReport {
 /// A model in training: frozen weights, trainable parameters, optimizer state and peers.
 #[derive(Debug)]
 pub struct Trainer {
-    pub(super) model: Model,
+    pub(super) model: Arc<Model>,
+    /// Where it waits for others that train over the same base, if it does.
+    pub(super) seat: Option<Seat>,
     adapter: Box<dyn Adapter>,
     pub(super) params: FlatBuffer,
     pub(super) grads: FlatBuffer,
@@ -154,38 +158,50 @@ impl Trainer {
         };
         adapter.prepare(&mut params, &mut base)?;
         group.broadcast(&mut params)?;
-        let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
-        let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
-        let method_state = adapter.state().iter().map(|_| zeros()).collect();
         let rows = match options.device {
             Device::Cpu => options.max_tokens,
             Device::Cuda(_) => padded_rows(options.max_tokens),
         };
         let workspace = Workspace::on(options.device.clone(), rows);
-        let on_gpu = optimizer::scalars(&options.device, params.layout());
-        let layer_ends = ModelPlan::new(config)
+        let mut trainer = Self::over(Arc::new(model), workspace, adapter, params, options);
+        trainer.layer_ends = ModelPlan::new(config)
             .layers
             .iter()
-            .map(|layer| params.layout().final_after(layer.first().0))
+            .map(|layer| trainer.params.layout().final_after(layer.first().0))
             .collect();
-        let graphs = graphs(&model, group.as_ref(), &options);
-        Ok(Self {
-            graphs,
+        trainer.graphs = graphs(&trainer.model, group.as_ref(), &trainer.options);
+        trainer.group = group;
+        Ok(trainer)
+    }
+
+    /// A trainer of its own, at step 0, over a model that is loaded.
+    pub(super) fn over(
+        model: Arc<Model>,
+        workspace: Workspace,
+        adapter: Box<dyn Adapter>,
+        params: FlatBuffer,
+        options: TrainerOptions,
+    ) -> Self {
+        let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
+        let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
+        Self {
+            method_state: adapter.state().iter().map(|_| zeros()).collect(),
+            on_gpu: optimizer::scalars(&options.device, params.layout()),
+            sums: Accumulator::new(&options.device),
+            graphs: Graphs::off(),
+            group: Box::new(Solo),
+            seat: None,
+            layer_ends: Vec::new(),
+            step: 0,
             model,
             adapter,
             params,
             grads,
             exp_avg,
             exp_avg_sq,
-            method_state,
-            sums: Accumulator::new(&options.device),
-            group,
             workspace,
-            on_gpu,
             options,
-            layer_ends,
-            step: 0,
-        })
+        }
     }
 
     /// One optimizer step over this rank's micro-batches at learning rate `lr`.
@@ -256,11 +272,13 @@ impl Trainer {
     /// # Errors
     /// If a token id lies outside the vocabulary, or a peer is lost.
     pub fn evaluate(&mut self, batches: &[PackedBatch]) -> Result<EvalReport> {
-        let pass = self.eval_pass();
         let mut totals = Totals::default();
         let (rank, ranks) = (self.group.rank(), self.group.world_size());
         for batch in batches.iter().skip(rank).step_by(ranks) {
-            totals.sums += self.model.loss(pass, &self.params, batch)?;
+            totals.sums += match &self.seat {
+                None => self.model.loss(self.eval_pass(), &self.params, batch)?,
+                Some(seat) => seat.loss(&self.params, batch)?,
+            };
         }
         let sums = ranks::sum_totals(self.group.as_mut(), totals)?.sums;
         check_labels(sums.count)?;
@@ -397,25 +415,37 @@ impl Trainer {
     /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
     /// returns its norm, and this rank's sums.
     fn update(&mut self, lr: f64, count: u64) -> Result<(f64, Sums)> {
-        let groups = self.parameter_groups(lr);
-        let settings = adamw::cuda::Settings {
+        let mut settings = adamw::cuda::Settings {
             adamw: self.options.adamw,
             divisor: count as f64,
             max_norm: self.options.max_grad_norm,
         };
+        let mut clipped = None;
+        if self.adapter.preconditions() {
+            let norm = optimizer::clip(&settings, &mut self.grads);
+            if !norm.is_finite() {
+                return Ok((norm, self.sums.read()?));
+            }
+            self.adapter.precondition(&self.params, &mut self.grads)?;
+            (settings.divisor, settings.max_norm, clipped) = (1.0, None, Some(norm));
+        }
+        let groups = self.parameter_groups(lr);
         let buffers = Buffers {
             params: &mut self.params,
             grads: &mut self.grads,
             exp_avg: &mut self.exp_avg,
             exp_avg_sq: &mut self.exp_avg_sq,
         };
-        match &mut self.on_gpu {
+        let (norm, sums) = match &mut self.on_gpu {
             None => {
                 let norm = optimizer::on_host(&settings, &groups, buffers)?;
-                Ok((norm, self.sums.read()?))
+                (norm, self.sums.read()?)
             }
-            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums),
-        }
+            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums)?,
+        };
+        // That of the loss, unless what was made of it is not finite.
+        let clipped = clipped.filter(|_| norm.is_finite());
+        Ok((clipped.unwrap_or(norm), sums))
     }
 
     /// Neighbouring segments with the same learning rate and decay as one range.

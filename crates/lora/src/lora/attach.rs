@@ -7,7 +7,7 @@ use super::config::LoraBias;
 use super::names::{self, Part};
 use super::{LoraConfig, files, saved, tokens};
 use crate::target::{self, Target, TargetModules, is_suffix};
-use ferrotune_core::adapter::{Attachment, LowRank, Site, SiteId, SiteKind};
+use ferrotune_core::adapter::{Attachment, LowRank, Magnitude, Site, SiteId, SiteKind};
 use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeSet;
@@ -38,6 +38,11 @@ pub(super) fn attach(
     }
     let embedding =
         tied.and_then(|[embedding, head]| move_to_embedding(&mut targets, embedding, head));
+    if config.use_dora && embedding.is_some() {
+        let message = "true beside `use_dora`: an update whose norms are those of the embedding's columns is none \
+                       of the head's rows; switch one off, or leave the embedding out";
+        return Err(Error::config("ensure_weight_tying", message));
+    }
     for target in &targets {
         require_adaptable(config, target.site)?;
         require_startable(config, target)?;
@@ -60,7 +65,8 @@ pub(super) fn attach(
     }
     let taken: BTreeSet<SiteId> = attachments.iter().map(|(id, _)| *id).collect();
     if let Some(indices) = &config.trainable_token_indices {
-        for rows in tokens::rows("trainable_token_indices", indices, sites)? {
+        let key = "trainable_token_indices";
+        for rows in tokens::rows(key, indices, sites, config.ensure_weight_tying)? {
             require_free(sites, rows.site, &taken)?;
             attachments.push((rows.site.id, tokens::declare(rows, Part::TokenRows, params)));
         }
@@ -197,17 +203,16 @@ fn declare(config: &LoraConfig, target: &Target<'_>, params: &mut ParamLayoutBui
         add(a, [rank, site.in_features]),
         add(b, [site.out_features, rank]),
     );
-    let has_bias = config.lora_bias && site.kind == SiteKind::Linear;
     LowRank {
         a,
         b,
         rank,
         scale: config.scale(rank, target.alpha),
         dropout: config.dropout as f32,
-        bias: has_bias.then(|| vector(site, Part::BiasOfB, params)),
-        magnitude: config
-            .use_dora
-            .then(|| vector(site, Part::Magnitude, params)),
+        bias: config
+            .lora_bias
+            .then(|| vector(site, Part::BiasOfB, params)),
+        magnitude: config.use_dora.then(|| magnitude(site, params)),
     }
 }
 
@@ -224,6 +229,20 @@ fn train(site: &Site, sharing: Option<&Site>, params: &mut ParamLayoutBuilder) -
     Attachment::TrainBase {
         weight: params.add(weight),
         bias: site.bias.then(|| vector(site, Part::Bias, params)),
+    }
+}
+
+/// Declares DoRA's norms, one per feature of the output.
+fn magnitude(site: &Site, params: &mut ParamLayoutBuilder) -> Magnitude {
+    match site.kind {
+        SiteKind::Embedding => {
+            let name = names::tensor(&site.name, Part::Magnitude);
+            let spec = ParamSpec::new(name, [site.in_features], site.execution_order);
+            Magnitude::OfColumns(params.add(spec))
+        }
+        SiteKind::Linear | SiteKind::Norm => {
+            Magnitude::OfRows(vector(site, Part::Magnitude, params))
+        }
     }
 }
 
@@ -272,11 +291,22 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             ),
         ));
     }
-    if config.use_dora && (site.kind != SiteKind::Linear || site.output_head) {
+    if config.lora_bias && site.kind == SiteKind::Embedding {
+        return Err(Error::config(
+            "lora_bias",
+            format!(
+                "true gives B a bias, and PEFT has none for an embedding such as `{}`; leave that out of \
+                 `target_modules`, or this off",
+                site.name
+            ),
+        ));
+    }
+    if config.use_dora && site.output_head {
         return Err(Error::config(
             "use_dora",
             format!(
-                "true is not supported yet on `{}`, only on linears inside the layers; leave that out",
+                "true is not supported yet on `{}`, only on linears inside the layers and on embeddings; leave \
+                 that out",
                 site.name
             ),
         ));

@@ -164,6 +164,14 @@ impl LoraConfig {
                 ),
             ));
         }
+        if self.repeats_a_layer() && self.init_lora_weights.changes_base() {
+            let message = format!(
+                "{} changes the base's weights, which the copies of a layer share in `layer_replication`; take \
+                 another start, or leave that out",
+                self.init_lora_weights.name()
+            );
+            return Err(Error::config("init_lora_weights", message));
+        }
         let plain = [InitLoraWeights::Kaiming, InitLoraWeights::Random];
         if self.lora_bias && self.use_dora {
             let message = "true beside `use_dora`: PEFT has no bias in a weight-decomposed update; switch one off";
@@ -185,6 +193,14 @@ impl LoraConfig {
             return Err(Error::config("lora_alpha", message));
         }
         Ok(())
+    }
+
+    /// Whether two of the ranges of `layer_replication` overlap.
+    fn repeats_a_layer(&self) -> bool {
+        let ranges = &self.layer_replication;
+        let overlap = |a: &[usize; 2], b: &[usize; 2]| a[0].max(b[0]) < a[1].min(b[1]);
+        let mut pairs = (0..ranges.len()).flat_map(|j| (0..j).map(move |i| (i, j)));
+        pairs.any(|(i, j)| overlap(&ranges[i], &ranges[j]))
     }
 
     /// This configuration with a missing `target_modules` replaced by PEFT's default.

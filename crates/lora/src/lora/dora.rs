@@ -1,7 +1,8 @@
 //! How DoRA's magnitudes start: at the norms they replace, so that the model is that of the LoRA.
 //!
 //! # Source
-//! Liu et al.: "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024); PEFT's `DoraLinearLayer`.
+//! Liu et al.: "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024); PEFT's `DoraLinearLayer` and
+//! `DoraEmbeddingLayer`.
 
 use super::LoraConfig;
 use super::names::{self, Part};
@@ -10,7 +11,7 @@ use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{View, matmul};
 
-/// Sets every magnitude to the norm of its row of W + scale * B A.
+/// Sets every magnitude to the norm of its row of W + scale * B A, or of its column where W is a table.
 pub(super) fn start(
     config: &LoraConfig,
     params: &mut FlatBuffer,
@@ -29,7 +30,12 @@ pub(super) fn start(
             let found = layout.find(&names::tensor(module, part));
             found.ok_or_else(|| missing(module))
         };
-        let [a, b] = [factor(Part::A)?, factor(Part::B)?];
+        let of_table = layout.find(&names::tensor(module, Part::A)).is_none();
+        let [a, b] = match of_table {
+            true => [Part::EmbeddingB, Part::EmbeddingA],
+            false => [Part::A, Part::B],
+        };
+        let [a, b] = [factor(a)?, factor(b)?];
         let [out, inputs] = [weight.rows(), weight.cols()];
         let rank = layout.segment(a).spec.len() / inputs.max(1);
         let values = config.rank_and_alpha().alpha_of(module)?;
@@ -40,13 +46,26 @@ pub(super) fn start(
             View::from_f32(params.get(b), out, rank),
             View::from_f32(params.get(a), rank, inputs),
         )?;
-        let rows = weight.to_f32_vec();
-        let norms = rows.chunks_exact(inputs.max(1)).map(|row| {
-            let squares = row.iter().map(|w| f64::from(*w).powi(2));
-            squares.sum::<f64>().sqrt() as f32
-        });
-        let norms: Vec<f32> = norms.collect();
+        let norms = norms(&weight.to_f32_vec(), inputs, of_table);
         params.get_mut(id).copy_from_slice(&norms);
     }
     Ok(())
+}
+
+/// Norms of the columns, or of the rows, of a matrix whose rows have `width` values.
+fn norms(values: &[f32], width: usize, of_columns: bool) -> Vec<f32> {
+    let rows = values.chunks_exact(width.max(1));
+    let squares = |row: &[f32]| -> Vec<f64> { row.iter().map(|w| f64::from(*w).powi(2)).collect() };
+    let sums: Vec<f64> = if of_columns {
+        let mut sums = vec![0.0; width];
+        for row in rows {
+            sums.iter_mut()
+                .zip(squares(row))
+                .for_each(|(sum, square)| *sum += square);
+        }
+        sums
+    } else {
+        rows.map(|row| squares(row).iter().sum()).collect()
+    };
+    sums.iter().map(|sum| sum.sqrt() as f32).collect()
 }

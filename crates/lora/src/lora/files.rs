@@ -194,7 +194,7 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, tied: bool) -> Result<()>
         .collect();
     let twin = |name: &str| twin(name, &expected).filter(|_| tied);
     file.require_same_names(&expected, |name| {
-        repeats_base(name, &expected) || twin(name).is_some()
+        repeats_base(name, &expected, tied) || twin(name).is_some()
     })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
@@ -234,12 +234,16 @@ fn twin<'a>(name: &str, expected: &'a BTreeSet<String>) -> Option<&'a str> {
 }
 
 /// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's
-/// weight of an adapted table.
-fn repeats_base(name: &str, expected: &BTreeSet<String>) -> bool {
+/// weight of an adapted table, or of the head that is `tied` to one.
+fn repeats_base(name: &str, expected: &BTreeSet<String>, tied: bool) -> bool {
     let has = |module: &str, part| expected.contains(&names::tensor(module, part));
+    let is_table = |name: &String| matches!(names::parse(name), Some((_, Part::EmbeddingA)));
     match names::parse(name) {
         Some((module, Part::AdaptedWeight)) => {
-            has(module, Part::EmbeddingA) || has(module, Part::A)
+            let follows = tied && HEADS.contains(&last_segment(module));
+            has(module, Part::EmbeddingA)
+                || has(module, Part::A)
+                || (follows && expected.iter().any(is_table))
         }
         _ => false,
     }

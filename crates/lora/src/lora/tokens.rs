@@ -23,15 +23,20 @@ pub(crate) struct Rows<'a> {
     pub(crate) indices: &'a [u32],
 }
 
-/// What `key` means on a model of `sites`: a head that is tied is the embedding's.
+/// What `key` means on a model of `sites`. A tied head that is not named, or named with the embedding's tokens, is
+/// the embedding's; named alone or with other tokens it is apart from it, unless they are to be `kept_tied`.
 ///
 /// # Errors
-/// [`Error::Config`] for a module that is no table, for tokens that the table lacks or that are named
-/// twice, and for a tied head whose tokens are others than the embedding's.
+/// [`Error::Config`] for a module that is no table or named twice, for tokens that the table lacks or that
+/// are named twice, and for a tied head that cannot stay it.
+///
+/// # Source
+/// PEFT's `set_additional_trainable_modules`.
 pub(crate) fn rows<'a>(
     key: &'static str,
     tokens: &'a TokenIndices,
     sites: &'a [Site],
+    kept_tied: bool,
 ) -> Result<Vec<Rows<'a>>> {
     let mut found: Vec<Rows<'_>> = Vec::new();
     match tokens {
@@ -42,32 +47,39 @@ pub(crate) fn rows<'a>(
         }
         TokenIndices::Modules(modules) => {
             for (name, indices) in modules {
-                let site = table(key, name, sites)?;
-                found.push(Rows { site, indices });
+                for site in tables(key, name, sites)? {
+                    if found.iter().any(|rows| rows.site.id == site.id) {
+                        let message = format!("`{name}` is `{}`, which is named before", site.name);
+                        return Err(Error::config(key, message));
+                    }
+                    found.push(Rows { site, indices });
+                }
             }
         }
     }
     for rows in &found {
         check_indices(key, *rows)?;
     }
-    let twin = |head: &Rows<'_>| {
-        found
-            .iter()
-            .find(|rows| Some(rows.site.id) == head.site.tied_to)
+    let follows = |head: &Rows<'_>| {
+        let same = |rows: &Rows<'_>| {
+            Some(rows.site.id) == head.site.tied_to && rows.indices == head.indices
+        };
+        found.iter().any(same)
     };
-    for head in found.iter().filter(|rows| rows.site.tied_to.is_some()) {
-        if twin(head).is_none_or(|twin| twin.indices != head.indices) {
-            return Err(Error::config(
-                key,
-                format!(
-                    "`{}` shares its weight with the input embedding: name the embedding, whose rows \
-                     it then shares too, or give both the same tokens",
-                    head.site.name
-                ),
-            ));
-        }
+    let is_tied = |rows: &Rows<'_>| rows.site.tied_to.is_some();
+    let apart = found.iter().find(|rows| is_tied(rows) && !follows(rows));
+    if let Some(head) = apart.filter(|_| kept_tied) {
+        return Err(Error::config(
+            key,
+            format!(
+                "names tokens of `{}` that are not those of the input embedding, whose weight it is to keep by \
+                 `ensure_weight_tying`; name the embedding alone, or give both the same tokens",
+                head.site.name
+            ),
+        ));
     }
-    found.retain(|rows| rows.site.tied_to.is_none());
+    let apart = apart.map(|head| head.site.id);
+    found.retain(|rows| !is_tied(rows) || Some(rows.site.id) == apart);
     Ok(found)
 }
 
@@ -82,24 +94,24 @@ pub(crate) fn declare(rows: Rows<'_>, part: Part, params: &mut ParamLayoutBuilde
     }
 }
 
-fn table<'a>(key: &'static str, name: &str, sites: &'a [Site]) -> Result<&'a Site> {
+/// The tables whose paths end with `name`.
+fn tables<'a>(key: &'static str, name: &str, sites: &'a [Site]) -> Result<Vec<&'a Site>> {
     let is_table = |site: &&Site| site.kind == SiteKind::Embedding || site.output_head;
-    let found = sites
-        .iter()
-        .filter(is_table)
-        .find(|s| s.name.ends_with(name));
-    found.ok_or_else(|| {
-        let tables = sites.iter().filter(is_table).map(|s| s.name.as_str());
-        let known: Vec<&str> = tables.clone().collect();
-        Error::config(
-            key,
-            format!(
-                "`{name}` is no table of token rows{}; this model has {}",
-                nearest_end(name, tables),
-                known.join(", ")
-            ),
-        )
-    })
+    let all = || sites.iter().filter(is_table);
+    let found: Vec<&Site> = all().filter(|site| site.name.ends_with(name)).collect();
+    if !found.is_empty() && !name.is_empty() {
+        return Ok(found);
+    }
+    let names = || all().map(|site| site.name.as_str());
+    let known: Vec<&str> = names().collect();
+    Err(Error::config(
+        key,
+        format!(
+            "`{name}` is no table of token rows{}; this model has {}",
+            nearest_end(name, names()),
+            known.join(", ")
+        ),
+    ))
 }
 
 fn check_indices(key: &'static str, rows: Rows<'_>) -> Result<()> {

@@ -4,7 +4,7 @@ use super::plan::Plan;
 use super::stack::restack;
 use super::{MergeDType, OutputDirectory};
 use ferrotune_core::io::{self, ModelFiles};
-use ferrotune_core::model::{DecoderConfig, HfConfig, ModelPlan, WeightSource, expected_tensors};
+use ferrotune_core::model::{DecoderConfig, HfConfig, ModelPlan, WeightSource};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -99,7 +99,7 @@ impl BaseConfig {
     /// [`Error::Model`] naming the tensor or the key.
     pub(super) fn require_matching(&self, weights: &ModelFiles) -> Result<()> {
         match self.decoder()? {
-            Some(decoder) => weights.check(&expected_tensors(&ModelPlan::new(&decoder))),
+            Some(decoder) => weights.check(&ModelPlan::new(&decoder)),
             None => Ok(()),
         }
     }

@@ -23,6 +23,8 @@ pub(super) struct Plan {
     pub(super) copies: BTreeMap<String, String>,
     /// Whether head and embedding are one tensor of the base, and the merged ones are not.
     pub(super) unties: bool,
+    /// The head of the base, where it is stored beside the embedding it is tied to and stays tied.
+    redundant: Option<String>,
     /// The model, where its layers are others than the base's: copies take the place of all of these.
     pub(super) stack: Option<DecoderConfig>,
 }
@@ -159,7 +161,10 @@ pub(super) fn plan(
         }
     }
     if let Some([embedding, head]) = pair {
+        let [embedded, own] = [embedding, head].map(|site| weight_name(&site.name));
+        base.require_tied(&own, &embedded)?;
         plan.add_pair([embedding, head], of_pair, &params, adapter_directory)?;
+        plan.redundant = (!plan.unties).then(|| base.own_name(&own).to_owned());
     }
     plan.name_as(base);
     plan.require_finite_shapes(base, adapter_directory)?;
@@ -240,6 +245,10 @@ fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
 impl Plan {
     /// Whether a tensor of the base has no place of its own in the output.
     pub(super) fn drops(&self, tensor: &str) -> bool {
+        // Readers take a head that is stored at its word, or refuse to tie it.
+        if self.redundant.as_deref() == Some(tensor) {
+            return true;
+        }
         let Some(layers) = self.stack.as_ref().map(|stack| stack.modules.layers) else {
             return false;
         };
@@ -485,18 +494,20 @@ fn modules_of(base: &ModelFiles, ties_head: bool) -> Vec<Site> {
         })
         .collect();
     let embedding = sites.iter().find(|site| site.kind == SiteKind::Embedding);
-    let has_head = sites.iter().any(|site| site.output_head);
-    if let (true, false, Some(embedding)) = (ties_head, has_head, embedding) {
-        let head = Site {
+    let Some(embedding) = embedding.filter(|_| ties_head).cloned() else {
+        return sites;
+    };
+    match sites.iter_mut().find(|site| site.output_head) {
+        Some(stored) => stored.tied_to = Some(embedding.id),
+        None => sites.push(Site {
             id: SiteId(sites.len()),
             name: "lm_head".into(),
             stored_name: "lm_head".into(),
             kind: SiteKind::Linear,
             output_head: true,
             tied_to: Some(embedding.id),
-            ..embedding.clone()
-        };
-        sites.push(head);
+            ..embedding
+        }),
     }
     sites
 }

@@ -9,9 +9,8 @@ use std::collections::BTreeSet;
 pub(super) struct Layers<'a> {
     pub(super) wanted: &'a [usize],
     expressions: Vec<Expression>,
-    /// Whether `layers_pattern` is set.
-    by_pattern: bool,
-    pattern: &'a [String],
+    /// Of `layers_pattern`, one for each expression, or none.
+    sources: &'a [String],
 }
 
 /// The segments of paths before numbers.
@@ -63,8 +62,7 @@ impl<'a> Layers<'a> {
         Ok(Some(Self {
             wanted,
             expressions,
-            by_pattern: !selection.layers_pattern.is_empty(),
-            pattern: selection.layers_pattern,
+            sources: selection.layers_pattern,
         }))
     }
 
@@ -78,21 +76,27 @@ impl<'a> Layers<'a> {
         Ok(None)
     }
 
-    /// Refuses a wanted layer that holds no targeted module.
-    pub(super) fn require_all_exist(
-        &self,
-        existing: &BTreeSet<usize>,
-        sites: &[Site],
-    ) -> Result<()> {
-        if existing.is_empty() && self.by_pattern {
-            let pattern = self.pattern.join("`, `");
-            return Err(Error::config(
-                "layers_pattern",
-                format!(
-                    "`{pattern}` stands before the number of no layer; here {} does",
-                    before_numbers(sites)
-                ),
-            ));
+    /// Refuses a pattern that stands before the layer of none of the `targeted` modules, and a wanted layer
+    /// that holds none of them.
+    pub(super) fn require_all_used(&self, targeted: &[&str], sites: &[Site]) -> Result<()> {
+        for (source, expression) in self.sources.iter().zip(&self.expressions) {
+            let mut used = false;
+            for name in targeted {
+                used = used || expression.layer(name)?.is_some();
+            }
+            if !used {
+                return Err(Error::config(
+                    "layers_pattern",
+                    format!(
+                        "`{source}` stands before the number of no layer; here {} does",
+                        before_numbers(sites)
+                    ),
+                ));
+            }
+        }
+        let mut existing = BTreeSet::new();
+        for name in targeted {
+            existing.extend(self.index(name)?);
         }
         match self.wanted.iter().find(|layer| !existing.contains(layer)) {
             None => Ok(()),

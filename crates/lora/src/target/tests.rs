@@ -133,6 +133,48 @@ fn layers_to_transform_filters_ends_but_not_whole_paths() {
 }
 
 #[test]
+fn a_whole_path_holds_its_layer() {
+    let targets = list(&[EXACT_Q]);
+    let of = |layers| Selection {
+        layers_to_transform: Some(layers),
+        ..only(&targets)
+    };
+    assert_eq!(selected(2, &of(&[0])), [EXACT_Q]);
+    let message = error(&of(&[0, 1]));
+    assert!(
+        message
+            .contains("no targeted module lies in layer 1; targeted modules lie in layers 0 to 0"),
+        "{message}"
+    );
+}
+
+#[test]
+fn every_pattern_of_layers_must_match() {
+    let targets = list(&["q_proj"]);
+    let patterns = ["layers".to_owned(), "blocks".to_owned()];
+    let of = |layers_pattern| Selection {
+        layers_to_transform: Some(&[1]),
+        layers_pattern,
+        ..only(&targets)
+    };
+    assert_eq!(selected(2, &of(&patterns[..1])).len(), 1);
+    let message = error(&of(&patterns));
+    assert!(
+        message.contains("`blocks` stands before the number of no layer; here `layers` does"),
+        "{message}"
+    );
+}
+
+#[test]
+fn what_a_regular_expression_could_match_is_shown_by_a_linear() {
+    let message = error(&only(&TargetModules::from_text(".*q_prj")));
+    assert!(
+        message.contains("(such as `model.layers.0.self_attn.q_proj`)"),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_layer_or_layer_pattern_that_matches_nothing_is_an_error() {
     let targets = list(&["q_proj"]);
     let missing = Selection {

@@ -1,6 +1,6 @@
 use super::source::{OURS, PEFT, TRL_MODEL};
 use crate::config::section::section;
-use crate::config::value::{KeyValue, Names, Ordered, choices};
+use crate::config::value::{Arity, KeyValue, Names, Ordered, choices, yaml_scalar};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -13,6 +13,52 @@ choices! {
         All = "all",
         /// The biases of adapted layers.
         LoraOnly = "lora_only",
+    }
+    else " (PEFT's own lora_bias, which gives B a bias, is lora_b_bias here)"
+}
+
+/// Tokens whose rows of a table are trained.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TokenIndices {
+    /// Of the input embedding.
+    Embedding(Vec<usize>),
+    /// Of each module that is named.
+    Modules(Ordered<Vec<usize>>),
+}
+
+impl KeyValue for TokenIndices {
+    const ARITY: Arity = Arity::List;
+
+    fn schema() -> Value {
+        json!({"anyOf": [Vec::<usize>::schema(), Ordered::<Vec<usize>>::schema()]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let by_module = match value {
+            Value::String(text) => text.trim_start().starts_with('{'),
+            other => other.is_object(),
+        };
+        let read = match by_module {
+            true => Ordered::from_value(value).map(Self::Modules),
+            false => Vec::from_value(value).map(Self::Embedding),
+        };
+        read.map_err(|_| {
+            "a list of token ids, or one for each module, such as {embed_tokens: [5, 6]}".to_owned()
+        })
+    }
+
+    fn to_value(&self) -> Value {
+        match self {
+            Self::Embedding(ids) => ids.to_value(),
+            Self::Modules(modules) => modules.to_value(),
+        }
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        match text.trim_start().starts_with('{') {
+            true => yaml_scalar(text),
+            false => Vec::<usize>::parse_text(text),
+        }
     }
 }
 
@@ -134,8 +180,10 @@ section! {
         /// Give B a bias, which is trained and scaled as B is (PEFT's own lora_bias).
         lora_b_bias: bool = false, PEFT;
         /// Tokens whose rows of the input embedding are trained, and those of the head where the two are
-        /// one weight: what a few new tokens need, without training all of them.
-        lora_trainable_token_indices: Vec<usize> = Vec::new(), PEFT;
+        /// one weight: what a few new tokens need, without training all of them. Or tokens of each table, such
+        /// as {embed_tokens: [5, 6], lm_head: [5]}, where a head that is named with other tokens is apart from
+        /// then on.
+        lora_trainable_token_indices: TokenIndices = TokenIndices::Embedding(Vec::new()), PEFT;
         /// Where head and embedding are one weight and one of them is adapted or trained as a whole, keep
         /// them the same; otherwise the other one keeps the base's values.
         lora_ensure_weight_tying: bool = false, PEFT;

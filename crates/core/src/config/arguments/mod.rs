@@ -9,7 +9,7 @@ mod runtime;
 mod schedule;
 
 pub use data::{BadRows, DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
-pub use lora::{InitLoraWeights, LoraArguments, LoraBias};
+pub use lora::{InitLoraWeights, LoraArguments, LoraBias, TokenIndices};
 pub use model::{Dtype, ModelArguments, QuantType};
 pub use optimizer::{Optim, OptimizerArguments};
 pub use output::{IntervalStrategy, OutputArguments, Resume};

@@ -32,6 +32,8 @@ section! {
         /// NEFTune: uniform noise on embeddings in training, at most this over the root of tokens times width, with
         /// the tokens of each document, packed or not; null or 0 for none. The paper uses 5.
         neftune_noise_alpha: Option<f64> = None, TRANSFORMERS;
+        /// LoRA-FA: A stays as it starts, and the gradient of B is brought as near as can be to that of a full update.
+        use_lora_fa: bool = false, OURS;
         /// LoRA+: learning rate of B over that of A; null for the same. The paper suggests 16.
         loraplus_lr_ratio: Option<f64> = None, OURS;
         /// LoRA+: learning rate of an adapted embedding, before the schedule's factor.

@@ -88,8 +88,13 @@ pub(super) fn alpaca(row: &Map<String, Value>) -> Result<Record, String> {
     })
 }
 
-/// `input_ids`, with `labels`, or with masks of 0 and 1 of what is trained, or trained as a whole.
-pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Record, String> {
+/// `input_ids`, with `labels`, or with masks of 0 and 1 of what is trained, or trained as a whole: a record for
+/// each document. Tokens that `attention_mask` leaves out are padding, and belong to none.
+///
+/// # Source
+/// The columns of TRL's `SFTTrainer`; `seq_lengths` are those of its packing, `position_ids` and
+/// `attention_mask` those that Transformers' models are called with.
+pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Vec<Record>, String> {
     let input_ids: Vec<u32> = integers("input_ids", input_ids, 0)?;
     let aligned = |name: &str, length: usize| match length == input_ids.len() {
         true => Ok(()),
@@ -109,15 +114,84 @@ pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Reco
             "`labels` holds {bad}; expected token ids, or {IGNORE_INDEX} for what is not trained"
         ));
     }
+    let of_tokens = |name: &str| -> Result<Option<Vec<u32>>, String> {
+        let Some(values) = column(name) else {
+            return Ok(None);
+        };
+        let values: Vec<u32> = integers(name, values, 0)?;
+        aligned(name, values.len()).map(|()| Some(values))
+    };
     for name in ["completion_mask", "assistant_masks"] {
-        let Some(mask) = column(name) else { continue };
-        let mask: Vec<u32> = integers(name, mask, 0)?;
-        aligned(name, mask.len())?;
+        let Some(mask) = of_tokens(name)? else {
+            continue;
+        };
         for (label, _) in labels.iter_mut().zip(mask).filter(|(_, keep)| *keep == 0) {
             *label = IGNORE_INDEX;
         }
     }
-    Ok(Record::Tokens { input_ids, labels })
+    let mask = of_tokens("attention_mask")?;
+    if let Some(bad) = mask.iter().flatten().find(|&&m| m > 1) {
+        return Err(format!(
+            "`attention_mask` holds {bad}; expected 0 for padding and 1 for all else"
+        ));
+    }
+    let is_token = |i: usize| mask.as_ref().is_none_or(|mask| mask[i] == 1);
+    let ends = match (column("seq_lengths"), of_tokens("position_ids")?) {
+        (Some(lengths), _) => ends_of_lengths(lengths, input_ids.len())?,
+        (None, Some(positions)) => ends_of_positions(&positions, is_token)?,
+        (None, None) => vec![input_ids.len()],
+    };
+    let mut first = 0;
+    let document = |end| {
+        let kept = (std::mem::replace(&mut first, end)..end).filter(|i| is_token(*i));
+        let (input_ids, labels) = kept.map(|i| (input_ids[i], labels[i])).unzip();
+        Record::Tokens { input_ids, labels }
+    };
+    Ok(ends.into_iter().map(document).collect())
+}
+
+/// Where the documents of a row of `total` tokens end, by how long each is.
+fn ends_of_lengths(lengths: &Value, total: usize) -> Result<Vec<usize>, String> {
+    let lengths: Vec<u32> = integers("seq_lengths", lengths, 1)?;
+    let mut end = 0;
+    let ends: Vec<usize> = (lengths.iter())
+        .map(|&length| {
+            end += length as usize;
+            end
+        })
+        .collect();
+    match end == total && !ends.is_empty() {
+        true => Ok(ends),
+        false => Err(format!(
+            "`seq_lengths` are {end} tokens together and `input_ids` has {total}; they must be as many"
+        )),
+    }
+}
+
+/// The same by positions, which start again at 0 with each document. Those of padding are nothing.
+fn ends_of_positions(
+    positions: &[u32],
+    is_token: impl Fn(usize) -> bool,
+) -> Result<Vec<usize>, String> {
+    let mut ends = Vec::new();
+    let mut next = 0;
+    for (i, &position) in positions.iter().enumerate().filter(|(i, _)| is_token(*i)) {
+        if position == 0 && next > 0 {
+            ends.push(i);
+        } else if position != next {
+            let or = if next > 0 {
+                ", or 0 where a document begins"
+            } else {
+                ""
+            };
+            return Err(format!(
+                "`position_ids[{i}]` is {position}; expected {next}{or}"
+            ));
+        }
+        next = position + 1;
+    }
+    ends.push(positions.len());
+    Ok(ends)
 }
 
 fn integers<T: TryFrom<i64>>(name: &str, value: &Value, least: i64) -> Result<Vec<T>, String> {
@@ -240,6 +314,39 @@ mod tests {
     }
 
     #[test]
+    fn padding_is_no_token_and_packed_documents_are_apart() {
+        let documents = |row: Value| {
+            let row = row.as_object().expect("a row is an object");
+            let read = Record::documents_of_row(row, "text").expect("a well-formed row");
+            let ids = read.into_iter().map(|record| match record {
+                Record::Tokens { input_ids, labels } => (input_ids, labels),
+                other => panic!("{other:?}"),
+            });
+            ids.collect::<Vec<_>>()
+        };
+        let one = |ids: [u32; 3]| vec![(ids.to_vec(), ids.map(|id| id as i32).to_vec())];
+        for row in [
+            json!({"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}),
+            json!({"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0]}),
+            json!({"input_ids": [0, 5, 6, 7], "attention_mask": [0, 1, 1, 1], "position_ids": [1, 0, 1, 2]}),
+        ] {
+            assert_eq!(documents(row), one([5, 6, 7]));
+        }
+        let packed = vec![(vec![5, 6], vec![5, -100]), (vec![7, 8, 9], vec![7, 8, 9])];
+        let labels = json!([5, -100, 7, 8, 9]);
+        for (key, value) in [
+            ("position_ids", json!([0, 1, 0, 1, 2])),
+            ("seq_lengths", json!([2, 3])),
+        ] {
+            let mut row = json!({"input_ids": [5, 6, 7, 8, 9], "labels": labels});
+            row[key] = value;
+            assert_eq!(documents(row.clone()), packed);
+            let message = read(&row).expect_err("not one document");
+            assert!(message.contains("2 documents"), "{message}");
+        }
+    }
+
+    #[test]
     fn wrong_rows_are_explained() {
         let table = [
             (
@@ -269,6 +376,22 @@ mod tests {
             (
                 json!({"input_ids": [1], "labels": [-3]}),
                 "`labels` holds -3",
+            ),
+            (
+                json!({"input_ids": [1, 2], "attention_mask": [0, 2]}),
+                "`attention_mask` holds 2",
+            ),
+            (
+                json!({"input_ids": [1, 2, 3], "position_ids": [0, 1, 3]}),
+                "`position_ids[2]` is 3; expected 2, or 0 where a document begins",
+            ),
+            (
+                json!({"input_ids": [1, 2], "position_ids": [1, 2]}),
+                "`position_ids[0]` is 1; expected 0",
+            ),
+            (
+                json!({"input_ids": [1, 2], "seq_lengths": [1, 2]}),
+                "`seq_lengths` are 3 tokens together and `input_ids` has 2",
             ),
         ];
         for (row, expected) in table {

@@ -1,8 +1,9 @@
 use super::super::{LoraAdapter, LoraConfig, TokenIndices};
 use crate::testing::{list, llama_sites};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
-use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::io::{self, SafetensorsFile, TensorData};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use std::collections::BTreeMap;
 
 /// A Llama whose head is its embedding.
 fn tied_sites() -> Vec<Site> {
@@ -75,11 +76,58 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         let error = refusal(config, &llama_sites(2));
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
-    let error = refusal(of("lm_head"), &tied_sites());
+    for name in ["", "named twice"] {
+        let tokens = match name {
+            "" => vec![(String::new(), vec![1])],
+            _ => vec![
+                ("embed_tokens".into(), vec![1]),
+                ("model.embed_tokens".into(), vec![1]),
+            ],
+        };
+        let error = refusal(trains(TokenIndices::Modules(tokens)), &llama_sites(2));
+        let part = ["is no table", "named before"][usize::from(!name.is_empty())];
+        assert!(error.contains(part), "{error}");
+    }
+    let config = LoraConfig {
+        ensure_weight_tying: true,
+        ..of("lm_head")
+    };
+    let error = refusal(config, &tied_sites());
     assert!(
-        error.contains("shares its weight") && error.contains("name the embedding"),
+        error.contains("to keep by `ensure_weight_tying`") && error.contains("name the embedding"),
         "{error}"
     );
+    let with_bias = LoraConfig {
+        lora_bias: true,
+        ..targets(&["q_proj", "embed_tokens"], LoraConfig::default())
+    };
+    let error = refusal(with_bias, &llama_sites(2));
+    let parts = ["`lora_bias`", "`model.embed_tokens`", "`target_modules`"];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
+/// PEFT ties what is named with the same tokens, or not named; what is named with others it trains apart.
+#[test]
+fn a_tied_head_named_with_other_tokens_is_trained_apart() {
+    let rows = |modules: &[(&str, &[u32])]| -> Vec<(usize, Vec<u32>)> {
+        let modules = modules.iter();
+        let modules = modules.map(|(name, ids)| ((*name).into(), ids.to_vec()));
+        let config = trains(TokenIndices::Modules(modules.collect()));
+        let all = attached(config, &tied_sites()).into_iter();
+        let found = all.filter_map(|(site, attachment)| match attachment {
+            Attachment::TrainRows { indices, .. } => Some((site.0, indices)),
+            _ => None,
+        });
+        found.collect()
+    };
+    let head = tied_sites().len() - 1;
+    let embedding = (0, vec![1, 2]);
+    assert_eq!(rows(&[("embed_tokens", &[1, 2])]), [embedding.clone()]);
+    let same: &[(&str, &[u32])] = &[("lm_head", &[1, 2]), ("embed_tokens", &[1, 2])];
+    assert_eq!(rows(same), [embedding.clone()]);
+    let other: &[(&str, &[u32])] = &[("embed_tokens", &[1, 2]), ("lm_head", &[2])];
+    assert_eq!(rows(other), [embedding, (head, vec![2])]);
+    assert_eq!(rows(&[("lm_head", &[2])]), [(head, vec![2])]);
 }
 
 #[test]
@@ -163,5 +211,45 @@ fn a_weight_trained_for_two_modules_is_written_under_both_names() {
             .map(|name| file.read_f32(name).expect("saved"))
             .collect();
         assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
+    }
+}
+
+/// PEFT saves the base's weight of an adapted table, and of the head that is tied to it.
+#[test]
+fn copies_of_a_base_weight_beside_a_tied_update_change_nothing() {
+    for tied in [true, false] {
+        let config = LoraConfig {
+            ensure_weight_tying: tied,
+            target_modules: list(&["embed_tokens"]),
+            ..LoraConfig::default()
+        };
+        let adapter = LoraAdapter::new(config, "llama").expect("valid");
+        let mut params = ParamLayoutBuilder::new();
+        adapter
+            .attach(&tied_sites(), &mut params)
+            .expect("attaches");
+        let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+        let directory = tempfile::tempdir().expect("temporary directory");
+        adapter.save(&params, directory.path()).expect("saved");
+        let path = directory.path().join("adapter_model.safetensors");
+        let file = SafetensorsFile::open(&path).expect("saved");
+        let values: BTreeMap<&str, Vec<f32>> = file
+            .names()
+            .map(|name| (name, file.read_f32(name).expect("saved")))
+            .collect();
+        let shape = |name: &str| file.meta(name).expect("saved").shape.clone();
+        let saved = values.iter();
+        let saved =
+            saved.map(|(name, v)| ((*name).to_owned(), TensorData::from_f32(v, shape(name))));
+        let weight = vec![0.5; 256 * 32];
+        let copy = |module: &str| {
+            let name = format!("base_model.model.{module}.base_layer.weight");
+            (name, TensorData::from_f32(&weight, [256, 32]))
+        };
+        let copies = [copy("model.embed_tokens"), copy("lm_head")];
+        io::write_safetensors(&path, &saved.chain(copies).collect(), &BTreeMap::new())
+            .expect("writable");
+        let read = adapter.load(&mut params, directory.path());
+        assert_eq!(read.is_ok(), tied, "{read:?}");
     }
 }
