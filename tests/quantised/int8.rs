@@ -3,7 +3,7 @@
 use super::*;
 use ferrotune::kernels::dequantise::Int8;
 
-const CASE: &str = "hf_int8";
+const CASE: &str = "hf_int8_full";
 const Q: &str = "model.layers.0.self_attn.q_proj.weight";
 const SCALES: &str = "model.layers.0.self_attn.q_proj.SCB";
 
