@@ -181,7 +181,7 @@ section! {
         lora_b_bias: bool = false, PEFT;
         /// Tokens whose rows of the input embedding are trained, and those of the head where the two are
         /// one weight: what a few new tokens need, without training all of them. Or tokens of each table, such
-        /// as {embed_tokens: [5, 6], lm_head: [5]}, where a head that is named with other tokens is apart from
+        /// as `{embed_tokens: [5, 6], lm_head: [5]}`, where a head that is named with other tokens is apart from
         /// then on.
         lora_trainable_token_indices: TokenIndices = TokenIndices::Embedding(Vec::new()), PEFT;
         /// Where head and embedding are one weight and one of them is adapted or trained as a whole, keep
