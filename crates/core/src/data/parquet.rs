@@ -4,6 +4,7 @@ use crate::guarded::guarded;
 use crate::{Error, Result};
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::reader::RowIter;
+use ::parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io;
@@ -24,12 +25,18 @@ impl ParquetRows {
     /// [`Error::Read`] when it cannot be opened, [`Error::Data`] when it is not whole.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::read(path))?;
+        let length = file.metadata().map_err(Error::read(path))?.len();
         let broken = |e: String| Error::data(path, None, format!("not a whole parquet file: {e}"));
         let reader = guarded(|| SerializedFileReader::new(file)).map_err(broken)?;
         let reader = reader.map_err(|e| broken(e.to_string()))?;
-        for (group, metadata) in reader.metadata().row_groups().iter().enumerate() {
+        let groups = reader.metadata().row_groups();
+        for (group, metadata) in groups.iter().enumerate() {
             check_size(path, group, metadata)?;
         }
+        let bytes = groups
+            .iter()
+            .map(|group| group.total_byte_size().max(0) as u64);
+        check_expansion(path, length, bytes.sum())?;
         Ok(Self {
             path: path.to_path_buf(),
             rows: guarded(|| RowIter::from_file_into(Box::new(reader))).map_err(broken)?,
@@ -37,6 +44,18 @@ impl ParquetRows {
             failed: false,
         })
     }
+}
+
+/// Refuses a small file that says it is a large one, as a JSON Lines file that is compressed is.
+fn check_expansion(path: &Path, length: u64, bytes: u64) -> Result<()> {
+    const RATIO: u64 = 200;
+    const ALWAYS: u64 = 64 << 20;
+    if bytes <= ALWAYS.max(length.saturating_mul(RATIO)) {
+        return Ok(());
+    }
+    let message =
+        format!("says that its {length} bytes are {bytes}; at most {RATIO} times as many are read");
+    Err(Error::data(path, None, message))
 }
 
 /// What decompression may take is known before it begins.
@@ -64,7 +83,7 @@ impl Iterator for ParquetRows {
             return None;
         }
         // The crate panics on some pages whose bytes are not what their headers say.
-        let row = guarded(|| Some(self.rows.next()?.map(|row| row.to_json_value())));
+        let row = guarded(|| Some(self.rows.next()?.map(|row| object(&row))));
         let row = match row {
             Ok(row) => row?.map_err(|error| error.to_string()),
             Err(panic) => Err(panic),
@@ -82,6 +101,39 @@ impl Iterator for ParquetRows {
                 Err(Error::read(&self.path)(io::Error::other(reason)))
             }
         })
+    }
+}
+
+/// A row as a line of a JSON Lines file.
+fn object(row: &Row) -> Value {
+    let columns = row.get_column_iter();
+    Value::Object(
+        columns
+            .map(|(name, field)| (name.clone(), json(field)))
+            .collect(),
+    )
+}
+
+fn json(field: &Field) -> Value {
+    match field {
+        // Some writers leave it out that a column is text.
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => text.into(),
+            // Of no kind that could be trained on by mistake.
+            Err(_) => serde_json::json!({ "bytes": bytes.len() }),
+        },
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(json).collect(),
+        Field::MapInternal(map) => {
+            let entries = map.entries().iter();
+            let named = entries.map(|(key, value)| {
+                let key = json(key);
+                let name = key.as_str().map_or_else(|| key.to_string(), str::to_owned);
+                (name, json(value))
+            });
+            Value::Object(named.collect())
+        }
+        other => other.to_json_value(),
     }
 }
 
@@ -132,6 +184,28 @@ mod tests {
         let found = records("tokens_gzip.parquet");
         assert_eq!(found[1], tokens([7, 10], [-100, 10]));
         assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn bytes_are_text_where_they_can_be_and_nothing_to_train_on_elsewhere() {
+        let of = |bytes: &[u8]| json(&Field::Bytes(bytes.to_vec().into()));
+        assert_eq!(of("gr\u{fc}n".as_bytes()), json!("gr\u{fc}n"));
+        let row = json!({"text": of(&[0xff, 0xfe])});
+        let error = Record::from_row(row.as_object().expect("an object"), "text");
+        let error = error.expect_err("no text").to_string();
+        assert!(
+            error.contains("`text` must be a string, found an object"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_small_file_that_is_large_inside_is_refused() {
+        let path = Path::new("bomb.parquet");
+        assert!(check_expansion(path, 1 << 10, 1 << 20).is_ok());
+        assert!(check_expansion(path, 1 << 20, 100 << 20).is_ok());
+        let error = check_expansion(path, 144 << 10, 1500 << 20).expect_err("refused");
+        assert!(error.to_string().contains("200 times"), "{error}");
     }
 
     #[test]

@@ -348,6 +348,11 @@ fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
             text_field,
         ],
     };
+    let known = ["messages", "completion", "conversations", text_field];
+    let is_null = |name: &&str| row.get(*name).is_some_and(Value::is_null);
+    if let Some(name) = known.into_iter().find(is_null) {
+        return format!("`{name}` is null, and no other column can be trained on");
+    }
     // The near miss is among the row's own columns, so it is they that are offered.
     let hint = missing
         .iter()
@@ -422,6 +427,11 @@ mod tests {
             (json!({}), "found nothing; expected `messages`"),
             (json!({"promt": "a", "completion": "b"}), "is it `promt`?"),
             (json!({"message": []}), "is it `message`?"),
+            (json!({"messages": null}), "`messages` is null"),
+            (
+                json!({"prompt": "a", "completion": null}),
+                "`completion` is null",
+            ),
             (
                 json!({"text": 1}),
                 "`text` must be a string, found a number",

@@ -177,6 +177,10 @@ impl DecoderConfig {
     /// # Errors
     /// [`Error::Model`] naming file, key, value and what was expected.
     pub fn from_hf(config: &HfConfig) -> Result<Self> {
+        if !config.flag_or("is_causal", true)? {
+            let message = "is false, and attention to what follows is not supported; expected true";
+            return Err(config.error("is_causal", message));
+        }
         let decoder = models::architecture(config)?;
         decoder.check(config)?;
         Ok(decoder)

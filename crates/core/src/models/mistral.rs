@@ -1,6 +1,7 @@
-//! Mistral 7B and its successors: Llama with a window over every layer.
+//! Mistral 7B and its successors: Llama with a window over every layer, or over those that `layer_types` names, as
+//! in Ministral.
 
-use super::layer_types::sliding_window;
+use super::layer_types;
 use crate::Result;
 use crate::model::{DecoderConfig, HfConfig};
 use serde_json::json;
@@ -17,8 +18,9 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         "sliding_window": 4096,
     }));
     let common = DecoderConfig::common(config)?;
+    let window = layer_types::sliding_window(config)?;
     Ok(DecoderConfig {
-        sliding_windows: vec![sliding_window(config)?; common.layers],
+        sliding_windows: layer_types::windows(config, common.layers, window, |_| true)?,
         ..common
     })
 }

@@ -198,6 +198,29 @@ fn flags_for_what_is_not_computed_are_refused() {
 }
 
 #[test]
+fn attention_to_what_follows_is_refused() {
+    for model_type in ["llama", "mistral", "gpt2"] {
+        let parts = ["is_causal", "false", "expected true"];
+        assert_refused(model_type, &json!({"is_causal": false}), &parts);
+        decoder(model_type, &json!({"is_causal": true}));
+    }
+}
+
+#[test]
+fn windows_of_mistral_are_those_of_its_layer_types() {
+    let of = |types: &[&str]| {
+        let keys = json!({"num_hidden_layers": 2, "sliding_window": 5, "layer_types": types});
+        decoder("mistral", &keys).sliding_windows
+    };
+    assert_eq!(
+        of(&["full_attention", "sliding_attention"]),
+        [None, Some(5)]
+    );
+    let keys = json!({"num_hidden_layers": 2, "sliding_window": 5});
+    assert_eq!(decoder("mistral", &keys).sliding_windows, [Some(5); 2]);
+}
+
+#[test]
 fn bounds_and_factors_are_above_zero() {
     let keys = json!({"attn_logit_softcapping": -1});
     assert_refused(

@@ -38,6 +38,17 @@ pub(super) fn attach(
     }
     let embedding =
         tied.and_then(|[embedding, head]| move_to_embedding(&mut targets, embedding, head));
+    if let Some([table, head]) = tied
+        && saved.iter().any(|site| site.id == table.id)
+        && targets.iter().any(|target| target.site.id == table.id)
+    {
+        let message = format!(
+            "keeps `{}` and `{}` one weight, and one of them is adapted and the other trained as a whole; leave one \
+             out of `target_modules` or `modules_to_save`",
+            table.name, head.name
+        );
+        return Err(Error::config("ensure_weight_tying", message));
+    }
     if config.use_dora && embedding.is_some() {
         let message = "true beside `use_dora`: an update whose norms are those of the embedding's columns is none \
                        of the head's rows; switch one off, or leave the embedding out";

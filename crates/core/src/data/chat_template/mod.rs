@@ -221,22 +221,22 @@ fn template_error(message: impl Into<String>) -> Error {
     }
 }
 
-/// A message as templates expect it: no null values, the reasoning under each of its names.
+/// A message as templates expect it: no null values, and its reasoning, under whichever name it has, as
+/// `reasoning_content` and, where there is none, first of all as `thinking`.
 fn template_message(message: &Message) -> Value {
     const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-    let mut fields: Map<String, Value> = message
-        .fields()
-        .iter()
-        .filter(|(_, value)| !value.is_null())
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect();
+    let present = message.fields().iter();
+    let present = present.filter(|(_, value)| !value.is_null());
+    let fields: Map<String, Value> = present.map(|(n, v)| (n.clone(), v.clone())).collect();
     let reasoning = REASONING.iter().find_map(|name| fields.get(*name)).cloned();
-    if let Some(reasoning) = reasoning {
-        for name in REASONING {
-            fields.entry(name).or_insert_with(|| reasoning.clone());
-        }
-    }
-    Value::Object(fields)
+    let Some(reasoning) = reasoning else {
+        return Value::Object(fields);
+    };
+    let mut named = Map::new();
+    named.insert("thinking".to_owned(), reasoning.clone());
+    named.extend(fields);
+    named.insert("reasoning_content".to_owned(), reasoning);
+    Value::Object(named)
 }
 
 /// Marks the end of the last message's text; gives that text.

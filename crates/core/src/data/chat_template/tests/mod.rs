@@ -3,7 +3,7 @@ mod expressions;
 use super::{ChatTemplate, Conversation, Ending};
 use crate::data::fixtures::{folders, read_json, report, roots};
 use crate::data::record::Message;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -282,4 +282,30 @@ fn markers_in_the_data_are_refused_where_they_would_mean_something() {
     let message = render(tagged, "a\u{fdd1}b").expect_err("the marker is refused");
     assert!(message.contains("U+FDD0"), "{message}");
     assert!(render("{{ messages[0].content }}", "a\u{fdd1}b").is_ok());
+}
+
+/// What transformers 5.24 prints.
+#[test]
+fn reasoning_has_the_names_that_templates_read() {
+    let source = "{% for m in messages %}{{ m.items() | map('first') | join(' ') }}: {{ m.thinking }} \
+                  {{ m.reasoning is defined }}{% endfor %}";
+    let template = ChatTemplate::new(source, &BTreeMap::new()).expect("the template compiles");
+    for (message, expected) in [
+        (
+            json!({"role": "assistant", "content": "a", "reasoning": "r"}),
+            "thinking role content reasoning reasoning_content: r True",
+        ),
+        (
+            json!({"role": "assistant", "reasoning_content": "r", "content": "a"}),
+            "thinking role reasoning_content content: r False",
+        ),
+        (
+            json!({"role": "assistant", "thinking": "t", "content": "a", "reasoning": "r"}),
+            "thinking role content reasoning reasoning_content: t True",
+        ),
+    ] {
+        let case = json!({ "messages": [message] });
+        let rendered = render_case(&template, &case).expect("renders");
+        assert_eq!(rendered.text, expected);
+    }
 }
