@@ -131,7 +131,7 @@ fn rows_that_cannot_be_used_are_refused_or_skipped() {
             "null column",
             GOOD_TEXT,
             br#"{"text": null}"#,
-            "no columns to train on",
+            "`text` is null",
         ),
         (
             "another kind",
