@@ -118,7 +118,8 @@ impl<'a> Base<'a> {
     pub(super) fn fixed_bytes(&self, config: &TrainConfig, attached: &Attached) -> [u64; 2] {
         let format = weight_format(config, self.files, self.device);
         let plan = ModelPlan::new(self.decoder);
-        let weights = format.bytes(&plan, &attached.attachments, self.files);
+        let margins = self.step(config, attached, &Workload::default()).margins();
+        let weights = margins + format.bytes(&plan, &attached.attachments, self.files);
         let trainable = attached.trainable as u64;
         // Products of a GPU in bf16 read a rounded copy.
         let activations = activation_dtype(config, format.dtype, self.device);

@@ -19,7 +19,7 @@ while (($#)); do
     *) out=$1 && shift ;;
     esac
 done
-max_mib=64
+max_mib=128
 
 # executable KIND NAME: of cargo's messages on standard input, the last executable of that target.
 executable() {

@@ -13,6 +13,7 @@ pub mod activation;
 pub mod adamw;
 mod allocator;
 pub mod attention;
+pub mod augmented_linear;
 pub mod axpby;
 pub mod bias;
 mod candle;

@@ -26,6 +26,10 @@ pub(crate) enum PartSaved {
         factors: [Tensor; 2],
     },
     Custom(Vec<Tensor>),
+    /// Of all parts of a group with room for them: `dropout(x) A^T` `[T, R]`.
+    Augmented {
+        s: Tensor,
+    },
     /// Of each member of the pass.
     Members(Vec<PartSaved>),
 }
@@ -44,7 +48,7 @@ impl PartSaved {
             Self::Custom(_) => true,
             Self::LowRank { scaled, .. } => scaled.is_some(),
             Self::Members(saved) => saved.iter().any(Self::changes_output),
-            Self::None | Self::Factors { .. } => false,
+            Self::None | Self::Factors { .. } | Self::Augmented { .. } => false,
         }
     }
 }
@@ -174,7 +178,7 @@ impl Part {
                 if let Some(id) = low_rank.bias {
                     bias::add_scaled(y.reborrow(), low_rank.scale, run.params.view(id))?;
                 }
-                let update = update(run, self, low_rank);
+                let update = self.low_rank(run, low_rank);
                 let s = low_rank_forward(run, x, &update, y.reborrow())?;
                 let scaled = match (low_rank.magnitude, norms) {
                     (Some(magnitude), Some(norms)) => {
@@ -274,7 +278,7 @@ impl Part {
                 if let Some(id) = low_rank.bias {
                     bias::backward_scaled(dy, low_rank.scale, grads.view_mut(id))?;
                 }
-                let update = update(run, self, low_rank);
+                let update = self.low_rank(run, low_rank);
                 let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
                 let rank = s.view().columns(0..low_rank.rank);
                 lora_linear::backward(x, &update, rank, dy, dx, d_a, d_b, run.workspace)?;
@@ -329,6 +333,20 @@ impl Part {
         }
     }
 
+    /// `update` as it is in this pass.
+    pub(crate) fn low_rank<'a>(
+        &self,
+        run: &'a Run<'_>,
+        update: &LowRank,
+    ) -> lora_linear::LowRank<'a> {
+        lora_linear::LowRank {
+            a: run.params.view_as(update.a, run.dtype),
+            b: run.params.view_as(update.b, run.dtype),
+            scale: update.scale,
+            dropout: run.dropout(self.site, update.dropout),
+        }
+    }
+
     fn factors_update<'a>(
         &self,
         run: &'a Run<'_>,
@@ -341,6 +359,11 @@ impl Part {
             scale: method.scale(),
             dropout: run.dropout(self.site, method.dropout()),
         }
+    }
+
+    /// Adds the bias of the base to `y`, if there is one.
+    pub(crate) fn add_bias(&self, run: &Run<'_>, y: ViewMut<'_>) -> Result<()> {
+        add(y, self.bias(run.params))
     }
 
     fn bias<'a>(&'a self, params: &'a FlatBuffer) -> Option<View<'a>> {
@@ -386,15 +409,6 @@ fn add(y: ViewMut<'_>, values: Option<View<'_>>) -> Result<()> {
     match values {
         Some(values) => Ok(bias::add(y, values)?),
         None => Ok(()),
-    }
-}
-
-fn update<'a>(run: &'a Run<'_>, part: &Part, low_rank: &LowRank) -> lora_linear::LowRank<'a> {
-    lora_linear::LowRank {
-        a: run.params.view_as(low_rank.a, run.dtype),
-        b: run.params.view_as(low_rank.b, run.dtype),
-        scale: low_rank.scale,
-        dropout: run.dropout(part.site, low_rank.dropout),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Generation: the same layers over new tokens only, with keys and values of the past kept.
 
 use super::layer::Layer;
+use super::room::Wide;
 use super::{Inputs, Model, Normed, Pass, Run, prompt};
 use crate::adapter::Prompt;
 use crate::data::PackedBatch;
@@ -162,15 +163,15 @@ impl Layer {
         index: usize,
         caches: &mut [&mut KvCache],
         input: &Tensor,
-        normed: Normed,
+        mut normed: Normed,
     ) -> Result<(Tensor, Normed)> {
         let workspace = run.workspace;
         let mut qkv = workspace.take(run.dtype, run.rows, self.qkv.out_features());
-        let x = Normed::read(&normed.y, input);
+        let x = Normed::wide(&mut normed.y, input);
         self.qkv.forward(run, x, qkv.view_mut())?;
         run.give(normed.y.into_iter().chain(normed.statistics));
         let positioned = self.position_all(run, &mut qkv)?;
-        let mut attended = workspace.take(run.dtype, run.rows, self.o.in_features);
+        let mut attended = self.o.take_input(run);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
         for (s, bounds) in run.inputs.cu_seqlens.windows(2).enumerate() {
             let rows = bounds[0] as usize..bounds[1] as usize;
@@ -192,14 +193,15 @@ impl Layer {
                 values.view().row_range(0..end),
                 &bounds(rows.len()),
                 &bounds(end),
-                attended.view_mut().row_range(rows),
+                (attended.view_mut().row_range(rows)).columns(0..self.o.in_features),
                 lse.view_mut(),
             )?;
             workspace.give(lse);
         }
         run.give(positioned);
         let mut output = workspace.take(run.dtype, run.rows, self.o.out_features());
-        self.o.forward(run, attended.view(), output.view_mut())?;
+        let x = Wide::WithRoom(attended.view_mut());
+        self.o.forward(run, x, output.view_mut())?;
         run.give([attended, qkv]);
         let residual = &self.attention_residual;
         let joined = residual.forward(run, output, input, &self.mlp_norm)?;
@@ -211,21 +213,20 @@ impl Layer {
         &self,
         run: &Run<'_>,
         middle: Tensor,
-        normed: Normed,
+        mut normed: Normed,
         next_norm: &super::Norm,
     ) -> Result<(Tensor, Normed)> {
         let workspace = run.workspace;
         let mut gate_up = workspace.take(run.dtype, run.rows, self.gate_up.out_features());
-        let x = Normed::read(&normed.y, &middle);
+        let x = Normed::wide(&mut normed.y, &middle);
         self.gate_up.forward(run, x, gate_up.view_mut())?;
         run.give(normed.y.into_iter().chain(normed.statistics));
-        let mut activated = workspace.take(run.dtype, run.rows, self.down.in_features);
-        self.activation
-            .forward(gate_up.view(), activated.view_mut())?;
+        let mut activated = self.down.take_input(run);
+        self.activate(&gate_up, &mut activated)?;
         workspace.give(gate_up);
         let mut output = workspace.take(run.dtype, run.rows, self.down.out_features());
-        self.down
-            .forward(run, activated.view(), output.view_mut())?;
+        let x = Wide::WithRoom(activated.view_mut());
+        self.down.forward(run, x, output.view_mut())?;
         workspace.give(activated);
         let residual = &self.mlp_residual;
         let joined = residual.forward(run, output, &middle, next_norm)?;

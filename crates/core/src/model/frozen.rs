@@ -1,5 +1,6 @@
 //! Weights that are not trained, in the form they are held in.
 
+use super::room::Augmented;
 use super::run::Run;
 use crate::Result;
 use ferrotune_kernels::dequantise::Quantised;
@@ -11,6 +12,8 @@ use std::ops::Range;
 pub(crate) enum FrozenWeight {
     /// The values that products read.
     Dense(Tensor),
+    /// The same, with room for low-rank updates.
+    Augmented(Augmented),
     /// Codes, from which the values are made anew for each product.
     Codes(Quantised),
     /// Matrices over one input, one below the other, not all of them dense.
@@ -34,6 +37,7 @@ impl FrozenWeight {
     pub(crate) fn shape(&self) -> [usize; 2] {
         match self {
             Self::Dense(values) => [values.rows(), values.cols()],
+            Self::Augmented(values) => values.shape(),
             Self::Codes(codes) => codes.shape(),
             Self::Stacked(parts) => {
                 let shapes = parts.iter().map(Self::shape);
@@ -49,8 +53,10 @@ impl FrozenWeight {
         workspace: &Workspace,
         product: impl FnOnce(View<'_>) -> Result<R>,
     ) -> Result<R> {
-        if let Self::Dense(values) = self {
-            return product(values.view());
+        match self {
+            Self::Dense(values) => return product(values.view()),
+            Self::Augmented(values) => return values.with_base(product),
+            Self::Codes(_) | Self::Stacked(_) => {}
         }
         let [rows, cols] = self.shape();
         let buffer = workspace.take_scratch(scratch.dtype, scratch.elements);
@@ -66,7 +72,7 @@ impl FrozenWeight {
         match self {
             Self::Codes(codes) => matches!(codes, Quantised::Int8(_)),
             Self::Stacked(parts) => parts.iter().any(Self::has_own_product),
-            Self::Dense(_) => false,
+            Self::Dense(_) | Self::Augmented(_) => false,
         }
     }
 
@@ -138,7 +144,7 @@ impl FrozenWeight {
     /// Bits of a code where `rows` are codes.
     pub(crate) fn code_bits(&self, rows: Range<usize>) -> Option<usize> {
         match self {
-            Self::Dense(_) => None,
+            Self::Dense(_) | Self::Augmented(_) => None,
             Self::Codes(codes) => Some(codes.bits()),
             Self::Stacked(parts) => {
                 let mut first = 0;
@@ -156,6 +162,7 @@ impl FrozenWeight {
     pub(crate) fn replace_rows(&mut self, rows: Range<usize>, values: View<'_>) -> Result<()> {
         match self {
             Self::Dense(held) => held.view_mut().row_range(rows).copy_from(values),
+            Self::Augmented(held) => held.with_rows_mut(rows, |to| to.copy_from(values)),
             Self::Codes(codes) => *codes = codes.requantise(values)?,
             Self::Stacked(parts) => {
                 let mut first = 0;
@@ -175,6 +182,7 @@ impl FrozenWeight {
     fn write(&self, mut out: ViewMut<'_>) -> Result<()> {
         match self {
             Self::Dense(values) => out.copy_from(values.view()),
+            Self::Augmented(values) => values.with_base(|values| out.reborrow().copy_from(values)),
             Self::Codes(codes) => codes.dequantise(out)?,
             Self::Stacked(parts) => {
                 let mut first = 0;

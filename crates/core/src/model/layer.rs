@@ -12,6 +12,7 @@ use super::norm::{Norm, Normed};
 use super::prompt::Prefix;
 use super::qk_norm::QkNorms;
 use super::residual::{Joined, Residual};
+use super::room::Wide;
 use super::run::Run;
 use super::saved::{AttentionSaved, DownSaved, GateUpSaved, LayerSaved, Stream};
 use crate::Result;
@@ -52,13 +53,11 @@ impl Layer {
         let Normed { y, statistics } = normed;
         let (attention, y) = self.attend(run, &input, y)?;
         let gate_up = self.gate_up(run, &attention.middle.x, y)?;
-        let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        self.activation
-            .forward(gate_up.values.view(), activated.view_mut())?;
+        let mut activated = self.down.take_input(run);
+        self.activate(&gate_up.values, &mut activated)?;
         let mut output = workspace.take(dtype, tokens, self.down.out_features());
-        let down_parts = self
-            .down
-            .forward(run, activated.view(), output.view_mut())?;
+        let x = Wide::WithRoom(activated.view_mut());
+        let down_parts = self.down.forward(run, x, output.view_mut())?;
         workspace.give(activated);
         let middle = &attention.middle.x;
         let next = self.mlp_residual.forward(run, output, middle, next_norm)?;
@@ -91,15 +90,15 @@ impl Layer {
         &self,
         run: &Run<'_>,
         input: &Tensor,
-        y: Option<Tensor>,
+        mut y: Option<Tensor>,
     ) -> Result<(AttentionSaved, Option<Tensor>)> {
         let (workspace, dtype, tokens) = (run.workspace, run.dtype, run.rows);
         let mut qkv = workspace.take(dtype, tokens, self.qkv.out_features());
-        let x = Normed::read(&y, input);
+        let x = Normed::wide(&mut y, input);
         let qkv_parts = self.qkv.forward(run, x, qkv.view_mut())?;
         run.give(y);
         let positioned = self.position_all(run, &mut qkv)?;
-        let mut attended = workspace.take(dtype, tokens, self.o.in_features);
+        let mut attended = self.o.take_input(run);
         let mut lse = workspace.take(DType::F32, tokens, self.attention.heads);
         let [q, k, v] = self.split(&qkv, positioned.as_ref());
         attention::forward(
@@ -109,12 +108,13 @@ impl Layer {
             v,
             &run.inputs.cu_seqlens,
             &run.inputs.cu_seqlens,
-            attended.view_mut(),
+            attended.view_mut().columns(0..self.o.in_features),
             lse.view_mut(),
         )?;
         run.give(positioned);
         let mut output = workspace.take(dtype, tokens, self.o.out_features());
-        let o_parts = self.o.forward(run, attended.view(), output.view_mut())?;
+        let x = Wide::WithRoom(attended.view_mut());
+        let o_parts = self.o.forward(run, x, output.view_mut())?;
         let Joined {
             stream: x,
             normed: Normed { y, statistics },
@@ -135,12 +135,19 @@ impl Layer {
     }
 
     /// gate and up of the stream before the mlp and its norm `y`, which is given back.
-    fn gate_up(&self, run: &Run<'_>, middle: &Tensor, y: Option<Tensor>) -> Result<GateUpSaved> {
-        let mut values = run
-            .workspace
-            .take(run.dtype, run.rows, self.gate_up.out_features());
-        let x = Normed::read(&y, middle);
-        let parts = self.gate_up.forward(run, x, values.view_mut())?;
+    fn gate_up(
+        &self,
+        run: &Run<'_>,
+        middle: &Tensor,
+        mut y: Option<Tensor>,
+    ) -> Result<GateUpSaved> {
+        // Its gradient takes its place.
+        let mut values = self.gate_up.take_gradient(run);
+        let columns = 0..self.gate_up.out_features();
+        let x = Normed::wide(&mut y, middle);
+        let parts = self
+            .gate_up
+            .forward(run, x, values.view_mut().columns(columns))?;
         run.give(y);
         Ok(GateUpSaved { values, parts })
     }
@@ -183,39 +190,41 @@ impl Layer {
         self.mlp_backward(run, grads, middle, gate_up, down, d_stream)?;
         attention.middle.release(run.workspace);
 
-        let d_output = self
-            .attention_residual
-            .backward(run, grads, attention.output, d_stream)?;
+        let mut d_output = self.attention_residual.backward(
+            run,
+            grads,
+            attention.output,
+            d_stream.view().columns(0..self.o.out_features()),
+            self.o.room,
+        )?;
         let mut d_attended = run.workspace.take(run.dtype, run.rows, self.o.in_features);
-        let dx = Some(d_attended.view_mut());
+        let attended = self.o.input(&attention.attended);
         self.o.backward(
             run,
             grads,
-            attention.attended.view(),
+            attended,
             attention.o_parts,
-            d_output.as_ref().unwrap_or(d_stream).view(),
-            dx,
+            Wide::WithRoom(d_output.as_mut().unwrap_or(d_stream).view_mut()),
+            Some(d_attended.view_mut()),
         )?;
         run.give(d_output);
-        let mut d_qkv = run
-            .workspace
-            .take(run.dtype, run.rows, self.qkv.out_features());
+        let mut d_qkv = self.qkv.take_gradient(run);
         let mut positioned = self.positioned(run, &attention.qkv)?;
         if let Some(qk) = &mut positioned {
             self.place_keys(run, qk)?;
         }
         let [q, k, v] = self.split(&attention.qkv, positioned.as_ref());
-        let (out, cu_seqlens) = (attention.attended.view(), &run.inputs.cu_seqlens);
+        let cu_seqlens = &run.inputs.cu_seqlens;
         attention::backward(
             &self.attention,
             q,
             k,
             v,
-            out,
+            attended,
             attention.lse.view(),
             cu_seqlens,
             d_attended.view(),
-            d_qkv.view_mut(),
+            d_qkv.view_mut().columns(0..self.qkv.out_features()),
             run.workspace,
         )?;
         let used = [d_attended, attention.attended, attention.lse];
@@ -224,7 +233,7 @@ impl Layer {
         self.position_backward(run, grads, &attention.qkv, &mut d_qkv)?;
         run.workspace.give(attention.qkv);
         let parts = attention.qkv_parts;
-        self.qkv_backward(run, grads, &input, parts, &d_qkv, d_stream, needs_input)?;
+        self.qkv_backward(run, grads, &input, parts, &mut d_qkv, d_stream, needs_input)?;
         run.workspace.give(d_qkv);
         input.release(run.workspace);
         Ok(())
@@ -245,27 +254,31 @@ impl Layer {
             values: mut gate_up,
             parts,
         } = gate_up;
-        let d_output = self
-            .mlp_residual
-            .backward(run, grads, down.output, d_stream)?;
-        let mut activated = workspace.take(dtype, tokens, self.down.in_features);
-        self.activation
-            .forward(gate_up.view(), activated.view_mut())?;
+        let mut d_output = self.mlp_residual.backward(
+            run,
+            grads,
+            down.output,
+            d_stream.view().columns(0..self.down.out_features()),
+            self.down.room,
+        )?;
+        let mut activated = self.down.take_input(run);
+        self.activate(&gate_up, &mut activated)?;
         let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
         let dx = Some(d_activated.view_mut());
-        let dy = d_output.as_ref().unwrap_or(d_stream).view();
+        let dy = Wide::WithRoom(d_output.as_mut().unwrap_or(d_stream).view_mut());
         self.down
-            .backward(run, grads, activated.view(), down.parts, dy, dx)?;
+            .backward(run, grads, self.down.input(&activated), down.parts, dy, dx)?;
         run.give(d_output);
         workspace.give(activated);
+        let columns = 0..self.gate_up.out_features();
         self.activation
-            .backward_in_place(gate_up.view_mut(), d_activated.view())?;
+            .backward_in_place(gate_up.view_mut().columns(columns), d_activated.view())?;
         workspace.give(d_activated);
         let normed = middle.normed(run, &self.mlp_norm)?;
         let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);
         let (x, dx) = (Normed::read(&normed, &middle.x), Some(d_normed.view_mut()));
-        self.gate_up
-            .backward(run, grads, x, parts, gate_up.view(), dx)?;
+        let dy = Wide::WithRoom(gate_up.view_mut());
+        self.gate_up.backward(run, grads, x, parts, dy, dx)?;
         run.give(normed);
         workspace.give(gate_up);
         middle.norm_backward(run, grads, &self.mlp_norm, &d_normed, d_stream)?;
@@ -284,7 +297,7 @@ impl Layer {
         grads: &mut FlatBuffer,
         input: &Stream,
         parts: Vec<PartSaved>,
-        d_qkv: &Tensor,
+        d_qkv: &mut Tensor,
         d_stream: &mut Tensor,
         needs_input: bool,
     ) -> Result<()> {
@@ -295,13 +308,21 @@ impl Layer {
         let needs_normed = needs_input || self.input_norm.trained();
         let dx = needs_normed.then(|| d_normed.view_mut());
         let x = Normed::read(&normed, &input.x);
-        self.qkv.backward(run, grads, x, parts, d_qkv.view(), dx)?;
+        let dy = Wide::WithRoom(d_qkv.view_mut());
+        self.qkv.backward(run, grads, x, parts, dy, dx)?;
         run.give(normed);
         if needs_normed {
             input.norm_backward(run, grads, &self.input_norm, &d_normed, d_stream)?;
         }
         run.workspace.give(d_normed);
         Ok(())
+    }
+
+    /// What the mlp's last projection reads, from gate and up.
+    pub(super) fn activate(&self, gate_up: &Tensor, activated: &mut Tensor) -> Result<()> {
+        let gate_up = gate_up.view().columns(0..self.gate_up.out_features());
+        let out = activated.view_mut().columns(0..self.down.in_features);
+        self.activation.forward(gate_up, out)
     }
 
     /// The groups of linears, in the order of execution.

@@ -6,6 +6,7 @@
 use super::attached::Norms;
 pub(crate) use super::attached::PartSaved;
 use super::frozen::{FrozenWeight, Scratch};
+use super::room::{Augmented, Wide};
 use super::run::Run;
 use crate::Result;
 use crate::adapter::{Attachment, WeightUpdate};
@@ -23,6 +24,8 @@ pub(crate) struct LinearGroup {
     pub(crate) frozen: Option<Arc<FrozenWeight>>,
     /// Where weights that are not held as values are written for a product.
     pub(crate) scratch: Scratch,
+    /// Columns that its input, and the gradient of its output, have room for beside theirs.
+    pub(crate) room: usize,
 }
 
 /// One linear of a group.
@@ -84,13 +87,45 @@ impl LinearGroup {
         self.parts.last().map_or(0, |p| p.columns.end)
     }
 
+    /// A matrix for its input, with room.
+    pub(crate) fn take_input(&self, run: &Run<'_>) -> Tensor {
+        let columns = self.in_features + self.room;
+        run.workspace.take(run.dtype, run.rows, columns)
+    }
+
+    /// Its input without room.
+    pub(crate) fn input<'a>(&self, wide: &'a Tensor) -> View<'a> {
+        wide.view().columns(0..self.in_features)
+    }
+
+    /// A matrix for the gradient of its output, with room.
+    pub(crate) fn take_gradient(&self, run: &Run<'_>) -> Tensor {
+        let columns = self.out_features() + self.room;
+        run.workspace.take(run.dtype, run.rows, columns)
+    }
+
+    /// Its weight, if products with it make its updates too.
+    fn augmented(&self) -> Option<&Augmented> {
+        match self.frozen.as_deref() {
+            Some(FrozenWeight::Augmented(weight)) => Some(weight),
+            _ => None,
+        }
+    }
+
     /// Writes `y` `[T, out]` from `x` `[T, in]`.
     pub(crate) fn forward(
         &self,
         run: &Run<'_>,
-        x: View<'_>,
+        x: Wide<'_>,
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
+        let x = match (self.augmented(), x) {
+            (Some(weight), Wide::WithRoom(x)) => {
+                return self.augmented_forward(run, weight, x, y);
+            }
+            (_, x) => x,
+        };
+        let x = x.view(self.in_features);
         let mut norms = Norms::default();
         for (columns, base) in self.base_weights() {
             let mut y = y.reborrow().columns(columns.clone());
@@ -124,13 +159,22 @@ impl LinearGroup {
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         x: View<'_>,
-        saved: Vec<PartSaved>,
-        dy: View<'_>,
+        mut saved: Vec<PartSaved>,
+        dy: Wide<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
         for part in &self.parts {
-            part.bias_gradient(grads, dy.columns(part.columns.clone()))?;
+            let columns = part.columns.clone();
+            part.bias_gradient(grads, dy.view(self.out_features()).columns(columns))?;
         }
+        let augmented = saved.pop_if(|saved| matches!(saved, PartSaved::Augmented { .. }));
+        let dy = match (self.augmented(), augmented, dy) {
+            (Some(weight), Some(PartSaved::Augmented { s }), Wide::WithRoom(dy)) => {
+                return self.augmented_backward(run, grads, weight, x, s, dy, dx);
+            }
+            (_, _, dy) => dy,
+        };
+        let dy = dy.view(self.out_features());
         let changed = self.output_backward(
             run,
             grads,

@@ -25,6 +25,7 @@ mod positions;
 mod prompt;
 mod qk_norm;
 mod residual;
+mod room;
 mod rope;
 mod run;
 mod saved;
@@ -57,7 +58,7 @@ use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
 use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune_kernels::{DType, Device, Tensor, axpby};
+use ferrotune_kernels::{DType, Device, Tensor, ViewMut, axpby};
 use head::Head;
 use layer::Layer;
 use norm::{Norm, Normed};
@@ -409,31 +410,37 @@ impl Model {
         Ok(stream)
     }
 
+    /// Columns that the gradient of the stream has room for beside its own.
+    fn room(&self) -> usize {
+        let rooms = self.layers.iter().map(|l| l.o.room.max(l.down.room));
+        rooms.max().unwrap_or(0)
+    }
+
     /// Adds the gradients of what is trained of the embedding and of positions, given that of the stream.
     fn embed_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        d_stream: &mut Tensor,
+        mut d_stream: ViewMut<'_>,
     ) -> Result<()> {
         if let Some(positions) = &self.positions {
-            positions.backward(run, grads, d_stream)?;
+            positions.backward(run, grads, d_stream.as_view())?;
         }
         let prompt = |scaled: bool| self.embedded_prompt.as_ref().filter(|p| p.scaled == scaled);
         if let Some(prompt) = prompt(false) {
-            prompt.backward(run, grads, d_stream.view())?;
+            prompt.backward(run, grads, d_stream.as_view())?;
         }
         if !self.embedding.trained() && prompt(true).is_none() {
             return Ok(());
         }
         if let Some(scale) = self.config.embedding_scale {
-            axpby::scale(scale.in_dtype(run.dtype), d_stream.view_mut())?;
+            axpby::scale(scale.in_dtype(run.dtype), d_stream.reborrow())?;
         }
         if let Some(prompt) = prompt(true) {
-            prompt.backward(run, grads, d_stream.view())?;
+            prompt.backward(run, grads, d_stream.as_view())?;
         }
         let ids = &run.inputs.ids;
-        self.embedding.backward(run, grads, ids, d_stream.view())
+        self.embedding.backward(run, grads, ids, d_stream.as_view())
     }
 
     /// From the gradient of the final hidden states to those of all trained parameters.
@@ -446,9 +453,10 @@ impl Model {
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
         let Saved { mut layers, stream } = saved;
+        let width = self.config.hidden_size;
         let mut d_stream = run
             .workspace
-            .take_zeroed(run.dtype, run.rows, self.config.hidden_size);
+            .take_zeroed(run.dtype, run.rows, width + self.room());
         stream.norm_backward(run, grads, &self.norm, &d_hidden, &mut d_stream)?;
         run.workspace.give(d_hidden);
         stream.release(run.workspace);
@@ -459,7 +467,7 @@ impl Model {
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;
         }
-        self.embed_backward(run, grads, &mut d_stream)?;
+        self.embed_backward(run, grads, d_stream.view_mut().columns(0..width))?;
         run.workspace.give(d_stream);
         Ok(())
     }

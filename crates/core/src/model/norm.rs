@@ -1,6 +1,7 @@
 //! Norms of the stream and of what blocks add to it, their parameters frozen or trained.
 
 use super::config::NormKind;
+use super::room::Wide;
 use super::run::Run;
 use crate::Result;
 use crate::params::{FlatBuffer, ParamId};
@@ -22,6 +23,8 @@ pub(crate) struct RmsNorm {
     /// Added to the weight.
     pub(crate) offset: f32,
     pub(crate) eps: f32,
+    /// Columns that what it writes has room for beside its own.
+    pub(crate) room: usize,
 }
 
 #[derive(Debug)]
@@ -29,6 +32,7 @@ pub(crate) struct LayerNorm {
     pub(crate) weight: Vector,
     pub(crate) bias: Vector,
     pub(crate) eps: f32,
+    pub(crate) room: usize,
 }
 
 /// A parameter `[1, D]`, f32.
@@ -40,7 +44,7 @@ pub(crate) enum Vector {
 
 /// A normed activation and the statistics that made it; neither where there is no norm.
 pub(crate) struct Normed {
-    /// `[T, D]`.
+    /// `[T, D]` and room.
     pub(crate) y: Option<Tensor>,
     /// Reciprocal standard deviations `[T, 1]`; of a LayerNorm means and those, `[T, 2]`.
     pub(crate) statistics: Option<Tensor>,
@@ -108,7 +112,18 @@ impl Normed {
 
     /// What the block reads: the normed stream, or `stream` itself.
     pub(crate) fn read<'a>(y: &'a Option<Tensor>, stream: &'a Tensor) -> View<'a> {
-        y.as_ref().unwrap_or(stream).view()
+        y.as_ref()
+            .unwrap_or(stream)
+            .view()
+            .columns(0..stream.cols())
+    }
+
+    /// The same for linears, with the room that it has.
+    pub(crate) fn wide<'a>(y: &'a mut Option<Tensor>, stream: &'a Tensor) -> Wide<'a> {
+        match y {
+            Some(y) => Wide::WithRoom(y.view_mut()),
+            None => Wide::Plain(stream.view()),
+        }
     }
 
     /// The same alone: what else there is goes back to the pool.
@@ -129,7 +144,7 @@ impl Norm {
         let Some([mut y, mut statistics]) = self.outputs(run, x) else {
             return Ok(Normed::NONE);
         };
-        let (out, kept) = (y.view_mut(), statistics.view_mut());
+        let (out, kept) = (y.view_mut().columns(0..x.cols()), statistics.view_mut());
         match self {
             Self::Identity => {}
             Self::Rms(norm) => {
@@ -158,7 +173,8 @@ impl Norm {
             return Ok(Normed::NONE);
         };
         let (sum, other) = (sum.view_mut(), other.view());
-        let (out, kept) = (y.view_mut(), statistics.view_mut());
+        let out = y.view_mut().columns(0..sum.cols());
+        let kept = statistics.view_mut();
         match self {
             Self::Identity => {}
             Self::Rms(norm) => {
@@ -185,8 +201,9 @@ impl Norm {
         let Some(statistics) = statistics else {
             return Ok(None);
         };
-        let mut y = run.workspace.take(run.dtype, x.rows(), x.cols());
-        let (x, kept, out) = (x.view(), statistics.view(), y.view_mut());
+        let cols = x.cols();
+        let mut y = run.workspace.take(run.dtype, x.rows(), cols + self.room());
+        let (x, kept, out) = (x.view(), statistics.view(), y.view_mut().columns(0..cols));
         match self {
             Self::Identity => {}
             Self::Rms(norm) => rms_norm::apply(x, norm.weight(run.params), kept, out)?,
@@ -200,12 +217,12 @@ impl Norm {
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        dy: &Tensor,
+        dy: View<'_>,
         x: &Tensor,
         statistics: Option<&Tensor>,
         dx: ViewMut<'_>,
     ) -> Result<()> {
-        let (dy, x) = (dy.view(), x.view());
+        let x = x.view();
         match (self, statistics) {
             (Self::Rms(norm), Some(rstd)) => {
                 let (weight, d_weight) = (norm.weight(run.params), norm.weight.gradient(grads));
@@ -218,6 +235,24 @@ impl Norm {
             _ => axpby::add(1.0, dx, 1.0, dy)?,
         }
         Ok(())
+    }
+
+    fn room(&self) -> usize {
+        match self {
+            Self::Identity => 0,
+            Self::Rms(norm) => norm.room,
+            Self::Layer(norm) => norm.room,
+        }
+    }
+
+    /// The same with `columns` more in what it writes.
+    pub(crate) fn with_room(mut self, columns: usize) -> Self {
+        match &mut self {
+            Self::Identity => {}
+            Self::Rms(norm) => norm.room = columns,
+            Self::Layer(norm) => norm.room = columns,
+        }
+        self
     }
 
     pub(crate) fn trained(&self) -> bool {
@@ -236,7 +271,8 @@ impl Norm {
             Self::Layer(_) => NormKind::Layer.statistics(),
         };
         Some([
-            run.workspace.take(run.dtype, x.rows(), x.cols()),
+            run.workspace
+                .take(run.dtype, x.rows(), x.cols() + self.room()),
             run.workspace.take(DType::F32, x.rows(), statistics),
         ])
     }

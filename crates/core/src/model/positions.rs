@@ -4,7 +4,7 @@ use super::run::Run;
 use super::vocabulary::Embedding;
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{Tensor, axpby};
+use ferrotune_kernels::{Tensor, View, axpby};
 
 /// `stream[t] += table[position of t]`.
 #[derive(Debug)]
@@ -32,11 +32,10 @@ impl Positions {
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
-        d_stream: &Tensor,
+        d_stream: View<'_>,
     ) -> Result<()> {
         let positions = &run.inputs.positions;
-        self.embedding
-            .backward(run, grads, positions, d_stream.view())
+        self.embedding.backward(run, grads, positions, d_stream)
     }
 
     pub(crate) fn trained(&self) -> bool {

@@ -4,7 +4,7 @@ use super::norm::{Norm, Normed};
 use super::run::Run;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{Tensor, Workspace, axpby};
+use ferrotune_kernels::{Tensor, View, Workspace, axpby};
 
 /// `stream + scale * norm(output)`, with the output of a block.
 #[derive(Debug)]
@@ -52,27 +52,30 @@ impl Residual {
         })
     }
 
-    /// The gradient of the block's output, from that of the stream; `None` if they are the same.
+    /// The gradient of the block's output and `room` columns more, from that of the stream; `None` if they are the
+    /// same.
     pub(crate) fn backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         saved: Option<NormedOutput>,
-        d_stream: &Tensor,
+        d_stream: View<'_>,
+        room: usize,
     ) -> Result<Option<Tensor>> {
-        let (rows, cols) = (d_stream.rows(), d_stream.cols());
+        let [rows, cols] = d_stream.shape();
         let mut scaled = None;
         if self.scale != 1.0 {
-            let mut d = run.workspace.take(run.dtype, rows, cols);
-            axpby::add(0.0, d.view_mut(), self.scale, d_stream.view())?;
+            let mut d = run.workspace.take(run.dtype, rows, cols + room);
+            axpby::add(0.0, d.view_mut().columns(0..cols), self.scale, d_stream)?;
             scaled = Some(d);
         }
         let Some(NormedOutput { output, statistics }) = saved else {
             return Ok(scaled);
         };
-        let d_normed = scaled.as_ref().unwrap_or(d_stream);
-        let mut d_output = run.workspace.take_zeroed(run.dtype, rows, cols);
-        let (statistics_of, dx) = (statistics.as_ref(), d_output.view_mut());
+        let d_normed = scaled.as_ref().map_or(d_stream, Tensor::view);
+        let d_normed = d_normed.columns(0..cols);
+        let mut d_output = run.workspace.take_zeroed(run.dtype, rows, cols + room);
+        let (statistics_of, dx) = (statistics.as_ref(), d_output.view_mut().columns(0..cols));
         self.norm
             .backward(run, grads, d_normed, &output, statistics_of, dx)?;
         run.give(statistics.into_iter().chain(scaled).chain([output]));

@@ -65,8 +65,9 @@ impl Stream {
         d_normed: &Tensor,
         d_stream: &mut Tensor,
     ) -> Result<()> {
-        let (statistics, dx) = (self.statistics.as_ref(), d_stream.view_mut());
-        norm.backward(run, grads, d_normed, &self.x, statistics, dx)
+        let dx = d_stream.view_mut().columns(0..self.x.cols());
+        let statistics = self.statistics.as_ref();
+        norm.backward(run, grads, d_normed.view(), &self.x, statistics, dx)
     }
 
     pub(crate) fn release(self, workspace: &Workspace) {
@@ -130,7 +131,7 @@ fn release_parts(parts: Vec<PartSaved>, run: &Run<'_>) {
                 run.give(scaled.flat_map(|scaled| [scaled.u, scaled.norms]));
             }
             // A method of its own allocates for itself: the pool would grow by it in every pass.
-            PartSaved::Factors { s, .. } => run.give([s]),
+            PartSaved::Factors { s, .. } | PartSaved::Augmented { s } => run.give([s]),
             PartSaved::None | PartSaved::Custom(_) => {}
             PartSaved::Members(parts) => {
                 for (part, member) in parts.into_iter().zip(&run.members) {

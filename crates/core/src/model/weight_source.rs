@@ -24,6 +24,11 @@ pub trait WeightSource {
     /// If it cannot be read.
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
 
+    /// Whether it has codes of any matrix.
+    fn is_quantised(&self) -> bool {
+        false
+    }
+
     /// Reads matrix `name` into host memory where the source has it as codes; else `None`.
     ///
     /// # Errors
@@ -101,6 +106,10 @@ impl WeightSource for ModelFiles {
         codes.dequantise(values.view_mut())?;
         to.copy_from(values.view());
         Ok(())
+    }
+
+    fn is_quantised(&self) -> bool {
+        self.quantisation().is_some()
     }
 
     fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {

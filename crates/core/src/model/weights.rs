@@ -14,6 +14,7 @@ use super::positions::Positions;
 use super::prompt::{EmbeddedPrompt, Prefix};
 use super::qk_norm::QkNorms;
 use super::residual::Residual;
+use super::room::{self, Augmented, Rooms};
 use super::vocabulary::{Embedding, Table, TableWeight, TrainedRows};
 use super::weight_source::{WeightSource, to_rows};
 use super::{Keep, Model, WeightFormat};
@@ -102,19 +103,20 @@ impl Builder<'_> {
 
     fn layer(&mut self, index: usize, layer: &LayerPlan) -> Result<Layer> {
         let config = self.config;
+        let [beside_qkv, beside_o, beside_gate_up, beside_down] = self.rooms(layer);
         Ok(Layer {
-            input_norm: self.norm(layer.input_norm)?,
-            qkv: self.linears(&layer.qkv)?,
+            input_norm: self.norm(layer.input_norm)?.with_room(beside_qkv),
+            qkv: self.linears(&layer.qkv, beside_qkv)?,
             qk_norms: self.qk_norms(index, layer)?,
-            o: self.linears(&[layer.o])?,
+            o: self.linears(&[layer.o], beside_o)?,
             attention_residual: self.residual(layer.attention_norm)?,
-            mlp_norm: self.norm(layer.mlp_norm)?,
-            gate_up: self.linears(&layer.gate_up)?,
+            mlp_norm: self.norm(layer.mlp_norm)?.with_room(beside_gate_up),
+            gate_up: self.linears(&layer.gate_up, beside_gate_up)?,
             activation: Activation {
                 function: config.activation,
                 gated: config.gated_mlp,
             },
-            down: self.linears(&[layer.down])?,
+            down: self.linears(&[layer.down], beside_down)?,
             mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
                 heads: config.heads,
@@ -128,6 +130,14 @@ impl Builder<'_> {
             prefix: (self.prompt.as_ref())
                 .and_then(|prompt| Prefix::new(prompt, index, config.kv_width())),
         })
+    }
+
+    fn rooms(&self, layer: &LayerPlan) -> Rooms {
+        let values = self.format.quantise.is_none() && !self.source.is_quantised();
+        if !values || !room::is_there(self.config, self.params.device()) {
+            return Rooms::default();
+        }
+        room::of_layer(layer, |id| self.attachments.get(&id))
     }
 
     fn residual(&mut self, norm: Option<SiteId>) -> Result<Residual> {
@@ -153,7 +163,7 @@ impl Builder<'_> {
         }))
     }
 
-    fn linears(&mut self, ids: &[SiteId]) -> Result<LinearGroup> {
+    fn linears(&mut self, ids: &[SiteId], room: usize) -> Result<LinearGroup> {
         let plan = self.plan;
         let apart = |b: &Self, id: SiteId| {
             use Attachment::{TrainBase, Weight};
@@ -162,7 +172,7 @@ impl Builder<'_> {
         let frozen = if ids.iter().any(|&id| apart(self, id)) {
             None
         } else {
-            Some(self.frozen_group(ids)?)
+            Some(self.frozen_group(ids, room)?)
         };
         let mut parts = Vec::with_capacity(ids.len());
         let mut first = 0;
@@ -177,7 +187,7 @@ impl Builder<'_> {
                     self.read_param(site, *weight, "weight")?;
                     (PartWeight::Trained(*weight), *bias)
                 }
-                (None, _) => (PartWeight::Alone(self.frozen_group(&[id])?), None),
+                (None, _) => (PartWeight::Alone(self.frozen_group(&[id], 0)?), None),
             };
             let bias = self.bias(site, trained_bias)?;
             parts.push(Part {
@@ -200,12 +210,16 @@ impl Builder<'_> {
                 elements: plan.largest_group(),
                 columns: plan.largest_input(),
             },
+            room,
         })
     }
 
     /// The weights of linears over one input, from an earlier copy of their layer where there is one.
-    fn frozen_group(&mut self, ids: &[SiteId]) -> Result<Arc<FrozenWeight>> {
+    fn frozen_group(&mut self, ids: &[SiteId], room: usize) -> Result<Arc<FrozenWeight>> {
         let sites: Vec<&Site> = ids.iter().map(|&id| self.plan.site(id)).collect();
+        if room > 0 {
+            return Ok(Arc::new(self.read_augmented(&sites, room)?));
+        }
         let names: Vec<String> = sites.iter().map(|s| s.stored_name.clone()).collect();
         if let Some(held) = self.held.matrices.get(&names) {
             return Ok(Arc::clone(held));
@@ -213,6 +227,21 @@ impl Builder<'_> {
         let weight = Arc::new(self.read_group(&sites)?);
         self.held.matrices.insert(names, Arc::clone(&weight));
         Ok(weight)
+    }
+
+    /// One matrix with room for low-rank updates.
+    fn read_augmented(&self, sites: &[&Site], room: usize) -> Result<FrozenWeight> {
+        let out = sites.iter().map(|site| site.out_features).sum();
+        let shape = [out, sites[0].in_features];
+        let device = self.params.device();
+        let mut values = Augmented::zeros(device, self.format.dtype, shape, room);
+        let mut first = 0;
+        for site in sites {
+            let rows = first..first + site.out_features;
+            first = rows.end;
+            values.with_rows_mut(rows, |to| self.read_weight(site, to))?;
+        }
+        Ok(FrozenWeight::Augmented(values))
     }
 
     /// One matrix where all are values.
@@ -293,6 +322,7 @@ impl Builder<'_> {
             weight: self.parameter(site, "weight", weight)?,
             bias: self.parameter(site, "bias", bias)?,
             eps: self.config.norm_eps,
+            room: 0,
         }))
     }
 
@@ -305,6 +335,7 @@ impl Builder<'_> {
                 NormKind::RmsOnePlus => 1.0,
             },
             eps: self.config.norm_eps,
+            room: 0,
         })
     }
 

@@ -11,6 +11,7 @@ static MODULES: &[&Module] = &[
     &ATTENTION[1].1,
     &ATTENTION[2].1,
     &ATTENTION[3].1,
+    &crate::augmented_linear::cuda::MODULE,
     &crate::axpby::cuda::MODULE,
     &crate::bias::cuda::MODULE,
     &crate::copy::cuda::MODULE,

@@ -143,7 +143,8 @@ impl StepShape {
         [weights, activations]: [DType; 2],
         workload: &Workload,
     ) -> Self {
-        let (layers, [embedding, head_method, positions]) = shape::layers(config, attachments);
+        let (layers, [embedding, head_method, positions]) =
+            shape::layers(config, attachments, device);
         let on_gpu = device.is_cuda();
         // As `Inputs` pads them.
         let padded = |rows: usize| if on_gpu { padded_rows(rows) } else { rows };
@@ -180,6 +181,12 @@ impl StepShape {
     /// The same with linears that are held as codes and written out for each product.
     #[must_use]
     pub fn with_quantised_linears(mut self) -> Self {
+        for layer in &mut self.layers {
+            layer
+                .groups_mut()
+                .into_iter()
+                .for_each(|group| group.room = 0);
+        }
         let groups = self
             .layers
             .iter()
@@ -200,6 +207,18 @@ impl StepShape {
         shape.scratch = shape.scratch.saturating_add(more);
         shape.int8 = true;
         shape
+    }
+
+    /// Bytes of the margins of weights, in which low-rank factors lie.
+    #[must_use]
+    pub fn margins(&self) -> u64 {
+        let groups = self.layers.iter();
+        let groups = groups.flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let elements = groups.map(|g| {
+            let [out, inputs] = [g.out_features, g.in_features];
+            (out + g.room) * (inputs + g.room) - out * inputs
+        });
+        (elements.sum::<usize>() * self.head.bytes()) as u64
     }
 
     /// Number of layers.
@@ -326,6 +345,11 @@ impl StepShape {
     fn norm_before(&self, i: usize) -> shape::NormShape {
         let last = Some(self.final_norm);
         self.layers.get(i).map_or(last, |layer| layer.input_norm)
+    }
+
+    /// Columns beside what that norm writes.
+    fn room_before(&self, i: usize) -> usize {
+        self.layers.get(i).map_or(0, |layer| layer.qkv.room)
     }
 
     /// Scratch of the gradients of trained norms of q and k on a GPU: a sum per column of all heads.

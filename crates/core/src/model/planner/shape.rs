@@ -1,8 +1,9 @@
 //! Widths and attachments of the layers, which say what a step holds and computes.
 
 use crate::adapter::{Attachment, SiteId};
+use crate::model::room::{self, Rooms};
 use crate::model::{DecoderConfig, LayerPlan, ModelPlan, QkNorm};
-use ferrotune_kernels::DType;
+use ferrotune_kernels::{DType, Device};
 use std::collections::BTreeMap;
 
 /// One decoder layer.
@@ -27,6 +28,17 @@ pub(super) struct LayerShape {
     pub(super) input_norm_trained: bool,
 }
 
+impl LayerShape {
+    pub(super) fn groups_mut(&mut self) -> [&mut GroupShape; 4] {
+        [
+            &mut self.qkv,
+            &mut self.o,
+            &mut self.gate_up,
+            &mut self.down,
+        ]
+    }
+}
+
 /// Columns of the statistics of a norm; `None` where there is no norm.
 pub(super) type NormShape = Option<usize>;
 
@@ -48,6 +60,15 @@ pub(super) struct GroupShape {
     pub(super) in_features: usize,
     pub(super) out_features: usize,
     pub(super) parts: Vec<PartShape>,
+    /// As `LinearGroup` has it.
+    pub(super) room: usize,
+}
+
+impl GroupShape {
+    pub(super) fn has_dropout(&self) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|part| matches!(part.method, Method::LowRank { dropout: true, .. }))
+    }
 }
 
 /// One linear.
@@ -73,6 +94,7 @@ pub(super) enum Method {
 pub(super) fn layers(
     config: &DecoderConfig,
     attachments: &[(SiteId, Attachment)],
+    device: &Device,
 ) -> (Vec<LayerShape>, [Method; 3]) {
     let plan = ModelPlan::new(config);
     let mut methods: BTreeMap<SiteId, Method> = BTreeMap::new();
@@ -85,10 +107,9 @@ pub(super) fn layers(
             other => drop(methods.insert(*site, method(other))),
         }
     }
-    let layers = plan
-        .layers
-        .iter()
-        .map(|l| layer(config, &plan, &methods, l));
+    let rooms = room::of_layers(config, &plan, attachments, device);
+    let layers = plan.layers.iter().zip(rooms);
+    let layers = layers.map(|(l, rooms)| layer(config, &plan, &methods, l, rooms));
     let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
     let head = match at(plan.head) {
         Method::LowRank { rank, dropout } => Method::LowRank {
@@ -144,8 +165,10 @@ fn layer(
     plan: &ModelPlan,
     methods: &BTreeMap<SiteId, Method>,
     layer: &LayerPlan,
+    rooms: Rooms,
 ) -> LayerShape {
-    let group = |sites: &[SiteId]| GroupShape {
+    let group = |(sites, room): (&[SiteId], usize)| GroupShape {
+        room,
         in_features: plan.site(sites[0]).in_features,
         out_features: sites.iter().map(|&id| plan.site(id).out_features).sum(),
         parts: sites
@@ -159,7 +182,9 @@ fn layer(
     };
     let is_trained = |id: &SiteId| methods.contains_key(id);
     let statistics = |norm: Option<SiteId>| norm.map(|_| config.norm.statistics());
-    let [qkv, o, gate_up, down] = layer.groups().map(group);
+    let [qkv, o, gate_up, down] = layer.groups();
+    let sites = [(qkv, 0), (o, 1), (gate_up, 2), (down, 3)];
+    let [qkv, o, gate_up, down] = sites.map(|(sites, i)| group((sites, rooms[i])));
     let in_linears = layer.groups().into_iter().flatten().any(is_trained);
     LayerShape {
         positioned: layer

@@ -38,12 +38,12 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     if let Method::LowRank { rank, .. } = shape.positions {
         trace.pool.pass(shape.factors, trace.aligned(rank));
     }
-    let mut flow = trace.normed(stream, shape.norm_before(0));
+    let mut flow = trace.normed(stream, shape.norm_before(0), shape.room_before(0));
     let reached = shape.first_reached();
     let mut saved = Vec::new();
     for (i, layer) in shape.layers.iter().enumerate() {
         let policy = (i >= reached).then(|| keep.get(i).copied().unwrap_or_default());
-        let next_norm = shape.norm_before(i + 1);
+        let next_norm = (shape.norm_before(i + 1), shape.room_before(i + 1));
         let (next, layer_saved) = trace.layer_forward(layer, flow, next_norm, policy);
         flow = next;
         saved.extend(layer_saved.map(|s| (i, s)));
@@ -60,7 +60,8 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     }
     trace.give_all(head);
     trace.give_all(flow.y);
-    let d_stream = trace.pool.take(act, width);
+    let rooms = shape.layers.iter().map(|l| l.o.room.max(l.down.room));
+    let d_stream = trace.pool.take(act, width + rooms.max().unwrap_or(0));
     trace.give_all([d_hidden, flow.stream].into_iter().chain(flow.statistics));
     while let Some((i, layer_saved)) = saved.pop() {
         let needs_input = shape.input_trained || i > reached;
@@ -135,18 +136,23 @@ impl Trace<'_> {
         slots.into_iter().for_each(|slot| self.pool.give(slot));
     }
 
-    /// The norm of a stream.
-    fn normed(&mut self, stream: Slot, norm: NormShape) -> Flow {
+    /// The norm of a stream, with room for the updates of what reads it.
+    fn normed(&mut self, stream: Slot, norm: NormShape, room: usize) -> Flow {
         let act = self.shape.activations;
         Flow {
             stream,
-            y: norm.map(|_| self.pool.take(act, self.shape.hidden)),
+            y: norm.map(|_| self.pool.take(act, self.shape.hidden + room)),
             statistics: norm.map(|columns| self.pool.take(DType::F32, columns)),
         }
     }
 
     /// Where a block's output, which has a slot, joins the stream.
-    fn join(&mut self, output: Slot, norm: NormShape, next: NormShape) -> (Flow, NormedOutput) {
+    fn join(
+        &mut self,
+        output: Slot,
+        norm: NormShape,
+        (next, room): (NormShape, usize),
+    ) -> (Flow, NormedOutput) {
         let (stream, saved) = match norm {
             None => (output, Vec::new()),
             Some(columns) => {
@@ -154,12 +160,17 @@ impl Trace<'_> {
                 (y, vec![output, self.pool.take(DType::F32, columns)])
             }
         };
-        (self.normed(stream, next), saved)
+        (self.normed(stream, next, room), saved)
     }
 
     /// The gradient of a block's output, where it has a slot of its own.
-    fn join_backward(&mut self, layer: &LayerShape, saved: NormedOutput) -> Option<Slot> {
-        let (act, width) = (self.shape.activations, self.shape.hidden);
+    fn join_backward(
+        &mut self,
+        layer: &LayerShape,
+        saved: NormedOutput,
+        room: usize,
+    ) -> Option<Slot> {
+        let (act, width) = (self.shape.activations, self.shape.hidden + room);
         let scaled = layer.scaled.then(|| self.pool.take(act, width));
         if saved.is_empty() {
             return scaled;
@@ -174,13 +185,15 @@ impl Trace<'_> {
         &mut self,
         layer: &LayerShape,
         flow: Flow,
-        next_norm: NormShape,
+        next_norm: (NormShape, usize),
         keep: Option<Keep>,
     ) -> (Flow, Option<Saved>) {
         let act = self.shape.activations;
         let (attention, y) = self.attend(layer, flow.y);
         let gate_up = self.gate_up(layer, y);
-        let activated = self.pool.take(act, layer.down.in_features);
+        let activated = self
+            .pool
+            .take(act, layer.down.in_features + layer.down.room);
         let output = self.pool.take(act, layer.down.out_features);
         let parts = self.group_forward(&layer.down);
         self.pool.give(activated);
@@ -220,12 +233,13 @@ impl Trace<'_> {
         let qkv_parts = self.group_forward(&layer.qkv);
         self.give_all(y);
         let positioned = self.positioned(layer);
-        let attended = self.pool.take(act, layer.o.in_features);
+        let attended = self.pool.take(act, layer.o.in_features + layer.o.room);
         let lse = self.pool.take(DType::F32, self.shape.heads);
         self.give_all(positioned);
         let output = self.pool.take(act, layer.o.out_features);
         let o_parts = self.group_forward(&layer.o);
-        let (middle, output) = self.join(output, layer.attention_norm, layer.mlp_norm);
+        let next = (layer.mlp_norm, layer.gate_up.room);
+        let (middle, output) = self.join(output, layer.attention_norm, next);
         let attention = Attention {
             core: [qkv, attended, lse],
             qkv_parts,
@@ -252,9 +266,10 @@ impl Trace<'_> {
 
     /// gate and up with their low-rank intermediates; gives the normed stream back.
     fn gate_up(&mut self, layer: &LayerShape, y: Option<Slot>) -> Vec<Slot> {
-        let values = self
-            .pool
-            .take(self.shape.activations, layer.gate_up.out_features);
+        let values = self.pool.take(
+            self.shape.activations,
+            layer.gate_up.out_features + layer.gate_up.room,
+        );
         let mut slots = self.group_forward(&layer.gate_up);
         slots.push(values);
         self.give_all(y);
@@ -262,8 +277,11 @@ impl Trace<'_> {
     }
 
     /// A norm computed again.
-    fn normed_again(&mut self, norm: NormShape) -> Option<Slot> {
-        norm.map(|_| self.pool.take(self.shape.activations, self.shape.hidden))
+    fn normed_again(&mut self, norm: NormShape, room: usize) -> Option<Slot> {
+        norm.map(|_| {
+            self.pool
+                .take(self.shape.activations, self.shape.hidden + room)
+        })
     }
 
     fn layer_backward(&mut self, layer: &LayerShape, saved: Saved, needs_input: bool) {
@@ -271,7 +289,7 @@ impl Trace<'_> {
         let (attention, y) = match saved.attention {
             Some(attention) => (attention, None),
             None => {
-                let y = self.normed_again(layer.input_norm);
+                let y = self.normed_again(layer.input_norm, layer.qkv.room);
                 let (attention, y) = self.attend(layer, y);
                 (attention, Some(y))
             }
@@ -279,19 +297,19 @@ impl Trace<'_> {
         let gate_up = match saved.gate_up {
             Some(gate_up) => gate_up,
             None => {
-                let y = y.unwrap_or_else(|| self.normed_again(layer.mlp_norm));
+                let y = y.unwrap_or_else(|| self.normed_again(layer.mlp_norm, layer.gate_up.room));
                 self.gate_up(layer, y)
             }
         };
         self.mlp_backward(layer, gate_up, saved.down);
         self.give_all(attention.middle);
 
-        let d_output = self.join_backward(layer, attention.output);
+        let d_output = self.join_backward(layer, attention.output, layer.o.room);
         let d_attended = self.pool.take(act, layer.o.in_features);
         self.group_backward(&layer.o, true);
         self.give_all(attention.o_parts);
         self.give_all(d_output);
-        let d_qkv = self.pool.take(act, layer.qkv.out_features);
+        let d_qkv = self.pool.take(act, layer.qkv.out_features + layer.qkv.room);
         let positioned = self.positioned(layer);
         if self.shape.on_gpu {
             // The row sums of the attention's backward.
@@ -301,7 +319,7 @@ impl Trace<'_> {
         self.give_all([d_attended, attended, lse].into_iter().chain(positioned));
         self.position_backward(layer);
         self.pool.give(qkv);
-        let normed = self.normed_again(layer.input_norm);
+        let normed = self.normed_again(layer.input_norm, layer.qkv.room);
         let d_normed = self.pool.take(act, width);
         self.group_backward(&layer.qkv, needs_input || layer.input_norm_trained);
         self.give_all(attention.qkv_parts);
@@ -331,13 +349,14 @@ impl Trace<'_> {
 
     fn mlp_backward(&mut self, layer: &LayerShape, gate_up: Vec<Slot>, down: Down) {
         let act = self.shape.activations;
-        let d_output = self.join_backward(layer, down.output);
-        let activated = [(); 2].map(|()| self.pool.take(act, layer.down.in_features));
+        let d_output = self.join_backward(layer, down.output, layer.down.room);
+        let activated =
+            [layer.down.room, 0].map(|room| self.pool.take(act, layer.down.in_features + room));
         self.group_backward(&layer.down, true);
         self.give_all(down.parts);
         self.give_all(d_output);
         self.give_all(activated);
-        let normed = self.normed_again(layer.mlp_norm);
+        let normed = self.normed_again(layer.mlp_norm, layer.gate_up.room);
         let d_normed = self.pool.take(act, layer.gate_up.in_features);
         self.group_backward(&layer.gate_up, true);
         self.give_all(gate_up);
@@ -375,6 +394,13 @@ impl Trace<'_> {
             self.give_all([codes, scales]);
         }
         let mut kept = Vec::new();
+        if group.room > 0 {
+            kept.push(self.pool.take(self.shape.factors, group.room));
+            if group.has_dropout() {
+                self.pool.pass(self.shape.activations, group.in_features);
+            }
+            return kept;
+        }
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
                 kept.push(self.pool.take(self.shape.factors, self.aligned(rank)));
@@ -389,6 +415,14 @@ impl Trace<'_> {
     /// Buffers of a group's backward, without those that its parts kept.
     fn group_backward(&mut self, group: &GroupShape, needs_input: bool) {
         let act = self.shape.activations;
+        if group.room > 0 {
+            let ds = self.pool.take(self.shape.factors, group.room);
+            if group.has_dropout() {
+                self.pool.pass(act, group.in_features);
+            }
+            self.pool.give(ds);
+            return;
+        }
         let custom = group.parts.iter().any(|p| p.method == Method::Custom);
         let base_dy = custom.then(|| self.pool.take(act, group.out_features));
         for part in &group.parts {

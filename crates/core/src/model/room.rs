@@ -1,0 +1,261 @@
+//! Room beside matrices, in which a linear and its low-rank updates become one product
+//! (`ferrotune_kernels::augmented_linear`).
+
+use super::linear::{LinearGroup, Part, PartSaved};
+use super::run::Run;
+use super::{DecoderConfig, LayerPlan, ModelPlan};
+use crate::Result;
+use crate::adapter::{Attachment, LowRank, SiteId};
+use crate::params::FlatBuffer;
+use ferrotune_kernels::augmented_linear::{self, Factors, Weight};
+use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, bias, lora_linear, matmul};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Columns beside the inputs and the gradients of the groups of a layer: q/k/v, o, gate/up, down.
+pub(super) type Rooms = [usize; 4];
+
+/// What a group reads, or the gradient of what it writes.
+pub(crate) enum Wide<'a> {
+    /// The matrix alone.
+    Plain(View<'a>),
+    /// With columns behind it that hold nothing yet.
+    WithRoom(ViewMut<'a>),
+}
+
+impl Wide<'_> {
+    /// Its first `cols` columns.
+    pub(crate) fn view(&self, cols: usize) -> View<'_> {
+        match self {
+            Self::Plain(matrix) => matrix.columns(0..cols),
+            Self::WithRoom(matrix) => matrix.as_view().columns(0..cols),
+        }
+    }
+}
+
+/// Whether a model on `device` has room at all: on a CPU separate products are as fast, and copies of a layer share
+/// a weight, whose margins can hold the factors of one. The caller knows whether weights are values.
+pub(super) fn is_there(config: &DecoderConfig, device: &Device) -> bool {
+    device.is_cuda() && !config.is_restacked()
+}
+
+/// Room of the groups of `layer`, where `attached` says what stands at a site.
+pub(super) fn of_layer<'a>(
+    layer: &LayerPlan,
+    attached: impl Fn(SiteId) -> Option<&'a Attachment>,
+) -> Rooms {
+    let [qkv, o, gate_up, down] = layer.groups().map(|ids| of_group(ids, &attached));
+    // Without a norm a block reads the stream itself, which has no room.
+    let behind = |norm: Option<SiteId>, room| if norm.is_some() { room } else { 0 };
+    [
+        behind(layer.input_norm, qkv),
+        o,
+        behind(layer.mlp_norm, gate_up),
+        down,
+    ]
+}
+
+/// Room of all layers of a model whose weights are values, with `attachments`.
+pub(super) fn of_layers(
+    config: &DecoderConfig,
+    plan: &ModelPlan,
+    attachments: &[(SiteId, Attachment)],
+    device: &Device,
+) -> Vec<Rooms> {
+    if !is_there(config, device) {
+        return vec![Rooms::default(); plan.layers.len()];
+    }
+    // A bias that is trained beside an update takes nothing of its room.
+    let attached: BTreeMap<SiteId, &Attachment> = (attachments.iter())
+        .filter(|(_, attachment)| !matches!(attachment, Attachment::TrainBias(_)))
+        .map(|(site, attachment)| (*site, attachment))
+        .collect();
+    let layers = plan.layers.iter();
+    let rooms = layers.map(|layer| of_layer(layer, |id| attached.get(&id).copied()));
+    rooms.collect()
+}
+
+/// Room for the low-rank updates of a group; none if anything else stands there.
+fn of_group<'a>(ids: &[SiteId], attached: impl Fn(SiteId) -> Option<&'a Attachment>) -> usize {
+    let mut ranks = 0;
+    for &id in ids {
+        match attached(id) {
+            None => {}
+            Some(Attachment::LowRank(update)) if update.magnitude.is_none() => ranks += update.rank,
+            Some(_) => return 0,
+        }
+    }
+    augmented_linear::room(ranks)
+}
+
+/// A frozen matrix `[out, in]` of values, with margins for factors.
+#[derive(Debug)]
+pub(crate) struct Augmented {
+    /// `[out + R, in + R]`. Behind a lock, because every pass writes its factors.
+    values: Mutex<Tensor>,
+    shape: [usize; 2],
+    room: usize,
+}
+
+impl Augmented {
+    /// Zeros.
+    pub(super) fn zeros(device: &Device, dtype: DType, shape: [usize; 2], room: usize) -> Self {
+        let [rows, cols] = shape.map(|length| length + room);
+        let mut values = Tensor::empty(device, dtype, rows, cols);
+        values.view_mut().fill(0.0);
+        Self {
+            values: Mutex::new(values),
+            shape,
+            room,
+        }
+    }
+
+    pub(super) fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tensor> {
+        // Values that a panic left half written are written anew by the next pass.
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `body` with `W [out, in]`.
+    pub(super) fn with_base<R>(&self, body: impl FnOnce(View<'_>) -> R) -> R {
+        let [out, inputs] = self.shape;
+        body(self.lock().view().row_range(0..out).columns(0..inputs))
+    }
+
+    /// `rows` of W, to be written.
+    pub(super) fn with_rows_mut<R>(
+        &mut self,
+        rows: Range<usize>,
+        body: impl FnOnce(ViewMut<'_>) -> R,
+    ) -> R {
+        let inputs = self.shape[1];
+        let values = self
+            .values
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        body(values.view_mut().row_range(rows).columns(0..inputs))
+    }
+}
+
+/// A low-rank update of a group, with its columns among all ranks.
+type Update<'a> = (&'a Part, &'a LowRank, Range<usize>);
+
+impl LinearGroup {
+    fn updates(&self) -> Vec<Update<'_>> {
+        let mut first = 0;
+        let updates = self.parts.iter().filter_map(|part| match &part.attachment {
+            Some(Attachment::LowRank(update)) => {
+                let ranks = first..first + update.rank;
+                first = ranks.end;
+                Some((part, update, ranks))
+            }
+            _ => None,
+        });
+        updates.collect()
+    }
+
+    /// Forward as one product; `x` `[T, in + R]`.
+    pub(super) fn augmented_forward(
+        &self,
+        run: &Run<'_>,
+        weight: &Augmented,
+        x: ViewMut<'_>,
+        mut y: ViewMut<'_>,
+    ) -> Result<Vec<PartSaved>> {
+        let (updates, room) = (self.updates(), weight.room);
+        let mut held = weight.lock();
+        place(run, &updates, held.view_mut(), room)?;
+        let weight = Weight::new(held.view(), room)?;
+        let mut s = run.workspace.take(run.dtype, run.rows, room);
+        let inputs = x.as_view().columns(0..self.in_features);
+        if has_dropout(run, &updates) {
+            s.view_mut().fill(0.0);
+            for (part, update, ranks) in &updates {
+                let (low_rank, s) = (
+                    part.low_rank(run, update),
+                    s.view_mut().columns(ranks.clone()),
+                );
+                lora_linear::down(inputs, &low_rank, s, run.workspace)?;
+            }
+        } else {
+            matmul::nt(s.view_mut(), 0.0, 1.0, inputs, weight.a())?;
+        }
+        augmented_linear::forward(x, s.view(), &weight, y.reborrow())?;
+        for (part, update, _) in &updates {
+            if let Some(id) = update.bias {
+                let y = y.reborrow().columns(part.columns.clone());
+                bias::add_scaled(y, update.scale, run.params.view(id))?;
+            }
+        }
+        for part in &self.parts {
+            part.add_bias(run, y.reborrow().columns(part.columns.clone()))?;
+        }
+        Ok(vec![PartSaved::Augmented { s }])
+    }
+
+    /// Backward of [`LinearGroup::augmented_forward`]; `dy` `[T, out + R]`.
+    #[expect(clippy::too_many_arguments, reason = "a linear's own, and its weight")]
+    pub(super) fn augmented_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        weight: &Augmented,
+        x: View<'_>,
+        s: Tensor,
+        dy: ViewMut<'_>,
+        dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let (updates, room) = (self.updates(), weight.room);
+        let held = weight.lock();
+        let weight = Weight::new(held.view(), room)?;
+        let mut ds = run.workspace.take(run.dtype, run.rows, room);
+        let d_out = dy.as_view().columns(0..self.out_features());
+        matmul::nn(ds.view_mut(), 0.0, 1.0, d_out, weight.b())?;
+        for (part, update, ranks) in &updates {
+            let d_part = d_out.columns(part.columns.clone());
+            if let Some(id) = update.bias {
+                bias::backward_scaled(d_part, update.scale, grads.view_mut(id))?;
+            }
+            let s = s.view().columns(ranks.clone());
+            matmul::tn(grads.view_mut(update.b), 1.0, update.scale, d_part, s)?;
+        }
+        let masked = has_dropout(run, &updates);
+        let mut dx = dx;
+        match &mut dx {
+            Some(dx) if masked => matmul::nn(dx.reborrow(), 0.0, 1.0, d_out, weight.base())?,
+            Some(dx) => augmented_linear::backward(dy, ds.view(), &weight, dx.reborrow())?,
+            None => {}
+        }
+        for (part, update, ranks) in &updates {
+            let (low_rank, ds) = (part.low_rank(run, update), ds.view().columns(ranks.clone()));
+            // Where nothing is dropped, dx has this already.
+            let dx = dx.as_mut().filter(|_| masked).map(ViewMut::reborrow);
+            let d_a = grads.view_mut(update.a);
+            lora_linear::down_backward(x, &low_rank, ds, dx, d_a, run.workspace)?;
+        }
+        run.give([s, ds]);
+        Ok(())
+    }
+}
+
+fn has_dropout(run: &Run<'_>, updates: &[Update<'_>]) -> bool {
+    let mut updates = updates.iter();
+    updates.any(|(part, update, _)| part.low_rank(run, update).dropout.is_some())
+}
+
+/// Writes the factors as they are now into the margins of `weight`.
+fn place(run: &Run<'_>, updates: &[Update<'_>], weight: ViewMut<'_>, room: usize) -> Result<()> {
+    let factors = updates.iter().map(|(part, update, ranks)| Factors {
+        a: run.params.view(update.a),
+        b: run.params.view(update.b),
+        scale: update.scale,
+        row: part.columns.start,
+        rank: ranks.start,
+    });
+    let factors: Vec<Factors<'_>> = factors.collect();
+    Ok(augmented_linear::place(weight, room, &factors)?)
+}
