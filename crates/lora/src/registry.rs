@@ -3,7 +3,7 @@
 mod absent;
 
 use crate::files::CONFIG_FILE;
-use crate::lora::{LoraAdapter, LoraConfig};
+use crate::lora::{LoraAdapter, LoraConfig, tied};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
 use crate::parts::{PartsAdapter, PartsConfig};
@@ -87,7 +87,10 @@ impl PeftConfig {
             ));
         };
         match peft_type {
-            "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
+            "LORA" => {
+                let config = LoraConfig::from_json(&path, &object)?;
+                tied::with_head(config, directory).map(Self::Lora)
+            }
             other => match METHODS.iter().find(|(name, _)| *name == other) {
                 Some((_, configure)) => {
                     let source = if as_peft {
