@@ -77,6 +77,10 @@ DEVICE void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE u32 __float_as_uint(f32 value) { return float_bits(value); }
 DEVICE f32 __uint_as_float(u32 bits) { return bits_float(bits); }
+DEVICE f32 __fmul_rn(f32 a, f32 b) {
+    volatile f32 product = a * b; // some targets fuse it with an addition otherwise
+    return product;
+}
 DEVICE f32 rsqrtf(f32 x) { return 1.0f / std::sqrt(x); }
 DEVICE u32 __umulhi(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
 DEVICE u64 __umul64hi(u64 a, u64 b) {

@@ -4,6 +4,7 @@ mod device;
 mod gemm;
 mod graph;
 mod kernels;
+mod profile;
 
 use super::{CudaDevice, Memory, Module};
 use crate::host_cuda::inject;
