@@ -1,6 +1,8 @@
 //! How long the kernels take that a step waits for longest:
 //! `FERROTUNE_TEST_DEVICE=cuda cargo test --workspace --lib -- --ignored --nocapture speed`.
 
+#![expect(clippy::print_stdout, reason = "times are for who runs it")]
+
 use crate::cuda::{CudaDevice, LaunchTime};
 use crate::linear_cross_entropy::{Accumulator, Labels, forward_backward};
 use crate::test_support::cuda_device;
