@@ -22,6 +22,15 @@ impl Activation {
         Ok(())
     }
 
+    /// The same backward, with `act(gate) up` in the place of `d_out`.
+    pub(crate) fn backward_swapped(self, gate_up: ViewMut<'_>, d_out: ViewMut<'_>) -> Result<()> {
+        match self.gated {
+            true => activation::backward_gated_swapped(self.function, gate_up, d_out)?,
+            false => activation::backward_swapped(self.function, gate_up, d_out)?,
+        }
+        Ok(())
+    }
+
     /// Replaces the values of `gate_up` by their gradients, given `d_out [T, F]`.
     pub(crate) fn backward_in_place(self, gate_up: ViewMut<'_>, d_out: View<'_>) -> Result<()> {
         match self.gated {

@@ -261,19 +261,9 @@ impl Layer {
             d_stream.view().columns(0..self.down.out_features()),
             self.down.room,
         )?;
-        let mut activated = self.down.take_input(run);
-        self.activate(&gate_up, &mut activated)?;
-        let mut d_activated = workspace.take(dtype, tokens, self.down.in_features);
-        let dx = Some(d_activated.view_mut());
-        let dy = Wide::WithRoom(d_output.as_mut().unwrap_or(d_stream).view_mut());
-        self.down
-            .backward(run, grads, self.down.input(&activated), down.parts, dy, dx)?;
+        let dy = d_output.as_mut().unwrap_or(d_stream);
+        self.down_backward(run, grads, &mut gate_up, down.parts, dy)?;
         run.give(d_output);
-        workspace.give(activated);
-        let columns = 0..self.gate_up.out_features();
-        self.activation
-            .backward_in_place(gate_up.view_mut().columns(columns), d_activated.view())?;
-        workspace.give(d_activated);
         let normed = middle.normed(run, &self.mlp_norm)?;
         let mut d_normed = workspace.take(dtype, tokens, self.gate_up.in_features);
         let (x, dx) = (Normed::read(&normed, &middle.x), Some(d_normed.view_mut()));
@@ -283,6 +273,45 @@ impl Layer {
         workspace.give(gate_up);
         middle.norm_backward(run, grads, &self.mlp_norm, &d_normed, d_stream)?;
         workspace.give(d_normed);
+        Ok(())
+    }
+
+    /// From the gradient `dy` of the last projection's output to those of gate and up, in their place.
+    fn down_backward(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        gate_up: &mut Tensor,
+        mut saved: Vec<PartSaved>,
+        dy: &mut Tensor,
+    ) -> Result<()> {
+        let down = &self.down;
+        let (columns, inputs) = (0..self.gate_up.out_features(), 0..down.in_features);
+        if let Some(weight) = down.in_halves(run, &saved)
+            && let Some(PartSaved::Augmented { s }) = saved.pop()
+        {
+            down.bias_gradients(grads, dy.view())?;
+            let mut d_activated = down.take_input(run);
+            let dx = d_activated.view_mut().columns(inputs.clone());
+            down.input_gradient(run, grads, weight, s, dy.view_mut(), Some(dx))?;
+            let gate_up = gate_up.view_mut().columns(columns);
+            let d_out = d_activated.view_mut().columns(inputs);
+            self.activation.backward_swapped(gate_up, d_out)?;
+            down.factor_gradients(run, grads, down.input(&d_activated), dy.view(), None)?;
+            run.workspace.give(d_activated);
+            return Ok(());
+        }
+        let mut activated = down.take_input(run);
+        self.activate(gate_up, &mut activated)?;
+        let mut d_activated = run.workspace.take(run.dtype, run.rows, down.in_features);
+        let (x, dx) = (down.input(&activated), Some(d_activated.view_mut()));
+        let dy = Wide::WithRoom(dy.view_mut());
+        down.backward(run, grads, x, saved, dy, dx)?;
+        run.workspace.give(activated);
+        let gate_up = gate_up.view_mut().columns(columns);
+        self.activation
+            .backward_in_place(gate_up, d_activated.view())?;
+        run.workspace.give(d_activated);
         Ok(())
     }
 

@@ -105,7 +105,7 @@ impl LinearGroup {
     }
 
     /// Its weight, if products with it make its updates too.
-    fn augmented(&self) -> Option<&Augmented> {
+    pub(super) fn augmented(&self) -> Option<&Augmented> {
         match self.frozen.as_deref() {
             Some(FrozenWeight::Augmented(weight)) => Some(weight),
             _ => None,
@@ -163,10 +163,7 @@ impl LinearGroup {
         dy: Wide<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        for part in &self.parts {
-            let columns = part.columns.clone();
-            part.bias_gradient(grads, dy.view(self.out_features()).columns(columns))?;
-        }
+        self.bias_gradients(grads, dy.view(self.out_features()))?;
         let augmented = saved.pop_if(|saved| matches!(saved, PartSaved::Augmented { .. }));
         let dy = match (self.augmented(), augmented, dy) {
             (Some(weight), Some(PartSaved::Augmented { s }), Wide::WithRoom(dy)) => {
@@ -203,6 +200,14 @@ impl LinearGroup {
         }
         if let Some(tensor) = changed {
             run.workspace.give(tensor);
+        }
+        Ok(())
+    }
+
+    /// Gradients of biases that are trained.
+    pub(crate) fn bias_gradients(&self, grads: &mut FlatBuffer, dy: View<'_>) -> Result<()> {
+        for part in &self.parts {
+            part.bias_gradient(grads, dy.columns(part.columns.clone()))?;
         }
         Ok(())
     }

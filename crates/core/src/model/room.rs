@@ -163,7 +163,7 @@ impl LinearGroup {
         &self,
         run: &Run<'_>,
         weight: &Augmented,
-        x: ViewMut<'_>,
+        mut x: ViewMut<'_>,
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
         let (updates, room) = (self.updates(), weight.room);
@@ -171,20 +171,20 @@ impl LinearGroup {
         place(run, &updates, held.view_mut(), room)?;
         let weight = Weight::new(held.view(), room)?;
         let mut s = run.workspace.take(run.dtype, run.rows, room);
-        let inputs = x.as_view().columns(0..self.in_features);
+        let beside = self.in_features..self.in_features + room;
         if has_dropout(run, &updates) {
             s.view_mut().fill(0.0);
+            let inputs = x.as_view().columns(0..self.in_features);
             for (part, update, ranks) in &updates {
-                let (low_rank, s) = (
-                    part.low_rank(run, update),
-                    s.view_mut().columns(ranks.clone()),
-                );
-                lora_linear::down(inputs, &low_rank, s, run.workspace)?;
+                let s = s.view_mut().columns(ranks.clone());
+                lora_linear::down(inputs, &part.low_rank(run, update), s, run.workspace)?;
             }
+            augmented_linear::copy(x.reborrow().columns(beside), s.view())?;
         } else {
-            matmul::nt(s.view_mut(), 0.0, 1.0, inputs, weight.a())?;
+            augmented_linear::down(x.reborrow(), &weight)?;
+            augmented_linear::copy(s.view_mut(), x.as_view().columns(beside))?;
         }
-        augmented_linear::forward(x, s.view(), &weight, y.reborrow())?;
+        augmented_linear::forward(x.as_view(), &weight, y.reborrow())?;
         for (part, update, _) in &updates {
             if let Some(id) = update.bias {
                 let y = y.reborrow().columns(part.columns.clone());
@@ -206,15 +206,30 @@ impl LinearGroup {
         weight: &Augmented,
         x: View<'_>,
         s: Tensor,
-        dy: ViewMut<'_>,
+        mut dy: ViewMut<'_>,
+        mut dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        let input_gradient = dx.as_mut().map(ViewMut::reborrow);
+        self.input_gradient(run, grads, weight, s, dy.reborrow(), input_gradient)?;
+        let dx = dx.filter(|_| has_dropout(run, &self.updates()));
+        self.factor_gradients(run, grads, x, dy.as_view(), dx)
+    }
+
+    /// Its first half, which does not need the input: `ds` beside `dy`, the gradients of every B, and `dx`, short of
+    /// what goes through a dropout.
+    pub(super) fn input_gradient(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        weight: &Augmented,
+        s: Tensor,
+        mut dy: ViewMut<'_>,
         dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let (updates, room) = (self.updates(), weight.room);
-        let held = weight.lock();
-        let weight = Weight::new(held.view(), room)?;
-        let mut ds = run.workspace.take(run.dtype, run.rows, room);
+        let (updates, held) = (self.updates(), weight.lock());
+        let weight = Weight::new(held.view(), weight.room)?;
+        augmented_linear::up_backward(dy.reborrow(), &weight)?;
         let d_out = dy.as_view().columns(0..self.out_features());
-        matmul::nn(ds.view_mut(), 0.0, 1.0, d_out, weight.b())?;
         for (part, update, ranks) in &updates {
             let d_part = d_out.columns(part.columns.clone());
             if let Some(id) = update.bias {
@@ -223,22 +238,44 @@ impl LinearGroup {
             let s = s.view().columns(ranks.clone());
             matmul::tn(grads.view_mut(update.b), 1.0, update.scale, d_part, s)?;
         }
-        let masked = has_dropout(run, &updates);
-        let mut dx = dx;
-        match &mut dx {
-            Some(dx) if masked => matmul::nn(dx.reborrow(), 0.0, 1.0, d_out, weight.base())?,
-            Some(dx) => augmented_linear::backward(dy, ds.view(), &weight, dx.reborrow())?,
-            None => {}
+        run.workspace.give(s);
+        match dx {
+            Some(dx) if has_dropout(run, &updates) => {
+                Ok(matmul::nn(dx, 0.0, 1.0, d_out, weight.base())?)
+            }
+            Some(dx) => Ok(augmented_linear::backward(dy.as_view(), &weight, dx)?),
+            None => Ok(()),
         }
-        for (part, update, ranks) in &updates {
-            let (low_rank, ds) = (part.low_rank(run, update), ds.view().columns(ranks.clone()));
-            // Where nothing is dropped, dx has this already.
-            let dx = dx.as_mut().filter(|_| masked).map(ViewMut::reborrow);
+    }
+
+    /// Its second half: the gradients of every A from the input and `ds` beside `dy`; what goes through a dropout is
+    /// added to `dx`, if it is given.
+    pub(super) fn factor_gradients(
+        &self,
+        run: &Run<'_>,
+        grads: &mut FlatBuffer,
+        x: View<'_>,
+        dy: View<'_>,
+        mut dx: Option<ViewMut<'_>>,
+    ) -> Result<()> {
+        for (part, update, ranks) in self.updates() {
+            let first = self.out_features() + ranks.start;
+            let ds = dy.columns(first..first + ranks.len());
+            let (low_rank, dx) = (
+                part.low_rank(run, update),
+                dx.as_mut().map(ViewMut::reborrow),
+            );
             let d_a = grads.view_mut(update.a);
             lora_linear::down_backward(x, &low_rank, ds, dx, d_a, run.workspace)?;
         }
-        run.give([s, ds]);
         Ok(())
+    }
+
+    /// The weight, where the halves of the backward of what was `saved` may be called apart.
+    pub(super) fn in_halves(&self, run: &Run<'_>, saved: &[PartSaved]) -> Option<&Augmented> {
+        let augmented = matches!(saved, [PartSaved::Augmented { .. }]);
+        self.augmented()
+            .filter(|_| augmented && !has_dropout(run, &self.updates()))
     }
 }
 

@@ -17,15 +17,19 @@ struct Params {
     out: Matrix,
     rows: u32,
     cols: u32,
+    keep: u32,
+    unused: u32,
 }
 
-/// `kind` is `gated` or `plain`, `pass` is `forward` or `backward_in_place`.
+/// `kind` is `gated` or `plain`, `pass` is `forward` or `backward_in_place`; with `keep` the latter leaves the
+/// activation's output in `out`.
 pub(super) fn launch(
     device: &CudaDevice,
     kind: &str,
     pass: &str,
     activation: Activation,
     [x, out]: [View<'_>; 2],
+    keep: bool,
 ) -> Result<()> {
     let [rows, cols] = out.shape();
     let params = Params {
@@ -33,6 +37,8 @@ pub(super) fn launch(
         out: Matrix::of(out),
         rows: count(rows),
         cols: count(cols),
+        keep: u32::from(keep),
+        unused: 0,
     };
     let access = Access::of(&[params.x, params.out], &[], &[cols]);
     let activation = match activation {

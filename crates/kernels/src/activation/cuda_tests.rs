@@ -1,5 +1,8 @@
 use super::Activation::{Gelu, GeluTanh, QuickGelu, Relu, Silu};
-use super::{backward_gated_in_place, backward_in_place, forward, forward_gated};
+use super::{
+    backward_gated_in_place, backward_gated_swapped, backward_in_place, backward_swapped, forward,
+    forward_gated,
+};
 use crate::test_support::DTYPES;
 use crate::twins::assert_cuda_matches;
 
@@ -23,7 +26,18 @@ fn matches_the_cpu() {
                     let mut plain = place.poisoned(shape, y_dtype);
                     forward(activation, x.view(), plain.view_mut()).unwrap();
                     backward_in_place(activation, x.view_mut(), d_out.view()).unwrap();
+                    let mut swapped = place.matrix(1, wide, x_dtype);
+                    let mut d = place.matrix(2, shape, y_dtype);
+                    backward_gated_swapped(activation, swapped.view_mut(), d.view_mut()).unwrap();
+                    let mut swapped_plain = place.matrix(3, shape, x_dtype);
+                    let mut d_plain = place.matrix(2, shape, y_dtype);
+                    let (x_view, d_view) = (swapped_plain.view_mut(), d_plain.view_mut());
+                    backward_swapped(activation, x_view, d_view).unwrap();
                     vec![
+                        (x_dtype, swapped.values()),
+                        (y_dtype, d.values()),
+                        (x_dtype, swapped_plain.values()),
+                        (y_dtype, d_plain.values()),
                         (y_dtype, out.values()),
                         (x_dtype, gate_up.values()),
                         (y_dtype, plain.values()),

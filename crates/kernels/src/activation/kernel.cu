@@ -4,6 +4,7 @@
 struct Params {
     Matrix x, out;        // x is gate and up where there is a gate, out is d_out in the backward pass
     u32 rows, cols;       // of out
+    u32 keep, unused;     // whether the backward pass leaves the activation's output in `out`
 };
 
 // 1 / (1 + e^-x).
@@ -107,17 +108,19 @@ DEVICE void backward_gated_in_place(const Params& p) {
     for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
         auto gate = Access::load(p.x, row, group);
         auto up = Access::load(p.x, row, groups + group);
-        const auto d_out = Access::load_once(p.out, row, group);
+        auto out = Access::load(p.out, row, group);
 #pragma unroll
         for (u32 e = 0; e < Access::LEN; e++) {
-            const f32 u = Access::get(up, e), d = Access::get(d_out, e);
+            const f32 u = Access::get(up, e), d = Access::get(out, e);
             f32 slope;
             const f32 value = Activation::template value<Access>(Access::get(gate, e), slope);
             Access::set(p.x, gate, e, d * u * slope);
             Access::set(p.x, up, e, d * value);
+            Access::set(p.out, out, e, value * u);
         }
         Access::store(p.x, row, group, gate);
         Access::store(p.x, row, groups + group, up);
+        if (p.keep) Access::store(p.out, row, group, out);
     }
 }
 
@@ -143,14 +146,16 @@ DEVICE void backward_in_place(const Params& p) {
     if (group >= p.cols / Access::LEN) return;
     for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
         auto x = Access::load(p.x, row, group);
-        const auto d_out = Access::load_once(p.out, row, group);
+        auto out = Access::load(p.out, row, group);
 #pragma unroll
         for (u32 e = 0; e < Access::LEN; e++) {
             f32 slope;
-            Activation::template value<Access>(Access::get(x, e), slope);
-            Access::set(p.x, x, e, Access::get(d_out, e) * slope);
+            const f32 value = Activation::template value<Access>(Access::get(x, e), slope);
+            Access::set(p.x, x, e, Access::get(out, e) * slope);
+            Access::set(p.out, out, e, value);
         }
         Access::store(p.x, row, group, x);
+        if (p.keep) Access::store(p.out, row, group, out);
     }
 }
 

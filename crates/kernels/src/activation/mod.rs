@@ -31,7 +31,7 @@ use crate::device::common;
 use crate::error::check_shape;
 use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
-use crate::{Result, View, ViewMut};
+use crate::{Device, Result, Tensor, View, ViewMut};
 
 /// What is applied to the gate, or to all there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +63,7 @@ pub fn forward_gated(activation: Activation, gate_up: View<'_>, out: ViewMut<'_>
             "forward",
             activation,
             [gate_up, out.as_view()],
+            false,
         );
     }
     with_dtype!(gate_up.dtype(), X => with_dtype!(out.dtype(), Y =>
@@ -90,6 +91,7 @@ pub fn backward_gated_in_place(
             "backward_in_place",
             activation,
             [gate_up.as_view(), d_out],
+            false,
         );
     }
     with_dtype!(gate_up.dtype(), X => with_dtype!(d_out.dtype(), G =>
@@ -106,7 +108,8 @@ pub fn forward(activation: Activation, x: View<'_>, out: ViewMut<'_>) -> Result<
     const OP: &str = "activation::forward";
     check_shape(OP, "out", x.shape(), out.shape())?;
     if let Some(device) = common(OP, &[x.device(), out.device()])? {
-        return cuda::launch(device, "plain", "forward", activation, [x, out.as_view()]);
+        let matrices = [x, out.as_view()];
+        return cuda::launch(device, "plain", "forward", activation, matrices, false);
     }
     with_dtype!(x.dtype(), X => with_dtype!(out.dtype(), Y =>
         cpu::forward::<X, Y>(activation, typed(x), typed_mut(out))
@@ -123,10 +126,73 @@ pub fn backward_in_place(activation: Activation, x: ViewMut<'_>, d_out: View<'_>
     check_shape(OP, "d_out", x.shape(), d_out.shape())?;
     if let Some(device) = common(OP, &[x.device(), d_out.device()])? {
         let matrices = [x.as_view(), d_out];
-        return cuda::launch(device, "plain", "backward_in_place", activation, matrices);
+        return cuda::launch(
+            device,
+            "plain",
+            "backward_in_place",
+            activation,
+            matrices,
+            false,
+        );
     }
     with_dtype!(x.dtype(), X => with_dtype!(d_out.dtype(), G =>
         cpu::backward_in_place::<X, G>(activation, typed_mut(x), typed(d_out))
     ));
+    Ok(())
+}
+
+/// [`backward_gated_in_place`] that leaves `act(gate) * up` in the place of `d_out`: who needs it once more does not
+/// compute it again.
+///
+/// # Errors
+/// As there.
+pub fn backward_gated_swapped(
+    activation: Activation,
+    gate_up: ViewMut<'_>,
+    d_out: ViewMut<'_>,
+) -> Result<()> {
+    const OP: &str = "activation::backward_gated_swapped";
+    let expected = [d_out.rows(), 2 * d_out.cols()];
+    check_shape(OP, "gate_up", expected, gate_up.shape())?;
+    if let Some(device) = common(OP, &[gate_up.device(), d_out.device()])? {
+        let matrices = [gate_up.as_view(), d_out.as_view()];
+        return cuda::launch(
+            device,
+            "gated",
+            "backward_in_place",
+            activation,
+            matrices,
+            true,
+        );
+    }
+    let mut out = Tensor::empty(&Device::Cpu, d_out.dtype(), d_out.rows(), d_out.cols());
+    forward_gated(activation, gate_up.as_view(), out.view_mut())?;
+    backward_gated_in_place(activation, gate_up, d_out.as_view())?;
+    d_out.copy_from(out.view());
+    Ok(())
+}
+
+/// [`backward_in_place`] that leaves `act(x)` in the place of `d_out`.
+///
+/// # Errors
+/// As there.
+pub fn backward_swapped(activation: Activation, x: ViewMut<'_>, d_out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "activation::backward_swapped";
+    check_shape(OP, "d_out", x.shape(), d_out.shape())?;
+    if let Some(device) = common(OP, &[x.device(), d_out.device()])? {
+        let matrices = [x.as_view(), d_out.as_view()];
+        return cuda::launch(
+            device,
+            "plain",
+            "backward_in_place",
+            activation,
+            matrices,
+            true,
+        );
+    }
+    let mut out = Tensor::empty(&Device::Cpu, d_out.dtype(), d_out.rows(), d_out.cols());
+    forward(activation, x.as_view(), out.view_mut())?;
+    backward_in_place(activation, x, d_out.as_view())?;
+    d_out.copy_from(out.view());
     Ok(())
 }

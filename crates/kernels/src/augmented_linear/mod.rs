@@ -24,7 +24,7 @@ use crate::device::common;
 use crate::error::check_shape;
 use crate::row_blocks::{typed, typed_mut};
 use crate::tensor::with_dtype;
-use crate::{Result, View, ViewMut, matmul};
+use crate::{Device, Result, Tensor, View, ViewMut, matmul};
 
 /// R is a multiple of this, so that rows of any width start on 32 bytes if those of W do.
 const RANKS: usize = 16;
@@ -134,55 +134,77 @@ pub fn place(mut weight: ViewMut<'_>, ranks: usize, updates: &[Factors<'_>]) -> 
     Ok(())
 }
 
-/// Writes `y [T,out] = x~ W~[..out, ..]^T` and, into the last R columns of `x [T, in + R]`, `s [T,R]`.
+/// Writes `s = x A^T` into R columns of `x [T, in + R]`, behind the first `in`.
 ///
 /// # Errors
 /// If the shapes do not fit together; the first failure of the GPU.
-pub fn forward(mut x: ViewMut<'_>, s: View<'_>, weight: &Weight<'_>, y: ViewMut<'_>) -> Result<()> {
-    let [out, inputs] = weight.shape();
-    beside(x.reborrow(), inputs, s, weight.ranks)?;
-    let columns = 0..inputs + weight.ranks;
-    matmul::nt(
-        y,
-        0.0,
-        1.0,
-        x.as_view().columns(columns),
-        weight.values.row_range(0..out),
-    )
+pub fn down(x: ViewMut<'_>, weight: &Weight<'_>) -> Result<()> {
+    let product = |s: ViewMut<'_>, x: View<'_>| matmul::nt(s, 0.0, 1.0, x, weight.a());
+    beside(x, weight.shape()[1], weight.ranks, product)
 }
 
-/// Writes `dx [T,in] = dy~ W~[.., ..in]` and, into the last R columns of `dy [T, out + R]`, `ds [T,R]`.
+/// Writes `y [T,out] = x~ W~[..out, ..]^T`, with `s` beside `x [T, in + R]`.
 ///
 /// # Errors
 /// If the shapes do not fit together; the first failure of the GPU.
-pub fn backward(
-    mut dy: ViewMut<'_>,
-    ds: View<'_>,
-    weight: &Weight<'_>,
-    dx: ViewMut<'_>,
+pub fn forward(x: View<'_>, weight: &Weight<'_>, y: ViewMut<'_>) -> Result<()> {
+    let [out, inputs] = weight.shape();
+    let x = x.columns(0..inputs + weight.ranks);
+    matmul::nt(y, 0.0, 1.0, x, weight.values.row_range(0..out))
+}
+
+/// Writes `ds = dy (s B)` into R columns of `dy [T, out + R]`, behind the first `out`.
+///
+/// # Errors
+/// If the shapes do not fit together; the first failure of the GPU.
+pub fn up_backward(dy: ViewMut<'_>, weight: &Weight<'_>) -> Result<()> {
+    let product = |ds: ViewMut<'_>, dy: View<'_>| matmul::nn(ds, 0.0, 1.0, dy, weight.b());
+    beside(dy, weight.shape()[0], weight.ranks, product)
+}
+
+/// Writes `dx [T,in] = dy~ W~[.., ..in]`, with `ds` beside `dy [T, out + R]`.
+///
+/// # Errors
+/// If the shapes do not fit together; the first failure of the GPU.
+pub fn backward(dy: View<'_>, weight: &Weight<'_>, dx: ViewMut<'_>) -> Result<()> {
+    let [out, inputs] = weight.shape();
+    let dy = dy.columns(0..out + weight.ranks);
+    matmul::nn(dx, 0.0, 1.0, dy, weight.values.columns(0..inputs))
+}
+
+/// Lets `product` write the `ranks` columns of `matrix` behind the first `cols`, which it reads.
+fn beside(
+    matrix: ViewMut<'_>,
+    cols: usize,
+    ranks: usize,
+    product: impl FnOnce(ViewMut<'_>, View<'_>) -> Result<()>,
 ) -> Result<()> {
-    let [out, inputs] = weight.shape();
-    beside(dy.reborrow(), out, ds, weight.ranks)?;
-    let columns = 0..out + weight.ranks;
-    matmul::nn(
-        dx,
-        0.0,
-        1.0,
-        dy.as_view().columns(columns),
-        weight.values.columns(0..inputs),
-    )
+    let least = [matrix.rows(), matrix.cols().max(cols + ranks)];
+    check_shape(
+        "augmented_linear",
+        "a matrix with room",
+        least,
+        matrix.shape(),
+    )?;
+    let mut matrix = matrix.columns(0..cols + ranks);
+    if let Some([left, right]) = matrix.reborrow().columns_on_gpu(cols) {
+        return product(right, left.as_view());
+    }
+    let mut made = Tensor::empty(&Device::Cpu, matrix.dtype(), matrix.rows(), ranks);
+    product(made.view_mut(), matrix.as_view().columns(0..cols))?;
+    copy(matrix.columns(cols..cols + ranks), made.view())
 }
 
-/// Copies `s [T,R]` behind the first `cols` columns of `matrix`, which may have more behind those.
-fn beside(matrix: ViewMut<'_>, cols: usize, s: View<'_>, ranks: usize) -> Result<()> {
-    const OP: &str = "augmented_linear::beside";
-    check_shape(OP, "s [T,R]", [matrix.rows(), ranks], s.shape())?;
-    let least = [matrix.rows(), matrix.cols().max(cols + ranks)];
-    check_shape(OP, "a matrix with room for s", least, matrix.shape())?;
-    let mut to = matrix.columns(cols..cols + ranks);
-    if let Some(device) = common(OP, &[to.device(), s.device()])?.cloned() {
-        return cuda::copy(&device, &mut to, s);
+/// Copies a narrow matrix, out of a wide one or into one.
+///
+/// # Errors
+/// If the shapes differ; the first failure of the GPU.
+pub fn copy(mut to: ViewMut<'_>, from: View<'_>) -> Result<()> {
+    const OP: &str = "augmented_linear::copy";
+    check_shape(OP, "from", to.shape(), from.shape())?;
+    if let Some(device) = common(OP, &[to.device(), from.device()])?.cloned() {
+        return cuda::copy(&device, &mut to, from);
     }
-    with_dtype!(to.dtype(), M => with_dtype!(s.dtype(), S => cpu::copy(typed_mut::<M>(to), typed::<S>(s))));
+    with_dtype!(to.dtype(), T => with_dtype!(from.dtype(), F => cpu::copy(typed_mut::<T>(to), typed::<F>(from))));
     Ok(())
 }

@@ -1,4 +1,4 @@
-use super::{Factors, Weight, backward, forward, place, room};
+use super::{Factors, Weight, backward, copy, down, forward, place, room, up_backward};
 use crate::test_support::{DTYPES, cuda_device, normal};
 use crate::twins::assert_cuda_matches;
 use crate::{DType, Device, Tensor, View, matmul};
@@ -113,7 +113,6 @@ fn both(
 ) -> [Tensor; 2] {
     let ([out, inputs], ranks) = (weight.shape(), weight.ranks());
     let tensor = |cols| Tensor::empty(device, dtype, T, cols);
-    let (mut s, mut ds) = (tensor(ranks), tensor(ranks));
     let wide = |values: View<'_>| {
         let mut wide = tensor(values.cols() + ranks + 16);
         wide.view_mut().fill(f32::NAN);
@@ -122,14 +121,10 @@ fn both(
     };
     let (mut wide_x, mut wide_dy) = (wide(x), wide(dy));
     let [mut y, mut dx] = [tensor(out), tensor(inputs)];
-    let (x, dy) = (
-        wide_x.view().columns(0..inputs),
-        wide_dy.view().columns(0..out),
-    );
-    matmul::nt(s.view_mut(), 0.0, 1.0, x, weight.a()).expect("fits");
-    matmul::nn(ds.view_mut(), 0.0, 1.0, dy, weight.b()).expect("fits");
-    forward(wide_x.view_mut(), s.view(), weight, y.view_mut()).expect("fits");
-    backward(wide_dy.view_mut(), ds.view(), weight, dx.view_mut()).expect("fits");
+    down(wide_x.view_mut(), weight).expect("fits");
+    forward(wide_x.view(), weight, y.view_mut()).expect("fits");
+    up_backward(wide_dy.view_mut(), weight).expect("fits");
+    backward(wide_dy.view(), weight, dx.view_mut()).expect("fits");
     [y, dx]
 }
 
@@ -147,6 +142,20 @@ fn cuda_matches() {
                 let [y, dx] = both(&parts, x.view(), dy.view(), stored, place.device());
                 let results = [&y, &dx].map(|t| (dtype, t.to_f32_vec()));
                 results.to_vec()
+            });
+        }
+    }
+}
+
+#[test]
+fn narrow_copies_are_exact() {
+    for dtype in DTYPES {
+        for cols in [1, 16, 21] {
+            assert_cuda_matches(&format!("{dtype} {cols}"), |place| {
+                let from = place.matrix(1, [T, cols], dtype);
+                let mut to = place.poisoned([T, cols], dtype);
+                copy(to.view_mut(), from.view()).expect("of one shape");
+                vec![(DType::F32, to.values())]
             });
         }
     }

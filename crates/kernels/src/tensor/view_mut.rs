@@ -188,6 +188,23 @@ impl<'a> ViewMut<'a> {
         })
     }
 
+    /// The columns before and from `at` of a matrix that a GPU holds. `None` in host memory, where two borrows
+    /// cannot share rows.
+    ///
+    /// # Panics
+    /// If `at` lies outside of it.
+    pub(crate) fn columns_on_gpu(self, at: usize) -> Option<[Self; 2]> {
+        let data = self.data.cuda()?;
+        let of = |columns: Range<usize>| {
+            Self {
+                data: SliceMut::Cuda(data),
+                ..self
+            }
+            .columns(columns)
+        };
+        Some([of(0..at), of(at..self.cols)])
+    }
+
     /// The GPU that holds the elements, or `None` if the host does.
     #[must_use]
     pub fn device(&self) -> Option<&'a Arc<CudaDevice>> {

@@ -69,6 +69,11 @@ impl GroupShape {
         let mut parts = self.parts.iter();
         parts.any(|part| matches!(part.method, Method::LowRank { dropout: true, .. }))
     }
+
+    /// As `LinearGroup` has it.
+    pub(super) fn in_halves(&self) -> bool {
+        self.room > 0 && !self.has_dropout()
+    }
 }
 
 /// One linear.

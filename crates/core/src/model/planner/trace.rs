@@ -350,8 +350,13 @@ impl Trace<'_> {
     fn mlp_backward(&mut self, layer: &LayerShape, gate_up: Vec<Slot>, down: Down) {
         let act = self.shape.activations;
         let d_output = self.join_backward(layer, down.output, layer.down.room);
-        let activated =
-            [layer.down.room, 0].map(|room| self.pool.take(act, layer.down.in_features + room));
+        let rooms = match layer.down.in_halves() {
+            true => vec![layer.down.room],
+            false => vec![layer.down.room, 0],
+        };
+        let activated: Vec<Slot> = (rooms.into_iter())
+            .map(|room| self.pool.take(act, layer.down.in_features + room))
+            .collect();
         self.group_backward(&layer.down, true);
         self.give_all(down.parts);
         self.give_all(d_output);
@@ -416,11 +421,9 @@ impl Trace<'_> {
     fn group_backward(&mut self, group: &GroupShape, needs_input: bool) {
         let act = self.shape.activations;
         if group.room > 0 {
-            let ds = self.pool.take(self.shape.factors, group.room);
             if group.has_dropout() {
                 self.pool.pass(act, group.in_features);
             }
-            self.pool.give(ds);
             return;
         }
         let custom = group.parts.iter().any(|p| p.method == Method::Custom);
