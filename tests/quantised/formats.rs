@@ -173,6 +173,32 @@ fn eight_bit_floats_made_as_they_are_read_are_planned_and_evaluated() {
     assert_eq!(planned, dense - saved as u64);
 }
 
+#[test]
+fn a_configuration_of_codes_over_files_of_values_is_refused() {
+    let base =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters/_bases/llama");
+    for settings in [
+        json!({"quant_method": "gptq", "bits": 4}),
+        json!({"load_in_4bit": true}),
+    ] {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        copy_dir(&base, directory.path());
+        let path = directory.path().join("config.json");
+        let mut config = read_json(&path);
+        config["quantization_config"] = settings;
+        write_json(&path, &config);
+        let refused = ModelFiles::open(directory.path()).expect_err("refused");
+        let refused = refused.to_string();
+        for part in [
+            "config.json",
+            "`quantization_config`",
+            "none in the files is",
+        ] {
+            assert!(refused.contains(part), "{refused}");
+        }
+    }
+}
+
 /// What is said of a case whose configuration and tensors went through changes.
 fn said_of(name: &str, settings: &Value, change: impl FnOnce(&mut Tensors)) -> String {
     let directory = tempfile::tempdir().expect("temporary directory");

@@ -17,6 +17,18 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .map(|(_, c)| c)
 }
 
+/// The candidate that `name` is with a letter or two mistyped: left out, too many, exchanged.
+#[must_use]
+pub fn misspelt<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let most = if name.chars().count() < 6 { 1 } else { 2 };
+    candidates
+        .into_iter()
+        .map(|c| (strsim::damerau_levenshtein(name, c), c))
+        .filter(|(distance, _)| (1..=most).contains(distance))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, c)| c)
+}
+
 /// `; did you mean "x"?`, or nothing.
 #[must_use]
 pub fn did_you_mean<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
@@ -40,5 +52,21 @@ mod tests {
         );
         assert_eq!(nearest("zzz", keys), None);
         assert_eq!(did_you_mean("lora_rr", keys), "; did you mean `lora_r`?");
+    }
+
+    #[test]
+    fn a_letter_or_two_are_a_misspelling_and_another_word_is_none() {
+        let keys = ["attention_factor", "beta_fast", "r"];
+        for (name, meant) in [
+            ("beta_fats", Some("beta_fast")),
+            ("betafast", Some("beta_fast")),
+            ("atention_facto", Some("attention_factor")),
+            ("attn_factor", None),
+            ("beta_fast", None),
+            ("rr", Some("r")),
+            ("rank", None),
+        ] {
+            assert_eq!(misspelt(name, keys), meant, "{name}");
+        }
     }
 }

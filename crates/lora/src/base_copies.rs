@@ -1,4 +1,5 @@
-//! Copies of base weights that PEFT saves beside an adapted embedding or head.
+//! Copies of base weights that PEFT saves beside an adapted embedding or head, and of biases beside modules trained as
+//! a whole.
 //!
 //! PEFT loads them into the base. Where they are the base's own values, that changes nothing; where the
 //! adapter was trained on another table, as after a resize, its base here would be the wrong one.
@@ -16,10 +17,14 @@ use std::path::Path;
 pub fn check(directory: &Path, base: &ModelFiles) -> Result<()> {
     let weights = Weights::open(directory)?;
     for name in weights.file.names() {
-        let Some((module, Part::AdaptedWeight)) = names::parse(name) else {
-            continue;
+        let own = match names::parse(name) {
+            Some((module, Part::AdaptedWeight)) => format!("{module}.weight"),
+            Some((module, Part::Bias)) => match module.strip_suffix(names::ORIGINAL) {
+                Some(module) => format!("{module}.bias"),
+                None => continue,
+            },
+            _ => continue,
         };
-        let own = format!("{module}.weight");
         // A head that is tied has no tensor of its own.
         let Some(meta) = base.meta(&own) else {
             continue;

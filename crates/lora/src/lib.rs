@@ -65,6 +65,7 @@ mod registry;
 pub mod target;
 #[cfg(test)]
 mod testing;
+mod unknown_key;
 
 pub use base_copies::check as check_base_copies;
 pub use combine::{

@@ -3,7 +3,7 @@
 mod absent;
 
 use crate::files::CONFIG_FILE;
-use crate::lora::{LoraAdapter, LoraConfig};
+use crate::lora::{LoraAdapter, LoraConfig, tied};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
 use crate::parts::{PartsAdapter, PartsConfig};
@@ -87,7 +87,10 @@ impl PeftConfig {
             ));
         };
         match peft_type {
-            "LORA" => LoraConfig::from_json(&path, &object).map(Self::Lora),
+            "LORA" => {
+                let config = LoraConfig::from_json(&path, &object)?;
+                tied::with_head(config, directory).map(Self::Lora)
+            }
             other => match METHODS.iter().find(|(name, _)| *name == other) {
                 Some((_, configure)) => {
                     let source = if as_peft {
@@ -194,6 +197,7 @@ pub(crate) fn lora_of(
 /// # Errors
 /// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`].
 pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
+    require_language_model(directory)?;
     PeftConfig::load(directory)?.into_adapter_of(directory, model_type)
 }
 
@@ -205,6 +209,27 @@ pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
 /// As [`load`].
 pub fn load_as_peft(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
     PeftConfig::read(directory, true)?.into_adapter_of(directory, model_type)
+}
+
+/// Refuses the adapter in `directory` if it is one of a model with another head than a causal language model's.
+///
+/// # Errors
+/// [`Error::Adapter`] naming its `task_type`.
+pub(crate) fn require_language_model(directory: &Path) -> Result<()> {
+    let path = directory.join(CONFIG_FILE);
+    if !path.exists() {
+        return Err(absent::no_adapter(directory));
+    }
+    let object = read_object(&path)?;
+    match object.get("task_type").and_then(Value::as_str) {
+        Some(task @ ("QUESTION_ANS" | "SEQ_2_SEQ_LM" | "SEQ_CLS" | "TOKEN_CLS")) => {
+            let message = format!(
+                "`task_type` is {task}: an adapter of a model with another head than this base; expected CAUSAL_LM or null"
+            );
+            Err(Error::adapter(path, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {

@@ -180,14 +180,18 @@ pub fn select<'a>(sites: &'a [Site], selection: &Selection<'_>) -> Result<Vec<&'
     let excluded = Excluded::compile(selection.exclude_modules, sites)?;
     let layers = Layers::compile(selection)?;
     let mut selected = Vec::new();
-    let mut targeted = Vec::new();
+    let [mut targeted, mut left_out] = [Vec::new(), Vec::new()];
     for site in sites {
         let hit = targets.hit(site)?;
-        if hit == Hit::No || excluded.contains(&site.name)? {
+        if hit == Hit::No {
             continue;
         }
+        if excluded.contains(&site.name)? {
+            left_out.push(site.name.as_str());
+            continue;
+        }
+        targeted.push(site.name.as_str());
         if let Some(layers) = &layers {
-            targeted.push(site.name.as_str());
             let layer = layers.index(&site.name)?;
             let is_wanted = layer.is_some_and(|layer| layers.wanted.contains(&layer));
             if hit == Hit::Suffix && !is_wanted {
@@ -195,6 +199,12 @@ pub fn select<'a>(sites: &'a [Site], selection: &Selection<'_>) -> Result<Vec<&'
             }
         }
         selected.push(site);
+    }
+    if let (true, Some(first)) = (targeted.is_empty(), left_out.first()) {
+        let message = format!(
+            "takes out every module that `target_modules` names, such as `{first}`, so nothing is left to adapt"
+        );
+        return Err(Error::config("exclude_modules", message));
     }
     if let Some(layers) = &layers {
         layers.require_all_used(&targeted, sites)?;
@@ -373,12 +383,11 @@ fn nothing_selected(targets: &TargetModules, sites: &[Site]) -> Error {
         TargetModules::Regex(source) => unmatched_regex(key, source, sites),
         TargetModules::AllLinear => Error::config(
             key,
-            "`all-linear` leaves no module to adapt: the model has no linear layer but the output \
-             head, or `exclude_modules` takes them all",
+            "`all-linear` leaves no module to adapt: the model has no linear layer but the output head",
         ),
         TargetModules::List(_) => Error::config(
             key,
-            "no module is left to adapt after `exclude_modules` and `layers_to_transform`",
+            "no module is left to adapt after `layers_to_transform`",
         ),
     }
 }
@@ -388,6 +397,11 @@ pub(crate) fn nearest_end<'a>(entry: &str, names: impl Iterator<Item = &'a str>)
     let segments = entry.split('.').count();
     let ends: BTreeSet<&str> = names.map(|name| last_segments(name, segments)).collect();
     suggest::did_you_mean(entry, ends)
+}
+
+/// The last segment of a module path.
+pub(crate) fn last_segment(module: &str) -> &str {
+    last_segments(module, 1)
 }
 
 /// The last `count` segments of a module path.

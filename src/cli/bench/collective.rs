@@ -236,6 +236,7 @@ impl Bench<'_> {
             warmup,
             timed: steps,
             learning_rate,
+            profile: false,
         };
         Ok(measure(plan, &device, &mut trainer, self.steps)?.times)
     }

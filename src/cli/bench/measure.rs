@@ -1,6 +1,7 @@
 //! Runs the steps and notes what they took.
 
 use super::machine;
+use super::report::LaunchShare;
 use super::rows::Steps;
 use ferrotune::core::Result;
 use ferrotune::core::trainer::Trainer;
@@ -13,7 +14,12 @@ pub(super) struct Plan {
     pub(super) warmup: u32,
     pub(super) timed: u32,
     pub(super) learning_rate: f64,
+    /// Whether launches of a few more steps are timed.
+    pub(super) profile: bool,
 }
+
+/// Steps of a profile.
+const PROFILED: u32 = 3;
 
 /// Times and sizes noted on the way.
 pub(super) struct Measured {
@@ -31,6 +37,8 @@ pub(super) struct Measured {
     /// Per timed step.
     pub(super) cpu_seconds: Option<f64>,
     pub(super) launches: Option<f64>,
+    /// Empty without a profile.
+    pub(super) launch_times: Vec<LaunchShare>,
 }
 
 /// Steps of `trainer` on `device`; each ends when the GPU has done all of it.
@@ -52,6 +60,7 @@ pub(super) fn measure(
         times: Vec::new(),
         cpu_seconds: None,
         launches: None,
+        launch_times: Vec::new(),
     };
     machine::reset_peak();
     let mut before = Counters::now(device);
@@ -80,6 +89,14 @@ pub(super) fn measure(
         |before: Option<f64>, after: Option<f64>| Some((after? - before?) / f64::from(plan.timed));
     measured.cpu_seconds = per_step(before.cpu_seconds, after.cpu_seconds);
     measured.launches = per_step(before.launches, after.launches);
+    if let (true, Device::Cuda(gpu)) = (plan.profile, device) {
+        gpu.start_profile()?;
+        for step in 0..PROFILED {
+            let batch = steps.batch((plan.warmup + plan.timed + step) as usize);
+            trainer.step(std::slice::from_ref(&batch), plan.learning_rate)?;
+        }
+        measured.launch_times = LaunchShare::per_step(&gpu.take_profile()?, PROFILED);
+    }
     Ok(measured)
 }
 

@@ -18,6 +18,7 @@ use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::hub;
+use ferrotune::kernels::cuda::GemmTuning;
 use ferrotune::kernels::{DType, Device};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use flops::flops_per_token;
@@ -76,6 +77,12 @@ pub(super) struct Args {
     /// Where to train: auto, cpu or cuda
     #[arg(long, default_value = "cpu")]
     device: Choice,
+    /// After the timed steps, time each kernel of a few more (GPU only; no step is then recorded as a graph)
+    #[arg(long)]
+    profile: bool,
+    /// How the algorithm of a product is chosen on a GPU
+    #[arg(long, value_enum, default_value_t = Tuning::Heuristic)]
+    gemm_tuning: Tuning,
     /// Learning rate, constant
     #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
@@ -99,6 +106,14 @@ enum Dtype {
     Float32,
     /// Brain floats
     Bfloat16,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Tuning {
+    /// As cublasLt expects
+    Heuristic,
+    /// The fastest of a few, timed
+    Measure,
 }
 
 impl Dtype {
@@ -133,6 +148,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         warmup: args.warmup,
         timed: args.steps,
         learning_rate: args.learning_rate,
+        profile: args.profile,
     };
     let measured = measure(plan, &device, &mut trainer, &steps)?;
     let start = Start {
@@ -205,6 +221,11 @@ fn trainer(
         },
         activation_dtype: args.dtype.kernel(),
         max_tokens,
+        cuda_graph: !args.profile,
+        gemm_tuning: match args.gemm_tuning {
+            Tuning::Heuristic => GemmTuning::Heuristic,
+            Tuning::Measure => GemmTuning::Measure,
+        },
         ..TrainerOptions::default()
     };
     let method = adapter(args, decoder)?;
@@ -293,6 +314,7 @@ fn report(
         gemm_peak_gflops: start.peak.flops / 1e9,
         share_of_gemm_peak: rate / start.peak.flops,
         launches_per_step: measured.launches,
+        launch_times: measured.launch_times,
         peak_rss: load_peak.max(step_peak),
         step_peak_rss: step_peak,
         start_rss: start.rss,

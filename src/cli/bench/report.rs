@@ -1,5 +1,6 @@
 //! What a benchmark found, for machines (JSON) and for people.
 
+use ferrotune::kernels::cuda::LaunchTime;
 use serde::Serialize;
 use std::fmt;
 
@@ -38,6 +39,8 @@ pub(super) struct Report {
     pub(super) share_of_gemm_peak: f64,
     /// Kernels, products and graphs that a timed step launches on a GPU.
     pub(super) launches_per_step: Option<f64>,
+    /// What took how long of a step, longest first; empty without `--profile`.
+    pub(super) launch_times: Vec<LaunchShare>,
     /// Largest resident memory from exec to the last step.
     pub(super) peak_rss: Option<u64>,
     /// Largest resident memory during the steps.
@@ -168,7 +171,36 @@ impl fmt::Display for Report {
             "GPU",
             mib(self.gpu_memory_above_start),
             mib(self.gpu_memory_above_loaded)
-        )
+        )?;
+        for launch in &self.launch_times {
+            let (time, share) = (launch.milliseconds, 100.0 * launch.share);
+            let (calls, name) = (launch.calls, &launch.name);
+            writeln!(f, "{time:>12.3} ms {share:>5.1} % {calls:>7.1} x {name}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Launches of one name in a step, of a mean over a few.
+#[derive(Debug, Serialize)]
+pub(super) struct LaunchShare {
+    pub(super) name: String,
+    pub(super) calls: f64,
+    pub(super) milliseconds: f64,
+    /// Of the time of all launches.
+    pub(super) share: f64,
+}
+
+impl LaunchShare {
+    pub(super) fn per_step(times: &[LaunchTime], steps: u32) -> Vec<Self> {
+        let all: f64 = times.iter().map(|time| time.milliseconds).sum();
+        let of_step = |time: &LaunchTime| Self {
+            name: time.name.clone(),
+            calls: time.calls as f64 / f64::from(steps),
+            milliseconds: time.milliseconds / f64::from(steps),
+            share: time.milliseconds / all,
+        };
+        times.iter().map(of_step).collect()
     }
 }
 

@@ -30,6 +30,7 @@ const OFF: &[&str] = &["null", "false"];
 const OFF_OR_ZERO: &[&str] = &["null", "false", "0"];
 const EMPTY: &[&str] = &["null", "{}", "\"\"", "[]", "false"];
 const LOADER: &str = "rows are tokenized in memory before the first step";
+const TRANSPOSED: &str = "whether a weight lies transposed is known of the base";
 const NO_TORCH: &str = "it steers PyTorch, which is not here";
 const NO_LAUNCH: &str = "ranks configure themselves from the launcher's environment";
 const NO_HUB: &str = "nothing is sent to a hub";
@@ -72,6 +73,8 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
     key("use_cpu", OFF, NoEffect("use device: cpu")),
     key("no_cuda", OFF, NoEffect("use device: cpu")),
     key("lora_target_parameters", EMPTY, NotYet("")),
+    key("fan_in_fan_out", OFF, NoEffect(TRANSPOSED)),
+    key("lora_fan_in_fan_out", OFF, NoEffect(TRANSPOSED)),
     key(
         "llm_int8_has_fp16_weight",
         OFF,

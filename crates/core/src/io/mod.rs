@@ -14,7 +14,7 @@ mod json;
 mod model_files;
 mod output_lock;
 mod position;
-mod quantised;
+pub(crate) mod quantised;
 mod safetensors_file;
 mod safetensors_header;
 mod safetensors_writer;

@@ -24,7 +24,7 @@ const PICKLE: [&str; 6] = ["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
 /// The weights of a model directory.
 #[derive(Debug)]
 pub struct ModelFiles {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     shards: Vec<SafetensorsFile>,
     shard_of: BTreeMap<String, usize>,
     /// What a GGUF file says of its weights.

@@ -3,6 +3,7 @@
 use super::hf_config::HfConfig;
 use super::modules::ModuleNames;
 use super::rope::RopeConfig;
+use crate::io::quantised;
 use crate::{Error, Result, models, suggest};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::activation::Activation;
@@ -24,7 +25,7 @@ const DROPOUT: [&str; 4] = [
 ];
 
 /// Names of activations, as Transformers has them.
-const ACTIVATIONS: [(&str, Activation); 9] = [
+const ACTIVATIONS: [(&str, Activation); 11] = [
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),
     ("gelu", Activation::Gelu),
@@ -34,6 +35,8 @@ const ACTIVATIONS: [(&str, Activation); 9] = [
     ("gelu_python", Activation::Gelu),
     ("gelu_python_tanh", Activation::GeluTanh),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("quick_gelu", Activation::QuickGelu),
+    ("relu", Activation::Relu),
 ];
 
 /// What every norm of a model computes.
@@ -359,15 +362,7 @@ fn check_quantisation(config: &HfConfig) -> Result<()> {
     }
     let text = |key: &str| settings.get(key).and_then(Value::as_str);
     let method = text("quant_method").unwrap_or("bitsandbytes");
-    let known = match method {
-        "bitsandbytes" => is("load_in_4bit") || is("load_in_8bit"),
-        "compressed-tensors" => {
-            matches!(text("format"), Some("float-quantized" | "naive-quantized"))
-        }
-        "fp8" | "fbgemm_fp8" | "gptq" | "awq" | "gguf" => true,
-        _ => false,
-    };
-    if known {
+    if quantised::reads(settings) {
         return Ok(());
     }
     let format = text("format").map_or_else(String::new, |format| format!(" (format {format})"));

@@ -94,6 +94,13 @@ impl<'a> Inputs<'a> {
             let ids = ids.to_mut().iter_mut();
             ids.for_each(|id| *id = rows.place(*id));
         }
+        // Where positions are learned, no angles are looked up by them.
+        if let Some(learned) = &model.positions
+            && let Some(rows) = &learned.embedding.table.rows
+        {
+            let positions = positions.to_mut().iter_mut();
+            positions.for_each(|position| *position = rows.place(*position));
+        }
         if let Some(rows) = &model.head_table().rows {
             targets.iter_mut().for_each(|t| *t = rows.place(*t));
         }

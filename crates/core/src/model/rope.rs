@@ -11,6 +11,31 @@ use std::f64::consts::TAU;
 
 const TYPES: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
 
+const PARTIAL: &str = "partial_rotary_factor";
+
+/// Parameters that a rope can have, of any type.
+const KNOWN: [&str; 19] = [
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "full_attention",
+    "high_freq_factor",
+    "long_factor",
+    "low_freq_factor",
+    "mrope_section",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    PARTIAL,
+    "rope_theta",
+    "rope_type",
+    "short_factor",
+    "sliding_attention",
+    "truncate",
+    "type",
+];
+
 /// How positions become angles.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
@@ -80,18 +105,18 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// Reads `rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (4.x).
+    /// Reads `rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (4.x), of an architecture that
+    /// rotates whole heads; where a part of them may be, see [`RopeConfig::partial`].
     ///
-    /// `rotary_dim` is the architecture's to say: Llama rotates whole heads, and a
-    /// `partial_rotary_factor` in its config means nothing, to Transformers as here; where it means
-    /// something, see [`RopeConfig::partial`].
+    /// A `partial_rotary_factor` means nothing there beside the default rope. Beside any other, Transformers makes
+    /// angles for a part of a head and fails to apply them.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter.
-    pub fn from_hf(config: &HfConfig, rotary_dim: usize) -> Result<Self> {
+    /// [`Error::Model`] naming the key: an unknown type, a missing or odd parameter, a part of a head.
+    pub fn from_hf(config: &HfConfig, head_dim: usize) -> Result<Self> {
         let (group, map) = parameters(config)?;
         let read = Parameters { config, group, map };
-        read.rope(("rope_theta", 10_000.0), rotary_dim)
+        read.whole_heads(("rope_theta", 10_000.0), head_dim)
     }
 
     /// The same of layers of one kind (`full_attention` or `sliding_attention`): from
@@ -102,7 +127,7 @@ impl RopeConfig {
     /// As [`RopeConfig::from_hf`].
     pub fn of_layers(
         config: &HfConfig,
-        rotary_dim: usize,
+        head_dim: usize,
         kind: &str,
         theta: (&str, f64),
     ) -> Result<Self> {
@@ -117,22 +142,18 @@ impl RopeConfig {
             group = "rope_scaling".into();
         }
         let read = Parameters { config, group, map };
-        read.rope(theta, rotary_dim)
+        read.whole_heads(theta, head_dim)
     }
 
-    /// The rotated dimensions of a head of `head_dim`, by `partial_rotary_factor`.
+    /// [`RopeConfig::from_hf`] of an architecture that rotates the share `partial_rotary_factor` of a head.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the key, if it is no share of a head.
-    pub fn partial(config: &HfConfig, head_dim: usize) -> Result<usize> {
-        const KEY: &str = "partial_rotary_factor";
+    /// As there, and if it is no share of a head.
+    pub fn partial(config: &HfConfig, head_dim: usize) -> Result<Self> {
         let (group, map) = parameters(config)?;
         let read = Parameters { config, group, map };
-        let factor = read.number(KEY, Some(config.number_or(KEY, 1.0)?))?;
-        if factor > 1.0 {
-            return Err(config.error(KEY, format!("is {factor}; expected at most 1")));
-        }
-        Ok((head_dim as f64 * factor) as usize)
+        let rotary_dim = read.share_of(head_dim)?;
+        read.rope(("rope_theta", 10_000.0), rotary_dim)
     }
 
     /// Angles per position, `[rotary_dim / 2]`, for a document of `length` tokens.
@@ -302,9 +323,43 @@ impl Parameters<'_> {
         }
     }
 
+    /// What `partial_rotary_factor`, in the group or beside it, leaves of a head.
+    fn share_of(&self, head_dim: usize) -> Result<usize> {
+        let outside = self.config.number_or(PARTIAL, 1.0)?;
+        let factor = self.number(PARTIAL, Some(outside))?;
+        if factor > 1.0 {
+            return Err(self.error(PARTIAL, format!("is {factor}; expected at most 1")));
+        }
+        Ok((head_dim as f64 * factor) as usize)
+    }
+
+    fn whole_heads(&self, theta: (&str, f64), head_dim: usize) -> Result<RopeConfig> {
+        let rope = self.rope(theta, head_dim)?;
+        if rope.scaling == RopeScaling::Default || self.share_of(head_dim)? == head_dim {
+            return Ok(rope);
+        }
+        let message = "asks for a part of each head, and this architecture rotates whole ones: Transformers fails there; \
+                       leave it out, or take rope_type default, which ignores it";
+        Err(self.error(PARTIAL, message))
+    }
+
+    /// Refuses a parameter that is another one, mistyped; one that nobody knows means nothing.
+    fn require_known(&self) -> Result<()> {
+        let given = self.map.iter().filter(|(_, value)| !value.is_null());
+        for (key, value) in given.filter(|(key, _)| !KNOWN.contains(&key.as_str())) {
+            if let Some(meant) = suggest::misspelt(key, KNOWN) {
+                let message =
+                    format!("({value}) is no parameter of a rope; did you mean `{meant}`?");
+                return Err(self.error(key, message));
+            }
+        }
+        Ok(())
+    }
+
     /// The rope of `rotary_dim` dimensions; `theta` is the key of its base outside of the group, and the
     /// default.
     fn rope(&self, theta: (&str, f64), rotary_dim: usize) -> Result<RopeConfig> {
+        self.require_known()?;
         let (key, default) = theta;
         let default = self.config.number_or(key, default)?;
         let theta = self.number("rope_theta", Some(default))?;
@@ -489,5 +544,49 @@ mod tests {
             assert_eq!(rope.rotary_dim, 64);
             assert_eq!(rope.inverse_frequencies(8).len(), 32);
         }
+    }
+
+    fn refusal(config: Value) -> String {
+        let config = HfConfig::from_value(Path::new("config.json"), config).expect("an object");
+        let rope = RopeConfig::from_hf(&config, 64);
+        rope.expect_err("refused").to_string()
+    }
+
+    /// Transformers fails on each of these in the forward pass of a Llama.
+    #[test]
+    fn a_part_of_a_head_is_refused_beside_a_scaled_rope() {
+        let scaled = |kind: &str| {
+            json!({"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "short_factor": vec![1.0; 32], "long_factor": vec![2.0; 32]})
+        };
+        for kind in ["linear", "dynamic", "llama3", "yarn", "longrope"] {
+            let mut inside = scaled(kind);
+            inside["partial_rotary_factor"] = json!(0.5);
+            let beside = json!({"rope_scaling": scaled(kind), "partial_rotary_factor": 0.5});
+            for config in [json!({"rope_parameters": inside}), beside] {
+                let error = refusal(config);
+                assert!(error.contains("partial_rotary_factor`: asks"), "{error}");
+            }
+            let mut whole = scaled(kind);
+            whole["partial_rotary_factor"] = json!(1.0);
+            let config = json!({"rope_parameters": whole});
+            let config = HfConfig::from_value(Path::new("config.json"), config).expect("an object");
+            RopeConfig::from_hf(&config, 64).expect("whole heads");
+        }
+    }
+
+    #[test]
+    fn a_mistyped_parameter_is_refused_and_an_unknown_one_ignored() {
+        let rope =
+            |key: &str| json!({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, key: 3.0}});
+        let error = refusal(rope("beta_fats"));
+        let parts = [
+            "`rope_parameters.beta_fats`",
+            "3.0",
+            "did you mean `beta_fast`?",
+        ];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        let config = HfConfig::from_value(Path::new("config.json"), rope("attn_factor"));
+        RopeConfig::from_hf(&config.expect("an object"), 64).expect("as Transformers reads it");
     }
 }

@@ -334,9 +334,6 @@ impl Builder<'_> {
         let (Some(id), Some(name)) = (self.plan.positions, self.config.modules.positions) else {
             return Ok(None);
         };
-        if let Some(Attachment::TrainRows { .. }) = self.attachments.get(&id) {
-            return Err(unsupported(self.plan.site(id)));
-        }
         Ok(Some(Positions {
             embedding: self.embedding_at(id)?,
             name,

@@ -52,26 +52,48 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     })
 }
 
-/// The same under the names that others give these keys.
+/// The same under the names that others give these keys, and that Transformers takes here too.
 fn renamed(config: &HfConfig) -> Result<HfConfig> {
-    let hidden = config.size_or("n_embd", Some(768))?;
-    let heads = config.size_or("n_head", Some(12))?;
+    let size = |alias, own, default| {
+        let own = config.size_or(own, Some(default))?;
+        config.size_or(alias, Some(own))
+    };
+    let hidden = size("hidden_size", "n_embd", 768)?;
+    let heads = size("num_attention_heads", "n_head", 12)?;
     if !hidden.is_multiple_of(heads) {
+        let alias = "num_attention_heads";
+        let key = config.get(alias).map_or("n_head", |_| alias);
         let message = format!(
             "is {heads}, which does not divide n_embd {hidden}; {}",
             nearest_divisor(heads, hidden)
         );
-        return Err(config.error("n_head", message));
+        return Err(config.error(key, message));
     }
-    Ok(config.with_defaults(&json!({
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_hidden_layers": config.size_or("n_layer", Some(12))?,
-        "intermediate_size": config.size_or("n_inner", Some(4 * hidden))?,
-        "max_position_embeddings": config.size_or("n_positions", Some(1024))?,
+    let defaults = config.with_defaults(&json!({
         "vocab_size": 50257,
         "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
         "attn_pdrop": 0.1,
-    })))
+    }));
+    let sizes = [
+        ("hidden_size", hidden),
+        ("num_attention_heads", heads),
+        (
+            "num_hidden_layers",
+            size("num_hidden_layers", "n_layer", 12)?,
+        ),
+        (
+            "max_position_embeddings",
+            size("max_position_embeddings", "n_positions", 1024)?,
+        ),
+        // The one without another name.
+        (
+            "intermediate_size",
+            config.size_or("n_inner", Some(4 * hidden))?,
+        ),
+    ];
+    let sizes = sizes.into_iter();
+    Ok(sizes.fold(defaults, |config, (key, size)| {
+        config.with(key, json!(size))
+    }))
 }

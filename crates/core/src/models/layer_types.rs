@@ -1,7 +1,8 @@
 //! Which layers slide a window, by the keys that several architectures share.
 
-use crate::Result;
 use crate::model::HfConfig;
+use crate::{Error, Result};
+use serde_json::Value;
 
 /// The window of each of `layers` layers: by `layer_types` where the config lists them, else by `slides`;
 /// none where `window` is none.
@@ -28,18 +29,33 @@ pub(super) fn windows(
         let what = format!("has {} entries for {layers} layers", types.len());
         return Err(wrong(what));
     }
-    let window_of = |kind: &serde_json::Value| match kind.as_str() {
+    let window_of = |kind: &Value| match kind.as_str() {
         Some("full_attention") => Ok(None),
         Some("sliding_attention") => match window {
             Some(window) => Ok(Some(window)),
-            None => Err(config.error(
-                "sliding_window",
-                "is missing; layer_types has sliding layers",
-            )),
+            None => Err(no_window(config)),
         },
         _ => Err(wrong(format!("has {kind}"))),
     };
     types.iter().map(window_of).collect()
+}
+
+/// What to say of sliding layers without a window.
+fn no_window(config: &HfConfig) -> Error {
+    let key = "sliding_window";
+    let what = match config.keys().get(key) {
+        None => "is missing",
+        Some(Value::Null) => "is null",
+        Some(_) => {
+            let message = "is not true, but layer_types has sliding layers; set it, or make them full_attention";
+            return config.error("use_sliding_window", message);
+        }
+    };
+    let expected = "expected a number of tokens, or full_attention alone";
+    config.error(
+        key,
+        format!("{what}, but layer_types has sliding layers; {expected}"),
+    )
 }
 
 /// `sliding_window`: a number, or none where it is null.

@@ -62,9 +62,21 @@ pub(crate) fn architecture(config: &HfConfig) -> Result<DecoderConfig> {
             "model_type",
             format!(
                 "`{name}` is not supported{}; supported: {}",
-                suggest::did_you_mean(name, known()),
+                nearest(name),
                 known().collect::<Vec<_>>().join(", ")
             ),
         )),
+    }
+}
+
+/// What to say of a `model_type` that is none: the part of it that is text, or what is spelt alike.
+fn nearest(name: &str) -> String {
+    let known = || ARCHITECTURES.iter().map(|(known, _)| *known);
+    let is_text = |known: &&str| known.strip_suffix("_text") == Some(name);
+    match known().find(is_text) {
+        Some(text) => {
+            format!("; did you mean `{text}`, whose config is the `text_config` of a `{name}`?")
+        }
+        None => suggest::did_you_mean(name, known()),
     }
 }

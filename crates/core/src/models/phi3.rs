@@ -19,14 +19,13 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         "sliding_window": null,
     }));
     let common = DecoderConfig::without_rope(config)?;
-    let rotary_dim = RopeConfig::partial(config, common.head_dim)?;
     Ok(DecoderConfig {
         modules: ModuleNames {
             qkv: &["self_attn.qkv_proj"],
             gate_up: &["mlp.gate_up_proj"],
             ..ModuleNames::LLAMA
         },
-        ropes: vec![RopeConfig::from_hf(&renamed(config), rotary_dim)?],
+        ropes: vec![RopeConfig::partial(&renamed(config), common.head_dim)?],
         layer_ropes: vec![Some(0); common.layers],
         sliding_windows: vec![sliding_window(config)?; common.layers],
         ..common

@@ -18,11 +18,11 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     }));
     let common = DecoderConfig::common(config)?;
     let rope_layers = rope_layers(config, common.layers)?;
-    let window = match config.flag_or("use_sliding_window", false)? {
-        true => layer_types::sliding_window(config)?,
-        false => None,
-    };
-    let windows = layer_types::windows(config, common.layers, window, |i| !rope_layers[i])?;
+    // Layers that `layer_types` names slide whether it says so or not, as in Transformers.
+    let slides = config.flag_or("use_sliding_window", false)?;
+    let window = layer_types::sliding_window(config)?;
+    let windows =
+        layer_types::windows(config, common.layers, window, |i| slides && !rope_layers[i])?;
     let attention_bias = config.flag_or("attention_bias", false)?;
     Ok(DecoderConfig {
         qkv_bias: attention_bias,

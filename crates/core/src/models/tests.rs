@@ -54,6 +54,38 @@ fn an_unknown_model_type_is_refused_with_the_nearest() {
 }
 
 #[test]
+fn the_text_of_a_model_that_has_more_is_suggested() {
+    let parts = ["`gemma3`", "did you mean `gemma3_text`", "`text_config`"];
+    assert_refused("gemma3", &json!({}), &parts);
+}
+
+#[test]
+fn layers_of_smollm3_slide_where_they_are_listed_whatever_the_flag_says() {
+    let types = [
+        "sliding_attention",
+        "full_attention",
+        "full_attention",
+        "sliding_attention",
+    ];
+    let listed = json!({"use_sliding_window": false, "sliding_window": 7, "layer_types": types});
+    let windows = decoder("smollm3", &listed).sliding_windows;
+    assert_eq!(windows, [Some(7), None, None, Some(7)]);
+    let not_listed = json!({"use_sliding_window": false, "sliding_window": 7});
+    assert_eq!(decoder("smollm3", &not_listed).sliding_windows, [None; 4]);
+}
+
+#[test]
+fn sliding_layers_without_a_window_are_refused_with_what_is_there() {
+    let with = |window: Value| json!({"sliding_window": window, "layer_types": vec!["sliding_attention"; 4]});
+    let parts = ["`sliding_window`: is null", "full_attention"];
+    assert_refused("mistral", &with(Value::Null), &parts);
+    let parts = ["`use_sliding_window`: is not true", "sliding layers"];
+    assert_refused("qwen2", &with(json!(7)), &parts);
+    let missing = json!({"layer_types": vec!["sliding_attention"; 4]});
+    assert_refused("smollm3", &missing, &["`sliding_window`: is missing"]);
+}
+
+#[test]
 fn a_missing_model_type_is_refused_as_missing() {
     let keys = json!({"model_type": null});
     assert_refused("", &keys, &["`model_type`: is missing", "llama", "olmo2"]);
@@ -94,8 +126,10 @@ fn heads_that_do_not_divide_are_refused_with_the_nearest_that_do() {
     let keys = json!({"num_attention_heads": 5, "head_dim": null});
     let parts = ["num_attention_heads", "is 5", "hidden_size 32", "4 or 8"];
     assert_refused("llama", &keys, &parts);
-    let keys = json!({"n_embd": 32, "n_head": 5});
+    let keys = json!({"hidden_size": null, "num_attention_heads": null, "n_embd": 32, "n_head": 5});
     assert_refused("gpt2", &keys, &["n_head", "is 5", "n_embd 32", "4 or 8"]);
+    let keys = json!({"num_attention_heads": 5});
+    assert_refused("gpt2", &keys, &["num_attention_heads", "is 5", "4 or 8"]);
     let left_out = json!({"model_type": "mistral", "num_attention_heads": 12, "head_dim": 8});
     let config = HfConfig::from_value(Path::new("config.json"), left_out).expect("an object");
     let error = DecoderConfig::from_hf(&config)
@@ -268,7 +302,13 @@ fn what_a_config_leaves_out_is_what_its_class_has() {
         "gpt2",
         &json!({"n_embd": 32, "n_head": 4, "head_dim": null}),
     );
-    assert_eq!([gpt2.head_dim, gpt2.intermediate_size], [8, 64]);
+    // Transformers knows no other name of `n_inner`.
+    assert_eq!([gpt2.head_dim, gpt2.intermediate_size], [8, 128]);
+    let other_names =
+        json!({"hidden_size": 48, "num_attention_heads": 6, "head_dim": null, "n_inner": null});
+    let gpt2 = decoder("gpt2", &other_names);
+    assert_eq!([gpt2.hidden_size, gpt2.heads, gpt2.layers], [48, 6, 4]);
+    assert_eq!([gpt2.head_dim, gpt2.intermediate_size], [8, 192]);
     assert!(gpt2.tie_word_embeddings && gpt2.ropes.is_empty());
 }
 

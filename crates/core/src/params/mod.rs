@@ -39,7 +39,7 @@ pub struct ParamSpec {
     pub weight_decay: bool,
     /// Whether files hold the transposed matrix.
     pub transposed: bool,
-    /// A second name under which files have the same values, as PEFT's do where two modules share them.
+    /// A second name under which files have the same values, of `shape`, as PEFT's do where two modules share them.
     pub also: Option<String>,
 }
 

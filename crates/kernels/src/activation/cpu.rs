@@ -13,6 +13,9 @@ const TANH_CUBIC: f32 = 0.071_354_814;
 /// Beyond this gate `p'` is zero in f32, while its factor still grows.
 const TANH_FLAT: f32 = 20.0;
 
+/// Of the approximation by a sigmoid alone.
+const QUICK: f32 = 1.702;
+
 /// An activation, compiled into the loops.
 trait Gate {
     /// `act(g)`.
@@ -24,6 +27,23 @@ trait Gate {
 struct Silu;
 struct Gelu;
 struct GeluTanh;
+struct QuickGelu;
+struct Relu;
+
+/// `$call`, with `$gate` the type of `$activation`.
+macro_rules! with_gate {
+    ($activation:expr, $gate:ident => $call:expr) => {
+        with_gate!($activation, $gate => $call, Silu Gelu GeluTanh QuickGelu Relu)
+    };
+    ($activation:expr, $gate:ident => $call:expr, $($name:ident)*) => {
+        match $activation {
+            $(Activation::$name => {
+                type $gate = $name;
+                $call
+            })*
+        }
+    };
+}
 
 impl Gate for Silu {
     #[inline(always)]
@@ -68,6 +88,35 @@ impl Gate for GeluTanh {
     }
 }
 
+impl Gate for QuickGelu {
+    #[inline(always)]
+    fn value(g: f32) -> f32 {
+        g / (1.0 + exp(-QUICK * g))
+    }
+
+    #[inline(always)]
+    fn with_slope(g: f32) -> [f32; 2] {
+        let sigmoid = 1.0 / (1.0 + exp(-QUICK * g));
+        [
+            g * sigmoid,
+            sigmoid * (QUICK * g).mul_add(1.0 - sigmoid, 1.0),
+        ]
+    }
+}
+
+impl Gate for Relu {
+    #[inline(always)]
+    fn value(g: f32) -> f32 {
+        // Unlike `max`, this keeps NaN.
+        if g < 0.0 { 0.0 } else { g }
+    }
+
+    #[inline(always)]
+    fn with_slope(g: f32) -> [f32; 2] {
+        [Self::value(g), if g > 0.0 { 1.0 } else { 0.0 }]
+    }
+}
+
 #[inline(always)]
 fn twice_u(g: f32) -> f32 {
     g * (g * g).mul_add(TANH_CUBIC, TANH_LINEAR)
@@ -100,11 +149,7 @@ pub(super) fn forward_gated<X: Element, Y: Element>(
     gate_up: Rows<'_, X>,
     out: RowsMut<'_, Y>,
 ) {
-    match activation {
-        Activation::Silu => forward_gated_of::<Silu, X, Y>(gate_up, out),
-        Activation::Gelu => forward_gated_of::<Gelu, X, Y>(gate_up, out),
-        Activation::GeluTanh => forward_gated_of::<GeluTanh, X, Y>(gate_up, out),
-    }
+    with_gate!(activation, A => forward_gated_of::<A, X, Y>(gate_up, out))
 }
 
 fn forward_gated_of<A: Gate, X: Element, Y: Element>(
@@ -132,11 +177,7 @@ pub(super) fn backward_gated_in_place<X: Element, G: Element>(
     gate_up: RowsMut<'_, X>,
     d_out: Rows<'_, G>,
 ) {
-    match activation {
-        Activation::Silu => backward_gated_of::<Silu, X, G>(gate_up, d_out),
-        Activation::Gelu => backward_gated_of::<Gelu, X, G>(gate_up, d_out),
-        Activation::GeluTanh => backward_gated_of::<GeluTanh, X, G>(gate_up, d_out),
-    }
+    with_gate!(activation, A => backward_gated_of::<A, X, G>(gate_up, d_out))
 }
 
 fn backward_gated_of<A: Gate, X: Element, G: Element>(
@@ -175,11 +216,7 @@ pub(super) fn forward<X: Element, Y: Element>(
     x: Rows<'_, X>,
     out: RowsMut<'_, Y>,
 ) {
-    match activation {
-        Activation::Silu => forward_of::<Silu, X, Y>(x, out),
-        Activation::Gelu => forward_of::<Gelu, X, Y>(x, out),
-        Activation::GeluTanh => forward_of::<GeluTanh, X, Y>(x, out),
-    }
+    with_gate!(activation, A => forward_of::<A, X, Y>(x, out))
 }
 
 fn forward_of<A: Gate, X: Element, Y: Element>(x: Rows<'_, X>, mut out: RowsMut<'_, Y>) {
@@ -203,11 +240,7 @@ pub(super) fn backward_in_place<X: Element, G: Element>(
     x: RowsMut<'_, X>,
     d_out: Rows<'_, G>,
 ) {
-    match activation {
-        Activation::Silu => backward_of::<Silu, X, G>(x, d_out),
-        Activation::Gelu => backward_of::<Gelu, X, G>(x, d_out),
-        Activation::GeluTanh => backward_of::<GeluTanh, X, G>(x, d_out),
-    }
+    with_gate!(activation, A => backward_of::<A, X, G>(x, d_out))
 }
 
 fn backward_of<A: Gate, X: Element, G: Element>(mut x: RowsMut<'_, X>, d_out: Rows<'_, G>) {

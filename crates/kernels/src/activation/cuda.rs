@@ -39,6 +39,8 @@ pub(super) fn launch(
         Activation::Silu => "silu",
         Activation::Gelu => "gelu",
         Activation::GeluTanh => "gelu_tanh",
+        Activation::QuickGelu => "quick_gelu",
+        Activation::Relu => "relu",
     };
     let kernel = format!("{kind}_{activation}_{pass}_{}", access.suffix());
     device.launch(&MODULE, &kernel, access.elements(rows, cols), &params)

@@ -1,4 +1,4 @@
-use super::Activation::{Gelu, GeluTanh, Silu};
+use super::Activation::{Gelu, GeluTanh, QuickGelu, Relu, Silu};
 use super::{backward_gated_in_place, backward_in_place, forward, forward_gated};
 use crate::test_support::DTYPES;
 use crate::twins::assert_cuda_matches;
@@ -7,7 +7,7 @@ const ROWS: usize = 5;
 
 #[test]
 fn matches_the_cpu() {
-    for activation in [Silu, Gelu, GeluTanh] {
+    for activation in [Silu, Gelu, GeluTanh, QuickGelu, Relu] {
         for (x_dtype, y_dtype) in DTYPES.into_iter().flat_map(|x| DTYPES.map(|y| (x, y))) {
             for cols in [1, 64, 123, 2120] {
                 let (wide, shape) = ([ROWS, 2 * cols], [ROWS, cols]);

@@ -65,6 +65,23 @@ struct GeluTanh {
     }
 };
 
+struct QuickGelu {
+    template <typename Access>
+    static DEVICE f32 value(f32 g, f32& slope) {
+        const f32 s = sigmoid<Access>(1.702f * g);
+        slope = s * (1.0f + 1.702f * g * (1.0f - s));
+        return g * s;
+    }
+};
+
+struct Relu {
+    template <typename Access>
+    static DEVICE f32 value(f32 g, f32& slope) {
+        slope = g > 0.0f ? 1.0f : 0.0f;
+        return g < 0.0f ? 0.0f : g;
+    }
+};
+
 template <typename Activation, typename Access>
 DEVICE void forward_gated(const Params& p) {
     const u32 groups = p.cols / Access::LEN, group = blockIdx.x * blockDim.x + threadIdx.x;
@@ -155,6 +172,18 @@ KERNEL(gated_gelu_tanh_forward_any, 256, Params, (forward_gated<GeluTanh, Any>))
 KERNEL(gated_gelu_tanh_backward_in_place_f32, 256, Params, (backward_gated_in_place<GeluTanh, Packed<f32>>))
 KERNEL(gated_gelu_tanh_backward_in_place_bf16, 256, Params, (backward_gated_in_place<GeluTanh, Packed<bf16>>))
 KERNEL(gated_gelu_tanh_backward_in_place_any, 256, Params, (backward_gated_in_place<GeluTanh, Any>))
+KERNEL(gated_quick_gelu_forward_f32, 256, Params, (forward_gated<QuickGelu, Packed<f32>>))
+KERNEL(gated_quick_gelu_forward_bf16, 256, Params, (forward_gated<QuickGelu, Packed<bf16>>))
+KERNEL(gated_quick_gelu_forward_any, 256, Params, (forward_gated<QuickGelu, Any>))
+KERNEL(gated_quick_gelu_backward_in_place_f32, 256, Params, (backward_gated_in_place<QuickGelu, Packed<f32>>))
+KERNEL(gated_quick_gelu_backward_in_place_bf16, 256, Params, (backward_gated_in_place<QuickGelu, Packed<bf16>>))
+KERNEL(gated_quick_gelu_backward_in_place_any, 256, Params, (backward_gated_in_place<QuickGelu, Any>))
+KERNEL(gated_relu_forward_f32, 256, Params, (forward_gated<Relu, Packed<f32>>))
+KERNEL(gated_relu_forward_bf16, 256, Params, (forward_gated<Relu, Packed<bf16>>))
+KERNEL(gated_relu_forward_any, 256, Params, (forward_gated<Relu, Any>))
+KERNEL(gated_relu_backward_in_place_f32, 256, Params, (backward_gated_in_place<Relu, Packed<f32>>))
+KERNEL(gated_relu_backward_in_place_bf16, 256, Params, (backward_gated_in_place<Relu, Packed<bf16>>))
+KERNEL(gated_relu_backward_in_place_any, 256, Params, (backward_gated_in_place<Relu, Any>))
 KERNEL(plain_silu_forward_f32, 256, Params, (forward<Silu, Packed<f32>>))
 KERNEL(plain_silu_forward_bf16, 256, Params, (forward<Silu, Packed<bf16>>))
 KERNEL(plain_silu_forward_any, 256, Params, (forward<Silu, Any>))
@@ -173,3 +202,15 @@ KERNEL(plain_gelu_tanh_forward_any, 256, Params, (forward<GeluTanh, Any>))
 KERNEL(plain_gelu_tanh_backward_in_place_f32, 256, Params, (backward_in_place<GeluTanh, Packed<f32>>))
 KERNEL(plain_gelu_tanh_backward_in_place_bf16, 256, Params, (backward_in_place<GeluTanh, Packed<bf16>>))
 KERNEL(plain_gelu_tanh_backward_in_place_any, 256, Params, (backward_in_place<GeluTanh, Any>))
+KERNEL(plain_quick_gelu_forward_f32, 256, Params, (forward<QuickGelu, Packed<f32>>))
+KERNEL(plain_quick_gelu_forward_bf16, 256, Params, (forward<QuickGelu, Packed<bf16>>))
+KERNEL(plain_quick_gelu_forward_any, 256, Params, (forward<QuickGelu, Any>))
+KERNEL(plain_quick_gelu_backward_in_place_f32, 256, Params, (backward_in_place<QuickGelu, Packed<f32>>))
+KERNEL(plain_quick_gelu_backward_in_place_bf16, 256, Params, (backward_in_place<QuickGelu, Packed<bf16>>))
+KERNEL(plain_quick_gelu_backward_in_place_any, 256, Params, (backward_in_place<QuickGelu, Any>))
+KERNEL(plain_relu_forward_f32, 256, Params, (forward<Relu, Packed<f32>>))
+KERNEL(plain_relu_forward_bf16, 256, Params, (forward<Relu, Packed<bf16>>))
+KERNEL(plain_relu_forward_any, 256, Params, (forward<Relu, Any>))
+KERNEL(plain_relu_backward_in_place_f32, 256, Params, (backward_in_place<Relu, Packed<f32>>))
+KERNEL(plain_relu_backward_in_place_bf16, 256, Params, (backward_in_place<Relu, Packed<bf16>>))
+KERNEL(plain_relu_backward_in_place_any, 256, Params, (backward_in_place<Relu, Any>))

@@ -9,6 +9,8 @@
 //! silu       p(g) = s(g),       p'(g) = s(g) (1 - s(g)),  s(x) = 1 / (1 + e^-x)
 //! gelu       p(g) = (1 + erf(g / sqrt 2)) / 2,  p'(g) = e^(-g^2 / 2) / sqrt(2 pi)
 //! gelu tanh  p(g) = (1 + tanh u) / 2 = s(2 u),  u(g) = sqrt(2 / pi) (g + 0.044715 g^3)
+//! quick gelu p(g) = s(1.702 g)
+//! relu       p(g) = 1 for g > 0, else 0;  act'(0) = 0
 //! ```
 //!
 //! Gate and up are the left and right halves of one matrix `[T, 2F]`, as one GEMM writes them.
@@ -40,6 +42,10 @@ pub enum Activation {
     Gelu,
     /// The approximation of it by tanh.
     GeluTanh,
+    /// The approximation of it by `g / (1 + e^(-1.702 g))`.
+    QuickGelu,
+    /// `max(g, 0)`.
+    Relu,
 }
 
 /// Writes `act(gate) * up` of `gate_up [T, 2F]` (gate, then up) to `out [T, F]`.

@@ -1,4 +1,4 @@
-use super::Activation::{self, Gelu, GeluTanh, Silu};
+use super::Activation::{self, Gelu, GeluTanh, QuickGelu, Relu, Silu};
 use super::{backward_gated_in_place, backward_in_place, forward, forward_gated};
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
@@ -9,7 +9,7 @@ use candle_core::Var;
 
 const ROWS: usize = 5;
 
-const ACTIVATIONS: [Activation; 3] = [Silu, Gelu, GeluTanh];
+const ACTIVATIONS: [Activation; 5] = [Silu, Gelu, GeluTanh, QuickGelu, Relu];
 
 fn oracle(activation: Activation, gate_up: &Var, cols: usize) -> candle_core::Tensor {
     let product = || {
@@ -18,6 +18,8 @@ fn oracle(activation: Activation, gate_up: &Var, cols: usize) -> candle_core::Te
             Silu => gate.silu()?,
             Gelu => gate.gelu_erf()?,
             GeluTanh => gate.gelu()?,
+            QuickGelu => ((gate * 1.702)?.silu()? / 1.702)?,
+            Relu => gate.relu()?,
         };
         activated * up
     };
@@ -138,7 +140,10 @@ fn large_gates_saturate_without_nan() {
         let d_out = Tensor::from_f32(vec![1.0; 7], 1, 7);
         backward_gated_in_place(activation, gate_up.view_mut(), d_out.view()).unwrap();
         let d_gate = &gate_up.to_f32_vec()[..7];
-        assert_close(d_gate, &[0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0], 1e-6, "d_gate");
+        // The slope at zero, twice: of ReLU, PyTorch's.
+        let middle = if activation == Relu { 0.0 } else { 1.0 };
+        let expected = [0.0, 0.0, 0.0, middle, 2.0, 2.0, 2.0];
+        assert_close(d_gate, &expected, 1e-6, "d_gate");
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 #[derive(Default)]
 pub(super) struct Capture {
     active: AtomicBool,
-    /// Memory dropped meanwhile; the graph may still use it, so it is freed when the capture ends.
+    /// Memory dropped meanwhile; the graph may still use it, so it is freed with the graph.
     dropped: Mutex<Vec<u64>>,
 }
 
@@ -21,7 +21,7 @@ impl Capture {
         self.active.load(Ordering::Acquire)
     }
 
-    /// Keeps `ptr` for the end of the capture; false if there is none.
+    /// Keeps `ptr` for the graph; false if none is being recorded.
     pub(super) fn defer_free(&self, ptr: u64) -> bool {
         let mut dropped = lock(&self.dropped);
         let active = self.is_active();
@@ -45,10 +45,11 @@ pub enum Captured {
 }
 
 /// Recorded operations. They use the addresses they were recorded with, so all memory they touch
-/// must outlive the graph.
+/// must outlive the graph; what was dropped while they were recorded does.
 pub struct Graph {
     device: Arc<CudaDevice>,
     executable: Handle,
+    dropped: Vec<u64>,
 }
 
 impl fmt::Debug for Graph {
@@ -68,7 +69,8 @@ impl Graph {
         device.count_launch();
         // SAFETY: graph and stream are open.
         let status = unsafe { (device.driver.graph_launch)(self.executable.0, device.stream.0) };
-        device.done("launching a graph", status)
+        device.done("launching a graph", status)?;
+        device.mark(|| "graph".to_owned())
     }
 }
 
@@ -79,6 +81,7 @@ impl Drop for Graph {
             (self.device.driver.context_set_current)(self.device.context.0);
             (self.device.driver.graph_exec_destroy)(self.executable.0);
         }
+        self.device.free_all(&self.dropped);
     }
 }
 
@@ -122,21 +125,31 @@ impl CudaDevice {
             self.capture.active.store(false, Ordering::Release);
             std::mem::take(&mut *dropped)
         };
-        for ptr in dropped {
-            self.free(ptr);
-        }
-        super::error::driver(self.driver, "recording a graph", status)?;
-        // SAFETY: the graph is whole and is destroyed once; the pointer is valid for one handle.
-        let status = unsafe {
-            let status = (self.driver.graph_instantiate)(&mut executable, recorded, 0);
-            (self.driver.graph_destroy)(recorded);
-            status
+        let mut prepare = || {
+            super::error::driver(self.driver, "recording a graph", status)?;
+            // SAFETY: the graph is whole and is destroyed once; the pointer is valid for one handle.
+            let status = unsafe {
+                let status = (self.driver.graph_instantiate)(&mut executable, recorded, 0);
+                (self.driver.graph_destroy)(recorded);
+                status
+            };
+            super::error::driver(self.driver, "preparing a graph", status)
         };
-        super::error::driver(self.driver, "preparing a graph", status)?;
+        if let Err(error) = prepare() {
+            self.free_all(&dropped);
+            return Err(error);
+        }
         Ok(Graph {
             device: Arc::clone(self),
             executable: Handle(executable),
+            dropped,
         })
+    }
+
+    fn free_all(&self, pointers: &[u64]) {
+        for &ptr in pointers {
+            self.free(ptr);
+        }
     }
 
     /// Forgets a failure that only the recording had.

@@ -147,7 +147,7 @@ impl CudaDevice {
             )
         };
         if status == 0 {
-            return Ok(());
+            return self.mark(|| kernel.to_owned());
         }
         self.done(&format!("launching {kernel} {grid:?}"), status)
     }

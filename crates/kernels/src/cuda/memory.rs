@@ -257,7 +257,8 @@ impl CudaDevice {
         }
         // SAFETY: the caller vouches for both ranges.
         let status = unsafe { (self.driver.copy_on_device_async)(dst, src, bytes, self.stream.0) };
-        self.done("copying on the GPU", status)
+        self.done("copying on the GPU", status)?;
+        self.mark(|| "copy".to_owned())
     }
 
     /// Copies a rectangle within the device.
@@ -286,7 +287,8 @@ impl CudaDevice {
         }
         // SAFETY: the caller vouches for the range.
         let status = unsafe { (self.driver.fill_bytes_async)(dst, 0, bytes, self.stream.0) };
-        self.done("filling with zeros", status)
+        self.done("filling with zeros", status)?;
+        self.mark(|| "zeros".to_owned())
     }
 
     fn copy_rectangle(&self, dst: End, src: End, pitch: Pitch) -> Result<()> {
@@ -314,7 +316,8 @@ impl CudaDevice {
         // SAFETY: extents of host memory are checked by the callers, who also wait; device ranges
         // are vouched for by theirs.
         let status = unsafe { (self.driver.copy_2d_async)(&copy, self.stream.0) };
-        self.done("copying a matrix", status)
+        self.done("copying a matrix", status)?;
+        self.mark(|| "copy of a matrix".to_owned())
     }
 
     fn not_capturing(&self, what: &str) -> Result<()> {

@@ -16,6 +16,7 @@ mod graph;
 mod launch;
 mod library;
 mod memory;
+mod profile;
 mod registry;
 pub(crate) mod rows;
 mod side_stream;
@@ -37,6 +38,7 @@ pub use library::{
 };
 pub use memory::Memory;
 pub(crate) use memory::Pitch;
+pub use profile::LaunchTime;
 pub use registry::modules;
 pub use side_stream::{Event, SideStream};
 
@@ -89,6 +91,7 @@ pub struct CudaDevice {
     modules: launch::Modules,
     gemms: gemm::Gemms,
     capture: graph::Capture,
+    profile: profile::Profile,
 }
 
 impl fmt::Debug for CudaDevice {
@@ -182,6 +185,7 @@ impl CudaDevice {
             modules: launch::Modules::default(),
             gemms: gemm::Gemms::default(),
             capture: graph::Capture::default(),
+            profile: profile::Profile::default(),
         })
     }
 
@@ -299,6 +303,7 @@ impl Drop for CudaDevice {
         unsafe {
             (self.driver.context_set_current)(self.context.0);
             (self.driver.stream_synchronize)(self.stream.0);
+            self.end_profile();
             lock(&self.staging).release(self.driver);
             if let Some(workspace) = self.gemms.release() {
                 (self.driver.free_async)(workspace, self.stream.0);

@@ -32,9 +32,7 @@ DEVICE f32 absmax_of(const FourBit& p, u64 block) {
     if (p.indices == nullptr) {
         return p.absmax[block];
     }
-    // Exact in f64, so that the product is rounded once before the sum and not fused with it.
-    const f64 product = static_cast<f64>(p.map[p.indices[block]]) * p.absmax[block / 256];
-    return static_cast<f32>(product) + p.offset;
+    return multiply_rounded(p.map[p.indices[block]], p.absmax[block / 256]) + p.offset;
 }
 
 template <typename T>

@@ -80,10 +80,8 @@ DEVICE void codes(const Input& p) {
     for (u32 c = threadIdx.x; c < p.cols; c += THREADS) {
         const f32 x = round_to_f16(Any::load(p.x, row, c).value);
         const bool kept = usable && !(magnitude(x) >= limit) && p.outliers[c] == 0;
-        // The product is rounded before it becomes a whole number: exact in f64, then f32.
-        const f32 scaled = static_cast<f32>(static_cast<f64>(x) * factor);
         // 1.5 * 2^23 leaves no room for a fraction.
-        const f32 whole = (scaled + 12582912.0f) - 12582912.0f;
+        const f32 whole = (multiply_rounded(x, factor) + 12582912.0f) - 12582912.0f;
         Any::store(p.codes, row, c, {kept ? whole : 0.0f});
     }
     if (threadIdx.x == 0) p.scales[row] = scale;

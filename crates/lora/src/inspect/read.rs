@@ -98,7 +98,7 @@ fn updates(
         .resolve(&paths)
         .map_err(|error| error.of_adapter(path.parent().unwrap_or(path)))?;
     let mut updates = BTreeMap::new();
-    for ((module, parts), (_, alpha)) in modules.into_iter().zip(values) {
+    for ((module, parts), (by_name, alpha)) in modules.into_iter().zip(values) {
         let (a, b) = (
             names::tensor(&module, parts.0),
             names::tensor(&module, parts.1),
@@ -121,7 +121,8 @@ fn updates(
         }
         let factors = Factors {
             rank: *rank,
-            scale: config.scale(*rank, alpha),
+            // A head that is tied has the embedding's rank, and its own says how it scales.
+            scale: config.scale(by_name, alpha),
             shape: [*outputs, *inputs],
             a: a_values,
             b: b_values,

@@ -5,8 +5,9 @@ mod tests;
 
 use super::config::LoraBias;
 use super::names::{self, Part};
+use super::tied::{self, Kept, Pair};
 use super::{LoraConfig, files, saved, tokens};
-use crate::target::{self, Target, TargetModules, is_suffix};
+use crate::target::{self, Target, TargetModules};
 use ferrotune_core::adapter::{Attachment, LowRank, Magnitude, Site, SiteId, SiteKind};
 use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
@@ -20,54 +21,27 @@ pub(super) fn attach(
 ) -> Result<Vec<(SiteId, Attachment)>> {
     require_stack(&config.layer_replication, sites)?;
     let mut attachments = Vec::new();
-    let tied = config
-        .ensure_weight_tying
-        .then(|| tied_pair(sites))
-        .flatten();
-    let saved = saved_sites(config, sites, tied)?;
-    let open: Vec<Site> = sites
-        .iter()
-        .filter(|site| !saved::shadows(&config.modules_to_save, &site.name))
-        .cloned()
-        .collect();
-    require_targets_open(config, sites, &open)?;
-    let selection = config.selection()?;
-    let mut targets = target::resolve(&open, &selection, &config.rank_and_alpha())?;
-    if *selection.target_modules == TargetModules::AllLinear {
-        files::require_expressible(&open, &targets)?;
-    }
-    let embedding =
-        tied.and_then(|[embedding, head]| move_to_embedding(&mut targets, embedding, head));
-    if let Some([table, head]) = tied
-        && saved.iter().any(|site| site.id == table.id)
-        && targets.iter().any(|target| target.site.id == table.id)
-    {
-        let message = format!(
-            "keeps `{}` and `{}` one weight, and one of them is adapted and the other trained as a whole; leave one \
-             out of `target_modules` or `modules_to_save`",
-            table.name, head.name
-        );
-        return Err(Error::config("ensure_weight_tying", message));
-    }
-    if config.use_dora && embedding.is_some() {
-        let message = "true beside `use_dora`: an update whose norms are those of the embedding's columns is none \
-                       of the head's rows; switch one off, or leave the embedding out";
-        return Err(Error::config("ensure_weight_tying", message));
-    }
+    let tied = Pair::of(config, sites)?;
+    let saved = saved_sites(config, sites, tied.as_ref())?;
+    let (targets, head) = targets(config, sites, &saved, tied.as_ref())?;
     for target in &targets {
         require_adaptable(config, target.site)?;
         require_startable(config, target)?;
-        let low_rank = declare(config, target, params);
+        let follower = head.filter(|head| head.site.tied_to == Some(target.site.id));
+        let low_rank = declare(config, target, follower.map(|head| head.site), params);
         attachments.push((target.site.id, Attachment::LowRank(low_rank)));
-        if let (Some(head), true) = (embedding, target.site.kind == SiteKind::Embedding) {
-            attachments.push((head.id, Attachment::LowRank(low_rank)));
+        if let Some(head) = follower {
+            let scale = config.scale(head.rank, head.alpha);
+            let low_rank = LowRank { scale, ..low_rank };
+            attachments.push((head.site.id, Attachment::LowRank(low_rank)));
         }
     }
+    let kept_whole = tied.is_some_and(|pair| pair.kept == Kept::Whole);
     for site in &saved {
         let head = sites.iter().find(|other| other.tied_to == Some(site.id));
-        let sharing = head.filter(|_| tied.is_some());
+        let sharing = head.filter(|_| kept_whole);
         attachments.push((site.id, train(site, sharing, params)));
-        if let (Some(head), None) = (head, tied)
+        if let (Some(head), None) = (head, sharing)
             && !saved.iter().any(|site| site.id == head.id)
             && !targets.iter().any(|target| target.site.id == head.id)
         {
@@ -120,64 +94,55 @@ fn require_stack(ranges: &[[usize; 2]], sites: &[Site]) -> Result<()> {
     ))
 }
 
-/// The input embedding and the head that shares its weight.
-fn tied_pair(sites: &[Site]) -> Option<[&Site; 2]> {
-    let head = sites.iter().find(|site| site.tied_to.is_some())?;
-    let embedding = sites.iter().find(|site| Some(site.id) == head.tied_to)?;
-    Some([embedding, head])
-}
-
 /// The sites trained as a whole; of a pair that stays tied, the embedding stands for both.
 fn saved_sites<'a>(
     config: &LoraConfig,
     sites: &'a [Site],
-    tied: Option<[&'a Site; 2]>,
+    tied: Option<&Pair<'a>>,
 ) -> Result<Vec<&'a Site>> {
     let mut saved = saved::sites(sites, &config.modules_to_save)?;
-    if let Some([embedding, head]) = tied
-        && let Some(at) = saved.iter().position(|site| site.id == head.id)
-    {
-        saved.remove(at);
-        if !saved.iter().any(|site| site.id == embedding.id) {
-            saved.insert(0, embedding);
-        }
+    if let Some(pair) = tied.filter(|pair| pair.kept == Kept::Whole) {
+        pair.move_whole(&mut saved);
     }
     Ok(saved)
 }
 
-/// Refuses entries of a list that name only what is trained as a whole.
-fn require_targets_open(config: &LoraConfig, sites: &[Site], open: &[Site]) -> Result<()> {
-    let Some(TargetModules::List(entries)) = &config.target_modules else {
-        return Ok(());
+/// What is adapted, which is nothing that is trained as a whole, and the head that follows its embedding.
+fn targets<'a>(
+    config: &LoraConfig,
+    sites: &'a [Site],
+    saved: &[&Site],
+    tied: Option<&Pair<'a>>,
+) -> Result<(Vec<Target<'a>>, Option<Target<'a>>)> {
+    let selection = config.selection()?;
+    let mut selected = target::select(sites, &selection)?;
+    let stands_whole = |site: &Site| {
+        let embedding = tied.map(|pair| pair.embedding.id);
+        let is_whole = Some(site.id) == embedding && saved.iter().any(|whole| whole.id == site.id);
+        is_whole || saved::shadows(&config.modules_to_save, &site.name)
     };
-    let hits = |entry: &String, sites: &[Site]| {
-        let mut names = sites.iter().map(|site| &site.name);
-        names.any(|name| name == entry || is_suffix(entry, name))
-    };
-    match entries.iter().find(|e| hits(e, sites) && !hits(e, open)) {
-        None => Ok(()),
-        Some(entry) => Err(Error::config(
-            "target_modules",
-            format!(
-                "`{entry}` is trained as a whole by `modules_to_save`; take it out of one of them"
-            ),
-        )),
+    selected.retain(|site| !stands_whole(site));
+    let head = tied.and_then(|pair| pair.move_update(config, &mut selected));
+    if selected.is_empty() {
+        let message = "names only what `modules_to_save` trains as a whole, so nothing is left to adapt; take it out \
+                       of one of them";
+        return Err(Error::config("target_modules", message));
     }
-}
-
-/// Where the pair that stays tied is adapted, the embedding is, and the head follows: returns the head.
-fn move_to_embedding<'a>(
-    targets: &mut Vec<Target<'a>>,
-    embedding: &'a Site,
-    head: &'a Site,
-) -> Option<&'a Site> {
-    let of_pair = |site: &Site| site.id == embedding.id || site.id == head.id;
-    let first = targets.iter().position(|target| of_pair(target.site))?;
-    let Target { rank, alpha, .. } = targets[first];
-    targets.retain(|target| !of_pair(target.site));
-    let site = embedding;
-    targets.insert(0, Target { site, rank, alpha });
-    Some(head)
+    let named = || selected.iter().copied().chain(head);
+    let names: Vec<&str> = named().map(|site| site.name.as_str()).collect();
+    let values = config.rank_and_alpha().resolve(&names)?;
+    let with_values = named().zip(values);
+    let mut targets: Vec<Target<'_>> = with_values
+        .map(|(site, (rank, alpha))| Target { site, rank, alpha })
+        .collect();
+    let head = head.and_then(|_| targets.pop());
+    if *selection.target_modules == TargetModules::AllLinear {
+        files::require_expressible(sites, &targets)?;
+    }
+    if let Some(pair) = tied {
+        pair.require_possible(config, &targets)?;
+    }
+    Ok((targets, head))
 }
 
 /// Refuses rows of a table that is adapted or trained as a whole, itself or where it is shared.
@@ -196,12 +161,18 @@ fn require_free(sites: &[Site], table: &Site, taken: &BTreeSet<SiteId>) -> Resul
     }
 }
 
-/// Declares A and B of one target.
-fn declare(config: &LoraConfig, target: &Target<'_>, params: &mut ParamLayoutBuilder) -> LowRank {
+/// Declares A and B of one target, which are those of the head that `follows` it too.
+fn declare(
+    config: &LoraConfig,
+    target: &Target<'_>,
+    follows: Option<&Site>,
+    params: &mut ParamLayoutBuilder,
+) -> LowRank {
     let (site, rank) = (target.site, target.rank);
     let mut add = |part, shape: [usize; 2]| {
         let name = names::tensor(&site.name, part);
-        let spec = ParamSpec::new(name, shape, site.execution_order);
+        let mut spec = ParamSpec::new(name, shape, site.execution_order);
+        spec.also = follows.and_then(|head| tied::twin_of(head, part));
         let transposed = matches!(part, Part::EmbeddingA | Part::EmbeddingB);
         params.add(if transposed { spec.transposed() } else { spec })
     };

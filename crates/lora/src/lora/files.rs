@@ -4,14 +4,15 @@
 mod tests;
 
 use super::names::{self, Part};
-use super::{InitLoraWeights, LoraConfig, Start, convert};
+use super::tokens::counting;
+use super::{InitLoraWeights, LoraConfig, Start, TokenIndices, convert};
 use crate::PeftConfig;
 use crate::files::{self, CONFIG_FILE, Weights};
 use crate::modules::{EMBEDDINGS, HEADS};
-use crate::target::{Target, TargetModules};
+use crate::target::{Target, TargetModules, last_segment};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::io::{self, FileDType, TensorData};
-use ferrotune_core::params::{FlatBuffer, Segment};
+use ferrotune_core::params::{FlatBuffer, ParamSpec, Segment};
 use ferrotune_core::{Error, Result};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,23 +34,28 @@ pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -
 
 /// Writes every tensor of `params` that is an adapter's, f32, under PEFT's names.
 pub(crate) fn write_tensors(params: &FlatBuffer, directory: &Path) -> Result<()> {
-    let tensors: BTreeMap<String, TensorData<'_>> = lora_segments(params)
-        .flat_map(|(id, segment)| {
-            // PEFT loads no file that lacks either name of a weight that two modules share.
-            let names = std::iter::once(&segment.spec.name).chain(&segment.spec.also);
-            names.map(move |name| {
-                let data = TensorData {
-                    dtype: FileDType::F32,
-                    shape: segment.spec.file_shape(),
-                    bytes: match params.file_values(id) {
-                        Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
-                        Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
-                    },
-                };
-                (name.clone(), data)
-            })
-        })
-        .collect();
+    let mut tensors = BTreeMap::new();
+    for (id, segment) in lora_segments(params) {
+        let ParamSpec {
+            name, also, shape, ..
+        } = &segment.spec;
+        let data = TensorData {
+            dtype: FileDType::F32,
+            shape: segment.spec.file_shape(),
+            bytes: match params.file_values(id) {
+                Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+                Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+            },
+        };
+        tensors.insert(name.clone(), data);
+        // PEFT misses either name of what two modules share.
+        if let Some(also) = also {
+            tensors.insert(
+                also.clone(),
+                TensorData::from_f32(params.get(id), shape.clone()),
+            );
+        }
+    }
     files::write_tensors(directory, &tensors)
 }
 
@@ -61,10 +67,6 @@ fn adapted_names(params: &FlatBuffer) -> Vec<String> {
         .map(|(module, _)| last_segment(module))
         .collect();
     names.into_iter().map(str::to_owned).collect()
-}
-
-fn last_segment(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
 }
 
 /// Refuses an `all-linear` whose modules cannot be told from others by the end of their path:
@@ -110,15 +112,21 @@ enum Form {
     Plain,
 }
 
-/// Which form the adapter in `directory` has, if it is one of `config`.
-fn form(config: &LoraConfig, directory: &Path) -> Result<Form> {
+/// The configuration in `directory`.
+fn saved_config(directory: &Path) -> Result<LoraConfig> {
+    match PeftConfig::load(directory)? {
+        PeftConfig::Lora(saved) => Ok(saved),
+        _ => {
+            let message = "is of another method than LORA";
+            Err(Error::adapter(directory.join(CONFIG_FILE), message))
+        }
+    }
+}
+
+/// Which form the adapter in `directory`, `saved` there, has, if it is one of `config`.
+fn form(config: &LoraConfig, mut saved: LoraConfig, directory: &Path) -> Result<Form> {
     let config_path = directory.join(CONFIG_FILE);
-    let PeftConfig::Lora(saved) = PeftConfig::load(directory)? else {
-        return Err(Error::adapter(
-            config_path,
-            "is of another method than LORA",
-        ));
-    };
+    saved.trainable_token_indices = saved.trainable_token_indices.map(TokenIndices::distinct);
     let (ours, theirs) = (config.init_lora_weights, saved.init_lora_weights);
     let plain = ours.subtracts() && theirs == InitLoraWeights::Kaiming;
     let (expected, form) = if plain {
@@ -147,16 +155,21 @@ pub(super) fn load(
     params: &mut FlatBuffer,
     directory: &Path,
 ) -> Result<Option<Start>> {
-    match form(config, directory)? {
+    let saved = saved_config(directory)?;
+    let shares = Shares {
+        tied: config.ensure_weight_tying,
+        tokens: saved.trainable_token_indices.clone(),
+    };
+    match form(config, saved, directory)? {
         Form::Own => {
-            read_all(params, directory, config.ensure_weight_tying)?;
+            read_all(params, directory, &shares)?;
             let subtracts = config.init_lora_weights.subtracts();
             let start = subtracts.then(|| start(config, directory));
             Ok(start.transpose()?.flatten())
         }
         Form::Plain => {
             let mut plain = FlatBuffer::zeros(&convert::layout(params.layout())?);
-            read_all(&mut plain, directory, config.ensure_weight_tying)?;
+            read_all(&mut plain, directory, &shares)?;
             convert::split(&plain, params).map(Some)
         }
     }
@@ -172,7 +185,7 @@ pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Star
     if !init.subtracts() {
         return Ok(None);
     }
-    if let Form::Plain = form(config, directory)? {
+    if let Form::Plain = form(config, saved_config(directory)?, directory)? {
         return Start::read_half(directory).map(Some);
     }
     let initial = directory.join(INITIAL);
@@ -182,59 +195,87 @@ pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Star
 
 /// Reads every tensor of `params` that is an adapter's from the weights file, strictly.
 pub(crate) fn read_tensors(params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-    read_all(params, directory, false)
+    read_all(params, directory, &Shares::default())
 }
 
-/// The same, with the copies that PEFT writes of what head and embedding share if they are `tied`.
-fn read_all(params: &mut FlatBuffer, directory: &Path, tied: bool) -> Result<()> {
+/// What tensors of a file have in common.
+#[derive(Default)]
+struct Shares {
+    /// Head and embedding are one.
+    tied: bool,
+    /// The rows that the file has, of which some may be of one token.
+    tokens: Option<TokenIndices>,
+}
+
+/// The same, with the copies that PEFT writes.
+fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Result<()> {
     let file = Weights::open(directory)?;
     let layout = params.layout().clone();
     let expected: BTreeSet<String> = lora_segments(params)
         .map(|(_, segment)| segment.spec.name.clone())
         .collect();
-    let twin = |name: &str| twin(name, &expected).filter(|_| tied);
+    let twin = |name: &str| twin(name, &expected, shares.tied);
     file.require_same_names(&expected, |name| {
-        repeats_base(name, &expected, tied) || twin(name).is_some()
+        repeats_base(name, &expected, shares.tied) || twin(name).is_some()
     })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
-            let values = file.read(&segment.spec.name, &segment.spec.file_shape())?;
+            let values = match &shares.tokens {
+                Some(tokens) => read_rows(&file, &segment.spec, tokens)?,
+                None => file.read(&segment.spec.name, &segment.spec.file_shape())?,
+            };
             params.set_file_values(id, &values);
         }
     }
     let copies = file.file.names().filter(|name| !expected.contains(*name));
     for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
         // A head's factors are the transposes of the embedding's in files, and the same here.
-        let own = layout.find(twin).map_or(&[][..], |id| params.get(id));
+        let own = layout.find(&twin).map_or(&[][..], |id| params.get(id));
         if file.read_flat(name, own.len())? != own {
-            return Err(Error::adapter(
-                &file.path,
-                format!("`{name}` and `{twin}` differ, but `ensure_weight_tying` makes them one"),
-            ));
+            let message = format!("`{name}` and `{twin}` differ, but are one parameter");
+            return Err(Error::adapter(&file.path, message));
         }
     }
     Ok(())
 }
 
-/// What of the embedding's the tensor `name` of a head repeats.
-fn twin<'a>(name: &str, expected: &'a BTreeSet<String>) -> Option<&'a str> {
+/// A tensor; where it has the rows of `tokens`, of those of one token the row that counts.
+fn read_rows(file: &Weights, spec: &ParamSpec, tokens: &TokenIndices) -> Result<Vec<f32>> {
+    let shape = spec.file_shape();
+    let listed = match names::parse(&spec.name) {
+        Some((module, Part::TokenRows)) => tokens.of(module),
+        _ => None,
+    };
+    let (Some(ids), &[_, width]) = (listed, shape.as_slice()) else {
+        return file.read(&spec.name, &shape);
+    };
+    let values = file.read(&spec.name, &[ids.len(), width])?;
+    let rows = counting(ids).flat_map(|at| &values[at * width..(at + 1) * width]);
+    Ok(rows.copied().collect())
+}
+
+/// The expected tensor that `name` repeats: of a head that is `tied`, the embedding's; of a bias that PEFT trains both
+/// as one and with its whole module, the module's.
+fn twin(name: &str, expected: &BTreeSet<String>, tied: bool) -> Option<String> {
     let (module, part) = names::parse(name)?;
     let of = match part {
         Part::A => Part::EmbeddingB,
         Part::B => Part::EmbeddingA,
         Part::Weight => Part::Weight,
+        Part::Bias => {
+            let twin = names::tensor(module.strip_suffix(".modules_to_save")?, Part::Bias);
+            return expected.contains(&twin).then_some(twin);
+        }
         _ => return None,
     };
     let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
     let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
-    let found = expected.iter().find(twin)?;
-    HEADS
-        .contains(&last_segment(module))
-        .then_some(found.as_str())
+    let is_head = tied && HEADS.contains(&last_segment(module));
+    expected.iter().find(twin).filter(|_| is_head).cloned()
 }
 
-/// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's
-/// weight of an adapted table, or of the head that is `tied` to one.
+/// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's weight of an
+/// adapted table or of the head that is `tied` to one, or the base's bias of a module trained as a whole.
 fn repeats_base(name: &str, expected: &BTreeSet<String>, tied: bool) -> bool {
     let has = |module: &str, part| expected.contains(&names::tensor(module, part));
     let is_table = |name: &String| matches!(names::parse(name), Some((_, Part::EmbeddingA)));
@@ -244,6 +285,10 @@ fn repeats_base(name: &str, expected: &BTreeSet<String>, tied: bool) -> bool {
             has(module, Part::EmbeddingA)
                 || has(module, Part::A)
                 || (follows && expected.iter().any(is_table))
+        }
+        Some((module, Part::Bias)) => {
+            let whole = module.strip_suffix(names::ORIGINAL);
+            whole.is_some_and(|module| has(module, Part::Bias))
         }
         _ => false,
     }

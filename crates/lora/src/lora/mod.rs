@@ -19,6 +19,7 @@ pub(crate) mod names;
 pub(crate) mod saved;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tied;
 pub(crate) mod tokens;
 
 pub use config::{LoraBias, LoraConfig};
@@ -56,8 +57,10 @@ impl LoraAdapter {
     /// has no default.
     pub fn new(config: LoraConfig, model_type: &str) -> Result<Self> {
         config.validate()?;
+        let mut config = config.with_default_targets(model_type)?;
+        config.trainable_token_indices = config.trainable_token_indices.map(TokenIndices::distinct);
         Ok(Self {
-            config: config.with_default_targets(model_type)?,
+            config,
             start: OnceLock::new(),
             converts: true,
         })

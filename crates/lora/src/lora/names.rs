@@ -3,6 +3,9 @@
 /// What PEFT puts before the path of a module of the base model.
 const PREFIX: &str = "base_model.model.";
 
+/// What the path of a module trained as a whole ends with where the base's own is meant.
+pub(crate) const ORIGINAL: &str = ".original_module";
+
 /// What a tensor of an adapter is to its module. Shapes are those in files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Part {

@@ -4,6 +4,7 @@ use crate::target::nearest_end;
 use ferrotune_core::adapter::{Attachment, Site, SiteKind};
 use ferrotune_core::params::{ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
+use std::collections::BTreeMap;
 
 use super::names::{self, Part};
 
@@ -14,6 +15,39 @@ pub enum TokenIndices {
     Embedding(Vec<u32>),
     /// Tokens by module, in the order of the file.
     Modules(Vec<(String, Vec<u32>)>),
+}
+
+impl TokenIndices {
+    /// The same with each token once.
+    pub(crate) fn distinct(self) -> Self {
+        let once = |ids: Vec<u32>| counting(&ids).map(|at| ids[at]).collect();
+        match self {
+            Self::Embedding(ids) => Self::Embedding(once(ids)),
+            Self::Modules(modules) => {
+                let modules = modules.into_iter();
+                Self::Modules(modules.map(|(name, ids)| (name, once(ids))).collect())
+            }
+        }
+    }
+
+    /// The tokens of `module`'s rows.
+    pub(crate) fn of(&self, module: &str) -> Option<&[u32]> {
+        match self {
+            Self::Embedding(ids) => Some(ids),
+            Self::Modules(modules) => {
+                let found = modules
+                    .iter()
+                    .find(|(name, _)| module.ends_with(name.as_str()));
+                found.map(|(_, ids)| ids.as_slice())
+            }
+        }
+    }
+}
+
+/// Which of `ids` count: PEFT writes rows one after the other, so it is the last of a token.
+pub(crate) fn counting(ids: &[u32]) -> impl Iterator<Item = usize> {
+    let last: BTreeMap<u32, usize> = ids.iter().copied().zip(0..).collect();
+    (0..ids.len()).filter(move |at| last[&ids[*at]] == *at)
 }
 
 /// A table with the tokens whose rows are trained.

@@ -2,7 +2,7 @@
 
 use super::output::BaseConfig;
 use crate::modules::{EMBEDDINGS, HEADS};
-use crate::registry::lora_of;
+use crate::registry::{lora_of, require_language_model};
 use crate::{LoraConfig, PeftConfig, base_copies};
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
@@ -107,6 +107,9 @@ pub(super) fn plan(
         .into_adapter(model_type)
         .map_err(in_adapter)?;
     let decoder = base_config.decoder()?;
+    if decoder.is_some() {
+        require_language_model(adapter_directory)?;
+    }
     let decoder = decoder.map(|base| method.decoder(base)).transpose();
     let decoder = decoder.map_err(in_adapter)?;
     let sites = match &decoder {

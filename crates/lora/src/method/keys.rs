@@ -1,6 +1,7 @@
 //! Reading the object of an `adapter_config.json`, key by key.
 
 use crate::target::{ExcludeModules, PatternMap, Patterns, TargetModules};
+use crate::unknown_key;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
@@ -150,16 +151,7 @@ impl<'a> Keys<'a> {
     /// Refuses a feature that is on and not there: anything but null, false, 0, an empty list, object or
     /// text, or `"none"`.
     pub(crate) fn require_off(&mut self, key: &'static str) -> Result<()> {
-        let off = match self.get(key) {
-            None => true,
-            Some(Value::Bool(on)) => !on,
-            Some(Value::Number(number)) => number.as_f64() == Some(0.0),
-            Some(Value::String(text)) => text.is_empty() || text == "none",
-            Some(Value::Array(items)) => items.is_empty(),
-            Some(Value::Object(entries)) => entries.is_empty(),
-            Some(Value::Null) => true,
-        };
-        if off {
+        if self.get(key).is_none_or(unknown_key::is_off) {
             return Ok(());
         }
         let value = &self.object[key];
@@ -287,19 +279,17 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Says what is left: an error in a configuration, a warning for a file.
+    /// Says what is left: an error in a configuration; for a file, what [`unknown_key::judge`] says.
     pub(crate) fn finish(self) -> Result<()> {
         for (key, value) in self.object {
             if self.known.contains(key.as_str()) {
                 continue;
             }
             match self.source {
-                Source::File(path) | Source::FileAsPeft(path) => tracing::warn!(
-                    path = %path.display(),
-                    key,
-                    %value,
-                    "unknown key ignored; it may come from a newer PEFT"
-                ),
+                Source::File(path) | Source::FileAsPeft(path) => {
+                    let known: Vec<&str> = self.known.iter().copied().collect();
+                    unknown_key::judge(path, key, value, &known)?;
+                }
                 Source::Config(_) => {
                     let near = suggest::did_you_mean(key, self.known.iter().copied());
                     return Err(self.error(key, format!("is no key of this method{near}")));

@@ -63,7 +63,10 @@ impl QuantisedWeights {
                 .weights
                 .insert(weight.clone(), Stored::Ggml(state.clone()));
         }
-        Ok(found)
+        match reads(settings) && found.weights.is_empty() {
+            true => Err(none_found(files, settings)),
+            false => Ok(found),
+        }
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Stored> {
@@ -159,6 +162,31 @@ impl Stored {
             Self::Ggml(state) => Quantised::Ggml(state.weight(files.read_bytes(weight)?)?),
         })
     }
+}
+
+/// Whether weights under this `quantization_config` are among those that are read.
+pub(crate) fn reads(settings: &Value) -> bool {
+    let is = |key: &str| settings.get(key) == Some(&Value::Bool(true));
+    let text = |key: &str| settings.get(key).and_then(Value::as_str);
+    match text("quant_method").unwrap_or("bitsandbytes") {
+        "bitsandbytes" => is("load_in_4bit") || is("load_in_8bit"),
+        "compressed-tensors" => {
+            matches!(text("format"), Some("float-quantized" | "naive-quantized"))
+        }
+        "fp8" | "fbgemm_fp8" | "gptq" | "awq" | "gguf" => true,
+        _ => false,
+    }
+}
+
+/// What to say of files of values under a configuration of codes.
+fn none_found(files: &ModelFiles, settings: &Value) -> Error {
+    let method = settings.get("quant_method").and_then(Value::as_str);
+    let message = format!(
+        "`quantization_config` says that weights are quantised ({}), but none in the files is; give the files that it \
+         belongs to, or, for these, the config.json of the original, without it",
+        method.unwrap_or("bitsandbytes")
+    );
+    Error::model(files.dir.join("config.json"), message)
 }
 
 /// The name of `part` beside `weight`.

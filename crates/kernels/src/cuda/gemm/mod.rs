@@ -17,6 +17,7 @@ use plan::{CANDIDATES, Plan, Shape};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::fmt;
 use std::sync::Mutex;
 use timer::Timer;
 
@@ -58,6 +59,16 @@ pub(crate) struct Gemm {
     pub(crate) a: Operand,
     pub(crate) b: Operand,
     pub(crate) dst: Operand,
+}
+
+impl fmt::Display for Gemm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { m, n, k, .. } = self;
+        let layout = format!("{:?}", self.layout).to_lowercase();
+        let added = if self.beta == 0.0 { "" } else { ", added" };
+        let dtype = self.a.dtype;
+        write!(f, "product {layout} {m} x {n} x {k} {dtype}{added}")
+    }
 }
 
 /// How the algorithm of a shape is chosen when it is first used.
@@ -134,7 +145,8 @@ impl CudaDevice {
         let result = self.planned(&mut state, shape, gemm);
         let (open, plan) = self.record(result)?;
         let result = self.run(open, plan, gemm, gemm.dst.ptr, &plan.algorithm);
-        self.record(result)
+        self.record(result)?;
+        self.mark(|| gemm.to_string())
     }
 
     /// Sets how algorithms of shapes not seen yet are chosen.

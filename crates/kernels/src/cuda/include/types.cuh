@@ -53,6 +53,9 @@ DEVICE f32 bits_float(u32 bits) { return __uint_as_float(bits); }
 
 constexpr u32 WARP = 32;
 
+// a b, rounded by itself. The compiler fuses `a * b + c`, also where the product goes through f64.
+DEVICE f32 multiply_rounded(f32 a, f32 b) { return __fmul_rn(a, b); }
+
 #include "ptx.cuh"
 
 DEVICE f32 to_f32(f32 value) { return value; }

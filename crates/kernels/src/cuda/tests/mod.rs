@@ -4,6 +4,8 @@ mod device;
 mod gemm;
 mod graph;
 mod kernels;
+mod profile;
+mod speed;
 
 use super::{CudaDevice, Memory, Module};
 use crate::host_cuda::inject;

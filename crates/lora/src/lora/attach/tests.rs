@@ -1,5 +1,6 @@
 use super::super::{LoraAdapter, LoraConfig, TokenIndices};
-use crate::testing::{list, llama_sites};
+use crate::target::TargetModules;
+use crate::testing::{edit_config, list, llama_sites};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
 use ferrotune_core::io::{self, SafetensorsFile, TensorData};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
@@ -59,10 +60,9 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         ),
         (
             targets(&["lm_head"], saves(&["lm_head"])),
-            ["`lm_head`", "`modules_to_save`"],
+            ["`target_modules`", "only what `modules_to_save` trains"],
         ),
         (rows(&[3, 256]), ["token 256", "has 256 rows"]),
-        (rows(&[3, 5, 3]), ["token 3", "named twice"]),
         (of("embed_tokns"), ["`embed_tokns`", "did you mean"]),
         (
             of("q_proj"),
@@ -174,6 +174,129 @@ fn a_tied_pair_stays_one_only_where_that_is_asked_for() {
     match [at(&config, 0), at(&config, head)] {
         [Some(Attachment::LowRank(a)), Some(Attachment::LowRank(b))] => assert_eq!(a, b),
         other => panic!("{other:?}"),
+    }
+}
+
+/// PEFT looks for `embed_tokens` and `lm_head`, and an expression has to match one of these names alone.
+#[test]
+fn only_names_that_peft_knows_keep_a_pair_tied() {
+    let regex = |source: &str| Some(TargetModules::Regex(source.into()));
+    for (target_modules, tied) in [
+        (list(&["q_proj", "model.embed_tokens"]), true),
+        (regex(".*(q_proj|embed_tokens)"), true),
+        (regex("model.embed_tokens|.*q_proj"), false),
+        (Some(TargetModules::AllLinear), false),
+    ] {
+        let config = LoraConfig {
+            ensure_weight_tying: true,
+            target_modules,
+            ..LoraConfig::default()
+        };
+        let kept = super::super::tied::kept(&config).expect("an expression");
+        assert_eq!(kept.is_some(), tied, "{:?}", config.target_modules);
+    }
+}
+
+#[test]
+fn what_is_trained_as_a_whole_is_not_adapted_though_it_is_named() {
+    let config = LoraConfig {
+        target_modules: list(&["q_proj", "v_proj"]),
+        ..saves(&["v_proj"])
+    };
+    let all = attached(config, &llama_sites(2));
+    let count = |of: fn(&Attachment) -> bool| all.iter().filter(|(_, a)| of(a)).count();
+    assert_eq!(count(|a| matches!(a, Attachment::LowRank(_))), 2);
+    assert_eq!(count(|a| matches!(a, Attachment::TrainBase { .. })), 2);
+    let config = LoraConfig {
+        ensure_weight_tying: true,
+        target_modules: list(&["lm_head"]),
+        ..saves(&["embed_tokens"])
+    };
+    let error = refusal(config, &tied_sites());
+    assert!(error.contains("`ensure_weight_tying`"), "{error}");
+}
+
+/// PEFT's file has a row for each entry, of which the last one of a token is what it computes with.
+#[test]
+fn of_a_token_that_is_named_twice_the_last_row_counts() {
+    let twice = trains(TokenIndices::Embedding(vec![3, 9, 3]));
+    let adapter = LoraAdapter::new(twice, "llama").expect("valid");
+    let mut params = ParamLayoutBuilder::new();
+    adapter
+        .attach(&llama_sites(2), &mut params)
+        .expect("attaches");
+    let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+    let directory = tempfile::tempdir().expect("temporary directory");
+    adapter.save(&params, directory.path()).expect("saved");
+    edit_config(
+        directory.path(),
+        "trainable_token_indices",
+        serde_json::json!([3, 9, 3]),
+    );
+    let path = directory.path().join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).expect("saved");
+    let rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
+    let values: BTreeMap<String, (Vec<usize>, Vec<f32>)> = file
+        .names()
+        .map(|name| match name {
+            _ if name == rows => {
+                let values = (0..3 * 32).map(|i| (i / 32) as f32).collect();
+                (name.to_owned(), (vec![3, 32], values))
+            }
+            _ => {
+                let shape = file.meta(name).expect("saved").shape.clone();
+                (
+                    name.to_owned(),
+                    (shape, file.read_f32(name).expect("saved")),
+                )
+            }
+        })
+        .collect();
+    drop(file);
+    let tensors = values.iter();
+    let tensors = tensors
+        .map(|(name, (shape, values))| (name.clone(), TensorData::from_f32(values, shape.clone())));
+    io::write_safetensors(&path, &tensors.collect(), &BTreeMap::new()).expect("writable");
+    adapter
+        .load(&mut params, directory.path())
+        .expect("PEFT's file");
+    let id = params.layout().find(rows).expect("declared");
+    let (nine, three) = params.get(id).split_at(32);
+    assert!(nine.iter().all(|&v| v == 1.0) && three.iter().all(|&v| v == 2.0));
+}
+
+/// PEFT writes and wants both names.
+#[test]
+fn a_tied_update_is_written_for_the_head_too() {
+    let config = LoraConfig {
+        ensure_weight_tying: true,
+        target_modules: list(&["embed_tokens"]),
+        ..LoraConfig::default()
+    };
+    let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let mut params = ParamLayoutBuilder::new();
+    adapter
+        .attach(&tied_sites(), &mut params)
+        .expect("attaches");
+    let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+    let values = params.as_mut_slice().iter_mut().enumerate();
+    values.for_each(|(i, value)| *value = i as f32);
+    let directory = tempfile::tempdir().expect("temporary directory");
+    adapter.save(&params, directory.path()).expect("saved");
+    let file = directory.path().join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(file).expect("saved");
+    for (head, of_embedding, shape) in [
+        ("lora_A.weight", "lora_embedding_B", [8, 32]),
+        ("lora_B.weight", "lora_embedding_A", [256, 8]),
+    ] {
+        let head = format!("base_model.model.lm_head.{head}");
+        let of_embedding = format!("base_model.model.model.embed_tokens.{of_embedding}");
+        assert_eq!(file.meta(&head).expect("written").shape, shape);
+        let transposed = file.read_f32(&of_embedding).expect("written");
+        let [rows, cols] = shape;
+        let own = file.read_f32(&head).expect("written");
+        let same = |at: usize| own[at] == transposed[at % cols * rows + at / cols];
+        assert!((0..own.len()).all(same), "{head}");
     }
 }
 

@@ -3,11 +3,10 @@
 use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
 use crate::method::{Keys, Source};
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
+use crate::unknown_key;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
 
 /// Features of PEFT's LoRA that are not implemented here. Their keys are fine while they are off:
 /// null, false, 0, or empty.
@@ -42,6 +41,38 @@ const SETTINGS: [&str; 4] = [
     "lora_ga_config",
 ];
 
+/// Keys with a field.
+const FIELDS: [&str; 22] = [
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+];
+
+/// Every key of a LoRA.
+fn known() -> Vec<&'static str> {
+    let all = [MUST_BE_OFF, WITHOUT_EFFECT, &SETTINGS, &FIELDS];
+    all.into_iter().flatten().copied().collect()
+}
+
 const TASK_TYPES: &[&str] = &[
     "CAUSAL_LM",
     "FEATURE_EXTRACTION",
@@ -55,8 +86,7 @@ impl LoraConfig {
     /// Reads the object of an `adapter_config.json` whose `peft_type` is `LORA`.
     ///
     /// Absent keys take PEFT's defaults. A feature that is switched on but not implemented here is
-    /// an error; a key that is not known at all is ignored with a warning, as PEFT does, because
-    /// newer versions add keys.
+    /// an error; what becomes of a key that is not known at all, `unknown_key` says.
     ///
     /// # Errors
     /// [`Error::Adapter`] naming `path`, the key, its value and what was expected.
@@ -118,24 +148,10 @@ impl LoraConfig {
             "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
             "layer_replication" => self.layer_replication = field.layer_ranges()?,
             "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
-            key if is_news(field.path, key) => tracing::warn!(
-                path = %field.path.display(),
-                key,
-                value = %field.value,
-                "unknown key ignored; it may come from a newer PEFT"
-            ),
-            _ => {}
+            key => unknown_key::judge(field.path, key, field.value, &known())?,
         }
         Ok(())
     }
-}
-
-/// Whether this process has said nothing of `key` in this file yet: a file is read more than once.
-fn is_news(path: &Path, key: &str) -> bool {
-    static SAID: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
-    let said = (path.to_path_buf(), key.to_owned());
-    // A poisoned lock costs one more note at most.
-    SAID.lock().map_or(true, |mut all| all.insert(said))
 }
 
 /// A key with its value and the file that holds them.
@@ -154,15 +170,7 @@ impl<'a> Field<'a> {
     }
 
     fn require_off(&self) -> Result<()> {
-        let off = match self.value {
-            Value::Null => true,
-            Value::Bool(on) => !on,
-            Value::Number(number) => number.as_f64() == Some(0.0),
-            Value::String(text) => text.is_empty(),
-            Value::Array(items) => items.is_empty(),
-            Value::Object(entries) => entries.is_empty(),
-        };
-        if off {
+        if unknown_key::is_off(self.value) {
             return Ok(());
         }
         Err(Error::adapter(
@@ -348,21 +356,5 @@ impl<'a> Field<'a> {
             )));
         }
         Ok(task)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_unknown_key_is_news_once_per_file() {
-        let (a, b) = (
-            Path::new("a/adapter_config.json"),
-            Path::new("b/adapter_config.json"),
-        );
-        let asked = [(a, "x"), (a, "x"), (a, "y"), (b, "x"), (b, "x")];
-        let news = asked.map(|(path, key)| is_news(path, key));
-        assert_eq!(news, [true, false, true, true, false]);
     }
 }

@@ -100,6 +100,25 @@ fn unknown_keys_are_ignored_as_peft_does() {
     let copy = copy_of("lora_qv");
     edit_config(copy.path(), "a_key_of_tomorrow", serde_json::json!(1));
     assert!(PeftConfig::load(copy.path()).is_ok());
+    let error = config_error("lora_aplha", serde_json::json!(16));
+    assert!(error.contains("did you mean `lora_alpha`"), "{error}");
+}
+
+/// What PEFT writes for other kinds of models is no adapter of a causal one.
+#[test]
+fn an_adapter_of_a_classifier_is_refused_for_a_language_model() {
+    for task in ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"] {
+        let copy = copy_of("lora_qv");
+        edit_config(copy.path(), "task_type", serde_json::json!(task));
+        let error = crate::load(copy.path(), "llama").expect_err("refused");
+        let error = error.to_string();
+        for part in ["adapter_config.json", "`task_type`", task, "CAUSAL_LM"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+    let copy = copy_of("lora_qv");
+    edit_config(copy.path(), "task_type", serde_json::json!(null));
+    crate::load(copy.path(), "llama").expect("PEFT loads it");
 }
 
 #[test]

@@ -1,0 +1,157 @@
+//! `ensure_weight_tying`: an input embedding and a head that share a weight, and keep sharing it.
+
+use super::LoraConfig;
+use super::names::{self, Part};
+use crate::files::Weights;
+use crate::target::{Expression, Target, TargetModules, last_segment};
+use ferrotune_core::adapter::Site;
+use ferrotune_core::{Error, Result};
+use std::path::Path;
+
+/// What PEFT looks for. GPT-2's embedding is called otherwise, so naming that alone keeps nothing tied.
+const HEAD: &str = "lm_head";
+const TIED: [&str; 2] = ["embed_tokens", HEAD];
+
+/// How the pair stays one weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// It is trained as a whole.
+    Whole,
+    /// Both have one update.
+    Updates,
+}
+
+/// What `config` keeps tied, if anything: `modules_to_save` comes before `target_modules`.
+///
+/// # Errors
+/// [`Error::Config`] if `target_modules` is no regular expression.
+///
+/// # Source
+/// PEFT's `_check_tied_modules`.
+pub(super) fn kept(config: &LoraConfig) -> Result<Option<Kept>> {
+    let named = |name: &String| TIED.contains(&last_segment(name));
+    if !config.ensure_weight_tying {
+        return Ok(None);
+    }
+    if config.modules_to_save.iter().any(named) {
+        return Ok(Some(Kept::Whole));
+    }
+    let updates = match &config.target_modules {
+        None | Some(TargetModules::AllLinear) => false,
+        Some(TargetModules::List(names)) => names.iter().any(named),
+        Some(TargetModules::Regex(source)) => {
+            let expression = Expression::full("target_modules", source)?;
+            expression.matches(TIED[0])? || expression.matches(TIED[1])?
+        }
+    };
+    Ok(updates.then_some(Kept::Updates))
+}
+
+/// The input embedding and the head that shares its weight.
+pub(super) struct Pair<'a> {
+    pub(super) embedding: &'a Site,
+    pub(super) head: &'a Site,
+    pub(super) kept: Kept,
+}
+
+impl<'a> Pair<'a> {
+    /// What stays tied on a model of `sites`.
+    pub(super) fn of(config: &LoraConfig, sites: &'a [Site]) -> Result<Option<Self>> {
+        let pair = sites.iter().find_map(|head| {
+            let embedding = sites.iter().find(|site| Some(site.id) == head.tied_to)?;
+            Some((embedding, head))
+        });
+        let kept = kept(config)?.zip(pair);
+        Ok(kept.map(|(kept, (embedding, head))| Self {
+            embedding,
+            head,
+            kept,
+        }))
+    }
+
+    fn has(&self, site: &Site) -> bool {
+        site.id == self.embedding.id || site.id == self.head.id
+    }
+
+    /// The sites trained as a whole; the embedding stands for both of the pair.
+    pub(super) fn move_whole(&self, saved: &mut Vec<&'a Site>) {
+        if saved.iter().any(|site| self.has(site)) {
+            saved.retain(|site| !self.has(site));
+            saved.insert(0, self.embedding);
+        }
+    }
+
+    /// Where one of the pair is adapted, the embedding is, and the head follows, by its own alpha and rank as
+    /// far as the scale goes: returns it. A whole path, which PEFT takes the embedding's for, passes any filter
+    /// of layers.
+    pub(super) fn move_update(
+        &self,
+        config: &LoraConfig,
+        targets: &mut Vec<&'a Site>,
+    ) -> Option<&'a Site> {
+        let any_layer = config.layers_to_transform.is_some();
+        if self.kept != Kept::Updates || !(any_layer || targets.iter().any(|site| self.has(site))) {
+            return None;
+        }
+        targets.retain(|site| !self.has(site));
+        targets.insert(0, self.embedding);
+        Some(self.head)
+    }
+
+    /// Refuses an update of the head where the pair is trained as a whole, and DoRA's norms of both.
+    pub(super) fn require_possible(
+        &self,
+        config: &LoraConfig,
+        targets: &[Target<'_>],
+    ) -> Result<()> {
+        let [embedding, head] = [&self.embedding.name, &self.head.name];
+        let is_adapted = |of: &Site| targets.iter().any(|target| target.site.id == of.id);
+        let message = match self.kept {
+            Kept::Whole if is_adapted(self.head) => format!(
+                "keeps `{embedding}` and `{head}` one weight, and one of them is adapted and the other trained as \
+                 a whole; leave one out of `target_modules` or `modules_to_save`"
+            ),
+            Kept::Updates if config.use_dora && is_adapted(self.embedding) => {
+                "true beside `use_dora`: an update whose norms are those of the embedding's columns is none of the \
+                 head's rows; switch one off, or leave the embedding out"
+                    .to_owned()
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::config("ensure_weight_tying", message))
+    }
+}
+
+/// The configuration of the adapter in `directory`, as it was trained. PEFT's file names the embedding alone where the
+/// pair stayed tied; where PEFT would not know that one for it again, the head's own tensors tell.
+///
+/// # Errors
+/// As [`kept`].
+pub(crate) fn with_head(mut config: LoraConfig, directory: &Path) -> Result<LoraConfig> {
+    if !config.ensure_weight_tying || kept(&config)?.is_some() {
+        return Ok(config);
+    }
+    // What is wrong with the file is said where its tensors are wanted.
+    let Ok(weights) = Weights::open(directory) else {
+        return Ok(config);
+    };
+    let has = |part| weights.file.meta(&names::tensor(HEAD, part)).is_some();
+    if has(Part::Weight) {
+        config.modules_to_save.push(HEAD.into());
+    } else if let (true, Some(TargetModules::List(names))) =
+        (has(Part::A), &mut config.target_modules)
+    {
+        names.push(HEAD.into());
+    }
+    Ok(config)
+}
+
+/// The name under which files have a factor of the embedding's update once more, for the head.
+pub(super) fn twin_of(head: &Site, part: Part) -> Option<String> {
+    let twin = match part {
+        Part::EmbeddingB => Part::A,
+        Part::EmbeddingA => Part::B,
+        _ => return None,
+    };
+    Some(names::tensor(&head.name, twin))
+}
