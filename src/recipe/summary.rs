@@ -50,19 +50,7 @@ impl Summary {
                     report.longest
                 ),
             ),
-            (
-                "batch",
-                format!(
-                    "{} x {} rows per step{}, {} tokens in the largest micro-batch",
-                    config.data.per_device_train_batch_size,
-                    config.optimizer.gradient_accumulation_steps,
-                    match recipe.place.world_size {
-                        1 => String::new(),
-                        ranks => format!(" on each of {ranks} ranks"),
-                    },
-                    recipe.max_tokens
-                ),
-            ),
+            ("batch", batch(recipe)),
             (
                 "steps",
                 format!("{} ({} per epoch)", plan.total_steps, plan.steps_per_epoch),
@@ -140,6 +128,21 @@ impl fmt::Display for Summary {
         }
         Ok(())
     }
+}
+
+/// Rows of a step, and the tokens of its largest micro-batch.
+fn batch(recipe: &Recipe) -> String {
+    let config = &recipe.config;
+    let ranks = match recipe.place.world_size {
+        1 => String::new(),
+        ranks => format!(" on each of {ranks} ranks"),
+    };
+    format!(
+        "{} x {} rows per step{ranks}, {} tokens in the largest micro-batch",
+        config.data.per_device_train_batch_size,
+        config.optimizer.gradient_accumulation_steps,
+        recipe.max_tokens
+    )
 }
 
 /// The base, and how its linears are held where not as values.

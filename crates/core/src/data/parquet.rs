@@ -93,13 +93,11 @@ pub(super) fn text_bytes(value: &Value) -> usize {
 
 /// Refuses a compression that is not built in, before a row is read.
 fn check_codecs(path: &Path, metadata: &::parquet::file::metadata::RowGroupMetaData) -> Result<()> {
-    use ::parquet::basic::Compression;
-    let known = |codec: &Compression| {
-        use Compression::{GZIP, SNAPPY, UNCOMPRESSED, ZSTD};
-        matches!(codec, UNCOMPRESSED | SNAPPY | GZIP(_) | ZSTD(_))
-    };
-    let codecs = metadata.columns().iter().map(|column| column.compression());
-    let Some(other) = codecs.into_iter().find(|codec| !known(codec)) else {
+    use ::parquet::basic::Compression::{self, GZIP, SNAPPY, UNCOMPRESSED, ZSTD};
+    let is_known = |codec: &Compression| matches!(codec, UNCOMPRESSED | SNAPPY | GZIP(_) | ZSTD(_));
+    let codecs = metadata.columns().iter();
+    let mut codecs = codecs.map(::parquet::file::metadata::ColumnChunkMetaData::compression);
+    let Some(other) = codecs.find(|codec| !is_known(codec)) else {
         return Ok(());
     };
     let name = format!("{other:?}").to_lowercase();
