@@ -19,6 +19,11 @@ from outcome import Failed, Skipped
 SECONDS_KERNELS, SECONDS_PARITY, SECONDS_TRAINING, SECONDS_SANITIZER, SECONDS_FAILURE = 240, 120, 120, 400, 120
 SANITIZERS = ["memcheck", "racecheck"]
 SANITIZER_ERROR = 97
+# Part of the name of a test that asks for more memory than there is: until the driver has refused, it has what others
+# need, so it runs alone.
+GREEDY = "memory_that_runs_out"
+# Part of the name of one that reads the source tree, and touches no device.
+OF_SOURCES = "every_kernel_source"
 # What compute-sanitizer says where the virtual machine does not let it in.
 NO_SANITIZER = "Device not supported"
 
@@ -74,7 +79,7 @@ def run(step, pack):
 
 def steps(pack):
     found = [Step(f"kernels/{op}", SECONDS_KERNELS, lambda p, limit, op=op: kernels(p, limit, op)) for op in ops(pack)]
-    for group in ("arch", "adapters", "train"):
+    for group in ("arch", "adapters", "train", "quant"):
         found.append(Step(f"parity/{group}", SECONDS_PARITY, lambda p, limit, g=group: parity(p, limit, g)))
     for name, check in (training.CHECKS | ranks.CHECKS | failures.CHECKS).items():
         limit = SECONDS_FAILURE if name in failures.CHECKS else SECONDS_TRAINING
@@ -90,7 +95,8 @@ def gpu_tests(pack):
     """Names of the tests that touch a device: those of `cuda` in their path, and of `copy`."""
     listed = subprocess.run([pack.kernel_tests, "--list"], capture_output=True, text=True, check=True).stdout
     names = [line.removesuffix(": test") for line in listed.splitlines() if line.endswith(": test")]
-    return [name for name in names if "cuda" in name or name.startswith("copy::")]
+    touching = [name for name in names if "cuda" in name or name.startswith("copy::")]
+    return [name for name in touching if OF_SOURCES not in name]
 
 
 def ops(pack):
@@ -102,8 +108,10 @@ def kernels(pack, limit, op):
     """A fault breaks the device for all tests of its process: what failed is tried once more, alone."""
     begin = time.monotonic()
     names = [name for name in gpu_tests(pack) if name.split("::")[0] == op]
-    code, output, _ = pack.run([pack.kernel_tests, "--exact", "--test-threads=4", *names], limit)
-    if code == 0:
+    greedy = [name for name in names if GREEDY in name]
+    together = [name for name in names if name not in greedy]
+    code, output, _ = pack.run([pack.kernel_tests, "--exact", "--test-threads=4", *together], limit)
+    if code == 0 and not greedy:
         return tally(output, names)
     passed = set(re.findall(r"^test (\S+) \.\.\. ok$", output, re.MULTILINE))
     failed = [name for name in names if name not in passed]
