@@ -340,6 +340,7 @@ impl Part {
             b: b.view(),
             scale: method.scale(),
             dropout: run.dropout(self.site, method.dropout()),
+            silent: None,
         }
     }
 
@@ -395,6 +396,7 @@ fn update<'a>(run: &'a Run<'_>, part: &Part, low_rank: &LowRank) -> lora_linear:
         b: run.params.view_as(low_rank.b, run.dtype),
         scale: low_rank.scale,
         dropout: run.dropout(part.site, low_rank.dropout),
+        silent: run.inputs.silent(low_rank.rank),
     }
 }
 
