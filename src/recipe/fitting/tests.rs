@@ -173,6 +173,7 @@ fn virtual_tokens_of_a_prompt_count() {
     for packing in ["false", "true"] {
         let prompt = [
             ("use_peft", "true"),
+            ("lora_target_modules", "null"),
             (
                 "peft_config",
                 "{peft_type: PROMPT_TUNING, num_virtual_tokens: 32}",
