@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{ferrotune, text};
-use serde_json::Value;
+use common::{Workbench, ferrotune, text};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 fn golden(path: &str) -> PathBuf {
@@ -140,4 +140,57 @@ fn an_adapter_shows_its_updates_and_a_difference_its_modules() {
         "{}",
         none.stderr
     );
+}
+
+#[test]
+fn a_plan_has_a_table_of_the_modules_that_are_matched() {
+    let bench = Workbench::new(8);
+    let plan = |name: &str, changes: &Value| -> Value {
+        let config = bench.config(name, changes);
+        // Switches may stand before the file.
+        let finished = ferrotune(&["train", "--dry-run", "--json", text(&config)]).expect(0);
+        serde_json::from_str(&finished.stdout).expect("JSON")
+    };
+    let table = |plan: &Value| -> Vec<(String, u64, String, u64)> {
+        let rows = plan["modules"].as_array().expect("a table").iter();
+        rows.map(|row| {
+            let name = row["name"].as_str().unwrap_or("all").to_owned();
+            let attached = row["attached"].as_str().expect("words").to_owned();
+            let number = |key: &str| row[key].as_u64().expect("a number");
+            (
+                name,
+                number("count"),
+                attached,
+                number("trainable_parameters"),
+            )
+        })
+        .collect()
+    };
+    let row = |name: &str, count, attached: &str, trainable| {
+        (
+            format!("model.{name}"),
+            count,
+            attached.to_owned(),
+            trainable,
+        )
+    };
+    let lora = plan("lora", &json!({"lora_modules_to_save": ["embed_tokens"]}));
+    let embedding = lora["trainable_parameters"].as_u64().expect("a number") - 4 * 2 * 192;
+    let expected = [
+        row("embed_tokens", 1, "trained whole", embedding),
+        row("layers.N.self_attn.q_proj", 2, "rank 4", 4 * 2 * 64),
+        row("layers.N.self_attn.v_proj", 2, "rank 4", 4 * 2 * 48),
+        row("layers.N.mlp.down_proj", 2, "rank 4", 4 * 2 * 80),
+    ];
+    assert_eq!(table(&lora), expected);
+    for changes in [
+        json!({"use_peft": false}),
+        json!({"peft_config": {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj"]}}),
+        json!({"peft_config": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}}),
+    ] {
+        let plan = plan("other", &changes);
+        let rows = table(&plan);
+        let sum: u64 = rows.iter().map(|row| row.3).sum();
+        assert_eq!(plan["trainable_parameters"], sum, "{changes}: {rows:?}");
+    }
 }

@@ -1,8 +1,9 @@
 //! Prompts that know where they were written, so that a fault of one names it.
 
+use super::Failure;
 use ferrotune::TextModel;
+use ferrotune::core::Error;
 use ferrotune::core::data::Prompt;
-use ferrotune::core::{Error, Result};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,10 +19,10 @@ pub(super) enum Place {
 
 impl Place {
     /// An error about the prompt written here.
-    fn error(&self, message: String) -> Error {
+    fn error(&self, message: &str) -> Failure {
         match self {
-            Self::CommandLine(n) => Error::config(format!("--prompt {n}"), message),
-            Self::Line(path, line) => Error::data(path, *line, message),
+            Self::CommandLine(n) => Error::config(format!("--prompt {n}"), message).into(),
+            Self::Line(path, line) => Error::data(path, *line, message).into(),
         }
     }
 }
@@ -50,22 +51,25 @@ pub(super) fn encode(
     model: &TextModel,
     asked: &[&Asked],
     max_new_tokens: usize,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<Vec<Vec<u32>>, Failure> {
     let encoded = asked.iter().map(|a| encode_one(model, a));
-    let prompts = encoded.collect::<Result<Vec<_>>>()?;
+    let prompts = encoded.collect::<Result<Vec<_>, Failure>>()?;
     check_fits_context(model, asked, &prompts, max_new_tokens)?;
     Ok(prompts)
 }
 
-fn encode_one(model: &TextModel, asked: &Asked) -> Result<Vec<u32>> {
+fn encode_one(model: &TextModel, asked: &Asked) -> Result<Vec<u32>, Failure> {
     let encoded = model.encode(&asked.prompt);
     let ids = encoded.map_err(|error| match &asked.place {
         Place::CommandLine(_) => error,
         Place::Line(path, line) => error.in_row(path, *line),
     })?;
     if ids.is_empty() {
-        let message = "has no tokens; there is nothing to go on from".to_owned();
-        return Err(asked.place.error(message));
+        let message = "has no tokens; there is nothing to go on from";
+        return Err(match asked.place {
+            Place::CommandLine(n) => Failure::Usage(format!("--prompt {n} {message}")),
+            Place::Line(..) => asked.place.error(message),
+        });
     }
     Ok(ids)
 }
@@ -75,7 +79,7 @@ fn check_fits_context(
     asked: &[&Asked],
     prompts: &[Vec<u32>],
     max_new_tokens: usize,
-) -> Result<()> {
+) -> Result<(), Failure> {
     let context = model.model.config().max_position_embeddings;
     let base = model.base.display();
     let count = |limit: usize| prompts.iter().filter(|p| p.len() > limit).count();
@@ -83,7 +87,7 @@ fn check_fits_context(
     // Not even one token would find room: no option helps.
     let hopeless = |p: &&Vec<u32>| p.len() >= context;
     if let Some((prompt, asked)) = prompts.iter().zip(asked).find(|(p, _)| hopeless(p)) {
-        return Err(asked.place.error(format!(
+        return Err(asked.place.error(&format!(
             "the prompt has {} tokens and leaves no room for an answer in the context of {base}, \
              {context} tokens (as do {} of the {all} prompts); shorten it or leave it out",
             prompt.len(),
@@ -93,7 +97,7 @@ fn check_fits_context(
     let too_long = count(context.saturating_sub(max_new_tokens));
     let longest = prompts.iter().zip(asked).max_by_key(|(p, _)| p.len());
     match longest {
-        Some((prompt, asked)) if too_long > 0 => Err(Error::config(
+        Some((prompt, asked)) if too_long > 0 => Err(Failure::from(Error::config(
             "max_new_tokens",
             format!(
                 "is {max_new_tokens}, and with it {too_long} of the {all} prompts exceed the context \
@@ -103,7 +107,7 @@ fn check_fits_context(
                 prompt.len(),
                 context - prompt.len()
             ),
-        )),
+        ))),
         _ => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! Questions of a data set, and how many of the answers are exactly those of the data set.
 
+use super::Failure;
 use super::asked::{self, Asked, Place};
 use ferrotune::TextModel;
 use ferrotune::core::data::{Prompt, Row, read_columns};
@@ -66,7 +67,7 @@ pub(super) fn exact_match(
     model: &TextModel,
     mut questions: Vec<Question>,
     max_new_tokens: usize,
-) -> Result<Answered> {
+) -> Result<Answered, Failure> {
     let asked: Vec<&Asked> = questions.iter().map(|q| &q.asked).collect();
     let prompts = asked::encode(model, &asked, max_new_tokens)?;
     let greedy = GenerateOptions {

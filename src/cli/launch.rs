@@ -1,7 +1,7 @@
 use super::before_nccl;
 use super::launch_flags::LaunchFlags;
 use super::stop::Stop;
-use super::{Cli, Command, Failure, Outcome, print_note, train};
+use super::{Cli, Command, Failure, Outcome, overrides, print_note, train};
 use clap::Parser;
 use ferrotune::core::config::{Device, TrainConfig};
 use ferrotune::core::{EXIT_CODES, Error, ExitCode};
@@ -85,7 +85,7 @@ pub(super) fn this_program(found: &LaunchEnv, config: &TrainConfig, stop: Stop) 
 fn command_of(words: &[OsString]) -> Cli {
     let name = std::iter::once(OsString::from("ferrotune"));
     let words = words.iter().cloned().map(super::either_spelling);
-    Cli::parse_from(name.chain(words))
+    Cli::parse_from(overrides::behind_config(name.chain(words).collect()))
 }
 
 fn program(given: Option<&PathBuf>) -> Result<PathBuf, Failure> {

@@ -3,6 +3,7 @@
 use super::Failure;
 use ferrotune::core::config::{Arity, TrainConfig};
 use serde_json::json;
+use std::ffi::OsString;
 
 /// What the help of a command with overrides ends with.
 pub(super) const HELP: &str = "\
@@ -32,6 +33,34 @@ impl Switches {
 /// Whether help is asked for, which is the answer to any command line it is in.
 pub(super) fn ask_for_help(words: &[String]) -> bool {
     words.iter().any(|w| ["-h", "--help"].contains(&w.as_str()))
+}
+
+/// A command line whose switches stand before CONFIG, with them behind it, where keys stand. Only words that
+/// can have no value behind them are moved: `--dry-run`, `--json` and `--key=value`.
+pub(super) fn behind_config(mut words: Vec<OsString>) -> Vec<OsString> {
+    let text = |at: usize, words: &[OsString]| -> String {
+        let word = words.get(at).map(|word| word.to_string_lossy());
+        word.unwrap_or_default().into_owned()
+    };
+    let first = match (text(1, &words).as_str(), text(2, &words).as_str()) {
+        ("train" | "plan", _) => 2,
+        ("inspect", "data") => 3,
+        _ => return words,
+    };
+    let is_switch = |word: &str| {
+        let name = word.strip_prefix("--");
+        name.is_some_and(|name| {
+            name.contains('=') || Switches::default().named(&name.replace('-', "_")).is_some()
+        })
+    };
+    let mut config = first;
+    while is_switch(&text(config, &words)) {
+        config += 1;
+    }
+    if config > first && config < words.len() && !text(config, &words).starts_with('-') {
+        words[first..=config].rotate_right(1);
+    }
+    words
 }
 
 /// Splits what follows the config file into keys with values, and switches.
@@ -158,6 +187,32 @@ mod tests {
         match parse(&words(line)) {
             Err(Failure::Usage(message)) => message,
             other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn switches_may_stand_before_the_config_file() {
+        for (line, expected) in [
+            (
+                "f train --dry-run c.yaml --seed 1",
+                "f train c.yaml --dry-run --seed 1",
+            ),
+            (
+                "f plan --json --seed=1 c.yaml",
+                "f plan c.yaml --json --seed=1",
+            ),
+            (
+                "f inspect data --json c.yaml",
+                "f inspect data c.yaml --json",
+            ),
+            ("f train c.yaml --dry-run", "f train c.yaml --dry-run"),
+            ("f train --dry-run", "f train --dry-run"),
+            ("f train --seed 1 c.yaml", "f train --seed 1 c.yaml"),
+            ("f generate --json x", "f generate --json x"),
+        ] {
+            let words = line.split(' ').map(OsString::from).collect();
+            let expected: Vec<OsString> = expected.split(' ').map(OsString::from).collect();
+            assert_eq!(behind_config(words), expected);
         }
     }
 

@@ -4,13 +4,14 @@ use ferrotune_core::config::{
 };
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
-use ferrotune_core::params::ParamLayoutBuilder;
+use ferrotune_core::params::{ParamLayout, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
     ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
     PeftConfig, Start, TargetModules, TokenIndices,
 };
 use std::path::Path;
+use std::sync::Arc;
 
 /// The method a configuration asks for: LoRA, or full fine-tuning with `use_peft: false`.
 ///
@@ -106,9 +107,12 @@ pub(super) fn attach(
         .attach(&sites, &mut builder)
         .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
+    let layout = builder.build()?;
     Ok(Attached {
-        trainable: builder.build()?.trainable(),
+        trainable: layout.trainable(),
+        layout,
         notes: notes(config, &sites, &attachments),
+        sites,
         attachments,
     })
 }
@@ -148,6 +152,10 @@ fn require_biases(config: &TrainConfig, attachments: &[(SiteId, Attachment)]) ->
 pub(super) struct Attached {
     /// Trainable scalars.
     pub(super) trainable: usize,
+    /// The tensors they are of.
+    pub(super) layout: Arc<ParamLayout>,
+    /// The modules of the base.
+    pub(super) sites: Vec<Site>,
     /// What stands at which site.
     pub(super) attachments: Vec<(SiteId, Attachment)>,
     /// What the user may want to know.

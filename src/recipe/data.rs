@@ -29,11 +29,26 @@ pub(super) type Prepared = (Dataset, Option<Dataset>);
 pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_dir(base)?;
     if let Some(path) = &config.data.chat_template_path {
+        if Path::new(path).is_dir() {
+            return Err(template_directory(path));
+        }
         let source = std::fs::read_to_string(path).map_err(Error::read(path))?;
         let set = tokenizer.set_chat_template(&source);
         set.map_err(|error| error.in_template_file(Path::new(path)))?;
     }
     Ok(tokenizer)
+}
+
+/// TRL takes over the tokenizer of such a directory, tokens and all; here the tokenizer is the base's.
+fn template_directory(path: &str) -> Error {
+    let file = Path::new(path).join("chat_template.jinja");
+    let instead = match file.is_file() {
+        true => format!("give {}", file.display()),
+        false => "give a file with the `chat_template` of its tokenizer_config.json".into(),
+    };
+    let message =
+        format!("`{path}` is a directory; expected a file with a Jinja template: {instead}");
+    Error::config("chat_template_path", message)
 }
 
 /// The names of `dataset_name`, those on the hub replaced by where their files are.
@@ -65,7 +80,11 @@ pub fn row_files(name: &str, split: &str, key: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// The training rows, prepared, and those of them that are held out for evaluation.
-pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
+pub(super) fn training(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    vocab_size: Option<usize>,
+) -> Result<Prepared> {
     let data = &config.data;
     let mut files = Vec::new();
     let mut weights = Vec::new();
@@ -82,7 +101,9 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Pr
             "is missing; expected a file of rows, a directory of them, or train_file",
         ));
     }
-    let dataset = load(config, &files, tokenizer, data.packing)?;
+    files::require_files(&files)?;
+    let options = options(config, data.packing, vocab_size);
+    let dataset = load(config, &files, tokenizer, &options)?;
     arrange::training(config, dataset, &weights)
 }
 
@@ -90,6 +111,7 @@ pub(super) fn training(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Pr
 pub(super) fn training_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
+    vocab_size: Option<usize>,
     rows: impl IntoIterator<Item = Record>,
 ) -> Result<Prepared> {
     let name = config.data.dataset_name.first();
@@ -99,7 +121,7 @@ pub(super) fn training_rows(
         path: Arc::clone(&path),
         line,
     });
-    let options = options(config, config.data.packing);
+    let options = options(config, config.data.packing, vocab_size);
     let dataset = Dataset::from_rows(rows.collect(), tokenizer, &options)?;
     arrange::training(config, dataset, &[])
 }
@@ -113,13 +135,14 @@ pub fn prepare_rows(
     tokenizer: &Tokenizer,
     rows: impl IntoIterator<Item = Record>,
 ) -> Result<Dataset> {
-    training_rows(config, tokenizer, rows).map(|(dataset, _)| dataset)
+    training_rows(config, tokenizer, None, rows).map(|(dataset, _)| dataset)
 }
 
 /// The evaluation rows, if there are any: of their own files, else those held out.
 pub(super) fn evaluation(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
+    vocab_size: usize,
     held_out: Option<Dataset>,
 ) -> Result<Option<Dataset>> {
     let data = &config.data;
@@ -135,7 +158,9 @@ pub(super) fn evaluation(
         return Ok(held_out);
     }
     let packing = data.packs_evaluation();
-    let mut dataset = load(config, &files, tokenizer, packing)?;
+    files::require_files(&files)?;
+    let options = options(config, packing, Some(vocab_size));
+    let mut dataset = load(config, &files, tokenizer, &options)?;
     arrange::cut(config, packing, &mut dataset)?;
     Ok(Some(dataset))
 }
@@ -145,16 +170,15 @@ fn load(
     config: &TrainConfig,
     files: &[PathBuf],
     tokenizer: &Tokenizer,
-    packing: bool,
+    options: &PrepareOptions,
 ) -> Result<Dataset> {
-    let options = options(config, packing);
     match &config.data.dataset_cache_dir {
-        Some(directory) => Dataset::load_cached(files, tokenizer, &options, Path::new(directory)),
-        None => Dataset::load(files, tokenizer, &options),
+        Some(directory) => Dataset::load_cached(files, tokenizer, options, Path::new(directory)),
+        None => Dataset::load(files, tokenizer, options),
     }
 }
 
-fn options(config: &TrainConfig, packing: bool) -> PrepareOptions {
+fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> PrepareOptions {
     let data = &config.data;
     let cut_later = packing && data.packing_strategy != PackingStrategy::Bfd;
     PrepareOptions {
@@ -166,6 +190,8 @@ fn options(config: &TrainConfig, packing: bool) -> PrepareOptions {
         eos_token: data.eos_token.clone(),
         dataset_columns: data.dataset_columns.clone(),
         bad_rows: data.bad_rows,
+        keep_unlabelled: packing || data.max_length.is_none(),
+        vocab_size,
         ..PrepareOptions::default()
     }
 }

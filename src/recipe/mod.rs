@@ -6,6 +6,7 @@ mod base_weights;
 mod data;
 mod fitting;
 mod host_memory;
+mod matched;
 mod memory;
 mod observers;
 mod output_dir;
@@ -126,15 +127,15 @@ impl Recipe {
     ) -> Result<Self> {
         config.data.dataset_name = vec![name.to_owned()];
         config.data.train_file.clear();
-        Self::prepare_from(Place::SOLO, config, |config, tokenizer| {
-            data::training_rows(config, tokenizer, rows)
+        Self::prepare_from(Place::SOLO, config, |config, tokenizer, vocab_size| {
+            data::training_rows(config, tokenizer, vocab_size, rows)
         })
     }
 
     fn prepare_from(
         place: Place,
         mut config: TrainConfig,
-        training: impl FnOnce(&TrainConfig, &Tokenizer) -> Result<data::Prepared>,
+        training: impl FnOnce(&TrainConfig, &Tokenizer, Option<usize>) -> Result<data::Prepared>,
     ) -> Result<Self> {
         config.validate()?;
         threads::start(threads::share_of(place, config.runtime.num_threads))?;
@@ -161,8 +162,9 @@ impl Recipe {
         let attached = memory::attach(&config, shape)?;
         config.notes.extend_from_slice(&attached.notes);
         let tokenizer = data::tokenizer(&config, &base)?;
-        let (dataset, held_out) = training(&config, &tokenizer)?;
-        let eval_dataset = data::evaluation(&config, &tokenizer, held_out)?;
+        let vocab_size = decoder.vocab_size;
+        let (dataset, held_out) = training(&config, &tokenizer, Some(vocab_size))?;
+        let eval_dataset = data::evaluation(&config, &tokenizer, vocab_size, held_out)?;
         for rows in std::iter::once(&dataset).chain(&eval_dataset) {
             data::check_fits_context(&config, rows, attached.prompt_tokens(), &decoder, &base)?;
             data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;

@@ -3,6 +3,7 @@
 use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::{Dataset, Decoding, Example, Examples, IGNORE_INDEX, Tokenizer};
+use ferrotune_core::model::DecoderConfig;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -42,7 +43,10 @@ pub fn prepare_data(config: &TrainConfig) -> Result<(Tokenizer, Dataset)> {
     crate::threads::start(config.runtime.num_threads)?;
     let base = super::base_directory(config)?;
     let tokenizer = super::data::tokenizer(config, &base)?;
-    let (dataset, _) = super::data::training(config, &tokenizer)?;
+    // A base of an unknown kind has a tokenizer too.
+    let decoder = DecoderConfig::open(&base).ok();
+    let vocab_size = decoder.map(|decoder| decoder.vocab_size);
+    let (dataset, _) = super::data::training(config, &tokenizer, vocab_size)?;
     Ok((tokenizer, dataset))
 }
 
@@ -86,8 +90,8 @@ fn counts(dataset: &Dataset) -> Vec<String> {
     let before = report.tokens + report.tokens_lost;
     let mut facts = vec![
         format!(
-            "{} rows of {kind}: {} dropped without a trained token, {} that cannot be used",
-            report.rows, report.dropped_rows, report.bad_rows
+            "{} rows of {kind}: {} dropped without a label, {} kept without a trained token, {} that cannot be used",
+            report.rows, report.dropped_rows, report.untrained_rows, report.bad_rows
         ),
         format!(
             "{} tokens, {} trained ({:.1} %); the longest row has {}",
@@ -215,6 +219,7 @@ fn to_json(dataset: &Dataset, ends: &Ends, rows: &[ShownRow], warnings: &[String
     json!({
         "rows": report.rows,
         "dropped_rows": report.dropped_rows,
+        "untrained_rows": report.untrained_rows,
         "bad_rows": report.bad_rows,
         "bad_row_messages": report.bad_row_messages,
         "truncated_rows": report.truncated_rows,

@@ -1,7 +1,7 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
 use super::memory::Base;
-use super::{Recipe, adapter};
+use super::{Recipe, adapter, matched};
 use ferrotune_core::Result;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, Keep};
@@ -31,7 +31,8 @@ impl Summary {
         // Values and two moments, f32 each.
         let checkpoint = recipe.trainable as u64 * 12;
         let method = recipe.adapter()?.describe();
-        let lines = vec![
+        let modules = matched::table(&attached);
+        let mut lines = vec![
             ("model", model(recipe)),
             (
                 "method",
@@ -49,19 +50,7 @@ impl Summary {
                     report.longest
                 ),
             ),
-            (
-                "batch",
-                format!(
-                    "{} x {} rows per step{}, {} tokens in the largest micro-batch",
-                    config.data.per_device_train_batch_size,
-                    config.optimizer.gradient_accumulation_steps,
-                    match recipe.place.world_size {
-                        1 => String::new(),
-                        ranks => format!(" on each of {ranks} ranks"),
-                    },
-                    recipe.max_tokens
-                ),
-            ),
+            ("batch", batch(recipe)),
             (
                 "steps",
                 format!("{} ({} per epoch)", plan.total_steps, plan.steps_per_epoch),
@@ -82,14 +71,19 @@ impl Summary {
                 ),
             ),
             ("layers", layers(activations)),
-            ("checkpoint", format!("{} each", mib(checkpoint))),
+            ("compute", compute(recipe)),
+            ("checkpoint", checkpoints(recipe, checkpoint)),
             ("output", config.output.output_dir.clone()),
         ];
+        let of_modules = matched::lines(&modules).into_iter();
+        let labels = std::iter::once("modules").chain(std::iter::repeat(""));
+        lines.splice(2..2, labels.zip(of_modules));
         let json = json!({
             "model": recipe.base.display().to_string(),
             "method": method,
             "parameters": parameters,
             "trainable_parameters": recipe.trainable,
+            "modules": matched::to_json(&modules),
             "rows": report.rows,
             "dropped_rows": report.dropped_rows,
             "truncated_rows": report.truncated_rows,
@@ -113,6 +107,7 @@ impl Summary {
                 "extra_compute": activations.extra_compute,
             },
             "checkpoint_bytes": checkpoint,
+            "flops": flops(recipe),
             "output_dir": config.output.output_dir,
             "notes": config.notes,
         });
@@ -135,6 +130,21 @@ impl fmt::Display for Summary {
     }
 }
 
+/// Rows of a step, and the tokens of its largest micro-batch.
+fn batch(recipe: &Recipe) -> String {
+    let config = &recipe.config;
+    let ranks = match recipe.place.world_size {
+        1 => String::new(),
+        ranks => format!(" on each of {ranks} ranks"),
+    };
+    format!(
+        "{} x {} rows per step{ranks}, {} tokens in the largest micro-batch",
+        config.data.per_device_train_batch_size,
+        config.optimizer.gradient_accumulation_steps,
+        recipe.max_tokens
+    )
+}
+
 /// The base, and how its linears are held where not as values.
 fn model(recipe: &Recipe) -> String {
     let in_files = recipe.files.as_ref().and_then(ModelFiles::quantisation);
@@ -146,6 +156,40 @@ fn model(recipe: &Recipe) -> String {
         recipe.base.display(),
         recipe.decoder.model_type,
         recipe.decoder.parameters()
+    )
+}
+
+/// Tokens of the run, the last ones of an epoch that is not finished estimated.
+fn run_tokens(recipe: &Recipe) -> f64 {
+    let epochs = recipe.plan.total_steps as f64 / recipe.plan.steps_per_epoch.max(1) as f64;
+    recipe.dataset.report.tokens as f64 * epochs
+}
+
+fn flops(recipe: &Recipe) -> f64 {
+    run_tokens(recipe) * recipe.plan.flops_per_token
+}
+
+/// What there is to compute. How long it takes is not known before the first steps of the run itself.
+fn compute(recipe: &Recipe) -> String {
+    format!(
+        "{:.2e} FLOPs for {:.0} tokens; the time left is shown once steps are measured",
+        flops(recipe),
+        run_tokens(recipe)
+    )
+}
+
+/// Checkpoints, and what they take at most.
+fn checkpoints(recipe: &Recipe, bytes: u64) -> String {
+    let plan = &recipe.plan;
+    let saved = plan
+        .save_every
+        .map_or(0, |steps| plan.total_steps / steps.max(1));
+    let limit = recipe.config.output.save_total_limit;
+    let kept = limit.map_or(saved, |limit| saved.min(limit as u64));
+    let all = mib(bytes.saturating_mul(kept));
+    format!(
+        "{} each, {saved} by interval, {kept} kept: about {all}",
+        mib(bytes)
     )
 }
 

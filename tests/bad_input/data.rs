@@ -1,7 +1,7 @@
 //! Rows.
 
 use super::common::{Workbench, ferrotune, read_json, text};
-use super::{BAD_INPUT, check, fault};
+use super::{BAD_CONFIG, BAD_INPUT, check, fault, untouched};
 use serde_json::json;
 
 fn write_lines(bench: &Workbench, lines: &[&[u8]]) {
@@ -76,6 +76,33 @@ fn faults_of_the_rows() {
             BAD_INPUT,
             &["rows.jsonl", "no "],
         ),
+        fault(
+            "a token beyond the vocabulary in line 2",
+            json!({}),
+            |bench| {
+                let rows: [&[u8]; 2] = [
+                    br#"{"input_ids": [1, 2]}"#,
+                    br#"{"input_ids": [1, 999999]}"#,
+                ];
+                write_lines(bench, &rows);
+            },
+            BAD_INPUT,
+            &["rows.jsonl:2", "999999", "the vocabulary has"],
+        ),
+        fault(
+            "rows from a device",
+            json!({"train_file": "/dev/zero"}),
+            untouched,
+            BAD_INPUT,
+            &["/dev/zero", "write them to a file"],
+        ),
+        fault(
+            "a directory as a template",
+            json!({"chat_template_path": "/"}),
+            untouched,
+            BAD_CONFIG,
+            &["chat_template_path", "`/` is a directory"],
+        ),
     ]);
 }
 
@@ -88,6 +115,24 @@ fn rows_without_a_trained_token_are_dropped_and_counted() {
     bench.train("out", &changes).expect(0);
     let run = read_json(&bench.path("out/run.json"));
     assert_eq!(run["data"]["dropped_rows"], 1, "{run}");
+}
+
+#[test]
+fn a_step_of_rows_that_train_nothing_changes_nothing() {
+    let bench = Workbench::new(4);
+    // Rows of one token, as TRL has them; nothing comes before it to predict it from.
+    let one: &[u8] = br#"{"input_ids": [5]}"#;
+    write_lines(&bench, &[one, br#"{"input_ids": [5, 6, 7]}"#, one]);
+    let changes = json!({"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential",
+                         "max_steps": 3});
+    bench.train("out", &changes).expect(0);
+    let state = read_json(&bench.path("out/trainer_state.json"));
+    let losses = state["log_history"].as_array().expect("a list").iter();
+    let losses: Vec<f64> = losses.filter_map(|row| row["loss"].as_f64()).collect();
+    assert!(
+        losses[0] == 0.0 && losses[1] > 0.0 && losses[2] == 0.0,
+        "{losses:?}"
+    );
 }
 
 #[test]

@@ -27,6 +27,7 @@ extern "C" {
 // The calling thread. It is the same all through a kernel, so a compiler may keep it.
 const HostThread* ferrotune_host_thread() __attribute__((const));
 void ferrotune_host_barrier(int line);
+void ferrotune_host_team_barrier(u32 team, u32 threads);
 // Gives `bytes` at `mine` to the warp, waits for all 32 lanes, calls `combine` on their slots once,
 // and returns the slots. `name` must be the same in all lanes.
 const HostSlot* ferrotune_host_warp(const char* name, const void* mine, u32 bytes,
@@ -160,6 +161,7 @@ DEVICE void host_aligned_16(const void* p, const char* what) {
         ferrotune_host_fail("%s at %p, which is not aligned to 16", what, p);
     }
 }
+DEVICE void team_barrier(u32 team, u32 threads) { ferrotune_host_team_barrier(team, threads); }
 DEVICE void move_16(void* to, const void* from) {
     host_aligned_16(to, "16-byte access");
     host_aligned_16(from, "16-byte access");

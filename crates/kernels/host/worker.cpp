@@ -145,6 +145,24 @@ void Worker::barrier(int line) {
     next();
 }
 
+// Unlike at the barrier of the block, an exited thread never arrives.
+void Worker::team_barrier(u32 team, u32 threads) {
+    const u32 first = team * threads, last = first + threads;
+    if (threads % 32 != 0 || team >= 15 || current->index / threads != team || last > launch_->threads) {
+        fail("a barrier of team " + std::to_string(team) + " of " + std::to_string(threads) +
+             " threads, which is not this thread's");
+    }
+    current->state = State::team;
+    u32 waiting = 0;
+    for (u32 i = first; i < last; i++) {
+        waiting += fibers_[i]->state == State::team;
+    }
+    if (waiting == threads) {
+        make_ready(State::team, first, last);
+    }
+    next();
+}
+
 const HostSlot* Worker::warp(const char* name, const void* mine, u32 bytes,
                              void (*combine)(HostSlot*)) {
     const u32 index = current->index / 32, lane = current->index % 32;
@@ -199,8 +217,9 @@ void Worker::fail(const std::string& reason) {
 // Names the threads that wait for others that never come.
 std::string Worker::stuck() const {
     std::string text = "deadlock:";
-    const char* names[] = {"ready", "wait at __syncthreads", "wait in a warp operation", "exited"};
-    for (State state : {State::barrier, State::warp, State::exited}) {
+    const char* names[] = {"ready", "wait at __syncthreads", "wait at a barrier of their team",
+                           "wait in a warp operation", "exited"};
+    for (State state : {State::barrier, State::team, State::warp, State::exited}) {
         u32 count = 0, first = 0;
         for (u32 i = 0; i < launch_->threads; i++) {
             if (fibers_[i]->state == state && count++ == 0) {
@@ -313,6 +332,8 @@ extern "C" {
 const HostThread* ferrotune_host_thread() { return &worker->current->view; }
 
 void ferrotune_host_barrier(int line) { worker->barrier(line); }
+
+void ferrotune_host_team_barrier(u32 team, u32 threads) { worker->team_barrier(team, threads); }
 
 const HostSlot* ferrotune_host_warp(const char* name, const void* mine, u32 bytes,
                                     void (*combine)(HostSlot*)) {

@@ -18,7 +18,7 @@ struct PendingCopy {
     u32 valid, group;
 };
 
-enum class State : u8 { ready, barrier, warp, exited };
+enum class State : u8 { ready, barrier, team, warp, exited };
 
 // One CUDA thread. `view` is what the kernel sees.
 struct Fiber {
@@ -64,6 +64,7 @@ class Worker {
     std::string run_block(const Launch& launch, const ThreadLocals& locals, u32 block, u64 seed);
 
     void barrier(int line);
+    void team_barrier(u32 team, u32 threads);
     const HostSlot* warp(const char* name, const void* mine, u32 bytes, void (*combine)(HostSlot*));
     [[noreturn]] void fail(const std::string& reason);
     [[noreturn]] void body();

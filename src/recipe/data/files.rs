@@ -39,6 +39,22 @@ pub(super) fn named(names: &[String], split: &str, key: &str) -> Result<Vec<Vec<
     names.iter().map(resolve).collect()
 }
 
+/// Refuses pipes and devices: a run reads its rows more than once, and a pipe may have no end.
+pub(super) fn require_files(files: &[PathBuf]) -> Result<()> {
+    let special = |path: &&PathBuf| {
+        let metadata = path.metadata();
+        metadata.is_ok_and(|m| !m.is_file() && !m.is_dir())
+    };
+    match files.iter().find(special) {
+        None => Ok(()),
+        Some(path) => Err(Error::data(
+            path,
+            None,
+            "is a pipe or a device, and a run reads its rows more than once; write them to a file",
+        )),
+    }
+}
+
 /// `SPLIT.ENDING`, or else all of `SPLIT-*.ENDING`, sorted.
 fn of_split(directory: &Path, split: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
@@ -70,6 +86,20 @@ pub(crate) fn is_of_split(path: &Path, split: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_read_twice_is_refused() {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        let paths = [file.path().to_path_buf(), PathBuf::from("/dev/zero")];
+        assert!(require_files(&paths[..1]).is_ok());
+        let error = require_files(&paths).expect_err("a device").to_string();
+        assert!(
+            error.contains("/dev/zero: is a pipe or a device"),
+            "{error}"
+        );
+        // What is not there is told by whoever reads it.
+        assert!(require_files(&[PathBuf::from("/nowhere")]).is_ok());
+    }
 
     #[test]
     fn a_directory_has_one_file_or_shards_per_split() {

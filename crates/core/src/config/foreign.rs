@@ -105,7 +105,17 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         NotYet("give a list of files as dataset_name"),
     ),
     key("streaming", OFF, NotYet("")),
-    key("dataset_kwargs", EMPTY, NotYet("")),
+    key(
+        "dataset_kwargs",
+        &[
+            "null",
+            "{}",
+            "\"\"",
+            "{\"skip_prepare_dataset\":false}",
+            "{\"skip_prepare_dataset\":true}",
+        ],
+        NotYet("leave it out: rows of input_ids are taken as they are, all others are prepared"),
+    ),
     key("dataset_num_proc", &["null"], NoEffect("use num_threads")),
     key("dataset_batch_size", &["null", "1000"], NoEffect(LOADER)),
     key(

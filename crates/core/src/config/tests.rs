@@ -207,6 +207,14 @@ fn target_modules_keep_peft_s_difference_between_a_pattern_and_names() {
 }
 
 #[test]
+fn null_unsets_a_list_on_the_command_line_too() {
+    let yaml = format!("{MINIMAL}eval_file: [a.jsonl]\n");
+    let unset = [("eval_file".to_owned(), "null".to_owned())];
+    let config = TrainConfig::from_yaml(&yaml, "x", &unset).unwrap();
+    assert!(config.data.eval_file.is_empty());
+}
+
+#[test]
 fn patterns_keep_the_order_they_are_written_in() {
     let yaml =
         format!("{MINIMAL}lora_rank_pattern: {{v_proj: 3, layers.1.self_attn.v_proj: 2, a: 1}}\n");
@@ -344,6 +352,7 @@ fn features_to_come_are_errors_unless_they_are_off() {
         "llm_int8_has_fp16_weight: true",
         "loss_type: dft",
         "push_to_hub: true",
+        "dataset_kwargs: {add_special_tokens: false}",
         "dataloader_drop_last: true",
     ] {
         let message = yaml_fault(text);

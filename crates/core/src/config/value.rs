@@ -209,11 +209,16 @@ impl<T: KeyValue> KeyValue for Option<T> {
     }
 
     fn parse_text(text: &str) -> Result<Value, String> {
-        match text.trim() {
-            "" | "~" | "null" | "None" => Ok(Value::Null),
-            _ => T::parse_text(text),
+        if is_null(text) {
+            return Ok(Value::Null);
         }
+        T::parse_text(text)
     }
+}
+
+/// Whether the text of an argument unsets a key.
+fn is_null(text: &str) -> bool {
+    ["", "~", "null", "None"].contains(&text.trim())
 }
 
 /// The words of a command line list: a YAML flow list, or words between commas or blanks.
@@ -256,6 +261,9 @@ impl<T: KeyValue> KeyValue for Vec<T> {
     }
 
     fn parse_text(text: &str) -> Result<Value, String> {
+        if is_null(text) {
+            return Ok(Value::Null);
+        }
         words(text).map(Value::Array)
     }
 }

@@ -1,8 +1,7 @@
 //! A data set: every example of the files, in their order.
 
-use crate::data::batch::Example;
 use crate::data::examples::{Collector, Examples};
-use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Preparer, Row};
+use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Prepared, Preparer, Row};
 use crate::data::prepared_file;
 use crate::data::record::{Record, RecordKind, rename_columns};
 use crate::data::source::{self, RawRow};
@@ -23,7 +22,7 @@ const CHUNK_BYTES: usize = 16 << 20;
 /// Prepared examples and what happened to the rows they come from.
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
-    /// The examples, in the order of the rows; each has a token that is trained.
+    /// The examples, in the order of the rows.
     pub examples: Examples,
     /// What preparation did.
     pub report: PrepareReport,
@@ -71,7 +70,13 @@ impl Dataset {
                 return Ok(dataset);
             }
             Ok(None) => {}
-            Err(reason) => tracing::warn!("{}: {reason}; it is made anew", path.display()),
+            Err(reason) => {
+                tracing::warn!("{}: {reason}; it is made anew", path.display());
+                // A file cannot take the place of a directory. One with something in it is not touched.
+                if path.is_dir() {
+                    std::fs::remove_dir(&path).map_err(Error::write(&path))?;
+                }
+            }
         }
         let mut refused = None;
         let written = write_file_with(&path, |file| {
@@ -219,9 +224,9 @@ impl<'a, 'f> Builder<'a, 'f> {
         let report = &mut self.dataset.report;
         for item in prepared.into_iter().flatten() {
             match item {
-                Ok((row, example, lost)) => {
-                    if report.count(&row.path, row.line, &example, lost) {
-                        let pushed = self.collector.push(&example);
+                Ok((row, prepared)) => {
+                    if report.count(&row, &prepared, self.options.keep_unlabelled) {
+                        let pushed = self.collector.push(&prepared.example);
                         pushed.map_err(Error::write("the file of prepared rows"))?;
                     }
                 }
@@ -241,10 +246,10 @@ impl<'a, 'f> Builder<'a, 'f> {
             return Err(Error::data(
                 origin,
                 None,
-                "no rows; expected one JSON object per line",
+                "no rows; expected one JSON object per line, or a parquet file with rows",
             ));
         }
-        if self.collector.len() == 0 {
+        if report.trained_tokens == 0 {
             let hint = if let Some(first) = report.bad_row_messages.first() {
                 &format!("; {} cannot be used, the first: {first}", report.bad_rows)
             } else if report.truncated_rows > 0 {
@@ -265,14 +270,13 @@ impl<'a, 'f> Builder<'a, 'f> {
     }
 }
 
-/// The example of a row, and how many tokens truncation took.
-fn prepare(preparer: Option<&Preparer<'_>>, row: Result<Row>) -> Result<(Row, Example, usize)> {
+fn prepare(preparer: Option<&Preparer<'_>>, row: Result<Row>) -> Result<(Row, Prepared)> {
     let row = row?;
     let preparer = preparer
         .ok_or_else(|| Error::data(&row.path, row.line, "an earlier row could not be read"))?;
     let mut example = preparer.prepare(&row)?;
     let lost = preparer.truncate(&mut example);
-    Ok((row, example, lost))
+    Ok((row, Prepared { example, lost }))
 }
 
 /// The next rows, bounded in number and bytes, the bad ones too.

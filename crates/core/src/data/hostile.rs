@@ -81,7 +81,11 @@ fn rows_that_cannot_be_used_are_refused_or_skipped() {
     let bad_tools = r#"{"messages": [{"role": "user", "content": "x"}], "tools": "{"}"#;
     let bad_kwargs =
         r#"{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 1}"#;
-    let table: [(&str, &str, &[u8], &str); 23] = [
+    let kwargs = r#"{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 1}}"#;
+    let unknown_role = chat(r#"[{"role": "wizard", "content": "x"}]"#);
+    let role_by_case =
+        chat(r#"[{"role": "user", "content": "q"}, {"role": "Assistant", "content": "a"}]"#);
+    let table: [(&str, &str, &[u8], &str); 28] = [
         (
             "broken JSON",
             GOOD_TEXT,
@@ -204,6 +208,36 @@ fn rows_that_cannot_be_used_are_refused_or_skipped() {
             GOOD_TOKENS,
             br#"{"input_ids": [1], "labels": [1, 2]}"#,
             "must be as many",
+        ),
+        (
+            "a token beyond the vocabulary",
+            GOOD_TOKENS,
+            br#"{"input_ids": [1, 999999]}"#,
+            "`input_ids` holds the token id 999999, and the vocabulary has 420 ids",
+        ),
+        (
+            "a label beyond the vocabulary",
+            GOOD_TOKENS,
+            br#"{"input_ids": [1, 2], "labels": [-100, 888888]}"#,
+            "`labels` holds the token id 888888, and",
+        ),
+        (
+            "kwargs that are none",
+            GOOD_CHAT,
+            kwargs.as_bytes(),
+            "holds `messages`, which is no variable",
+        ),
+        (
+            "unknown role",
+            GOOD_CHAT,
+            unknown_role.as_bytes(),
+            "message 0 (counted from 0) has the role `wizard`",
+        ),
+        (
+            "a role in other letters",
+            GOOD_CHAT,
+            role_by_case.as_bytes(),
+            "did you mean `assistant`?",
         ),
     ];
     for (name, good, bad, reason) in table {

@@ -18,6 +18,7 @@ mod prepare;
 mod prepared_file;
 mod prompt;
 mod record;
+mod roles;
 mod sampler;
 mod source;
 mod tokenizer;

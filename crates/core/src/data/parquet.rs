@@ -1,5 +1,6 @@
 //! Rows of parquet files, as the JSON objects that a JSON Lines file would hold.
 
+use crate::data::jsonl::MAX_LINE_BYTES;
 use crate::guarded::guarded;
 use crate::{Error, Result};
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
@@ -10,12 +11,19 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// How much larger than its file what it says may be, and what is always allowed.
+const MAX_EXPANSION: u64 = 200;
+const ALWAYS_ALLOWED: u64 = 64 << 20;
+
 /// The rows of a file; pages are decoded as they are reached.
 pub(super) struct ParquetRows {
     path: PathBuf,
     rows: RowIter<'static>,
     number: u64,
     failed: bool,
+    /// Bytes of the file, and of its rows so far: a value of a dictionary is many times in the rows.
+    length: u64,
+    read: u64,
 }
 
 impl ParquetRows {
@@ -32,6 +40,7 @@ impl ParquetRows {
         let groups = reader.metadata().row_groups();
         for (group, metadata) in groups.iter().enumerate() {
             check_size(path, group, metadata)?;
+            check_codecs(path, metadata)?;
         }
         let bytes = groups
             .iter()
@@ -42,19 +51,72 @@ impl ParquetRows {
             rows: guarded(|| RowIter::from_file_into(Box::new(reader))).map_err(broken)?,
             number: 0,
             failed: false,
+            length,
+            read: 0,
         })
     }
+
+    /// Bounds a row, as a line is, and all rows by the file, as those of a compressed file are.
+    fn check_row(&mut self, row: &Map<String, Value>) -> Result<()> {
+        let bytes = row.values().map(text_bytes).sum::<usize>();
+        self.read += bytes as u64;
+        let limit = self
+            .length
+            .saturating_mul(MAX_EXPANSION)
+            .saturating_add(ALWAYS_ALLOWED);
+        if self.read > limit {
+            self.failed = true;
+            let message = format!(
+                "the rows up to here are more than {limit} bytes, over {MAX_EXPANSION} times the file, which rows \
+                 of data are not; write them as JSON Lines if it is what you mean"
+            );
+            let message = format!("row {}: {message}", self.number);
+            return Err(Error::read(&self.path)(io::Error::other(message)));
+        }
+        if bytes > MAX_LINE_BYTES {
+            let message = format!("the row has {bytes} bytes; at most {MAX_LINE_BYTES} are read");
+            return Err(Error::data(&self.path, self.number, message));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of what a value says, about.
+pub(super) fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(fields) => fields.values().map(text_bytes).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
+/// Refuses a compression that is not built in, before a row is read.
+fn check_codecs(path: &Path, metadata: &::parquet::file::metadata::RowGroupMetaData) -> Result<()> {
+    use ::parquet::basic::Compression::{self, GZIP, SNAPPY, UNCOMPRESSED, ZSTD};
+    let is_known = |codec: &Compression| matches!(codec, UNCOMPRESSED | SNAPPY | GZIP(_) | ZSTD(_));
+    let codecs = metadata.columns().iter();
+    let mut codecs = codecs.map(::parquet::file::metadata::ColumnChunkMetaData::compression);
+    let Some(other) = codecs.find(|codec| !is_known(codec)) else {
+        return Ok(());
+    };
+    let name = format!("{other:?}").to_lowercase();
+    let name = name.split('(').next().unwrap_or_default();
+    let message = format!(
+        "is compressed by {name}; snappy, gzip and zstd are read: write it with one of these, as pyarrow does with \
+         compression='zstd'"
+    );
+    Err(Error::data(path, None, message))
 }
 
 /// Refuses a small file that says it is a large one, as a JSON Lines file that is compressed is.
 fn check_expansion(path: &Path, length: u64, bytes: u64) -> Result<()> {
-    const RATIO: u64 = 200;
-    const ALWAYS: u64 = 64 << 20;
-    if bytes <= ALWAYS.max(length.saturating_mul(RATIO)) {
+    if bytes <= ALWAYS_ALLOWED.max(length.saturating_mul(MAX_EXPANSION)) {
         return Ok(());
     }
-    let message =
-        format!("says that its {length} bytes are {bytes}; at most {RATIO} times as many are read");
+    let message = format!(
+        "says that its {length} bytes are {bytes}; at most {MAX_EXPANSION} times as many are read"
+    );
     Err(Error::data(path, None, message))
 }
 
@@ -90,7 +152,7 @@ impl Iterator for ParquetRows {
         };
         self.number += 1;
         Some(match row {
-            Ok(Value::Object(object)) => Ok((self.number, object)),
+            Ok(Value::Object(object)) => self.check_row(&object).map(|()| (self.number, object)),
             other => {
                 self.failed = true;
                 let reason = match other {
@@ -206,6 +268,33 @@ mod tests {
         assert!(check_expansion(path, 1 << 20, 100 << 20).is_ok());
         let error = check_expansion(path, 144 << 10, 1500 << 20).expect_err("refused");
         assert!(error.to_string().contains("200 times"), "{error}");
+    }
+
+    #[test]
+    fn a_value_that_is_written_once_and_repeated_is_bounded_by_the_file() {
+        // 400 rows of 1 MiB in 523 bytes.
+        let mut rows = ParquetRows::open(&fixture("repeated.parquet")).expect("the file is whole");
+        let read = rows.by_ref().take_while(Result::is_ok).count();
+        assert_eq!(read, 64);
+        assert!(rows.next().is_none());
+        let mut rows = ParquetRows::open(&fixture("repeated.parquet")).expect("the file is whole");
+        let error = rows.find_map(Result::err).expect("it is refused");
+        assert_eq!(error.exit_code() as i32, 65);
+        let message = error.to_string();
+        assert!(message.contains("row 65: the rows up to here"), "{message}");
+    }
+
+    #[test]
+    fn compression_that_is_not_built_in_is_named() {
+        for name in ["lz4", "brotli"] {
+            let path = fixture(&format!("{name}.parquet"));
+            let error = ParquetRows::open(&path).err().expect("it is refused");
+            let message = error.to_string();
+            assert!(
+                message.contains(&format!("is compressed by {name}")),
+                "{message}"
+            );
+        }
     }
 
     #[test]

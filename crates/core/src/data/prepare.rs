@@ -12,11 +12,13 @@ mod tests;
 
 pub use crate::config::{BadRows, TruncationMode};
 pub use report::PrepareReport;
+pub(super) use report::Prepared;
 
 use crate::data::assistant::{Untagged, excerpt, mask_of_spans};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
 use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
+use crate::data::roles;
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -46,6 +48,11 @@ pub struct PrepareOptions {
     pub dataset_columns: BTreeMap<String, String>,
     /// What happens to a row that cannot be used.
     pub bad_rows: BadRows,
+    /// Keep rows of which no token has a label. TRL drops them where it truncates, and keeps them where it
+    /// packs or `max_length` is none.
+    pub keep_unlabelled: bool,
+    /// The number of token ids that a row of `input_ids` may hold; none: the tokenizer's.
+    pub vocab_size: Option<usize>,
 }
 
 impl Default for PrepareOptions {
@@ -60,6 +67,8 @@ impl Default for PrepareOptions {
             chat_template_kwargs: Map::new(),
             dataset_columns: BTreeMap::new(),
             bad_rows: BadRows::Error,
+            keep_unlabelled: false,
+            vocab_size: None,
         }
     }
 }
@@ -201,19 +210,40 @@ impl<'a> Preparer<'a> {
                 Ok(masked(encoded.ids, |i| i >= begin))
             }
             Record::Messages { messages, inputs } => {
+                self.check_roles(messages, inputs)?;
                 let rendered = self.render(messages, inputs, Ending::Closed)?;
                 self.conversation(messages, inputs, &rendered, 0)
             }
-            Record::Tokens { input_ids, labels } => Ok(Example {
-                input_ids: input_ids.clone(),
-                labels: labels.clone(),
-            }),
+            Record::Tokens { input_ids, labels } => {
+                self.check_ids("input_ids", input_ids.iter().copied())?;
+                let labels_of_tokens = labels.iter().filter_map(|&l| u32::try_from(l).ok());
+                self.check_ids("labels", labels_of_tokens)?;
+                Ok(Example {
+                    input_ids: input_ids.clone(),
+                    labels: labels.clone(),
+                })
+            }
             Record::PromptCompletionMessages {
                 prompt,
                 completion,
                 inputs,
             } => self.prompt_completion(prompt, completion, inputs),
         }
+    }
+
+    /// Refuses a token id that the model has no row for.
+    fn check_ids(&self, column: &str, mut ids: impl Iterator<Item = u32>) -> Result<()> {
+        let size = self.options.vocab_size;
+        let size = size.unwrap_or_else(|| self.tokenizer.vocab_size());
+        let Some(id) = ids.find(|&id| id as usize >= size) else {
+            return Ok(());
+        };
+        let message = format!(
+            "`{column}` holds the token id {id}, and the vocabulary has {size} ids, 0 to {}; these rows were \
+             tokenised for another model",
+            size.saturating_sub(1)
+        );
+        Err(Error::config(column, message))
     }
 
     /// Text that ends with the EOS token, once.
@@ -223,6 +253,11 @@ impl<'a> Preparer<'a> {
         } else {
             format!("{text}{}", self.eos)
         }
+    }
+
+    fn check_roles(&self, messages: &[Message], inputs: &TemplateInputs) -> Result<()> {
+        let template = self.template(inputs.tools.as_ref())?;
+        roles::check(messages, template).map_err(|message| Error::Template { message })
     }
 
     fn render(
@@ -249,6 +284,7 @@ impl<'a> Preparer<'a> {
         inputs: &TemplateInputs,
     ) -> Result<Example> {
         let all = [prompt, completion].concat();
+        self.check_roles(&all, inputs)?;
         let rendered = self.render(&all, inputs, Ending::Closed)?;
         if !self.mask_prompt {
             return self.conversation(&all, inputs, &rendered, 0);

@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-const MAGIC: [u8; 8] = *b"FERRTOK2";
+const MAGIC: [u8; 8] = *b"FERRTOK3";
 const DIGEST: u64 = 32;
 /// The two numbers before the digest.
 const NUMBERS: u64 = 16;
@@ -304,6 +304,25 @@ mod tests {
             assert_eq!(again.report, whole.report);
             assert!(std::fs::read(&path).expect("readable") == bytes, "{reason}");
         }
+        std::fs::remove_file(&path).expect("writable");
+        std::fs::create_dir(&path).expect("writable");
+        assert_eq!(bench.load().report, whole.report);
+        assert!(std::fs::read(&path).expect("a file again") == bytes);
+    }
+
+    #[test]
+    fn a_directory_with_something_in_it_is_not_removed_for_an_entry() {
+        let bench = Bench::new();
+        bench.load();
+        let path = bench.entries().remove(0);
+        std::fs::remove_file(&path).expect("writable");
+        std::fs::create_dir(&path).expect("writable");
+        std::fs::write(path.join("mine"), "kept").expect("writable");
+        let (files, cache) = (bench.files(), bench.cache());
+        let error = Dataset::load_cached(&files, &bench.tokenizer, &bench.options, &cache);
+        let message = error.expect_err("there is no place for it").to_string();
+        assert!(message.contains(".examples"), "{message}");
+        assert!(path.join("mine").exists());
     }
 
     #[test]

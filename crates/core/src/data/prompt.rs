@@ -6,6 +6,7 @@ mod tests;
 use crate::data::chat_template::{Conversation, Ending};
 use crate::data::jsonl::json_kind;
 use crate::data::record::{Message, Record, TemplateInputs, list, read_messages, template_inputs};
+use crate::data::roles;
 use crate::data::tokenizer::{SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -112,7 +113,7 @@ impl Prompt {
     ///
     /// # Errors
     /// [`Error::Model`] when the tokenizer lacks a chat template for a conversation or refuses the
-    /// text, [`Error::Template`] when the template refuses the messages.
+    /// text, [`Error::Template`] when the template refuses the messages or does not know a role.
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let (messages, inputs) = match self {
             Self::Text(text) => return tokenizer.encode_prompt(text),
@@ -126,6 +127,7 @@ impl Prompt {
                  chat_template.jinja beside it, or ask in plain text",
             )
         })?;
+        roles::check(messages, template).map_err(|message| Error::Template { message })?;
         let rendered = template.render(&Conversation {
             messages,
             tools,

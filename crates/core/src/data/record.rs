@@ -318,9 +318,36 @@ pub(super) fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs
             json_kind(other)
         ));
     }
-    let chat_template_kwargs = match row.get("chat_template_kwargs") {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(variables)) => variables.clone(),
+    Ok(TemplateInputs {
+        tools: tools.filter(|t| !t.is_null()),
+        chat_template_kwargs: template_variables(row)?,
+        trained: None,
+    })
+}
+
+/// What `apply_chat_template` of Transformers takes for itself, and no template gets from a row.
+const NOT_VARIABLES: [&str; 14] = [
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+];
+
+/// The variables of the template that a row brings.
+fn template_variables(row: &Map<String, Value>) -> Result<Map<String, Value>, String> {
+    let variables = match row.get("chat_template_kwargs") {
+        None | Some(Value::Null) => return Ok(Map::new()),
+        Some(Value::Object(variables)) => variables,
         Some(other) => {
             return Err(format!(
                 "`chat_template_kwargs` must be an object, found {}",
@@ -328,11 +355,21 @@ pub(super) fn template_inputs(row: &Map<String, Value>) -> Result<TemplateInputs
             ));
         }
     };
-    Ok(TemplateInputs {
-        tools: tools.filter(|t| !t.is_null()),
-        chat_template_kwargs,
-        trained: None,
-    })
+    let taken = NOT_VARIABLES.iter().find(|n| variables.contains_key(**n));
+    let Some(taken) = taken else {
+        return Ok(variables.clone());
+    };
+    let instead = match *taken {
+        "messages" | "conversation" => "give the row `messages`",
+        "tools" => "give the row `tools`",
+        "chat_template" => "set `chat_template_path`",
+        "max_length" | "truncation" => "set `max_length` and `truncation_mode`",
+        _ => "leave it out",
+    };
+    Err(format!(
+        "`chat_template_kwargs` holds `{taken}`, which is no variable of the row: preparation decides it \
+         itself; {instead}"
+    ))
 }
 
 fn unknown_columns(row: &Map<String, Value>, text_field: &str) -> String {
@@ -468,6 +505,15 @@ mod tests {
             (
                 json!({"messages": [{"role": "u", "content": "c"}], "chat_template_kwargs": 1}),
                 "must be an object",
+            ),
+            (
+                json!({"messages": [{"role": "u", "content": "c"}], "chat_template_kwargs": {"messages": []}}),
+                "holds `messages`, which is no variable of the row",
+            ),
+            (
+                json!({"prompt": [{"role": "u", "content": "c"}], "completion": [{"role": "u", "content": "c"}],
+                       "chat_template_kwargs": {"x": 1, "add_generation_prompt": true}}),
+                "holds `add_generation_prompt`, which",
             ),
         ];
         for (row, expected) in table {

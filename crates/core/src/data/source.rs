@@ -1,7 +1,7 @@
 //! Files of rows, whatever their format.
 
 use crate::data::jsonl::{JsonLines, Line, parse_object};
-use crate::data::parquet::ParquetRows;
+use crate::data::parquet::{ParquetRows, text_bytes};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::File;
@@ -30,7 +30,7 @@ impl RawRow {
     pub(super) fn bytes(&self) -> usize {
         match self {
             Self::Line(line) => line.text.len(),
-            Self::Columns(_, columns) => columns.values().map(|v| v.to_string().len()).sum(),
+            Self::Columns(_, columns) => columns.values().map(text_bytes).sum(),
         }
     }
 

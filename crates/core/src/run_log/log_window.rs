@@ -28,13 +28,13 @@ impl StepReport {
     /// Mean cross-entropy per trained token, nats.
     #[must_use]
     pub fn loss(&self) -> f64 {
-        self.loss_sum / self.trained_tokens as f64
+        self.loss_sum / self.trained_tokens.max(1) as f64
     }
 
     /// Share of trained tokens predicted best.
     #[must_use]
     pub fn mean_token_accuracy(&self) -> f64 {
-        self.correct as f64 / self.trained_tokens as f64
+        self.correct as f64 / self.trained_tokens.max(1) as f64
     }
 }
 

@@ -207,7 +207,7 @@ impl Trainer {
     /// One optimizer step over this rank's micro-batches at learning rate `lr`.
     ///
     /// The gradient is that of the mean loss over every trained token of the step, on all ranks:
-    /// it does not depend on how rows are split into micro-batches or ranks.
+    /// it does not depend on how rows are split into micro-batches or ranks. It is 0 if none is trained.
     ///
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
@@ -218,23 +218,31 @@ impl Trainer {
             self.gradients(micro_batches)?
         };
         let trained = |batch: &PackedBatch| self.model.trained_tokens(batch) as u64;
+        let tokens = || -> u64 {
+            micro_batches
+                .iter()
+                .map(|batch| batch.tokens() as u64)
+                .sum()
+        };
         let count = match reduced {
             Some(totals) => totals.sums.count,
             None => micro_batches.iter().map(trained).sum(),
         };
-        check_labels(count)?;
+        check_labels(count, reduced.map_or_else(tokens, |totals| totals.tokens))?;
+        // Rows of one token have no other to predict it from: the mean over none is 0.
+        let divisor = count.max(1);
         if let Some(totals) = reduced {
-            self.check_finite("loss", totals.sums.loss / count as f64)?;
+            self.check_finite("loss", totals.sums.loss / divisor as f64)?;
         }
         let penalty =
             self.adapter
-                .complete_gradients(&self.params, count as f32, &mut self.grads)?;
-        let (grad_norm, sums) = self.update(lr, count)?;
+                .complete_gradients(&self.params, divisor as f32, &mut self.grads)?;
+        let (grad_norm, sums) = self.update(lr, divisor)?;
         let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;
-        self.check_finite("loss", loss / count as f64)?;
+        self.check_finite("loss", loss / divisor as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
-        self.finish_step(grad_norm, count)?;
+        self.finish_step(grad_norm, divisor)?;
         Ok(StepReport {
             loss_sum: loss + penalty * count as f64,
             entropy_sum: entropy,
@@ -281,7 +289,7 @@ impl Trainer {
             };
         }
         let sums = ranks::sum_totals(self.group.as_mut(), totals)?.sums;
-        check_labels(sums.count)?;
+        check_labels(sums.count, 0)?;
         let count = sums.count as f64;
         Ok(EvalReport {
             loss: sums.loss / count,
@@ -490,12 +498,11 @@ fn graphs(model: &Model, group: &dyn ProcessGroup, options: &TrainerOptions) -> 
     )
 }
 
-fn check_labels(count: u64) -> Result<()> {
-    if count > 0 {
+fn check_labels(trained: u64, tokens: u64) -> Result<()> {
+    if trained > 0 || tokens > 0 {
         return Ok(());
     }
-    let message =
-        "no token of this batch has a label; every row needs at least one trained token".into();
+    let message = "no token of this batch has a label; there is nothing to learn from".into();
     Err(Error::Numeric { message })
 }
 

@@ -139,6 +139,25 @@ DEVICE void early_exit(const Values& p) {
 }
 KERNEL(early_exit_1, 64, Values, early_exit)
 
+// Two teams of 64 threads that reverse `team + 1` times, each with barriers of its own; `count` threads
+// of the last one stay away.
+DEVICE void teams(const Values& p) {
+    SHARED f32 tile[2][64];
+    const u32 team = threadIdx.x / 64, i = threadIdx.x % 64;
+    if (threadIdx.x >= 128 - p.count) {
+        return;
+    }
+    f32 value = p.in[threadIdx.x];
+    for (u32 round = 0; round <= team; round++) {
+        tile[team][i] = value;
+        team_barrier(team, 64);
+        value = tile[team][63 - i];
+        team_barrier(team, 64);
+    }
+    p.out[threadIdx.x] = value;
+}
+KERNEL(teams_1, 128, Values, teams)
+
 // Static and dynamic shared memory as a block finds it.
 DEVICE void stale_shared(const Values& p) {
     SHARED f32 tile[64];

@@ -259,6 +259,13 @@ void shared_memory_and_copies() {
     for (size_t i = 0; i < 64; i++) {
         CHECK(i < 40 ? back[i] == in[39 - i] : std::isnan(back[i]));
     }
+
+    Array<f32> turned(128);
+    CHECK(gpu.launch("teams_1", 1, 128, 0, Values{device.ptr(), turned.ptr(), 0}) == 0);
+    const std::vector<f32> turns = turned.values();
+    for (size_t i = 0; i < 64; i++) {
+        CHECK(turns[i] == in[63 - i] && turns[64 + i] == in[64 + i]);
+    }
 }
 
 bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
@@ -279,6 +286,11 @@ void wrong_kernels_are_caught() {
     CHECK(contains(gpu.failure("half_warp_1", 64, 0, p), "32 threads (the first is 0) wait in a warp operation (shuffle_xor)"));
     CHECK(contains(gpu.failure("diverged_1", 64, 0, p), "diverged"));
     CHECK(contains(gpu.failure("mixed_1", 64, 0, p), "deadlock"));
+    {
+        Array<f32> both(integers(128, 5)), turned(128);
+        CHECK(contains(gpu.failure("teams_1", 128, 0, Values{both.ptr(), turned.ptr(), 1}),
+                       "63 threads (the first is 64) wait at a barrier of their team"));
+    }
     CHECK(contains(gpu.failure("misaligned_1", 32, 0, p), "not aligned to 16"));
 #if !defined(__SANITIZE_ADDRESS__)
     CHECK(contains(gpu.failure("shared_out_of_bounds_1", 32, 64, Values{nullptr, nullptr, 16}),

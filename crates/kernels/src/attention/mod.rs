@@ -49,7 +49,7 @@ pub struct Config {
     pub kv_heads: usize,
     /// Width E of one head.
     pub head_dim: usize,
-    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    /// Factor of the scores, positive, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
     /// Number of keys a query sees, itself included; `None` for all before it.
     pub window: Option<usize>,
@@ -64,8 +64,8 @@ pub struct Config {
 /// the sequence bounds `[S+1]`. Sequences may be empty.
 ///
 /// # Errors
-/// If a shape or length does not fit, `kv_heads` does not divide `heads`, the window is zero, the
-/// softcap is not positive, or the bounds do not grow from 0 to at most the number of rows with at
+/// If a shape or length does not fit, `kv_heads` does not divide `heads`, the window is zero, scale or
+/// softcap are not positive, or the bounds do not grow from 0 to at most the number of rows with at
 /// least as many keys as queries. On a GPU also if a head is wider than 256.
 #[expect(
     clippy::too_many_arguments,
@@ -192,11 +192,13 @@ fn check_inputs(
         let message = "a window of 0 keys hides every key; a window counts the query itself".into();
         return Err(Error::Invalid { op, message });
     }
-    if let Some(softcap) = config.softcap
-        && !(softcap > 0.0 && softcap.is_finite())
-    {
-        let message = format!("a softcap of {softcap}; it must be positive and finite");
-        return Err(Error::Invalid { op, message });
+    for (what, factor) in [("scale", Some(config.scale)), ("softcap", config.softcap)] {
+        if let Some(factor) = factor
+            && !(factor > 0.0 && factor.is_finite())
+        {
+            let message = format!("a {what} of {factor}; it must be positive and finite");
+            return Err(Error::Invalid { op, message });
+        }
     }
     check_shape(op, "q [Tq,H*E]", [q.rows(), heads * head_dim], q.shape())?;
     check_shape(op, "k [Tk,K*E]", [k.rows(), kv_heads * head_dim], k.shape())?;

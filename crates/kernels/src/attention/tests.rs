@@ -484,6 +484,15 @@ fn arguments_that_do_not_fit_are_refused() {
         &[0, 5],
     );
     assert!(window.contains("window of 0"), "{window}");
+    let scale = message(
+        Config {
+            scale: -0.5,
+            ..good
+        },
+        &[0, 3],
+        &[0, 5],
+    );
+    assert!(scale.contains("scale of -0.5"), "{scale}");
     let softcap = message(
         Config {
             softcap: Some(0.0),

@@ -34,8 +34,13 @@ impl Copy {
         self.suffix
     }
 
+    /// Groups in `cols` columns.
+    pub(crate) fn groups(self, cols: usize) -> u32 {
+        count(cols / self.group)
+    }
+
     /// Blocks `[tiles, rows]` whose threads have one group of columns each.
     pub(crate) fn elements(self, rows: usize, cols: usize) -> Grid {
-        element_grid(rows, count(cols / self.group))
+        element_grid(rows, self.groups(cols))
     }
 }

@@ -132,6 +132,16 @@ pub(crate) fn element_grid(rows: usize, groups: u32) -> Grid {
     Grid::new([groups.div_ceil(threads), rows], threads)
 }
 
+/// Threads that share a row of `groups`, and blocks `[tiles, rows]` of as many rows as have room; at the
+/// most blocks that a grid can have, they go on with the rows after those. For narrow rows, of which
+/// [`element_grid`] gives each a block.
+pub(crate) fn shared_rows(rows: usize, groups: u32) -> (u32, Grid) {
+    let threads = groups.next_power_of_two().min(ELEMENT_THREADS);
+    let blocks = count(rows).div_ceil(ELEMENT_THREADS / threads);
+    let blocks = [groups.div_ceil(threads), blocks.min(MAX_BLOCKS_Y)];
+    (threads, Grid::new(blocks, ELEMENT_THREADS))
+}
+
 /// Blocks of 32 columns for `add_column_sums`.
 pub(crate) fn column_sums(cols: usize) -> Grid {
     Grid::new(count(cols).div_ceil(WARP), 1024)
@@ -172,6 +182,10 @@ mod tests {
                     panic!("row teams have blocks in x only")
                 };
                 assert!((blocks * rows_per_block) as usize >= rows && grid.threads <= 1024);
+                let (threads, grid) = shared_rows(rows, access.groups(cols));
+                let together = grid.threads / threads;
+                assert!(grid.blocks[0] * threads >= access.groups(cols));
+                assert!((grid.blocks[1] * together) as usize >= rows.min(65_535));
                 let grid = access.elements(rows, cols);
                 assert!((grid.blocks[0] * grid.threads) as usize * access.group() >= cols);
                 assert_eq!(grid.blocks[1] as usize, rows.min(65_535));

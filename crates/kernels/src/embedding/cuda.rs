@@ -3,7 +3,7 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
-use crate::cuda::rows::{Access, Matrix, count};
+use crate::cuda::rows::{Access, Matrix, count, shared_rows};
 use crate::cuda::{CudaDevice, Grid, Module, convert};
 use crate::{Indices, Result, View, ViewMut};
 
@@ -26,7 +26,8 @@ struct Params {
     cols: u32,
     /// Id of the first row of the table.
     first: u32,
-    unused: u32,
+    /// Threads of a block that share a row, in the forward pass.
+    threads: u32,
 }
 
 impl Params {
@@ -38,7 +39,7 @@ impl Params {
             rows: count(ids.len()),
             cols: count(to.cols()),
             first: count(first),
-            unused: 0,
+            threads: 0,
         }
     }
 }
@@ -50,15 +51,12 @@ pub(super) fn forward(
     ids: &Indices<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    let params = Params::new(table, first, ids, out.as_view());
+    let mut params = Params::new(table, first, ids, out.as_view());
     let copy = convert::Copy::of(&params.from, &params.to, out.cols());
     let kernel = format!("embedding_forward_{}", copy.suffix());
-    device.launch(
-        &MODULE,
-        &kernel,
-        copy.elements(ids.len(), out.cols()),
-        &params,
-    )
+    let (threads, grid) = shared_rows(ids.len(), copy.groups(out.cols()));
+    params.threads = threads;
+    device.launch(&MODULE, &kernel, grid, &params)
 }
 
 /// `d_table` has its rows back to back.

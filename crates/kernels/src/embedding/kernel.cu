@@ -6,14 +6,16 @@ struct Forward {
     Matrix table, out;
     const u32* ids;
     u32 rows, cols;
-    u32 first, unused;  // id of the table's first row; tokens of earlier ones are left alone
+    u32 first;  // id of the table's first row; tokens of earlier ones are left alone
+    u32 threads;  // of a block that share a row
 };
 
 template <typename C>
 DEVICE void forward(const Forward& p) {
-    const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 group = blockIdx.x * p.threads + threadIdx.x % p.threads;
     if (group >= p.cols / C::LEN) return;
-    for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    const u32 together = blockDim.x / p.threads;
+    for (u32 row = blockIdx.y * together + threadIdx.x / p.threads; row < p.rows; row += gridDim.y * together) {
         const u32 id = p.ids[row];
         if (id >= p.first) C::copy(p.table, id - p.first, p.out, row, group);
     }

@@ -121,48 +121,76 @@ fn text(tokens: &[(String, bool)], trained: bool) -> String {
     chosen.map(|(text, _)| text.as_str()).collect()
 }
 
-#[test]
-fn without_its_tags_a_template_trains_the_same_tokens() {
-    for root in roots("templates without their tags") {
-        let (mut same, mut rewriting, mut templates) = (0, 0, 0);
-        for template in recorded(&root).iter_mut().filter(|t| t.tagged) {
-            templates += 1;
-            let tagged: Vec<_> = template
-                .conversations
-                .iter()
-                .map(|case| trained(&template.tokenizer, case).expect("it has tags"))
-                .collect();
-            // The tag stays a block, so the white space around it is as before.
-            let untagged = template
-                .source
-                .replace(" endgeneration ", " endif ")
-                .replace(" generation ", " if true ");
-            template
-                .tokenizer
-                .set_chat_template(&untagged)
-                .expect("the template compiles");
-            for (case, tagged) in template.conversations.iter().zip(tagged) {
-                match trained(&template.tokenizer, case) {
-                    Ok(found) => {
-                        // Line breaks around a turn are inside some tags and outside others.
-                        let differs = found
-                            .iter()
-                            .zip(&tagged)
-                            .find(|(a, b)| a.1 != b.1 && !a.0.trim().is_empty());
-                        assert_eq!(differs, None, "{} {}", template.name, case["messages"]);
-                        same += 1;
-                    }
-                    Err(message) => {
-                        assert!(message.contains("differently once others"), "{message}");
-                        rewriting += 1;
-                    }
+/// The template without its tags. What was a tag stays a block, so the white space around it is as before.
+fn untagged(source: &str) -> String {
+    source
+        .replace(" endgeneration ", " endif ")
+        .replace(" generation ", " if true ")
+}
+
+/// Trains every recorded conversation of every template that has tags, with them and without: how many
+/// templates and conversations are the same, and how many are refused with one of `reasons`.
+fn compare_without_tags(
+    root: &Path,
+    without: impl Fn(&str) -> String,
+    reasons: &[&str],
+) -> [usize; 3] {
+    let (mut same, mut refused, mut templates) = (0, 0, 0);
+    for template in recorded(root).iter_mut().filter(|t| t.tagged) {
+        templates += 1;
+        let tagged: Vec<_> = template
+            .conversations
+            .iter()
+            .map(|case| trained(&template.tokenizer, case).expect("it has tags"))
+            .collect();
+        template
+            .tokenizer
+            .set_chat_template(&without(&template.source))
+            .expect("the template compiles");
+        for (case, tagged) in template.conversations.iter().zip(tagged) {
+            match trained(&template.tokenizer, case) {
+                Ok(found) => {
+                    // Line breaks around a turn are inside some tags and outside others.
+                    let differs = found
+                        .iter()
+                        .zip(&tagged)
+                        .find(|(a, b)| a.1 != b.1 && !a.0.trim().is_empty());
+                    assert_eq!(differs, None, "{} {}", template.name, case["messages"]);
+                    same += 1;
+                }
+                Err(message) => {
+                    let is_told = reasons.iter().any(|reason| message.contains(reason));
+                    assert!(is_told, "{message}");
+                    refused += 1;
                 }
             }
         }
+    }
+    [templates, same, refused]
+}
+
+#[test]
+fn without_its_tags_a_template_trains_the_same_tokens() {
+    for root in roots("templates without their tags") {
+        let reasons = ["differently once others"];
+        let [templates, same, refused] = compare_without_tags(&root, untagged, &reasons);
         report(&format!(
-            "{templates} templates: {same} conversations, {rewriting} whose history is rewritten"
+            "{templates} templates: {same} conversations, {refused} whose history is rewritten"
         ));
-        assert!(templates >= 8 && same >= 80 && rewriting <= 8);
+        assert!(templates >= 8 && same >= 80 && refused <= 8);
+    }
+}
+
+#[test]
+fn without_tags_and_without_a_generation_prompt_the_header_is_not_trained() {
+    for root in roots("templates without tags and generation prompt") {
+        let reasons = ["differently once others", "ignores `add_generation_prompt`"];
+        let without = |source: &str| untagged(source).replace("add_generation_prompt", "false");
+        let [templates, same, refused] = compare_without_tags(&root, without, &reasons);
+        report(&format!(
+            "{templates} templates: {same} conversations, {refused} refused"
+        ));
+        assert!(templates >= 8 && same >= 70 && refused <= 16);
     }
 }
 
@@ -176,7 +204,11 @@ fn every_stock_template_trains_exactly_what_the_assistant_says() {
                     Ok(tokens) => tokens,
                     Err(message) => {
                         assert!(message.contains("rows.jsonl:1: "), "{message}");
-                        assert!(message.contains("the template renders"), "{message}");
+                        let is_told = ["the template renders", "the template ignores"];
+                        assert!(
+                            is_told.iter().any(|part| message.contains(part)),
+                            "{message}"
+                        );
                         rewriting.push(format!("{} {}", template.name, case["conversation"]));
                         continue;
                     }
@@ -221,30 +253,119 @@ fn turns_end_with_their_own_token_in_the_middle_and_at_the_end() {
                       {% if loop.last and m.role == 'assistant' %}<|im_end|>{% else %}<|end|>\
                       {% endif %}{% endfor %}\
                       {% if add_generation_prompt %}<|assistant|>{% endif %}";
-    let root = crate::data::fixtures::repository();
-    let path = root.join("tokenizers/bpe_llama3");
-    let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
-    let turns = |n: usize| -> Vec<Value> {
-        let turn = |i: usize| {
-            let role = if i.is_multiple_of(2) {
-                "user"
-            } else {
-                "assistant"
-            };
-            json!({"role": role, "content": format!("w{i}")})
-        };
-        (0..n).map(turn).collect()
-    };
     let table = [
         (ends_conversation, "w1<|end|>\nw3<|end|>\n<|endoftext|>"),
         (other_last, "w1<|end|>w3<|im_end|>"),
     ];
     for (source, expected) in table {
-        tokenizer
-            .set_chat_template(source)
-            .expect("the template compiles");
-        let case = json!({"messages": turns(4), "kwargs": Map::new()});
-        let tokens = trained(&tokenizer, &case).expect("history is kept");
-        assert_eq!(text(&tokens, true), expected);
+        assert_eq!(said(source, &turns(4)), Ok(expected.to_owned()));
+    }
+}
+
+/// Turns of user and assistant, which say `w0`, `w1` and so on.
+fn turns(n: usize) -> Vec<Value> {
+    let role = |i: usize| ["user", "assistant"][i % 2];
+    (0..n)
+        .map(|i| json!({"role": role(i), "content": format!("w{i}")}))
+        .collect()
+}
+
+/// The text that a template trains of a conversation.
+fn said(source: &str, messages: &[Value]) -> Result<String, String> {
+    let path = crate::data::fixtures::repository().join("tokenizers/bpe_llama3");
+    let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
+    tokenizer
+        .set_chat_template(source)
+        .expect("the template compiles");
+    let case = json!({"messages": messages, "kwargs": Map::new()});
+    Ok(text(&trained(&tokenizer, &case)?, true))
+}
+
+const PLAIN: &str = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}";
+const PROMPT: &str = "{% if add_generation_prompt %}<|assistant|>{% endif %}";
+
+#[test]
+fn what_a_template_writes_behind_a_conversation_is_not_trained() {
+    let footer = "{% if not add_generation_prompt %}FOOTER of {{ messages|length }}{% endif %}";
+    for count in [2, 4] {
+        let all = ["w1<|end|>", "w1<|end|>w3<|end|>"][count / 2 - 1].to_owned();
+        let source = format!("{PLAIN}{PROMPT}{footer}");
+        assert_eq!(said(&source, &turns(count)), Ok(all.clone()));
+        // Behind an answer alone, so that no rendering of what comes before it shows it.
+        let behind_answer =
+            footer.replace("not add", "messages[-1].role == 'assistant' and not add");
+        let source = format!("{PLAIN}{PROMPT}{behind_answer}");
+        assert_eq!(said(&source, &turns(count)), Ok(all.clone()));
+        // No generation prompt either: neither header nor footer.
+        let source = format!("{PLAIN}{footer}");
+        assert_eq!(said(&source, &turns(count)), Ok(all));
+    }
+    // A footer that says what the assistant says cannot be told from it.
+    let echo = "{% if not add_generation_prompt %}You said {{ messages[-1].content }}{% endif %}";
+    let message = said(&format!("{PLAIN}{PROMPT}{echo}"), &turns(2)).expect_err("an echo");
+    assert!(message.contains("rows.jsonl:1: "), "{message}");
+}
+
+#[test]
+fn a_turn_that_says_nothing_is_trained_to_its_end_or_refused() {
+    let empty = |at: usize| {
+        let mut turns = turns(4);
+        turns[at]["content"] = json!("");
+        turns
+    };
+    let plain = format!("{PLAIN}{PROMPT}");
+    for (at, expected) in [(1, "<|end|>w3<|end|>"), (3, "w1<|end|><|end|>")] {
+        assert_eq!(said(&plain, &empty(at)), Ok(expected.to_owned()));
+    }
+    // Thoughts are written of the last turn alone, as Qwen 3 does.
+    let thinks = "{% for m in messages %}<|{{ m.role }}|>\
+                  {% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}\
+                  {{ m.content }}<|end|>{% endfor %}";
+    let source = format!("{thinks}{PROMPT}");
+    for messages in [turns(4), empty(1)] {
+        let message = said(&source, &messages).expect_err("the history is rewritten");
+        assert!(message.contains("message 1 (counted from 0)"), "{message}");
+    }
+    let expected = Ok("<think></think>w1<|end|>".to_owned());
+    assert_eq!(said(&source, &turns(2)), expected);
+}
+
+/// Recorded with transformers 5.24.0: before, of a character that takes several tokens and ends a block only
+/// the first token was the assistant's.
+#[test]
+fn a_block_has_all_tokens_of_its_last_character() {
+    let template = "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}\
+                    {{ m.content }}{% endgeneration %}.{% else %}{{ m.content }}{% endif %}{% endfor %}";
+    let recorded = [
+        ("bpe_qwen2", "b\u{1f44d}", "000000011111000000"),
+        ("bpe_qwen2", "\u{65e5}\u{672c}", "0000000111111000000"),
+        ("bpe_llama3", "\u{e9}\u{301}", "00000001111000000"),
+        (
+            "bpe_bytefallback_llama2",
+            "b\u{1f44d}",
+            "000000001111110000000",
+        ),
+        (
+            "bpe_bytefallback_llama2",
+            "\u{1f44d}",
+            "00000000111110000000",
+        ),
+        ("bpe_qwen2", "", "0000000000000"),
+    ];
+    for (name, content, mask) in recorded {
+        let path = crate::data::fixtures::repository()
+            .join("tokenizers")
+            .join(name);
+        let mut tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
+        tokenizer.set_chat_template(template).expect("it compiles");
+        let messages = json!([{"role": "user", "content": "a\u{1f44d}"},
+            {"role": "assistant", "content": content}, {"role": "user", "content": "\u{1f44d}"}]);
+        let case = json!({"messages": messages, "kwargs": Map::new()});
+        let found = trained(&tokenizer, &case).expect("it has tags");
+        let found: String = found
+            .iter()
+            .map(|(_, t)| ["0", "1"][usize::from(*t)])
+            .collect();
+        assert_eq!(found, mask, "{name} {content}");
     }
 }

@@ -14,6 +14,7 @@ mod expression;
 mod generation;
 mod lexer;
 mod literal;
+mod names;
 mod python;
 mod rewrite;
 mod strftime;
@@ -25,7 +26,7 @@ use crate::data::record::Message;
 use crate::{Error, Result};
 use environment::{CappedOutput, environment, explain, json_to_value};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// The date that `strftime_now` shows: 26 July 2024, in seconds since 1970-01-01 UTC.
@@ -89,6 +90,7 @@ pub struct ChatTemplate {
     special_tokens: BTreeMap<String, String>,
     has_generation_tags: bool,
     can_nest_deeply: bool,
+    compared: BTreeSet<String>,
 }
 
 impl ChatTemplate {
@@ -109,6 +111,7 @@ impl ChatTemplate {
             has_generation_tags,
             can_nest_deeply: source.contains("namespace")
                 || source.matches(['[', '{', '(']).count() > SHALLOW_BRACKETS,
+            compared: names::compared(source),
         })
     }
 
@@ -129,6 +132,12 @@ impl ChatTemplate {
     #[must_use]
     pub fn has_generation_tags(&self) -> bool {
         self.has_generation_tags
+    }
+
+    /// Whether the template compares something with this word, as it does with a role it treats by itself.
+    #[must_use]
+    pub fn compares_with(&self, word: &str) -> bool {
+        self.compared.contains(word)
     }
 
     /// Renders a conversation.

@@ -1,8 +1,16 @@
-use crate::data::batch::Example;
+use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::examples::Examples;
+use crate::data::prepare::Row;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+/// A row as it is trained on.
+pub(crate) struct Prepared {
+    pub(crate) example: Example,
+    /// Tokens that truncation took.
+    pub(crate) lost: usize,
+}
 
 /// How many dropped rows a report names.
 const NAMED_ROWS: usize = 10;
@@ -12,8 +20,11 @@ const NAMED_ROWS: usize = 10;
 pub struct PrepareReport {
     /// Rows read.
     pub rows: u64,
-    /// Rows left out because no token of them is trained.
+    /// Rows left out because no token of them has a label.
     pub dropped_rows: u64,
+    /// Rows kept although no token of them is trained: those of one token, and others where rows without
+    /// labels are kept.
+    pub untrained_rows: u64,
     /// File and line of the first rows left out.
     pub dropped_lines: Vec<(PathBuf, u64)>,
     /// Rows left out because they cannot be used.
@@ -44,19 +55,22 @@ impl PrepareReport {
         }
     }
 
-    /// Counts a row that was prepared and cut by `lost` tokens; whether it is kept.
-    pub(crate) fn count(&mut self, path: &Path, line: u64, example: &Example, lost: usize) -> bool {
+    /// Counts a row that was prepared; whether it is kept, as one without labels is if `keep_unlabelled`.
+    pub(crate) fn count(&mut self, row: &Row, prepared: &Prepared, keep_unlabelled: bool) -> bool {
+        let Prepared { example, lost } = prepared;
         self.rows += 1;
-        self.truncated_rows += u64::from(lost > 0);
-        self.tokens_lost += lost as u64;
+        self.truncated_rows += u64::from(*lost > 0);
+        self.tokens_lost += *lost as u64;
         let trained = example.trained_tokens();
-        if trained == 0 {
+        let is_labelled = example.labels.iter().any(|label| *label != IGNORE_INDEX);
+        if !is_labelled && !keep_unlabelled {
             self.dropped_rows += 1;
             if self.dropped_lines.len() < NAMED_ROWS {
-                self.dropped_lines.push((path.to_path_buf(), line));
+                self.dropped_lines.push((row.path.to_path_buf(), row.line));
             }
             return false;
         }
+        self.untrained_rows += u64::from(trained == 0);
         self.add(example.len(), trained);
         true
     }

@@ -30,6 +30,7 @@ struct Fma {
     static constexpr u32 BLOCK_COLUMNS = 16;
     static constexpr u32 ROWS = 1, COLUMNS = BLOCK_COLUMNS / ROW_THREADS, WIDE = WIDTH / ROW_THREADS;
     static constexpr u32 PITCH = WIDTH + 1;
+    static constexpr bool IN_REGISTERS = false;
     using Scores = FmaFragment<BLOCK_COLUMNS>;
     using Sums = FmaFragment<WIDTH>;
 

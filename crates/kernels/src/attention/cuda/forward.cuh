@@ -1,28 +1,26 @@
-// FlashAttention-2, forward: a block of queries of one head walks over tiles of keys with a running
-// maximum and sum. While a tile's scores are made its values arrive; while its values are summed the
-// next keys arrive.
+// FlashAttention-2, forward: a block of queries of one head walks over tiles of keys and values with a
+// running maximum and sum. While it works on one tile the next one arrives.
 
-// Scores in units of ln 2 from products of queries and keys.
+// Puts the tanh of a softcap in the place of products of queries and keys.
 template <typename Engine>
-DEVICE void scale_scores(const Attention& p, typename Engine::Scores& scores) {
-    const f32 scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * LOG2E;
-#pragma unroll
-    for (u32 r = 0; r < Engine::ROWS; ++r) {
-#pragma unroll
-        for (u32 i = 0; i < Engine::COLUMNS; ++i) scores.at(r, i) *= scale;
-    }
+DEVICE void cap_scores(const Attention& p, typename Engine::Scores& scores) {
     if (p.softcap == 0.0f) return;
+    const f32 scale = p.scale / p.softcap;
 #pragma unroll
     for (u32 r = 0; r < Engine::ROWS; ++r) {
 #pragma unroll
-        for (u32 i = 0; i < Engine::COLUMNS; ++i) scores.at(r, i) = p.softcap * LOG2E * Engine::tanh(scores.at(r, i));
+        for (u32 i = 0; i < Engine::COLUMNS; ++i) scores.at(r, i) = Engine::tanh(scores.at(r, i) * scale);
     }
 }
+
+// By how much, in units of ln 2, a score may exceed the maximum that powers are relative to. As long as
+// it does not, nothing summed so far has to be scaled, and 2^8 is far from the end of a float.
+constexpr f32 SLACK = 8.0f;
 
 // Running softmax of the rows of a thread.
 template <typename Engine>
 struct Softmax {
-    f32 max[Engine::ROWS];
+    f32 max[Engine::ROWS];  // at most SLACK below the largest score
     f32 sum[Engine::ROWS];  // this thread's columns
 
     DEVICE Softmax() {
@@ -30,28 +28,46 @@ struct Softmax {
         for (u32 r = 0; r < Engine::ROWS; ++r) max[r] = -infinity(), sum[r] = 0.0f;
     }
 
-    // Replaces scores by 2^(score - max), and scales `sums` to a new maximum.
-    DEVICE void add(typename Engine::Scores& scores, typename Engine::Sums& sums) {
+    // Replaces scores by 2^(factor score - max), and scales `sums` to a new maximum.
+    DEVICE void add(typename Engine::Scores& scores, f32 factor, typename Engine::Sums& sums) {
+        f32 shrink[Engine::ROWS];
+        bool shrinks = false;
 #pragma unroll
         for (u32 r = 0; r < Engine::ROWS; ++r) {
-            f32 next = max[r];
+            f32 next = scores.at(r, 0);
 #pragma unroll
-            for (u32 i = 0; i < Engine::COLUMNS; ++i) next = fmaxf(next, scores.at(r, i));
-            next = Engine::row_max(next);
+            for (u32 i = 1; i < Engine::COLUMNS; ++i) next = fmaxf(next, scores.at(r, i));
+            next = Engine::row_max(next) * factor;
+            const bool grows = next > max[r] + SLACK;
+            shrink[r] = grows ? fast_exp2(max[r] - next) : 1.0f;
+            max[r] = grows ? next : max[r];
+            shrinks |= grows;
             // A row that has seen no key yet: every power is 0, not NaN.
-            const f32 base = next == -infinity() ? 0.0f : next;
-            const f32 shrink = fast_exp2(max[r] - base);
-            max[r] = next;
-            sum[r] *= shrink;
+            const f32 base = max[r] == -infinity() ? 0.0f : max[r];
+            sum[r] *= shrink[r];
 #pragma unroll
             for (u32 i = 0; i < Engine::COLUMNS; i += 2) {
-                scores.at(r, i) = fast_exp2(scores.at(r, i) - base);
-                scores.at(r, i + 1) = fast_exp2(scores.at(r, i + 1) - base);
+                scores.at(r, i) = fast_exp2(fmaf(scores.at(r, i), factor, -base));
+                scores.at(r, i + 1) = fast_exp2(fmaf(scores.at(r, i + 1), factor, -base));
                 sum[r] += scores.at(r, i) + scores.at(r, i + 1);
             }
-#pragma unroll
-            for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= shrink;
         }
+        if (!shrinks) return;
+#pragma unroll
+        for (u32 r = 0; r < Engine::ROWS; ++r) {
+#pragma unroll
+            for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= shrink[r];
+        }
+    }
+};
+
+// Keys and values that stream past a block of queries: two tiles of each.
+template <typename Engine>
+struct Stream {
+    typename Engine::Element* shared;
+
+    DEVICE typename Engine::Tile tile(u32 stage, u32 which) const {
+        return {shared + (stage % 2 * 2 + which) * Engine::BLOCK_COLUMNS * Engine::PITCH};
     }
 };
 
@@ -75,36 +91,43 @@ DEVICE void forward(const Attention& p) {
         return;
     }
     auto* shared = dynamic_shared<typename Engine::Element>();
-    const Tile q{shared}, k{shared + M * Engine::PITCH}, v{shared + (M + N) * Engine::PITCH};
-    const auto load = [&](Tile tile, const Matrix& m, u32 index) {
-        const u32 row = block.other_row + index * N, rows = block.other_rows - index * N;
-        Engine::template load<N>(p, tile, m, row, rows, kv_column);
+    const Tile q{shared};
+    const Stream<Engine> stream{shared + M * Engine::PITCH};
+    const auto load = [&](u32 tile, u32 stage) {
+        const u32 row = block.other_row + tile * N, rows = block.other_rows - tile * N;
+        Engine::template load<N>(p, stream.tile(stage, 0), p.k, row, rows, kv_column);
+        Engine::template load<N>(p, stream.tile(stage, 1), p.v, row, rows, kv_column);
+        cp_async_commit();
     };
 
     u32 tile = block.end - 1;
     Engine::template load<M>(p, q, p.q, block.row, block.rows, column);
-    load(k, p.k, tile);
     cp_async_commit();
+    load(tile, 0);
     typename Engine::Sums sums;
     clear(sums);
     Softmax<Engine> softmax;
-    for (;; --tile) {
+    const auto queries = [&] {
+        if constexpr (Engine::IN_REGISTERS) {
+            cp_async_wait<1>();
+            __syncthreads();  // the queries are there
+            return Engine::fragments(q);
+        } else {
+            return q;
+        }
+    }();
+    const f32 factor = score_factor(p);
+    for (u32 stage = 0;; ++stage, --tile) {
         cp_async_wait<0>();
-        __syncthreads();  // the keys are there, nobody reads the last values any more
-        load(v, p.v, tile);
-        cp_async_commit();
+        __syncthreads();  // this tile is there, nobody reads the one before it
+        if (tile > block.begin) load(tile - 1, stage + 1);
         typename Engine::Scores scores;
         clear(scores);
-        Engine::multiply_transposed(scores, q, k);
-        __syncthreads();  // nobody reads the keys any more
-        if (tile > block.begin) load(k, p.k, tile - 1);
-        cp_async_commit();
-        scale_scores<Engine>(p, scores);
+        Engine::multiply_transposed(scores, queries, stream.tile(stage, 0));
+        cap_scores<Engine>(p, scores);
         mask<Engine, false>(p, scores, block.position, tile * N);
-        softmax.add(scores, sums);
-        cp_async_wait<1>();
-        __syncthreads();  // the values are there; the next keys may be under way
-        Engine::multiply(sums, scores, v);
+        softmax.add(scores, factor, sums);
+        Engine::multiply(sums, scores, stream.tile(stage, 1));
         if (tile == block.begin) break;
     }
 

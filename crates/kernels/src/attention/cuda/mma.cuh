@@ -35,7 +35,7 @@ DEVICE void clear(MmaFragment<M, N>& fragment) {
     }
 }
 
-// Four warps, each with M * 16 of the rows of a tile, against tiles of N rows.
+// A team of four warps, each with M * 16 of the rows of a tile, against tiles of N rows.
 template <u32 M, u32 N>
 struct Mma {
     using Element = bf16;
@@ -47,8 +47,14 @@ struct Mma {
     static constexpr u32 ROWS = 2 * M, COLUMNS = N / 4, WIDE = WIDTH / 4;
     static constexpr u32 PITCH = WIDTH;
 
+    // The left operand of products with many tiles: in registers where there are enough.
+    struct Fragments {
+        u32 k[CHUNKS / 2][M][4];
+    };
+    static constexpr bool IN_REGISTERS = WIDTH <= 64;
+
     // First row of this warp.
-    static DEVICE u32 warp_row() { return threadIdx.x / 32 * 16 * M; }
+    static DEVICE u32 warp_row() { return team_thread() / 32 * 16 * M; }
     static DEVICE u32 row(u32 r) { return warp_row() + r / 2 * 16 + r % 2 * 8 + threadIdx.x % 32 / 4; }
     static DEVICE u32 column(u32 i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
     // One thread of those that share a row.
@@ -73,13 +79,13 @@ struct Mma {
         if (p.packed) {
 #pragma unroll 2
             for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += THREADS) {
-                const u32 r = (start + threadIdx.x) / CHUNKS, c = (start + threadIdx.x) % CHUNKS;
+                const u32 r = (start + team_thread()) / CHUNKS, c = (start + team_thread()) % CHUNKS;
                 const bool inside = r < rows && c * CHUNK < width;
                 cp_async_16(tile.chunk(r, c), inside ? from + r * m.pitch + c * CHUNK : from, inside ? 16 : 0);
             }
         } else {
 #pragma unroll 1
-            for (u32 at = threadIdx.x; at < TILE_ROWS * WIDTH; at += THREADS) {
+            for (u32 at = team_thread(); at < TILE_ROWS * WIDTH; at += THREADS) {
                 const u32 r = at / WIDTH, c = at % WIDTH;
                 const bool inside = r < rows && c < width;
                 tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? from[r * m.pitch + c] : from_f32<bf16>(0.0f);
@@ -87,16 +93,35 @@ struct Mma {
         }
     }
 
-    // scores += a[this warp's rows] b^T.
-    static DEVICE void multiply_transposed(Scores& scores, Tile a, Tile b) {
+    // This warp's rows of columns 8 k to 8 k + 15 of the left operand.
+    static DEVICE void left_of(u32 (&left)[M][4], Tile a, u32 k) {
         const u32 lane = threadIdx.x % 32;
-        const u32 a_row = warp_row() + lane % 16, a_chunk = lane / 16;
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) ldmatrix_x4(left[m], a.chunk(warp_row() + m * 16 + lane % 16, k + lane / 16));
+    }
+    static DEVICE void left_of(u32 (&left)[M][4], const Fragments& a, u32 k) {
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+            for (u32 part = 0; part < 4; ++part) left[m][part] = a.k[k / 2][m][part];
+        }
+    }
+    static DEVICE Fragments fragments(Tile a) {
+        Fragments all;
+#pragma unroll
+        for (u32 k = 0; k < CHUNKS; k += 2) left_of(all.k[k / 2], a, k);
+        return all;
+    }
+
+    // scores += a[this warp's rows] b^T.
+    template <typename Left>
+    static DEVICE void multiply_transposed(Scores& scores, const Left& a, Tile b) {
+        const u32 lane = threadIdx.x % 32;
         const u32 b_row = lane / 16 * 8 + lane % 8, b_chunk = lane / 8 % 2;
 #pragma unroll
         for (u32 k = 0; k < CHUNKS; k += 2) {
             u32 left[M][4];
-#pragma unroll
-            for (u32 m = 0; m < M; ++m) ldmatrix_x4(left[m], a.chunk(a_row + m * 16, k + a_chunk));
+            left_of(left, a, k);
 #pragma unroll
             for (u32 n = 0; n < N / 8; n += 2) {
                 u32 right[4];

@@ -46,6 +46,7 @@ pub(crate) static MODULES: [(u32, Module); 4] = [
     (256, module!("attention_256", "256")),
 ];
 
+/// Threads of a team.
 const THREADS: u32 = 128;
 /// Most blocks in y.
 const MAX_BLOCKS_Y: usize = 65_535;
@@ -76,13 +77,14 @@ struct Params {
     unused: u32,
 }
 
-/// The tiles of a block: rows it keeps and rows that stream past, in shared memory.
+/// The tiles of a block: rows it keeps and rows that stream past each of its teams, in shared memory.
 #[derive(Clone, Copy)]
 struct Tiles {
     rows: u32,
     kept: u32,
     columns: u32,
     streamed: u32,
+    teams: u32,
 }
 
 /// Which kernels run: those of one width, on tensor cores if every matrix is bf16.
@@ -114,13 +116,14 @@ impl Kernels {
             (false, _) => (16, 16),
             (true, 128) => (128, 48),
             (true, ..=128) => (128, 64),
-            (true, _) => (64, 64),
+            (true, _) => (64, 32),
         };
         Tiles {
             rows,
             kept: 1,
             columns,
-            streamed: 2,
+            streamed: 4,
+            teams: 1,
         }
     }
 
@@ -135,6 +138,7 @@ impl Kernels {
             kept: 2,
             columns,
             streamed: 2 * stages,
+            teams: 1,
         }
     }
 
@@ -143,7 +147,14 @@ impl Kernels {
     }
 
     fn backward_kv(&self) -> Tiles {
-        self.backward(if self.width <= 64 { 128 } else { 64 })
+        Tiles {
+            teams: if self.tensor_cores && self.width <= 128 {
+                2
+            } else {
+                1
+            },
+            ..self.backward(if self.width <= 64 { 128 } else { 64 })
+        }
     }
 
     /// Launches `kernel` for every head and every block of rows; the kernel finds the sequence of a
@@ -176,8 +187,10 @@ impl Kernels {
         } else {
             ("f32", 4 * (self.width + 1))
         };
-        let shared = (tiles.kept * tiles.rows + tiles.streamed * tiles.columns) * pitch;
-        let grid = Grid::new([heads, blocks, passes], THREADS).with_shared(shared);
+        let shared =
+            (tiles.kept * tiles.rows + tiles.teams * tiles.streamed * tiles.columns) * pitch;
+        let threads = tiles.teams * THREADS;
+        let grid = Grid::new([heads, blocks, passes], threads).with_shared(shared);
         device.launch(
             self.module,
             &format!("attention_{kernel}_{dtype}"),

@@ -2,11 +2,16 @@
 // The launcher defines WIDTH, the class of the head size: tiles are WIDTH wide, zero beyond the head.
 #include "rows.cuh"
 
+// Threads of a team, which walks over tiles by itself. A block has one team, or several that share what the
+// block keeps.
 constexpr u32 THREADS = 128;
 constexpr f32 LOG2E = 1.4426950408889634f;
 constexpr f32 LN2 = 0.6931471805599453f;
 
 DEVICE f32 infinity() { return bits_float(0x7f800000u); }
+
+// Place of this thread in its team.
+DEVICE u32 team_thread() { return threadIdx.x % THREADS; }
 
 struct Attention {
     Matrix q, k, v, out, d_out, d_qkv;
@@ -107,6 +112,10 @@ DEVICE bool find_keys(const Attention& p, u32 size, u32 tile, u32 index, Block& 
     __syncthreads();
     return block.rows > 0;
 }
+
+// What makes products of queries and keys, or the tanh that a softcap makes of them, scores in units of
+// ln 2. It is positive: the largest product has the largest score.
+DEVICE f32 score_factor(const Attention& p) { return (p.softcap != 0.0f ? p.softcap : p.scale) * LOG2E; }
 
 // Whether query and key, positions in one sequence, are apart by less than the window.
 DEVICE bool is_visible(u32 query, u32 key, u32 window) { return key <= query && query - key < window; }

@@ -71,6 +71,12 @@ DEVICE u32 pack_bf16x2(f32 low, f32 high) {
     return pair;
 }
 
+// A barrier of the `threads` threads, whole warps, whose number is `team` when divided by `threads`; at most
+// 15 teams.
+DEVICE void team_barrier(u32 team, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");
+}
+
 // 16 bytes between two addresses aligned to 16.
 DEVICE void move_16(void* to, const void* from) {
     *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);

@@ -5,6 +5,7 @@ mod gemm;
 mod graph;
 mod kernels;
 mod profile;
+mod speed;
 
 use super::{CudaDevice, Memory, Module};
 use crate::host_cuda::inject;
