@@ -8,7 +8,7 @@ use super::run::{Mode, Pass};
 use crate::adapter::Prompt;
 use crate::data::{PackedBatch, padded_rows};
 use ferrotune_kernels::linear_cross_entropy::PADDING;
-use ferrotune_kernels::{Indices, Tensor, View};
+use ferrotune_kernels::{Device, Indices, Tensor, View};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -94,26 +94,13 @@ impl<'a> Inputs<'a> {
             mut prompt_rows,
             mut silent,
         } = marks;
-        let (ropes, device) = (&model.config.ropes, pass.workspace.device());
+        let device = pass.workspace.device();
         let (mut label_rows, mut targets) = batch.targets();
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
             Mode::Train { .. } => draws(batch),
         };
-        let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
-        let (angles, mut positions) = if own_angles {
-            let angles = Arc::new(angles::by_row(ropes, batch, device));
-            (angles, (0..batch.rows() as u32).collect())
-        } else {
-            let last = batch.position_ids.iter().max();
-            let positions = last.map_or(0, |last| *last as usize + 1);
-            let angles = model.angles.up_to(ropes, device, positions);
-            let rows = angle_rows(ropes, &angles, batch);
-            (
-                angles,
-                rows.unwrap_or_else(|| table(batch, |b| &b.position_ids)),
-            )
-        };
+        let (angles, mut positions) = angles_of(model, batch, device);
         let mut ids = table(batch, |b| &b.input_ids);
         if let Some(rows) = &model.embedding.table.rows {
             let ids = ids.to_mut().iter_mut();
@@ -219,6 +206,25 @@ impl<'a> Inputs<'a> {
             documents: self.cu_seqlens.len().saturating_sub(1),
         }
     }
+}
+
+/// Angles, and the row of each token in their tables.
+fn angles_of<'a>(
+    model: &Model,
+    batch: &Cow<'a, PackedBatch>,
+    device: &Device,
+) -> (Arc<Vec<Angles>>, Cow<'a, [u32]>) {
+    let ropes = &model.config.ropes;
+    if ropes.iter().any(RopeConfig::depends_on_length) {
+        let angles = Arc::new(angles::by_row(ropes, batch, device));
+        return (angles, (0..batch.rows() as u32).collect());
+    }
+    let last = batch.position_ids.iter().max();
+    let positions = last.map_or(0, |last| *last as usize + 1);
+    let angles = model.angles.up_to(ropes, device, positions);
+    let rows = angle_rows(ropes, &angles, batch);
+    let rows = rows.unwrap_or_else(|| table(batch, |b| &b.position_ids));
+    (angles, rows)
 }
 
 /// A table of the batch, borrowed where the batch is.
