@@ -240,6 +240,46 @@ fn rows_that_are_cut_or_left_out_are_counted_and_noted() {
 }
 
 #[test]
+fn a_token_is_known_by_the_model_and_not_by_the_tokenizer() {
+    let bench = Workbench::new(0);
+    let (rows, base) = (bench.path("rows.jsonl"), bench.path("base"));
+    let size = read_json(&base.join("config.json"))["vocab_size"]
+        .as_u64()
+        .expect("a number");
+    let ask = |last: u64| {
+        write_rows(
+            &rows,
+            &[
+                json!({"input_ids": [1, 2]}),
+                json!({"input_ids": [1, last]}),
+            ],
+        );
+        let model = ["--model_name_or_path", text(&base)];
+        ferrotune(&[&["eval", "--data", text(&rows)][..], &model].concat())
+    };
+    ask(size - 1).expect(0);
+    let refused = ask(size).expect(65).stderr;
+    for part in ["rows.jsonl:2", &format!("the vocabulary has {size} ids")] {
+        assert!(refused.contains(part), "{refused}");
+    }
+}
+
+#[test]
+fn an_empty_prompt_of_plain_text_is_a_fault_of_the_command_line() {
+    let bench = Workbench::new(0);
+    let model = ["--model_name_or_path", text(&bench.path("base"))].map(str::to_owned);
+    configure_tokenizer(&bench, &json!({"add_bos_token": false}));
+    let model = model.each_ref().map(String::as_str);
+    let refused = ferrotune(&[&["generate", "--raw", "--prompt", ""][..], &model].concat());
+    assert!(
+        refused
+            .expect(2)
+            .stderr
+            .contains("--prompt 1 has no tokens")
+    );
+}
+
+#[test]
 fn rows_are_cut_to_the_context_of_the_model_by_default() {
     let bench = Workbench::new(0);
     let long = json!({"text": "a".repeat(400)});

@@ -289,6 +289,21 @@ fn every_command_takes_names() {
     let same = run(&["inspect", "diff", here[1], there[1], "--json"]).expect(0);
     assert!(!same.stdout.contains("only_first\":[\""), "{}", same.stdout);
 
+    for (output, name) in [("half here", here[1]), ("half there", there[1])] {
+        let output = bench.work.path(output);
+        let adapter = format!("{name}=0.5");
+        let combine = [
+            "combine",
+            "--adapter",
+            &adapter,
+            "--output-dir",
+            text(&output),
+        ];
+        run(&combine).expect(0);
+    }
+    let half = |name: &str| read(&bench.work.path(name).join("adapter_model.safetensors"));
+    assert!(half("half here") == half("half there"));
+
     // A base is no adapter, and neither is what is not there.
     for (name, part) in [
         ("tiny/llama", "adapter_config.json"),

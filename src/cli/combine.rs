@@ -1,13 +1,14 @@
 use super::{Outcome, print_line};
 use ferrotune::core::{Error, ExitCode};
+use ferrotune::hub;
 use ferrotune::lora::{Arithmetic, Combination, CombineOptions, MajoritySign, combine};
 use std::path::PathBuf;
 
 /// Arguments of `combine`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Directory of an adapter, with its weight behind `=`, 1 by default; given once for each
-    #[arg(long, required = true, value_name = "DIRECTORY[=WEIGHT]")]
+    /// Directory of an adapter or its name on the hub, with its weight behind `=`, 1 by default; given once for each
+    #[arg(long, required = true, value_name = "ADAPTER[=WEIGHT]")]
     adapter: Vec<String>,
     /// Directory to write
     #[arg(long)]
@@ -111,20 +112,21 @@ pub(super) fn run(args: &Args) -> Outcome {
     Ok(ExitCode::Done)
 }
 
-/// `DIRECTORY` or `DIRECTORY=WEIGHT`.
+/// `ADAPTER` or `ADAPTER=WEIGHT`.
 fn weighted(text: &str) -> Result<(PathBuf, f64), Error> {
-    let Some((directory, weight)) = text.rsplit_once('=') else {
-        return Ok((text.into(), 1.0));
-    };
-    match weight.parse() {
-        Ok(weight) => Ok((directory.into(), weight)),
+    let (name, weight) = match text.rsplit_once('=') {
         // A path may have such a character.
-        Err(_) if PathBuf::from(text).is_dir() => Ok((text.into(), 1.0)),
-        Err(_) => {
-            let message = format!("`{text}`: `{weight}` is no number; expected DIRECTORY=WEIGHT");
-            Err(Error::config("adapter", message))
-        }
-    }
+        Some(_) if PathBuf::from(text).is_dir() => (text, 1.0),
+        None => (text, 1.0),
+        Some((name, weight)) => match weight.parse() {
+            Ok(weight) => (name, weight),
+            Err(_) => {
+                let message = format!("`{text}`: `{weight}` is no number; expected ADAPTER=WEIGHT");
+                return Err(Error::config("adapter", message));
+            }
+        },
+    };
+    Ok((hub::adapter(name, "adapter")?, weight))
 }
 
 fn same(a: &PathBuf, b: &PathBuf) -> bool {

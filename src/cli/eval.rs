@@ -113,7 +113,10 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
         return Err(Error::data(path, None, message));
     }
     let context = model.model.config().max_position_embeddings;
-    let options = args.rows.options(context);
+    let options = PrepareOptions {
+        vocab_size: Some(model.model.config().vocab_size),
+        ..args.rows.options(context)
+    };
     let dataset = Dataset::from_rows(rows, &model.tokenizer, &options)?;
     let too_long = dataset
         .examples

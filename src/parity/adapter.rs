@@ -57,7 +57,18 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     }
     let temporary = tempfile::tempdir().map_err(Error::write(std::env::temp_dir()))?;
     let output = temporary.path().join("merged");
-    ferrotune_lora::merge(&base, &adapter, &output, &MergeOptions::default())?;
+    let merged = ferrotune_lora::merge(&base, &adapter, &output, &MergeOptions::default());
+    if let Some(refused) = case.json.get("merge_refused") {
+        return match merged {
+            Err(Error::Adapter { .. }) => Ok(comparison),
+            Err(other) => Err(other),
+            Ok(_) => {
+                let message = format!("merged what PEFT cannot merge ({refused})");
+                Err(Error::adapter(&adapter, message))
+            }
+        };
+    }
+    merged?;
     let shared = Shared::of(&base, &adapter)?;
     compare_merged(&mut comparison, case, &expected, &output, &shared)?;
     if dtype == DType::F32 {

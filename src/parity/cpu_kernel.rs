@@ -96,6 +96,7 @@ impl CpuKernel {
             b: params.view_as(update.b, DType::F32),
             scale: update.scale,
             dropout: None,
+            silent: None,
         }
     }
 }

@@ -356,6 +356,7 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         trainable_token_indices: token_indices(&lora.lora_trainable_token_indices)?,
         ensure_weight_tying: lora.lora_ensure_weight_tying,
         layer_replication: lora.lora_layer_replication.clone(),
+        alora_invocation_tokens: invocation(&lora.alora_invocation_tokens)?,
         task_type: Some(lora.lora_task_type.clone()),
         base_model_name_or_path: Some(name_of(config, base)),
         ..LoraConfig::default()
@@ -377,12 +378,21 @@ fn bias(bias: Bias) -> LoraBias {
     }
 }
 
-fn token_indices(tokens: &Tokens) -> Result<Option<TokenIndices>> {
-    let key = "lora_trainable_token_indices";
-    let token = |&id: &usize| {
+fn token_ids(key: &str, ids: &[usize]) -> Result<Vec<u32>> {
+    let id = |&id: &usize| {
         u32::try_from(id).map_err(|_| Error::config(key, format!("{id} is no token id")))
     };
-    let ids = |ids: &[usize]| ids.iter().map(token).collect::<Result<Vec<u32>>>();
+    ids.iter().map(id).collect()
+}
+
+fn invocation(ids: &[usize]) -> Result<Option<Vec<u32>>> {
+    let some = !ids.is_empty();
+    let ids = some.then(|| token_ids("alora_invocation_tokens", ids));
+    ids.transpose()
+}
+
+fn token_indices(tokens: &Tokens) -> Result<Option<TokenIndices>> {
+    let ids = |list: &[usize]| token_ids("lora_trainable_token_indices", list);
     Ok(match tokens {
         Tokens::Embedding(none) if none.is_empty() => None,
         Tokens::Embedding(list) => Some(TokenIndices::Embedding(ids(list)?)),

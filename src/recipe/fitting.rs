@@ -6,7 +6,7 @@ mod tests;
 use super::adapter::{self, Attached};
 use super::memory::{Base, highest_rank, least_trained};
 use super::{Recipe, data};
-use ferrotune_core::config::TrainConfig;
+use ferrotune_core::config::{DataArguments, TrainConfig};
 use ferrotune_core::model::Workload;
 
 /// A suggestion leaves one part in so many free: memory comes and goes from one start to the next.
@@ -72,7 +72,11 @@ impl Search<'_> {
     }
 
     fn fits_with(&self, candidate: &TrainConfig, attached: &Attached) -> bool {
-        let workload = self.rows.map(|rows| rows.workload(candidate));
+        let behind = |rows: &Rows| {
+            rows.workload(candidate)
+                .behind_prompt(attached.prompt_tokens())
+        };
+        let workload = self.rows.map(behind);
         let needs = self.base.needs(candidate, attached, workload.as_ref());
         needs.total() <= self.budget
     }
@@ -197,11 +201,10 @@ fn batches_of(config: &TrainConfig, size: usize) -> TrainConfig {
     smaller
 }
 
-/// Lengths of the rows, from which the tokens of other batches follow.
+/// Lengths of the rows, without a prompt before them, from which the tokens of other batches follow.
 #[derive(Debug)]
 pub(super) struct Rows {
     max_length: Option<usize>,
-    mean_length: f64,
     train: Lengths,
     eval: Option<Lengths>,
 }
@@ -223,7 +226,6 @@ impl Rows {
         let lengths = |dataset, packing| Lengths::new(data::lines(data, dataset, packing), dataset);
         Self {
             max_length: data.max_length,
-            mean_length: recipe.workload.mean_length,
             train: lengths(&recipe.dataset, data.packing),
             eval: (recipe.eval_dataset.as_ref())
                 .map(|dataset| lengths(dataset, data.packs_evaluation())),
@@ -247,11 +249,23 @@ impl Rows {
         let powers = (0..usize::BITS).map(|bits| 1 << bits);
         Workload {
             tokens,
-            documents: config.data.per_device_train_batch_size,
+            documents: self.documents(&config.data, tokens),
             label_rows: powers.take_while(|rows| *rows <= tokens).collect(),
-            mean_length: self.mean_length,
+            mean_length: self.train.mean(),
             sizes: Vec::new(),
         }
+    }
+
+    /// No micro-batch of at most `tokens` tokens has more documents.
+    fn documents(&self, data: &DataArguments, tokens: usize) -> usize {
+        let of = |lengths: &Lengths, size: usize, packed: bool| match packed {
+            true => lengths.documents(tokens),
+            false => size,
+        };
+        let train = of(&self.train, data.per_device_train_batch_size, data.packing);
+        let (size, packed) = (data.per_device_eval_batch_size, data.packs_evaluation());
+        let eval = self.eval.as_ref().map_or(0, |eval| of(eval, size, packed));
+        train.max(eval)
     }
 
     /// Tokens of the largest micro-batch as `config` says; of other lengths than those at hand a
@@ -288,6 +302,16 @@ impl Lengths {
             lines,
             rows: longest_first(dataset.lengths()),
         }
+    }
+
+    fn mean(&self) -> f64 {
+        self.rows.iter().sum::<usize>() as f64 / self.rows.len().max(1) as f64
+    }
+
+    /// As many rows as `tokens` tokens can be of.
+    fn documents(&self, tokens: usize) -> usize {
+        let shortest = self.rows.last().copied().unwrap_or(1).max(1);
+        (tokens / shortest).clamp(1, self.rows.len().max(1))
     }
 
     /// No batch of `size` lines has more tokens when no row or bin is longer than `length`.

@@ -104,7 +104,7 @@ fn describe(attachment: &Attachment) -> Option<String> {
         Attachment::TrainRows { indices, .. } => format!("{} rows", indices.len()),
         Attachment::Prompt(prompt) => format!("{} virtual tokens", prompt.tokens),
         Attachment::Custom(_) => "an own pass".into(),
-        Attachment::KeepBase => return None,
+        Attachment::KeepBase | Attachment::Invocation(_) => return None,
     })
 }
 

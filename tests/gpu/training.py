@@ -9,13 +9,15 @@ import time
 from outcome import fail_unless
 
 STEPS = 50
-# Relative, of every step's loss on the GPU to the CPU's.
-CURVE_TOLERANCE = 0.01
+# Relative, of every step's loss on the GPU to the CPU's. In bf16 a CPU itself is up to 0.034 from its curve in f32.
+CURVE_TOLERANCES = {"f32": 0.01, "bf16": 0.05}
+# A rate at which losses stay far above zero: rows that are known by heart differ by multiples of next to nothing.
+CURVE = ["--learning_rate", 5e-4]
 STOPPED_AT, STOPPED_SAVED = 20, 143
 
 
 def curves_agree(pack, limit):
-    return curves(pack, limit, "f32")
+    return curves(pack, limit, "f32", "--dtype", "float32")
 
 
 def bf16_curves_agree(pack, limit):
@@ -23,14 +25,14 @@ def bf16_curves_agree(pack, limit):
 
 
 def curves(pack, limit, name, *options):
-    cpu, gpu = (losses(train(pack, limit, f"{name}-{device}", device, *options)) for device in ("cpu", pack.device))
+    cpu, gpu = (losses(train(pack, limit, f"{name}-{device}", device, *CURVE, *options)) for device in ("cpu", pack.device))
     apart = [abs(a - b) / abs(a) for a, b in zip(cpu, gpu)]
-    worst = max(apart)
+    worst, limit = max(apart), CURVE_TOLERANCES[name]
     fail_unless(len(cpu) == len(gpu) == STEPS, f"{len(cpu)} and {len(gpu)} losses, {STEPS} expected")
     fail_unless(cpu[-1] < cpu[0], f"the loss did not fall: {cpu[0]:.4f} to {cpu[-1]:.4f}")
     # Not `worst > ...`: a NaN must fail.
-    fail_unless(worst <= CURVE_TOLERANCE, f"losses differ by {worst:.2e} at step {apart.index(worst) + 1}")
-    return f"{STEPS} losses differ by at most {worst:.1e} (limit {CURVE_TOLERANCE})"
+    fail_unless(worst <= limit, f"losses differ by {worst:.2e} at step {apart.index(worst) + 1}")
+    return f"{STEPS} losses differ by at most {worst:.1e} (limit {limit})"
 
 
 def two_runs_are_bitwise_equal(pack, limit):

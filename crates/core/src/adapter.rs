@@ -111,6 +111,9 @@ pub enum Attachment {
     KeepBase,
     /// Rows before every document, at the embedding.
     Prompt(Prompt),
+    /// Where low-rank updates of linears inside the layers act, at the embedding: from the last occurrence of these
+    /// tokens in a document on.
+    Invocation(Vec<u32>),
     /// Anything else on a linear, with its own forward and backward.
     Custom(Box<dyn CustomLinear>),
 }

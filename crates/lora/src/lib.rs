@@ -59,6 +59,7 @@ pub mod merge;
 mod method;
 mod methods;
 mod modules;
+mod over;
 mod parts;
 mod prompt;
 mod registry;

@@ -10,22 +10,22 @@
 //! # Source
 //! Zhang et al.: "LoRA-FA: Memory-efficient Low-rank Adaptation" (2023); the projection: `LoraFAOptimizer` of PEFT 0.21.
 
-use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, StepDone};
-use ferrotune_core::model::DecoderConfig;
+use crate::over::{Above, Over};
+use ferrotune_core::adapter::{Adapter, Attachment, LowRank, SiteId};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::decompose::Matrix;
-use std::path::Path;
 use std::sync::OnceLock;
 
 /// Keeps the inverse from growing without bound where rows of A are alike.
 const DELTA: f64 = 1e-8;
 
 /// A LoRA whose A is frozen.
-#[derive(Debug)]
-pub struct LoraFa {
-    method: Box<dyn Adapter>,
-    /// Its updates, once it is attached.
+pub type LoraFa = Over<FrozenA>;
+
+/// The updates whose A is frozen, once they are attached.
+#[derive(Debug, Default)]
+pub struct FrozenA {
     updates: OnceLock<Vec<LowRank>>,
 }
 
@@ -33,30 +33,24 @@ impl LoraFa {
     /// `method`, which must be a LoRA on linears.
     #[must_use]
     pub fn new(method: Box<dyn Adapter>) -> Self {
-        Self {
-            method,
-            updates: OnceLock::new(),
-        }
+        Self::of(method, FrozenA::default())
     }
+}
 
+impl FrozenA {
     fn updates(&self) -> &[LowRank] {
         self.updates.get().map_or(&[], Vec::as_slice)
     }
 }
 
-impl Adapter for LoraFa {
-    fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
-        self.method.decoder(base)
-    }
-
-    fn attach(
+impl Above for FrozenA {
+    fn attached(
         &self,
-        sites: &[Site],
+        attachments: &[(SiteId, Attachment)],
         params: &mut ParamLayoutBuilder,
-    ) -> Result<Vec<(SiteId, Attachment)>> {
-        let attachments = self.method.attach(sites, params)?;
+    ) -> Result<()> {
         let mut updates = Vec::new();
-        for (_, attachment) in &attachments {
+        for (_, attachment) in attachments {
             match attachment {
                 Attachment::LowRank(update) if update.magnitude.is_none() => updates.push(*update),
                 Attachment::LowRank(_) | Attachment::Factors(_) | Attachment::Weight(_) => {
@@ -75,37 +69,14 @@ impl Adapter for LoraFa {
             }
         }
         let _ = self.updates.set(updates);
-        Ok(attachments)
-    }
-
-    fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
-        self.method.prepare(params, base)
-    }
-
-    fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
-        self.method.init(params, seed)
-    }
-
-    fn plan_steps(&mut self, total_steps: u64) -> Result<()> {
-        self.method.plan_steps(total_steps)
-    }
-
-    fn state(&self) -> &'static [&'static str] {
-        self.method.state()
+        Ok(())
     }
 
     /// What is frozen has no gradient, and no part in its norm.
-    fn complete_gradients(
-        &self,
-        params: &FlatBuffer,
-        weight: f32,
-        grads: &mut FlatBuffer,
-    ) -> Result<f64> {
-        let penalty = self.method.complete_gradients(params, weight, grads)?;
+    fn complete_gradients(&self, grads: &mut FlatBuffer) {
         for update in self.updates() {
             grads.get_mut(update.a).fill(0.0);
         }
-        Ok(penalty)
     }
 
     fn preconditions(&self) -> bool {
@@ -131,24 +102,8 @@ impl Adapter for LoraFa {
         Ok(())
     }
 
-    fn after_step(&self, params: &mut FlatBuffer, done: StepDone<'_>) -> Result<()> {
-        self.method.after_step(params, done)
-    }
-
-    fn finish(&self, params: &mut FlatBuffer) {
-        self.method.finish(params);
-    }
-
-    fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
-        self.method.save(params, directory)
-    }
-
-    fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-        self.method.load(params, directory)
-    }
-
     fn describe(&self) -> String {
-        format!("{} with A frozen", self.method.describe())
+        "with A frozen".into()
     }
 }
 

@@ -74,7 +74,7 @@ pub(super) fn run(args: &Args, group: Group) -> Outcome {
         decoder: &decoder,
         steps: &steps,
     };
-    let alone = bench.on_thread(0, || bench.train(0, Box::new(Solo)))?;
+    let alone = bench.on_thread(0, || bench.train(&bench.device(0)?, Box::new(Solo)))?;
     let each = bench.on_each_rank()?;
     let slowest = |times: fn(&Times) -> &Vec<f64>| {
         let at = |i: usize| each.iter().map(|rank| times(rank)[i]).fold(0.0, f64::max);
@@ -217,28 +217,27 @@ impl Bench<'_> {
         let repeats = self.args.steps as usize;
         Ok(Times {
             all_reduces: measure_all_reduce(group.as_mut(), &device, self.args.bytes, repeats)?,
-            steps: self.train(rank, group)?,
+            steps: self.train(&device, group)?,
         })
     }
 
-    /// Seconds of each timed step of a rank of `group`.
-    fn train(&self, rank: usize, group: Box<dyn ProcessGroup>) -> Result<Vec<f64>> {
+    /// Seconds of each timed step of a rank of `group`, which is on `device`.
+    fn train(&self, device: &Device, group: Box<dyn ProcessGroup>) -> Result<Vec<f64>> {
         let Args {
             warmup,
             steps,
             learning_rate,
             ..
         } = *self.args;
-        let device = self.device(rank)?;
         let max_tokens = self.steps.max_tokens();
-        let mut trainer = trainer(self.args, &device, self.decoder, max_tokens, group)?;
+        let mut trainer = trainer(self.args, device, self.decoder, max_tokens, group)?;
         let plan = Plan {
             warmup,
             timed: steps,
             learning_rate,
             profile: false,
         };
-        Ok(measure(plan, &device, &mut trainer, self.steps)?.times)
+        Ok(measure(plan, device, &mut trainer, self.steps)?.times)
     }
 
     /// `work` in a pool of a rank's threads.

@@ -167,6 +167,28 @@ fn packed_rows_are_suggested_shorter_blocks() {
     }
 }
 
+/// Of 32 virtual tokens before each document, a smaller batch has fewer.
+#[test]
+fn virtual_tokens_of_a_prompt_count() {
+    for packing in ["false", "true"] {
+        let prompt = [
+            ("use_peft", "true"),
+            ("lora_target_modules", "null"),
+            (
+                "peft_config",
+                "{peft_type: PROMPT_TUNING, num_virtual_tokens: 32}",
+            ),
+            ("packing", packing),
+            ("max_length", "128"),
+            ("per_device_train_batch_size", "16"),
+            ("per_device_eval_batch_size", "1"),
+        ];
+        let suggested = suggestions_that_fit(&prompt, 0.6);
+        let batch = alone(&suggested, "per_device_train_batch_size");
+        assert!(batch.is_some(), "{packing}: {suggested:?}");
+    }
+}
+
 #[test]
 fn full_fine_tuning_is_suggested_an_adapter() {
     let keys = [("use_peft", "false"), ("per_device_train_batch_size", "2")];

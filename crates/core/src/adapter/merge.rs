@@ -29,6 +29,10 @@ impl Attachment {
                 let message = "a prompt stands before the text and is no part of a weight; it cannot be merged";
                 Err(Error::config("peft_type", message))
             }
+            Self::Invocation(_) => {
+                let message = "updates that act in a part of a document are in no weight; they cannot be merged";
+                Err(Error::config("alora_invocation_tokens", message))
+            }
             Self::TrainBase { .. }
             | Self::TrainBias(_)
             | Self::TrainRows { .. }

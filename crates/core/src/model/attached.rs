@@ -344,6 +344,7 @@ impl Part {
             b: run.params.view_as(update.b, run.dtype),
             scale: update.scale,
             dropout: run.dropout(self.site, update.dropout),
+            silent: run.inputs.silent(update.rank),
         }
     }
 
@@ -358,6 +359,7 @@ impl Part {
             b: b.view(),
             scale: method.scale(),
             dropout: run.dropout(self.site, method.dropout()),
+            silent: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Generation: the same layers over new tokens only, with keys and values of the past kept.
 
+use super::inputs::Marks;
 use super::layer::Layer;
 use super::room::Wide;
 use super::{Inputs, Model, Normed, Pass, Run, prompt};
@@ -19,6 +20,8 @@ pub struct KvCache {
     tokens: Vec<u32>,
     len: usize,
     capacity: usize,
+    /// Whether updates that tokens call up act from here on.
+    invoked: bool,
 }
 
 impl KvCache {
@@ -37,6 +40,7 @@ impl KvCache {
             tokens: Vec::with_capacity(capacity),
             len: 0,
             capacity,
+            invoked: false,
         }
     }
 
@@ -73,8 +77,11 @@ impl Model {
         let prompt_rows = self.prompt.map(|Prompt { tokens, .. }| {
             prompt::prompt_rows(&batch, tokens, |s| caches[s].len == 0)
         });
-        let rows = prompt_rows.unwrap_or_default();
-        let inputs = Inputs::of(self, pass, &Cow::Borrowed(&batch), rows, false);
+        let marks = Marks {
+            prompt_rows: prompt_rows.unwrap_or_default(),
+            silent: self.silent(caches, &batch),
+        };
+        let inputs = Inputs::of(self, pass, &Cow::Borrowed(&batch), marks, false);
         let run = Run::new(params, pass, &inputs)?;
         let workspace = pass.workspace;
         let mut stream = self.embed(&run)?;
@@ -111,8 +118,8 @@ impl Model {
 }
 
 impl Model {
-    /// The tokens to append to each document: where these make it so long that its angles are others,
-    /// all of it from the start.
+    /// The tokens to append to each document: where these make it so long that its angles are others, or may change
+    /// where updates act, all of it from the start.
     fn restart_longer<'a>(
         &self,
         caches: &mut [&mut KvCache],
@@ -122,7 +129,9 @@ impl Model {
             let lengths = [cache.len, cache.len + tokens.len()].map(|len| len as u32);
             let mut ropes = self.config.ropes.iter();
             let same = ropes.all(|rope| rope.variant(lengths[0]) == rope.variant(lengths[1]));
-            if same || cache.len == 0 {
+            // Several tokens are a question, which may call updates up anew; an answer comes one by one.
+            let asks = self.invocation.is_some() && tokens.len() > 1;
+            if (same && !asks) || cache.len == 0 {
                 return tokens.into();
             }
             cache.len = 0;
@@ -130,6 +139,22 @@ impl Model {
             [&cache.tokens[prompt..], tokens].concat().into()
         };
         caches.iter_mut().zip(new_tokens).map(append).collect()
+    }
+}
+
+impl Model {
+    /// Where updates that tokens call up do not act among new tokens.
+    fn silent(&self, caches: &mut [&mut KvCache], batch: &PackedBatch) -> Vec<u32> {
+        let Some(invocation) = &self.invocation else {
+            return Vec::new();
+        };
+        for (cache, bounds) in caches.iter_mut().zip(batch.cu_seqlens.windows(2)) {
+            if cache.len == 0 {
+                let document = &batch.input_ids[bounds[0] as usize..bounds[1] as usize];
+                cache.invoked = invocation.is_in(document);
+            }
+        }
+        invocation.silent(batch, |s| (caches[s].len > 0).then_some(caches[s].invoked))
     }
 }
 

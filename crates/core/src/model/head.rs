@@ -270,5 +270,6 @@ fn factors<'a>(run: &'a Run<'_>, site: usize, update: &LowRank) -> lora_linear::
         b: run.params.view_as(update.b, run.dtype),
         scale: update.scale,
         dropout: run.dropout(site, update.dropout),
+        silent: None,
     }
 }

@@ -7,8 +7,8 @@ use super::rope::RopeConfig;
 use super::run::{Mode, Pass};
 use crate::adapter::Prompt;
 use crate::data::{PackedBatch, padded_rows};
-use ferrotune_kernels::Indices;
 use ferrotune_kernels::linear_cross_entropy::PADDING;
+use ferrotune_kernels::{Device, Indices, Tensor, View};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -37,6 +37,18 @@ pub struct Inputs<'a> {
     pub(crate) targets: Indices<'a>,
     /// Which virtual token each row is, from 1, where there is a prompt.
     pub(crate) prompt_rows: Indices<'a>,
+    /// Where updates do not act, as [`Invocation::silent`] has it, if they act in places.
+    silent: Indices<'a>,
+    zeros: Option<Arc<Tensor>>,
+}
+
+/// What rows of a micro-batch are marked as; empty where none is.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    /// Which virtual token each is, from 1.
+    pub(crate) prompt_rows: Vec<u32>,
+    /// Where updates do not act, by 1.
+    pub(crate) silent: Vec<u32>,
 }
 
 /// Sizes of a micro-batch with padding: all that its launches depend on.
@@ -54,41 +66,41 @@ impl<'a> Inputs<'a> {
     /// `batch` behind the model's prompt, if it has one, and with `padded` with padding in all its tables.
     pub(crate) fn new(model: &Model, pass: Pass<'_>, batch: &'a PackedBatch, padded: bool) -> Self {
         let Some(Prompt { tokens, of, .. }) = model.prompt else {
-            return Self::of(model, pass, &Cow::Borrowed(batch), Vec::new(), padded);
+            let invocation = model.invocation.as_ref();
+            let silent = invocation.map(|tokens| tokens.silent(batch, |_| None));
+            let marks = Marks {
+                silent: silent.unwrap_or_default(),
+                ..Marks::default()
+            };
+            return Self::of(model, pass, &Cow::Borrowed(batch), marks, padded);
         };
         let long = prompt::before_documents(batch, tokens, of);
-        let prompt_rows = prompt::prompt_rows(&long, tokens, |_| true);
-        Self::of(model, pass, &Cow::Owned(long), prompt_rows, padded)
+        let marks = Marks {
+            prompt_rows: prompt::prompt_rows(&long, tokens, |_| true),
+            ..Marks::default()
+        };
+        Self::of(model, pass, &Cow::Owned(long), marks, padded)
     }
 
-    /// `batch`, whose rows are the virtual tokens `prompt_rows`.
+    /// `batch`, whose rows are as `marks` say.
     pub(crate) fn of(
         model: &Model,
         pass: Pass<'_>,
         batch: &Cow<'a, PackedBatch>,
-        mut prompt_rows: Vec<u32>,
+        marks: Marks,
         padded: bool,
     ) -> Self {
-        let (ropes, device) = (&model.config.ropes, pass.workspace.device());
+        let Marks {
+            mut prompt_rows,
+            mut silent,
+        } = marks;
+        let device = pass.workspace.device();
         let (mut label_rows, mut targets) = batch.targets();
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
             Mode::Train { .. } => draws(batch),
         };
-        let own_angles = ropes.iter().any(RopeConfig::depends_on_length);
-        let (angles, mut positions) = if own_angles {
-            let angles = Arc::new(angles::by_row(ropes, batch, device));
-            (angles, (0..batch.rows() as u32).collect())
-        } else {
-            let last = batch.position_ids.iter().max();
-            let positions = last.map_or(0, |last| *last as usize + 1);
-            let angles = model.angles.up_to(ropes, device, positions);
-            let rows = angle_rows(ropes, &angles, batch);
-            (
-                angles,
-                rows.unwrap_or_else(|| table(batch, |b| &b.position_ids)),
-            )
-        };
+        let (angles, mut positions) = angles_of(model, batch, device);
         let mut ids = table(batch, |b| &b.input_ids);
         if let Some(rows) = &model.embedding.table.rows {
             let ids = ids.to_mut().iter_mut();
@@ -113,6 +125,9 @@ impl<'a> Inputs<'a> {
             positions.to_mut().resize(rows, 0);
             if !prompt_rows.is_empty() {
                 prompt_rows.resize(rows, 0);
+            }
+            if !silent.is_empty() {
+                silent.resize(rows, 1);
             }
             let documents = batch.sequences().max(FEWEST_DOCUMENTS).next_power_of_two();
             cu_seqlens
@@ -140,6 +155,7 @@ impl<'a> Inputs<'a> {
             label_rows.into(),
             targets.into(),
             prompt_rows.into(),
+            silent.into(),
         ];
         let [
             ids,
@@ -150,6 +166,7 @@ impl<'a> Inputs<'a> {
             label_rows,
             targets,
             prompt_rows,
+            silent,
         ] = pass.workspace.indices(tables);
         Self {
             rows,
@@ -162,7 +179,15 @@ impl<'a> Inputs<'a> {
             label_rows,
             targets,
             prompt_rows,
+            silent,
+            zeros: model.invocation.as_ref().map(|of| Arc::clone(&of.zeros)),
         }
+    }
+
+    /// Where updates do not act, and a row of zeros `[1, rank]`; none if they act everywhere.
+    pub(crate) fn silent(&self, rank: usize) -> Option<(&Indices<'a>, View<'_>)> {
+        let zeros = self.zeros.as_ref()?;
+        Some((&self.silent, zeros.view().columns(0..rank)))
     }
 
     /// Addresses of its tables and of the angles in the memory of a GPU.
@@ -181,6 +206,25 @@ impl<'a> Inputs<'a> {
             documents: self.cu_seqlens.len().saturating_sub(1),
         }
     }
+}
+
+/// Angles, and the row of each token in their tables.
+fn angles_of<'a>(
+    model: &Model,
+    batch: &Cow<'a, PackedBatch>,
+    device: &Device,
+) -> (Arc<Vec<Angles>>, Cow<'a, [u32]>) {
+    let ropes = &model.config.ropes;
+    if ropes.iter().any(RopeConfig::depends_on_length) {
+        let angles = Arc::new(angles::by_row(ropes, batch, device));
+        return (angles, (0..batch.rows() as u32).collect());
+    }
+    let last = batch.position_ids.iter().max();
+    let positions = last.map_or(0, |last| *last as usize + 1);
+    let angles = model.angles.up_to(ropes, device, positions);
+    let rows = angle_rows(ropes, &angles, batch);
+    let rows = rows.unwrap_or_else(|| table(batch, |b| &b.position_ids));
+    (angles, rows)
 }
 
 /// A table of the batch, borrowed where the batch is.

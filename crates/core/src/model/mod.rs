@@ -14,6 +14,7 @@ mod frozen;
 mod head;
 mod hf_config;
 mod inputs;
+mod invocation;
 mod keep;
 mod layer;
 mod linear;
@@ -60,6 +61,7 @@ use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, axpby};
 use head::Head;
+use invocation::Invocation;
 use layer::Layer;
 use norm::{Norm, Normed};
 use positions::Positions;
@@ -79,6 +81,7 @@ pub struct Model {
     positions: Option<Positions>,
     prompt: Option<Prompt>,
     embedded_prompt: Option<EmbeddedPrompt>,
+    invocation: Option<Invocation>,
     layers: Vec<Layer>,
     norm: Norm,
     head: Head,
@@ -119,17 +122,21 @@ impl Model {
     ) -> Result<Self> {
         let plan = ModelPlan::new(config);
         let (mut alone, mut trained_biases) = (BTreeMap::new(), BTreeMap::new());
-        let mut prompt = None;
+        let (mut prompt, mut invocation) = (None, None);
         for (site, attachment) in attachments {
             match attachment {
                 Attachment::TrainBias(id) => drop(trained_biases.insert(site, id)),
                 Attachment::Prompt(rows) => prompt = Some(rows),
+                Attachment::Invocation(tokens) => invocation = Some(tokens),
                 other => drop(alone.insert(site, other)),
             }
         }
+        let device = params.device();
+        let invocation = invocation.map(|tokens| Invocation::new(tokens, &alone, device));
         weights::Builder {
             config,
             plan: &plan,
+            invocation,
             attachments: alone,
             members: Vec::new(),
             trained_biases,

@@ -172,7 +172,7 @@ impl LinearGroup {
         let weight = Weight::new(held.view(), room)?;
         let mut s = run.workspace.take(run.dtype, run.rows, room);
         let beside = self.in_features..self.in_features + room;
-        if has_dropout(run, &updates) {
+        if has_dropout(run, &updates) || is_silent_somewhere(run, &updates) {
             s.view_mut().fill(0.0);
             let inputs = x.as_view().columns(0..self.in_features);
             for (part, update, ranks) in &updates {
@@ -229,6 +229,11 @@ impl LinearGroup {
         let (updates, held) = (self.updates(), weight.lock());
         let weight = Weight::new(held.view(), weight.room)?;
         augmented_linear::up_backward(dy.reborrow(), &weight)?;
+        for (part, update, ranks) in &updates {
+            let first = self.out_features() + ranks.start;
+            let ds = dy.reborrow().columns(first..first + ranks.len());
+            part.low_rank(run, update).silence(ds)?;
+        }
         let d_out = dy.as_view().columns(0..self.out_features());
         for (part, update, ranks) in &updates {
             let d_part = d_out.columns(part.columns.clone());
@@ -282,6 +287,11 @@ impl LinearGroup {
 fn has_dropout(run: &Run<'_>, updates: &[Update<'_>]) -> bool {
     let mut updates = updates.iter();
     updates.any(|(part, update, _)| part.low_rank(run, update).dropout.is_some())
+}
+
+fn is_silent_somewhere(run: &Run<'_>, updates: &[Update<'_>]) -> bool {
+    let mut updates = updates.iter();
+    updates.any(|(part, update, _)| part.low_rank(run, update).silent.is_some())
 }
 
 /// Writes the factors as they are now into the margins of `weight`.

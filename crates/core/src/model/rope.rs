@@ -338,8 +338,12 @@ impl Parameters<'_> {
         if rope.scaling == RopeScaling::Default || self.share_of(head_dim)? == head_dim {
             return Ok(rope);
         }
-        let message = "asks for a part of each head, and this architecture rotates whole ones: Transformers fails there; \
-                       leave it out, or take rope_type default, which ignores it";
+        let factor = self.map.get(PARTIAL).or(self.config.get(PARTIAL));
+        let message = format!(
+            "is {}, but this architecture rotates whole heads, and Transformers fails there; leave it out, or take \
+             rope_type default, which ignores it",
+            factor.unwrap_or(&Value::Null)
+        );
         Err(self.error(PARTIAL, message))
     }
 
@@ -565,7 +569,10 @@ mod tests {
             let beside = json!({"rope_scaling": scaled(kind), "partial_rotary_factor": 0.5});
             for config in [json!({"rope_parameters": inside}), beside] {
                 let error = refusal(config);
-                assert!(error.contains("partial_rotary_factor`: asks"), "{error}");
+                assert!(
+                    error.contains("partial_rotary_factor`: is 0.5, but"),
+                    "{error}"
+                );
             }
             let mut whole = scaled(kind);
             whole["partial_rotary_factor"] = json!(1.0);

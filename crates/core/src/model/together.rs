@@ -4,7 +4,7 @@
 //! The documents of one adapter are rows of their own, so what stands at a linear is computed for these rows
 //! alone, and each adapter's numbers are those of a pass without the others.
 
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Marks};
 use super::norm::Normed;
 use super::run::{Member, Mode, Pass, Run};
 use super::saved::Stream;
@@ -73,6 +73,7 @@ impl Model {
                 .collect(),
             trained_biases: BTreeMap::new(),
             prompt: None,
+            invocation: None,
             source,
             params: &mut params,
             format: format.into(),
@@ -121,12 +122,14 @@ impl Model {
             mode,
         };
         let pass = of(workspace, Mode::Eval);
-        let inputs = Inputs::of(self, pass, &Cow::Owned(joined), Vec::new(), false);
+        let inputs = Inputs::of(self, pass, &Cow::Owned(joined), Marks::default(), false);
         let passes: Vec<Pass<'_>> = (members.iter())
             .map(|member| of(member.workspace, member.mode))
             .collect();
         let own: Vec<Inputs<'_>> = (members.iter().zip(&passes))
-            .map(|(m, &pass)| Inputs::of(self, pass, &Cow::Borrowed(m.batch), Vec::new(), false))
+            .map(|(m, &pass)| {
+                Inputs::of(self, pass, &Cow::Borrowed(m.batch), Marks::default(), false)
+            })
             .collect();
         let nothing = nothing(&self.device)?;
         let mut run = Run::new(&nothing, pass, &inputs)?;
@@ -195,6 +198,7 @@ fn require_apart(
     let what = match attachment {
         Attachment::Weight(_) => "a method that makes another weight of the base's",
         Attachment::Prompt(_) => "a prompt",
+        Attachment::Invocation(_) => "a LoRA that tokens call up",
         _ if inside.contains(&site) => "a part of the base that is trained itself",
         _ => "what is trained of the embedding, the head or a norm",
     };

@@ -6,6 +6,7 @@ use super::column_norms::ColumnNorms;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
 use super::head::Head;
+use super::invocation::Invocation;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
 use super::norm::{LayerNorm, Norm, RmsNorm, Vector};
@@ -50,6 +51,7 @@ pub(super) struct Builder<'a> {
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) prompt: Option<Prompt>,
+    pub(super) invocation: Option<Invocation>,
     pub(super) source: &'a dyn WeightSource,
     pub(super) params: &'a mut FlatBuffer,
     pub(super) format: WeightFormat,
@@ -90,6 +92,7 @@ impl Builder<'_> {
             embedded_prompt: (self.prompt.as_ref())
                 .and_then(|prompt| EmbeddedPrompt::new(prompt, self.config)),
             prompt: self.prompt,
+            invocation: self.invocation,
             keep: vec![Keep::All; layers.len()],
             label_smoothing: 0.0,
             neftune_noise_alpha: 0.0,

@@ -149,7 +149,7 @@ pub(super) fn forward_gated<X: Element, Y: Element>(
     gate_up: Rows<'_, X>,
     out: RowsMut<'_, Y>,
 ) {
-    with_gate!(activation, A => forward_gated_of::<A, X, Y>(gate_up, out))
+    with_gate!(activation, A => forward_gated_of::<A, X, Y>(gate_up, out));
 }
 
 fn forward_gated_of<A: Gate, X: Element, Y: Element>(
@@ -177,7 +177,7 @@ pub(super) fn backward_gated_in_place<X: Element, G: Element>(
     gate_up: RowsMut<'_, X>,
     d_out: Rows<'_, G>,
 ) {
-    with_gate!(activation, A => backward_gated_of::<A, X, G>(gate_up, d_out))
+    with_gate!(activation, A => backward_gated_of::<A, X, G>(gate_up, d_out));
 }
 
 fn backward_gated_of<A: Gate, X: Element, G: Element>(
@@ -216,7 +216,7 @@ pub(super) fn forward<X: Element, Y: Element>(
     x: Rows<'_, X>,
     out: RowsMut<'_, Y>,
 ) {
-    with_gate!(activation, A => forward_of::<A, X, Y>(x, out))
+    with_gate!(activation, A => forward_of::<A, X, Y>(x, out));
 }
 
 fn forward_of<A: Gate, X: Element, Y: Element>(x: Rows<'_, X>, mut out: RowsMut<'_, Y>) {
@@ -240,7 +240,7 @@ pub(super) fn backward_in_place<X: Element, G: Element>(
     x: RowsMut<'_, X>,
     d_out: Rows<'_, G>,
 ) {
-    with_gate!(activation, A => backward_of::<A, X, G>(x, d_out))
+    with_gate!(activation, A => backward_of::<A, X, G>(x, d_out));
 }
 
 fn backward_of<A: Gate, X: Element, G: Element>(mut x: RowsMut<'_, X>, d_out: Rows<'_, G>) {

@@ -109,6 +109,8 @@ pub struct Wanted {
 
 /// The toolkit's oldest release.
 const OLDEST_TOOLKIT: &str = "CUDA 12";
+/// What cuInit says where no GPU is visible.
+const NO_DEVICE: u32 = cudarc::driver::sys::cudaError_enum::CUDA_ERROR_NO_DEVICE as u32;
 
 /// The driver, probed: present, new enough, and initialised.
 pub(super) fn driver() -> Result<&'static Driver> {
@@ -142,7 +144,13 @@ pub(super) fn driver() -> Result<&'static Driver> {
             });
         }
         // SAFETY: cuInit takes no pointer.
-        error::driver(&table, "cuInit", unsafe { (table.init)(0) })?;
+        match unsafe { (table.init)(0) } {
+            NO_DEVICE => Err(Error::NoGpu {
+                problem: "the driver shows none to this process (CUDA_ERROR_NO_DEVICE)".into(),
+                fix: "check CUDA_VISIBLE_DEVICES, and the container's GPU access".into(),
+            }),
+            status => error::driver(&table, "cuInit", status),
+        }?;
         Ok(table)
     })
 }

@@ -5,6 +5,8 @@
 //! ds = scale * dy B        dA += ds^T x~         dB += scale * dy^T s        dx += dropout(ds A)
 //! ```
 //!
+//! Where an update is silent in some rows, these rows of `s` and `ds` are zero.
+//!
 //! Shapes: `x [T,in]`, `A [R,in]`, `B [out,R]`, `s [T,R]`, `y [T,out]`. `x`, `y` and their gradients
 //! are f32 or bf16; `A`, `B` and `s` have one dtype, f32 on a CPU; the gradients of `A` and `B` are
 //! f32. A matrix `[T,in]` is only allocated with dropout, from the workspace.
@@ -17,7 +19,7 @@
 mod tests;
 
 use crate::error::{check_dtype, check_shape};
-use crate::{Indices, Result, View, ViewMut, Workspace, dropout, matmul};
+use crate::{Indices, Result, View, ViewMut, Workspace, dropout, embedding, matmul};
 
 /// The two factors of a low-rank update and how they are applied.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,8 @@ pub struct LowRank<'a> {
     /// Dropout on `x`: the key of the mask, and what its words are drawn for `[2 T + 1]`, as
     /// [`dropout::forward`] takes it.
     pub dropout: Option<(dropout::Key, &'a Indices<'a>)>,
+    /// Rows without the update, marked by 1 among zeros `[T]`, and a row of zeros `[1,R]`.
+    pub silent: Option<(&'a Indices<'a>, View<'a>)>,
 }
 
 impl LowRank<'_> {
@@ -79,7 +83,8 @@ pub fn down(
 ) -> Result<()> {
     with_dropped(x, low_rank, workspace, |x| {
         matmul::nt(s.reborrow(), 0.0, 1.0, x, low_rank.a)
-    })
+    })?;
+    low_rank.silence(s)
 }
 
 /// Adds the gradients of `A` to `d_a [R,in]`, of `B` to `d_b [out,R]` and, if asked for, of `x` to
@@ -114,6 +119,7 @@ pub fn backward(
     let mut wide = workspace.take(s.dtype(), x.rows(), Workspace::aligned(s.dtype(), rank));
     let ds = wide.view_mut().columns(0..rank);
     matmul::nn(ds, 0.0, low_rank.scale, dy, low_rank.b)?;
+    low_rank.silence(wide.view_mut().columns(0..rank))?;
     down_backward(
         x,
         low_rank,
@@ -167,6 +173,17 @@ impl<'a> LowRank<'a> {
     /// The dropout, unless it drops nothing.
     fn active_dropout(&self) -> Option<(dropout::Key, &'a Indices<'a>)> {
         self.dropout.filter(|(key, _)| key.p != 0.0)
+    }
+
+    /// Clears the rows of `s [T,R]` where the update is silent.
+    ///
+    /// # Errors
+    /// If a shape or dtype does not fit; the first failure of the GPU.
+    pub fn silence(&self, s: ViewMut<'_>) -> Result<()> {
+        match self.silent {
+            Some((rows, zeros)) => embedding::overlay(zeros, 1, rows, s),
+            None => Ok(()),
+        }
     }
 }
 

@@ -90,6 +90,7 @@ impl Case {
             b: self.b.view(),
             scale: 0.7,
             dropout: p.map(|p| (Key { seed: 11, p }, &self.rows)),
+            silent: None,
         }
     }
 }
@@ -103,7 +104,10 @@ struct Results {
 }
 
 fn run(case: &Case, sizes: Sizes, p: Option<f32>, workspace: &Workspace) -> Results {
-    let low_rank = case.low_rank(p);
+    run_with(case, &case.low_rank(p), sizes, workspace)
+}
+
+fn run_with(case: &Case, low_rank: &LowRank<'_>, sizes: Sizes, workspace: &Workspace) -> Results {
     let (mut y, mut dx) = (case.y.clone(), case.dx.clone());
     let mut s = Tensor::from_f32(
         vec![f32::NAN; sizes.tokens * sizes.rank],
@@ -114,7 +118,7 @@ fn run(case: &Case, sizes: Sizes, p: Option<f32>, workspace: &Workspace) -> Resu
     let mut d_b = vec![-0.5; sizes.outputs * sizes.rank];
     forward(
         case.x.view(),
-        &low_rank,
+        low_rank,
         y.view_mut(),
         s.view_mut(),
         workspace,
@@ -122,7 +126,7 @@ fn run(case: &Case, sizes: Sizes, p: Option<f32>, workspace: &Workspace) -> Resu
     .expect("valid");
     backward(
         case.x.view(),
-        &low_rank,
+        low_rank,
         s.view(),
         case.dy.view(),
         Some(dx.view_mut()),
@@ -137,6 +141,41 @@ fn run(case: &Case, sizes: Sizes, p: Option<f32>, workspace: &Workspace) -> Resu
         dx: dx.to_f32_vec(),
         d_a,
         d_b,
+    }
+}
+
+/// Where an update is silent, it is as if neither x nor dy had the row.
+#[test]
+fn silent_rows_are_those_of_an_update_that_is_not_there() {
+    let sizes = sizes(123, 64, 48, 16);
+    let workspace = Workspace::new(sizes.tokens);
+    for p in [None, Some(0.4)] {
+        let case = Case::random(sizes, DType::F32);
+        let marks: Vec<u32> = (0..sizes.tokens as u32)
+            .map(|t| u32::from(t % 3 == 1))
+            .collect();
+        let marks = Indices::host(marks);
+        let zeros = Tensor::zeros(DType::F32, 1, sizes.rank);
+        let got = run_with(
+            &case,
+            &LowRank {
+                silent: Some((&marks, zeros.view())),
+                ..case.low_rank(p)
+            },
+            sizes,
+            &workspace,
+        );
+        let mut without = Case::random(sizes, DType::F32);
+        for t in (0..sizes.tokens).filter(|t| t % 3 == 1) {
+            without.x.view_mut().row_range(t..t + 1).fill(0.0);
+            without.dy.view_mut().row_range(t..t + 1).fill(0.0);
+        }
+        let want = run(&without, sizes, p, &workspace);
+        assert_eq!(got.y, want.y, "{p:?}");
+        assert_eq!(got.s, want.s, "{p:?}");
+        assert_eq!(got.dx, want.dx, "{p:?}");
+        assert_eq!(got.d_a, want.d_a, "{p:?}");
+        assert_eq!(got.d_b, want.d_b, "{p:?}");
     }
 }
 

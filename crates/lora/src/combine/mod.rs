@@ -193,6 +193,10 @@ fn plain(directory: &Path) -> Result<(Adapter, LoraConfig)> {
     let features = [
         ("use_dora", config.use_dora),
         ("lora_bias", config.lora_bias),
+        (
+            "alora_invocation_tokens",
+            config.alora_invocation_tokens.is_some(),
+        ),
         ("bias", config.bias != LoraBias::None),
         ("modules_to_save", !config.modules_to_save.is_empty()),
         (

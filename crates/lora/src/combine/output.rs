@@ -37,6 +37,8 @@ pub(super) fn write_combined(
     config.layers_to_transform = None;
     config.layers_pattern = Vec::new();
     config.exclude_modules = None;
+    // Factors of a sum are others for a head than for its embedding, though their products are the same.
+    config.ensure_weight_tying = false;
     let mut tensors = BTreeMap::new();
     for (module, pair) in combined {
         let last = module.rsplit('.').next().unwrap_or(module);
@@ -58,7 +60,9 @@ pub(super) fn write_combined(
 fn targets(configs: &[LoraConfig], combined: &BTreeMap<&str, &Pair>) -> Vec<String> {
     let list = |config: &LoraConfig| match &config.target_modules {
         Some(TargetModules::List(list))
-            if config.layers_to_transform.is_none() && config.exclude_modules.is_none() =>
+            if config.layers_to_transform.is_none()
+                && config.exclude_modules.is_none()
+                && !config.ensure_weight_tying =>
         {
             Some(list.clone())
         }

@@ -217,3 +217,24 @@ fn what_has_no_sum_is_refused_and_nothing_is_written() {
             .contains("ties")
     );
 }
+
+#[test]
+fn what_was_tied_is_two_updates_of_one_value_from_then_on() {
+    let tied = crate::testing::golden("lora_gemma_tied_both").join("adapter");
+    let output = tempfile::tempdir().expect("temporary directory");
+    let options = CombineOptions::default();
+    combine(&[(tied.clone(), 1.0)], output.path(), &options).expect("combined");
+    let config = std::fs::read(output.path().join(CONFIG_FILE)).expect("written");
+    let config: Value = serde_json::from_slice(&config).expect("JSON");
+    assert!(config.get("ensure_weight_tying").is_none(), "{config}");
+    let targets = config["target_modules"].as_array().expect("a list");
+    for module in ["lm_head", "model.embed_tokens"] {
+        assert!(targets.contains(&json!(module)), "{config}");
+    }
+    let (before, after) = (updates(&tied), updates(output.path()));
+    assert!(before.contains_key("lm_head") && before.len() == after.len());
+    for (module, update) in &before {
+        let error = relative_error(&after[module], update);
+        assert!(error < 1e-6, "{module}: {error:e}");
+    }
+}

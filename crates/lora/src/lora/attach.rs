@@ -67,7 +67,27 @@ pub(super) fn attach(
         };
         attachments.push((site.id, Attachment::TrainBias(vector(site, part, params))));
     }
+    if let Some(tokens) = &config.alora_invocation_tokens {
+        attachments.push(invocation(tokens, sites)?);
+    }
     Ok(attachments)
+}
+
+/// The tokens that call updates up, at the embedding that knows them.
+fn invocation(tokens: &[u32], sites: &[Site]) -> Result<(SiteId, Attachment)> {
+    let key = "alora_invocation_tokens";
+    let table = sites.iter().find(|site| site.kind == SiteKind::Embedding);
+    let table = table.ok_or_else(|| Error::config(key, "the model has no embedding"))?;
+    match tokens.iter().find(|&&id| id as usize >= table.out_features) {
+        None => Ok((table.id, Attachment::Invocation(tokens.to_vec()))),
+        Some(id) => {
+            let message = format!(
+                "token {id} is none of the {} of `{}`",
+                table.out_features, table.name
+            );
+            Err(Error::config(key, message))
+        }
+    }
 }
 
 /// Refuses sites of another stack of layers than `ranges` make.
@@ -269,6 +289,17 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             format!(
                 "`{}` is a norm, and LoRA needs a linear layer or an embedding; leave it out, put it into \
                  `exclude_modules`, or train it as a whole with `modules_to_save`",
+                site.name
+            ),
+        ));
+    }
+    if config.alora_invocation_tokens.is_some()
+        && (site.kind == SiteKind::Embedding || site.output_head)
+    {
+        return Err(Error::config(
+            "alora_invocation_tokens",
+            format!(
+                "is for linears inside the layers, and `{}` is none; leave that out of `target_modules`",
                 site.name
             ),
         ));

@@ -83,6 +83,9 @@ pub struct LoraConfig {
     /// each copy with updates of its own. Names and numbers of layers are those of this stack. Empty for
     /// the base's own.
     pub layer_replication: Vec<[usize; 2]>,
+    /// aLoRA: updates act from the last occurrence of these tokens in a document on, if there is one; before it, the
+    /// model is the base.
+    pub alora_invocation_tokens: Option<Vec<u32>>,
     /// As in the file. Decides nothing: whether a weight lies transposed is known of the base.
     pub fan_in_fan_out: bool,
     /// PEFT's task, such as `CAUSAL_LM`.
@@ -115,6 +118,7 @@ impl Default for LoraConfig {
             trainable_token_indices: None,
             ensure_weight_tying: false,
             layer_replication: Vec::new(),
+            alora_invocation_tokens: None,
             fan_in_fan_out: false,
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: None,
@@ -172,6 +176,7 @@ impl LoraConfig {
             );
             return Err(Error::config("init_lora_weights", message));
         }
+        self.validate_invocation()?;
         let plain = [InitLoraWeights::Kaiming, InitLoraWeights::Random];
         if self.lora_bias && self.use_dora {
             let message = "true beside `use_dora`: PEFT has no bias in a weight-decomposed update; switch one off";
@@ -193,6 +198,32 @@ impl LoraConfig {
             return Err(Error::config("lora_alpha", message));
         }
         Ok(())
+    }
+
+    /// Refuses what an update that acts in places cannot be.
+    fn validate_invocation(&self) -> Result<()> {
+        let key = "alora_invocation_tokens";
+        match &self.alora_invocation_tokens {
+            None => return Ok(()),
+            Some(tokens) if tokens.is_empty() => {
+                return Err(Error::config(
+                    key,
+                    "names no token, so nothing would ever act",
+                ));
+            }
+            Some(_) => {}
+        }
+        let init = self.init_lora_weights;
+        let other = match (self.use_dora, self.lora_bias, init.changes_base()) {
+            (true, _, _) => "`use_dora`".to_owned(),
+            (_, true, _) => "`lora_bias`".to_owned(),
+            (_, _, true) => format!("`init_lora_weights` {}", init.name()),
+            _ => return Ok(()),
+        };
+        let message = format!(
+            "beside {other}: before these tokens the model is the base as it is, which that changes; leave one out"
+        );
+        Err(Error::config(key, message))
     }
 
     /// Whether two of the ranges of `layer_replication` overlap.
@@ -299,6 +330,11 @@ impl LoraConfig {
                 "layer_replication",
                 format!("{:?}", self.layer_replication),
                 format!("{:?}", other.layer_replication),
+            ),
+            (
+                "alora_invocation_tokens",
+                format!("{:?}", self.alora_invocation_tokens),
+                format!("{:?}", other.alora_invocation_tokens),
             ),
             (
                 "ensure_weight_tying",

@@ -221,6 +221,7 @@ impl Adapter for LoraAdapter {
             ..
         } = &self.config;
         let method = match (self.config.use_dora, *use_rslora) {
+            (false, _) if self.config.alora_invocation_tokens.is_some() => "aLoRA",
             (true, false) => "DoRA",
             (true, true) => "rsDoRA",
             (false, true) => "rsLoRA",

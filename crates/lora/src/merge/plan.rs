@@ -141,6 +141,14 @@ pub(super) fn plan(
             Ok((attachments, params))
         }
     }?;
+    if attachments
+        .iter()
+        .any(|(_, attachment)| matches!(attachment, Attachment::Invocation(_)))
+    {
+        let message = "`alora_invocation_tokens`: updates that act in a part of a document are in no weight, so this \
+                       adapter cannot be merged; use it with its base";
+        return Err(Error::adapter(adapter_directory, message));
+    }
     let params = Arc::new(params);
     base_copies::check(adapter_directory, base)?;
     let mut plan = Plan::default();
@@ -409,7 +417,7 @@ impl Plan {
                 let values = values(rows);
                 self.push(weight, Change::Rows { indices, values });
             }
-            Attachment::KeepBase => {}
+            Attachment::KeepBase | Attachment::Invocation(_) => {}
             Attachment::Prompt(_) => {
                 let message = "is a prompt, which stands before the text and is part of no weight; use the \
                                adapter with its base, without merging";

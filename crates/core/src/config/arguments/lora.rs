@@ -184,6 +184,10 @@ section! {
         /// as `{embed_tokens: [5, 6], lm_head: [5]}`, where a head that is named with other tokens is apart from
         /// then on.
         lora_trainable_token_indices: TokenIndices = TokenIndices::Embedding(Vec::new()), PEFT;
+        /// Activated LoRA: updates act from the last occurrence of these tokens in a document on, such as those of the
+        /// marker before the answer, and what comes before it is the base's; a document without them trains nothing.
+        /// Empty for updates that act everywhere.
+        alora_invocation_tokens: Vec<usize> = Vec::new(), PEFT;
         /// Where head and embedding are one weight and one of them is adapted or trained as a whole, keep
         /// them the same; otherwise the other one keeps the base's values.
         lora_ensure_weight_tying: bool = false, PEFT;

@@ -106,6 +106,8 @@ pub(super) fn layers(
     for (site, attachment) in attachments {
         // A trained bias beside another method adds nothing that is held.
         match attachment {
+            // Nor does what says where updates act.
+            Attachment::Invocation(_) => {}
             Attachment::TrainBias(_) => {
                 methods.entry(*site).or_insert(Method::TrainBias);
             }
@@ -149,7 +151,7 @@ pub(super) fn has_head_bias(plan: &ModelPlan, attachments: &[(SiteId, Attachment
 fn method(attachment: &Attachment) -> Method {
     match attachment {
         Attachment::TrainBias(_) => Method::TrainBias,
-        Attachment::KeepBase => Method::Frozen,
+        Attachment::KeepBase | Attachment::Invocation(_) => Method::Frozen,
         // Rows of the stream, or of keys and values, that are there anyway.
         Attachment::Prompt(_) => Method::TrainBias,
         Attachment::LowRank(low_rank) => Method::LowRank {

@@ -198,6 +198,29 @@ fn only_names_that_peft_knows_keep_a_pair_tied() {
 }
 
 #[test]
+fn tokens_call_up_updates_of_linears_inside_the_layers() {
+    let invoked = |names: &[&str], token| LoraConfig {
+        alora_invocation_tokens: Some(vec![token]),
+        target_modules: list(names),
+        ..LoraConfig::default()
+    };
+    let all = attached(invoked(&["q_proj"], 3), &llama_sites(2));
+    let at_embedding = |(site, a): &(SiteId, Attachment)| {
+        site.0 == 0 && matches!(a, Attachment::Invocation(tokens) if tokens == &[3])
+    };
+    assert!(all.iter().any(at_embedding), "{all:?}");
+    for (names, token, part) in [
+        (&["q_proj", "lm_head"][..], 3, "`lm_head` is none"),
+        (&["embed_tokens"], 3, "`model.embed_tokens` is none"),
+        (&["q_proj"], 256, "token 256 is none of the 256"),
+    ] {
+        let error = refusal(invoked(names, token), &llama_sites(2));
+        let key = "`alora_invocation_tokens`";
+        assert!(error.contains(key) && error.contains(part), "{error}");
+    }
+}
+
+#[test]
 fn what_is_trained_as_a_whole_is_not_adapted_though_it_is_named() {
     let config = LoraConfig {
         target_modules: list(&["q_proj", "v_proj"]),

@@ -11,7 +11,6 @@ use std::path::Path;
 /// Features of PEFT's LoRA that are not implemented here. Their keys are fine while they are off:
 /// null, false, 0, or empty.
 const MUST_BE_OFF: &[&str] = &[
-    "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "megatron_config",
@@ -42,7 +41,8 @@ const SETTINGS: [&str; 4] = [
 ];
 
 /// Keys with a field.
-const FIELDS: [&str; 22] = [
+const FIELDS: [&str; 23] = [
+    "alora_invocation_tokens",
     "alpha_pattern",
     "base_model_name_or_path",
     "bias",
@@ -146,6 +146,11 @@ impl LoraConfig {
             "modules_to_save" => self.modules_to_save = field.one_or_more()?,
             "trainable_token_indices" => self.trainable_token_indices = field.token_indices()?,
             "ensure_weight_tying" => self.ensure_weight_tying = field.boolean()?,
+            "alora_invocation_tokens" => {
+                let listed = !field.value.is_null();
+                self.alora_invocation_tokens =
+                    listed.then(|| field.tokens(field.value)).transpose()?;
+            }
             "layer_replication" => self.layer_replication = field.layer_ranges()?,
             "fan_in_fan_out" => self.fan_in_fan_out = field.boolean()?,
             key => unknown_key::judge(field.path, key, field.value, &known())?,
@@ -212,7 +217,7 @@ impl<'a> Field<'a> {
             .as_array()
             .map(|items| items.iter().map(token).collect());
         tokens.flatten().ok_or_else(|| {
-            self.wrong("a list of token ids, or an object from modules to such lists")
+            self.wrong("a list of token ids, or, of trainable_token_indices, an object from modules to such lists")
         })
     }
 

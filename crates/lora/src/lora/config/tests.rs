@@ -46,7 +46,6 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
     for (key, value) in [
         ("use_bdlora", json!(true)),
         ("target_parameters", json!(["experts.gate_up_proj"])),
-        ("alora_invocation_tokens", json!([5])),
         ("velora_config", json!({"num_groups": 2})),
     ] {
         let error = config_error(key, value.clone());
@@ -55,6 +54,35 @@ fn features_of_peft_that_are_not_here_are_errors_when_on() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn tokens_that_call_updates_up_need_a_plain_update() {
+    use serde_json::json;
+    let with = |key: &str, value: serde_json::Value| {
+        let copy = copy_of("lora_qv");
+        edit_config(copy.path(), "alora_invocation_tokens", json!([5, 6]));
+        edit_config(copy.path(), key, value);
+        PeftConfig::load(copy.path())
+    };
+    for (key, value) in [
+        ("use_dora", json!(true)),
+        ("lora_bias", json!(true)),
+        ("init_lora_weights", json!("pissa")),
+        ("alora_invocation_tokens", json!([])),
+        ("alora_invocation_tokens", json!(["5"])),
+    ] {
+        let error = with(key, value).expect_err(key).to_string();
+        for part in ["adapter_config.json", "`alora_invocation_tokens`", key] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+    let Ok(PeftConfig::Lora(config)) = with("r", json!(4)) else {
+        panic!("a LoRA")
+    };
+    assert_eq!(config.alora_invocation_tokens, Some(vec![5, 6]));
+    let written: serde_json::Value = serde_json::from_str(&config.to_json()).expect("JSON");
+    assert_eq!(written["alora_invocation_tokens"], json!([5, 6]));
 }
 
 #[test]

@@ -49,6 +49,9 @@ impl LoraConfig {
         if self.ensure_weight_tying {
             keys.insert("ensure_weight_tying", json!(true));
         }
+        if let Some(tokens) = &self.alora_invocation_tokens {
+            keys.insert("alora_invocation_tokens", json!(tokens));
+        }
         if !self.layer_replication.is_empty() {
             keys.insert("layer_replication", json!(self.layer_replication));
         }
