@@ -355,13 +355,20 @@ fn unmatched_regex(key: &'static str, source: &str, sites: &[Site]) -> Error {
     let hint = if source.contains(is_metacharacter) {
         String::new()
     } else {
-        format!("; to name modules by the end of their path, write a list: [\"{source}\"]")
+        let list = source.split(',').map(|name| format!("\"{}\"", name.trim()));
+        let list = list.collect::<Vec<_>>().join(", ");
+        format!("; to name modules by the end of their path, write a list: [{list}]")
     };
     // What stands in it as it is, such as the name of a module.
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     let words = source.split(|c| !is_name(c));
     let word = words.max_by_key(|word| word.len()).unwrap_or_default();
     let names = || sites.iter().map(|site| site.name.as_str());
+    let shorthand = source.to_lowercase().replace('_', "-");
+    let nearest = match suggest::nearest(&shorthand, [ALL_LINEAR]) {
+        Some(shorthand) => format!("; did you mean `{shorthand}`?"),
+        None => nearest_end(word, names()),
+    };
     Error::config(
         key,
         format!(
@@ -371,7 +378,7 @@ fn unmatched_regex(key: &'static str, source: &str, sites: &[Site]) -> Error {
                 .find(|s| s.layer.is_some() && s.kind == SiteKind::Linear)
                 .or(sites.first())
                 .map_or("", |s| &s.name),
-            nearest_end(word, names()),
+            nearest,
             known_names(sites),
         ),
     )

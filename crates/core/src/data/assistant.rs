@@ -26,7 +26,8 @@ const INSTEAD: &str = "use a template that keeps its history, one with {% genera
                        `prompt` and `completion`";
 
 /// Which tokens lie in `spans` of the text: for each, from the token of its first byte to the token
-/// of its last. A last character that takes several tokens has all of them.
+/// of its last. A last character that takes several tokens has all of them; one that has none of its own, because
+/// the tokenizer's normaliser joins it with another or drops it, ends at the last token that reaches into the span.
 ///
 /// # Source
 /// The assistant masks of transformers' `apply_chat_template`. Before 5.24 it left all but the first token of such
@@ -42,10 +43,16 @@ pub fn mask_of_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
             let covers = |&(begin, end): &(usize, usize)| begin <= byte && byte < end;
             Some(from + offsets[from..].iter().position(covers)?)
         };
-        let Some(first) = token_at(span.start) else {
+        let reaches_into =
+            |&(begin, end): &(usize, usize)| begin < end && begin < span.end && span.start < end;
+        let first_inside = || Some(from + offsets[from..].iter().position(reaches_into)?);
+        let Some(first) = token_at(span.start).or_else(first_inside) else {
             continue;
         };
-        let mut last = token_at(span.end - 1).unwrap_or(mask.len() - 1);
+        let last_inside = || offsets.iter().rposition(reaches_into);
+        let Some(mut last) = token_at(span.end - 1).or_else(last_inside) else {
+            continue;
+        };
         let (begin, end) = offsets[last];
         while end - begin > 1 && offsets.get(last + 1) == Some(&(begin, end)) {
             last += 1;

@@ -3,7 +3,7 @@
 use super::{gemma, layer_types};
 use crate::Result;
 use crate::model::{DecoderConfig, HfConfig, ModuleNames, activation};
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
     let config = &config.with_defaults(&json!({
@@ -25,7 +25,14 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
 pub(super) fn common(config: &HfConfig, slides: impl Fn(usize) -> bool) -> Result<DecoderConfig> {
     let common = gemma::common(config)?;
     let window = layer_types::sliding_window(config)?;
-    let scalar = config.positive("query_pre_attn_scalar")?.unwrap_or(256.0);
+    let key = "query_pre_attn_scalar";
+    if config.get(key).is_some_and(Value::is_null) {
+        return Err(config.error(
+            key,
+            "is null; expected a number above 0, such as the head size",
+        ));
+    }
+    let scalar = config.positive(key)?.unwrap_or(256.0);
     let softcap = |key| -> Result<Option<f32>> { Ok(config.positive(key)?.map(|c| c as f32)) };
     Ok(DecoderConfig {
         modules: ModuleNames::BOTH_NORMS,

@@ -1,8 +1,8 @@
 //! Phi 3 and 4 mini: one projection to q, k and v, one to gate and up, and heads that may rotate in part.
 
 use super::layer_types::sliding_window;
-use crate::Result;
 use crate::model::{DecoderConfig, HfConfig, ModuleNames, RopeConfig};
+use crate::{Result, suggest};
 use serde_json::{Value, json};
 
 pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
@@ -18,6 +18,7 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         "rms_norm_eps": 1e-5,
         "sliding_window": null,
     }));
+    require_long_rope(&renamed(config))?;
     let common = DecoderConfig::without_rope(config)?;
     Ok(DecoderConfig {
         modules: ModuleNames {
@@ -30,6 +31,24 @@ pub(super) fn decoder(config: &HfConfig) -> Result<DecoderConfig> {
         sliding_windows: vec![sliding_window(config)?; common.layers],
         ..common
     })
+}
+
+/// Transformers knows no other scaling of these models.
+fn require_long_rope(config: &HfConfig) -> Result<()> {
+    for group in ["rope_parameters", "rope_scaling"] {
+        let given = config.get(group);
+        let kind = given.and_then(|rope| rope.get("rope_type").or_else(|| rope.get("type")));
+        match kind.and_then(Value::as_str) {
+            None | Some("default" | "longrope") => {}
+            Some(other) => {
+                let nearest = suggest::did_you_mean(other, ["default", "longrope"]);
+                let known = "with this architecture it is `default` or `longrope`";
+                let message = format!("is `{other}`; {known}{nearest}");
+                return Err(config.error(&format!("{group}.rope_type"), message));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `su` and `yarn` are what the first checkpoints call longrope.

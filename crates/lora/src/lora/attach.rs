@@ -144,8 +144,15 @@ fn targets<'a>(
     selected.retain(|site| !stands_whole(site));
     let head = tied.and_then(|pair| pair.move_update(config, &mut selected));
     if selected.is_empty() {
-        let message = "names only what `modules_to_save` trains as a whole, so nothing is left to adapt; take it out \
-                       of one of them";
+        let whole = config
+            .modules_to_save
+            .iter()
+            .map(|name| format!("`{name}`"));
+        let whole = whole.collect::<Vec<_>>().join(", ");
+        let message = format!(
+            "names only what `modules_to_save` trains as a whole ({whole}), so nothing is left to adapt; take it \
+             out of one of them"
+        );
         return Err(Error::config("target_modules", message));
     }
     let named = || selected.iter().copied().chain(head);

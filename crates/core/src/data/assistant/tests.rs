@@ -1,9 +1,11 @@
+use super::mask_of_spans;
 use crate::data::fixtures::{folders, read_json, report, roots};
 use crate::data::prepare::{PrepareOptions, Preparer, Row};
 use crate::data::record::{Record, RecordKind};
 use crate::data::tokenizer::{SpecialTokens, Tokenizer};
 use crate::data::{Conversation, Ending, IGNORE_INDEX};
 use serde_json::{Map, Value, json};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -368,4 +370,51 @@ fn a_block_has_all_tokens_of_its_last_character() {
             .collect();
         assert_eq!(found, mask, "{name} {content}");
     }
+}
+
+/// The bytes of the tokens that are trained where `spans` of a text are the assistant's.
+fn trained_of(tokenizer: &str, text: &str, spans: &[Range<usize>]) -> Vec<Range<usize>> {
+    let path = roots("trained_of")[0].join("tokenizers").join(tokenizer);
+    let tokenizer = Tokenizer::from_dir(&path).expect("the tokenizer loads");
+    let encoded = tokenizer.encode_with_offsets(text, SpecialTokens::Omit);
+    let encoded = encoded.expect("encodes");
+    let mask = mask_of_spans(&encoded, spans);
+    let tokens = encoded.offsets.iter().zip(mask);
+    let trained = tokens.filter(|(_, trained)| *trained);
+    trained.map(|(&(begin, end), _)| begin..end).collect()
+}
+
+/// A combining mark that the tokenizer's normaliser joins with the letter before it has no token: what is trained ends
+/// with the letter, not with the row.
+#[test]
+fn a_last_character_without_a_token_ends_the_span_before_it() {
+    for answer in ["cafe\u{301}", "a\u{323}"] {
+        let text = format!("{answer} then {answer} SECRET");
+        let second = answer.len() + " then ".len();
+        let spans = [0..answer.len(), second..second + answer.len()];
+        let trained = trained_of("bpe_qwen2", &text, &spans);
+        // A token may begin with the space before the answer.
+        let within = |token: &Range<usize>, span: &Range<usize>| {
+            span.start < token.end && token.end <= span.end
+        };
+        for span in &spans {
+            let inside = trained.iter().filter(|token| within(token, span));
+            let begin = inside.map(|token| token.start).min();
+            assert!(
+                begin.is_some_and(|at| at <= span.start),
+                "{answer}: {trained:?}"
+            );
+        }
+        let in_one = |token: &Range<usize>| spans.iter().any(|span| within(token, span));
+        assert!(trained.iter().all(in_one), "{answer}: {trained:?}");
+    }
+}
+
+/// A first character that the normaliser drops leaves what comes after it trained.
+#[test]
+fn a_first_character_without_a_token_leaves_the_rest_trained() {
+    let text = "user:  hi there";
+    let trained = trained_of("wordpiece_bert", text, &[5..text.len()]);
+    let words: String = trained.into_iter().map(|token| &text[token]).collect();
+    assert_eq!(words, "hithere");
 }
