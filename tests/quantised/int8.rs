@@ -52,7 +52,7 @@ fn devices_agree_and_take_what_is_planned() {
 }
 
 /// The distance of two gradients, relative to the first.
-fn distance(one: &Outcome, other: &Outcome) -> f64 {
+pub(super) fn distance(one: &Outcome, other: &Outcome) -> f64 {
     let pairs = one.gradients.iter().zip(&other.gradients);
     let of = |bits: &u32| f64::from(f32::from_bits(*bits));
     let [difference, norm] = pairs.fold([0.0, 0.0], |[d, n], (a, b)| {
