@@ -195,7 +195,7 @@ impl Layer {
             grads,
             attention.output,
             d_stream.view().columns(0..self.o.out_features()),
-            self.o.room,
+            self.o.room(),
         )?;
         let mut d_attended = run.workspace.take(run.dtype, run.rows, self.o.in_features);
         let attended = self.o.input(&attention.attended);
@@ -259,7 +259,7 @@ impl Layer {
             grads,
             down.output,
             d_stream.view().columns(0..self.down.out_features()),
-            self.down.room,
+            self.down.room(),
         )?;
         let dy = d_output.as_mut().unwrap_or(d_stream);
         self.down_backward(run, grads, &mut gate_up, down.parts, dy)?;

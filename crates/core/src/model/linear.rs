@@ -24,8 +24,6 @@ pub(crate) struct LinearGroup {
     pub(crate) frozen: Option<Arc<FrozenWeight>>,
     /// Where weights that are not held as values are written for a product.
     pub(crate) scratch: Scratch,
-    /// Columns that its input, and the gradient of its output, have room for beside theirs.
-    pub(crate) room: usize,
 }
 
 /// One linear of a group.
@@ -89,7 +87,7 @@ impl LinearGroup {
 
     /// A matrix for its input, with room.
     pub(crate) fn take_input(&self, run: &Run<'_>) -> Tensor {
-        let columns = self.in_features + self.room;
+        let columns = self.in_features + self.room();
         run.workspace.take(run.dtype, run.rows, columns)
     }
 
@@ -100,7 +98,7 @@ impl LinearGroup {
 
     /// A matrix for the gradient of its output, with room.
     pub(crate) fn take_gradient(&self, run: &Run<'_>) -> Tensor {
-        let columns = self.out_features() + self.room;
+        let columns = self.out_features() + self.room();
         run.workspace.take(run.dtype, run.rows, columns)
     }
 

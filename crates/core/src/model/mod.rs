@@ -419,7 +419,7 @@ impl Model {
 
     /// Columns that the gradient of the stream has room for beside its own.
     fn room(&self) -> usize {
-        let rooms = self.layers.iter().map(|l| l.o.room.max(l.down.room));
+        let rooms = self.layers.iter().map(|l| l.o.room().max(l.down.room()));
         rooms.max().unwrap_or(0)
     }
 

@@ -145,6 +145,11 @@ impl Augmented {
 type Update<'a> = (&'a Part, &'a LowRank, Range<usize>);
 
 impl LinearGroup {
+    /// Columns that its input, and the gradient of its output, have room for beside theirs.
+    pub(crate) fn room(&self) -> usize {
+        self.augmented().map_or(0, |weight| weight.room)
+    }
+
     fn updates(&self) -> Vec<Update<'_>> {
         let mut first = 0;
         let updates = self.parts.iter().filter_map(|part| match &part.attachment {

@@ -213,7 +213,6 @@ impl Builder<'_> {
                 elements: plan.largest_group(),
                 columns: plan.largest_input(),
             },
-            room,
         })
     }
 

@@ -54,8 +54,7 @@ pub enum Activation {
 /// If `gate_up` has not as many rows as `out` and twice its columns.
 pub fn forward_gated(activation: Activation, gate_up: View<'_>, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "activation::forward_gated";
-    let expected = [out.rows(), 2 * out.cols()];
-    check_shape(OP, "gate_up", expected, gate_up.shape())?;
+    check_shape(OP, "gate_up", beside_gate(out.as_view()), gate_up.shape())?;
     if let Some(device) = common(OP, &[gate_up.device(), out.device()])? {
         return cuda::launch(
             device,
@@ -82,17 +81,9 @@ pub fn backward_gated_in_place(
     d_out: View<'_>,
 ) -> Result<()> {
     const OP: &str = "activation::backward_gated_in_place";
-    let expected = [d_out.rows(), 2 * d_out.cols()];
-    check_shape(OP, "gate_up", expected, gate_up.shape())?;
-    if let Some(device) = common(OP, &[gate_up.device(), d_out.device()])? {
-        return cuda::launch(
-            device,
-            "gated",
-            "backward_in_place",
-            activation,
-            [gate_up.as_view(), d_out],
-            false,
-        );
+    check_shape(OP, "gate_up", beside_gate(d_out), gate_up.shape())?;
+    if backward_on_gpu(OP, "gated", activation, [gate_up.as_view(), d_out], false)? {
+        return Ok(());
     }
     with_dtype!(gate_up.dtype(), X => with_dtype!(d_out.dtype(), G =>
         cpu::backward_gated_in_place::<X, G>(activation, typed_mut(gate_up), typed(d_out))
@@ -124,16 +115,8 @@ pub fn forward(activation: Activation, x: View<'_>, out: ViewMut<'_>) -> Result<
 pub fn backward_in_place(activation: Activation, x: ViewMut<'_>, d_out: View<'_>) -> Result<()> {
     const OP: &str = "activation::backward_in_place";
     check_shape(OP, "d_out", x.shape(), d_out.shape())?;
-    if let Some(device) = common(OP, &[x.device(), d_out.device()])? {
-        let matrices = [x.as_view(), d_out];
-        return cuda::launch(
-            device,
-            "plain",
-            "backward_in_place",
-            activation,
-            matrices,
-            false,
-        );
+    if backward_on_gpu(OP, "plain", activation, [x.as_view(), d_out], false)? {
+        return Ok(());
     }
     with_dtype!(x.dtype(), X => with_dtype!(d_out.dtype(), G =>
         cpu::backward_in_place::<X, G>(activation, typed_mut(x), typed(d_out))
@@ -152,18 +135,10 @@ pub fn backward_gated_swapped(
     d_out: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "activation::backward_gated_swapped";
-    let expected = [d_out.rows(), 2 * d_out.cols()];
-    check_shape(OP, "gate_up", expected, gate_up.shape())?;
-    if let Some(device) = common(OP, &[gate_up.device(), d_out.device()])? {
-        let matrices = [gate_up.as_view(), d_out.as_view()];
-        return cuda::launch(
-            device,
-            "gated",
-            "backward_in_place",
-            activation,
-            matrices,
-            true,
-        );
+    check_shape(OP, "gate_up", beside_gate(d_out.as_view()), gate_up.shape())?;
+    let matrices = [gate_up.as_view(), d_out.as_view()];
+    if backward_on_gpu(OP, "gated", activation, matrices, true)? {
+        return Ok(());
     }
     let mut out = Tensor::empty(&Device::Cpu, d_out.dtype(), d_out.rows(), d_out.cols());
     forward_gated(activation, gate_up.as_view(), out.view_mut())?;
@@ -179,20 +154,46 @@ pub fn backward_gated_swapped(
 pub fn backward_swapped(activation: Activation, x: ViewMut<'_>, d_out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "activation::backward_swapped";
     check_shape(OP, "d_out", x.shape(), d_out.shape())?;
-    if let Some(device) = common(OP, &[x.device(), d_out.device()])? {
-        let matrices = [x.as_view(), d_out.as_view()];
-        return cuda::launch(
-            device,
-            "plain",
-            "backward_in_place",
-            activation,
-            matrices,
-            true,
-        );
+    if backward_on_gpu(
+        OP,
+        "plain",
+        activation,
+        [x.as_view(), d_out.as_view()],
+        true,
+    )? {
+        return Ok(());
     }
     let mut out = Tensor::empty(&Device::Cpu, d_out.dtype(), d_out.rows(), d_out.cols());
     forward(activation, x.as_view(), out.view_mut())?;
     backward_in_place(activation, x, d_out.as_view())?;
     d_out.copy_from(out.view());
     Ok(())
+}
+
+/// The shape of gate and up side by side, by that of what they make.
+fn beside_gate(out: View<'_>) -> [usize; 2] {
+    [out.rows(), 2 * out.cols()]
+}
+
+/// The backward pass of a `kind`, if a GPU holds the matrices; false if the host does. With `keep` the activation's output
+/// takes the place of its gradient.
+fn backward_on_gpu(
+    op: &'static str,
+    kind: &str,
+    activation: Activation,
+    matrices: [View<'_>; 2],
+    keep: bool,
+) -> Result<bool> {
+    let Some(device) = common(op, &matrices.map(|m| m.device()))? else {
+        return Ok(false);
+    };
+    cuda::launch(
+        device,
+        kind,
+        "backward_in_place",
+        activation,
+        matrices,
+        keep,
+    )?;
+    Ok(true)
 }

@@ -288,6 +288,17 @@ fn of_a_token_that_is_named_twice_the_last_row_counts() {
     assert!(nine.iter().all(|&v| v == 1.0) && three.iter().all(|&v| v == 2.0));
 }
 
+/// The adapter of `config` on a base whose head is tied, and its parameters.
+fn attached_to_tied(config: LoraConfig) -> (LoraAdapter, FlatBuffer) {
+    let adapter = LoraAdapter::new(config, "llama").expect("valid");
+    let mut params = ParamLayoutBuilder::new();
+    adapter
+        .attach(&tied_sites(), &mut params)
+        .expect("attaches");
+    let params = FlatBuffer::zeros(&params.build().expect("unique names"));
+    (adapter, params)
+}
+
 /// PEFT writes and wants both names.
 #[test]
 fn a_tied_update_is_written_for_the_head_too() {
@@ -296,12 +307,7 @@ fn a_tied_update_is_written_for_the_head_too() {
         target_modules: list(&["embed_tokens"]),
         ..LoraConfig::default()
     };
-    let adapter = LoraAdapter::new(config, "llama").expect("valid");
-    let mut params = ParamLayoutBuilder::new();
-    adapter
-        .attach(&tied_sites(), &mut params)
-        .expect("attaches");
-    let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+    let (adapter, mut params) = attached_to_tied(config);
     let values = params.as_mut_slice().iter_mut().enumerate();
     values.for_each(|(i, value)| *value = i as f32);
     let directory = tempfile::tempdir().expect("temporary directory");
@@ -335,12 +341,7 @@ fn a_weight_trained_for_two_modules_is_written_under_both_names() {
             ensure_weight_tying: tied,
             ..saves(&[name])
         };
-        let adapter = LoraAdapter::new(config, "llama").expect("valid");
-        let mut params = ParamLayoutBuilder::new();
-        adapter
-            .attach(&tied_sites(), &mut params)
-            .expect("attaches");
-        let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+        let (adapter, mut params) = attached_to_tied(config);
         let values = params.as_mut_slice().iter_mut().enumerate();
         values.for_each(|(i, value)| *value = i as f32);
         let directory = tempfile::tempdir().expect("temporary directory");
@@ -372,12 +373,7 @@ fn copies_of_a_base_weight_beside_a_tied_update_change_nothing() {
             target_modules: list(&["embed_tokens"]),
             ..LoraConfig::default()
         };
-        let adapter = LoraAdapter::new(config, "llama").expect("valid");
-        let mut params = ParamLayoutBuilder::new();
-        adapter
-            .attach(&tied_sites(), &mut params)
-            .expect("attaches");
-        let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+        let (adapter, mut params) = attached_to_tied(config);
         let directory = tempfile::tempdir().expect("temporary directory");
         adapter.save(&params, directory.path()).expect("saved");
         let path = directory.path().join("adapter_model.safetensors");
