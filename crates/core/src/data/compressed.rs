@@ -9,11 +9,18 @@ const BUFFER_BYTES: usize = 1 << 18;
 
 /// How much larger than its file a text may be, and what is always allowed. Rows of JSON shrink by a
 /// factor of 3 to 20; 200 is far beyond, and 1000 is what a gzip file made to fill a disk reaches.
-const MAX_EXPANSION: u64 = 200;
-const ALWAYS_ALLOWED: u64 = 64 << 20;
+pub(super) const MAX_EXPANSION: u64 = 200;
+pub(super) const ALWAYS_ALLOWED: u64 = 64 << 20;
 
 /// Largest window of a zstd stream: 128 MiB, as `zstd --long` writes.
 const MAX_ZSTD_WINDOW_LOG: u32 = 27;
+
+/// Bytes that rows of a file of `length` bytes may have.
+pub(super) fn most_bytes(length: u64) -> u64 {
+    length
+        .saturating_mul(MAX_EXPANSION)
+        .saturating_add(ALWAYS_ALLOWED)
+}
 
 /// Opens a file; gzip and zstd are decompressed while it is read.
 ///
@@ -27,9 +34,7 @@ pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
     let first = plain.fill_buf().map_err(Error::read(path))?;
     let is_gzip = first.starts_with(&[0x1f, 0x8b]);
     let is_zstd = first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
-    let limit = bytes
-        .saturating_mul(MAX_EXPANSION)
-        .saturating_add(ALWAYS_ALLOWED);
+    let limit = most_bytes(bytes);
     if is_gzip {
         return Ok(bounded(flate2::bufread::MultiGzDecoder::new(plain), limit));
     }

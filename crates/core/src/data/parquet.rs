@@ -1,5 +1,6 @@
 //! Rows of parquet files, as the JSON objects that a JSON Lines file would hold.
 
+use crate::data::compressed::{ALWAYS_ALLOWED, MAX_EXPANSION, most_bytes};
 use crate::data::jsonl::MAX_LINE_BYTES;
 use crate::guarded::guarded;
 use crate::{Error, Result};
@@ -10,10 +11,6 @@ use serde_json::{Map, Value};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-
-/// How much larger than its file what it says may be, and what is always allowed.
-const MAX_EXPANSION: u64 = 200;
-const ALWAYS_ALLOWED: u64 = 64 << 20;
 
 /// The rows of a file; pages are decoded as they are reached.
 pub(super) struct ParquetRows {
@@ -60,10 +57,7 @@ impl ParquetRows {
     fn check_row(&mut self, row: &Map<String, Value>) -> Result<()> {
         let bytes = row.values().map(text_bytes).sum::<usize>();
         self.read += bytes as u64;
-        let limit = self
-            .length
-            .saturating_mul(MAX_EXPANSION)
-            .saturating_add(ALWAYS_ALLOWED);
+        let limit = most_bytes(self.length);
         if self.read > limit {
             self.failed = true;
             let message = format!(
