@@ -30,6 +30,7 @@ pub use init::{
 };
 pub use tokens::TokenIndices;
 
+use crate::target::last_segment;
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
@@ -37,6 +38,17 @@ use ferrotune_core::{Error, Result};
 use names::Part;
 use std::path::Path;
 use std::sync::OnceLock;
+
+/// Refuses layers that PEFT does not find: it could not read the adapter.
+fn require_layers(path: &str) -> Result<()> {
+    if last_segment(path) == "layers" {
+        return Ok(());
+    }
+    let message = format!(
+        "is for models whose layers PEFT finds, in a module `layers`, and this base has them in `{path}`; leave it out"
+    );
+    Err(Error::config("layer_replication", message))
+}
 
 /// LoRA over a whole model.
 #[derive(Clone, Debug)]
@@ -156,7 +168,10 @@ impl Adapter for LoraAdapter {
     fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
         match self.config.layer_replication.as_slice() {
             [] => Ok(base),
-            ranges => base.stacked(ranges),
+            ranges => {
+                require_layers(base.modules.layers)?;
+                base.stacked(ranges)
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 use super::LoraConfig;
 use super::names::{self, Part};
 use crate::files::Weights;
+use crate::modules::EMBEDDINGS;
 use crate::target::{Expression, Target, TargetModules, last_segment};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
@@ -135,11 +136,16 @@ pub(crate) fn with_head(mut config: LoraConfig, directory: &Path) -> Result<Lora
     let Ok(weights) = Weights::open(directory) else {
         return Ok(config);
     };
-    let has = |part| weights.file.meta(&names::tensor(HEAD, part)).is_some();
-    if has(Part::Weight) {
+    // Without the embedding, it is a copy of the base's.
+    let has = |part, named: &[String]| {
+        let is_table = |name: &String| EMBEDDINGS.contains(&last_segment(name));
+        let own = weights.file.meta(&names::tensor(HEAD, part));
+        own.is_some() && named.iter().any(is_table)
+    };
+    if has(Part::Weight, &config.modules_to_save) {
         config.modules_to_save.push(HEAD.into());
-    } else if let (true, Some(TargetModules::List(names))) =
-        (has(Part::A), &mut config.target_modules)
+    } else if let Some(TargetModules::List(names)) = &mut config.target_modules
+        && has(Part::A, names)
     {
         names.push(HEAD.into());
     }
