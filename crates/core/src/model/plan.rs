@@ -124,16 +124,6 @@ impl ModelPlan {
         own.filter(move |site| seen.insert(site.stored_name.as_str()))
     }
 
-    /// Weights of the largest group of linears that share their input.
-    pub(crate) fn largest_group(&self) -> usize {
-        let groups = self.layers.iter().flat_map(LayerPlan::groups);
-        let groups = groups.map(|ids| {
-            let sites = ids.iter().map(|&id| self.site(id));
-            sites.map(|s| s.out_features * s.in_features).sum()
-        });
-        groups.max().unwrap_or(0)
-    }
-
     /// Columns of the widest input of a linear.
     pub(crate) fn largest_input(&self) -> usize {
         let linears = self.layers.iter().flat_map(LayerPlan::groups).flatten();
