@@ -46,8 +46,6 @@ pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) plan: &'a ModelPlan,
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
-    /// Of adapters that share the model, by their numbers.
-    pub(super) members: Vec<BTreeMap<SiteId, Attachment>>,
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) prompt: Option<Prompt>,
@@ -84,9 +82,7 @@ impl Builder<'_> {
         }
         let norm = self.norm(Some(plan.norm))?;
         let head = self.head(&embedding)?;
-        let members = self.members.iter().flat_map(BTreeMap::keys);
         let left = (self.attachments.keys()).chain(self.trained_biases.keys());
-        let left = left.chain(members);
         if let Some(site) = left.min() {
             return Err(unsupported(plan.site(*site)));
         }
@@ -206,9 +202,7 @@ impl Builder<'_> {
                 weight,
                 bias,
                 attachment,
-                members: (self.members.iter_mut())
-                    .map(|member| member.remove(&id))
-                    .collect(),
+                members: Vec::new(),
             });
         }
         Ok(LinearGroup {
