@@ -51,7 +51,7 @@ fn is_known(case: &Path) -> bool {
             DecoderConfig::covers(&config)
         }
         // In `hf_int8` a padding token makes a column of its micro-batch an outlier; here padding has no say.
-        Some("quant") => name.starts_with("hf_") && name != "hf_int8",
+        Some("quant") => (name.starts_with("hf_") && name != "hf_int8") || name == "bnb_primitives",
         Some("adapters") => {
             const METHODS: [&str; 16] = [
                 "adalora",
@@ -178,7 +178,7 @@ fn every_recorded_preparation_is_reproduced() {
 #[test]
 fn every_recorded_case_is_reproduced() {
     let cases = cases(&golden());
-    assert_eq!(cases.len(), 120, "a case was lost or added: {cases:#?}");
+    assert_eq!(cases.len(), 121, "a case was lost or added: {cases:#?}");
     assert_all_pass(&cases, &Device::Cpu);
 }
 
