@@ -215,8 +215,13 @@ impl Sites {
             let fused = [widths.iter().sum()];
             let widths = if modules.len() == 1 { &fused } else { widths };
             let each = modules.iter().zip(widths);
-            each.map(|(name, &out)| linear(sites, name, [out, d], bias))
-                .collect()
+            let ids: Vec<SiteId> = each
+                .map(|(name, &out)| linear(sites, name, [out, d], bias))
+                .collect();
+            for id in &ids {
+                sites.0[id.0].execution_order = ids[0].0;
+            }
+            ids
         };
         let input_norm = names.input_norm.map(|name| norm(self, name, d));
         let qkv = group(self, names.qkv, &[q, kv, kv], config.qkv_bias);

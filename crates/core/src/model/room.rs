@@ -7,7 +7,7 @@ use super::run::Run;
 use super::{DecoderConfig, LayerPlan, ModelPlan};
 use crate::Result;
 use crate::adapter::{Attachment, LowRank, SiteId};
-use crate::params::FlatBuffer;
+use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::augmented_linear::{self, Factors, Weight};
 use ferrotune_kernels::{
     DType, Device, Tensor, View, ViewMut, Workspace, bias, lora_linear, matmul,
@@ -364,8 +364,8 @@ impl LinearGroup {
         Ok(())
     }
 
-    /// Its second half: the gradients of every A from the input and `ds` beside `dy`; what goes through a dropout is
-    /// added to `dx`, if it is given.
+    /// Its second half: the gradients of every A, in one product where they lie beside one another, from the input and
+    /// `ds` beside `dy`; what goes through a dropout is added to `dx`, if it is given.
     pub(super) fn factor_gradients(
         &self,
         run: &Run<'_>,
@@ -374,8 +374,16 @@ impl LinearGroup {
         dy: View<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        for (part, update, ranks) in self.updates() {
-            let first = self.out_features() + ranks.start;
+        let (updates, out) = (self.updates(), self.out_features());
+        let factors: Vec<ParamId> = updates.iter().map(|(_, update, _)| update.a).collect();
+        if !has_dropout(run, &updates)
+            && let (None, Some(d_a)) = (&dx, grads.view_joined_mut(&factors))
+        {
+            let ds = dy.columns(out..out + d_a.rows());
+            return Ok(matmul::tn(d_a, 1.0, 1.0, ds, x)?);
+        }
+        for (part, update, ranks) in updates {
+            let first = out + ranks.start;
             let ds = dy.columns(first..first + ranks.len());
             let (low_rank, dx) = (
                 part.low_rank(run, update),
