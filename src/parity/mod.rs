@@ -14,6 +14,7 @@ mod complete;
 mod cpu_kernel;
 mod initialised;
 mod padded;
+mod primitives;
 mod prompt;
 mod quantised;
 mod schedule;
@@ -82,6 +83,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
         "HF bitsandbytes checkpoint" => quantised::compare(case),
+        "bitsandbytes primitives on CPU" => primitives::compare(case),
         "tokenizer" => sft::tokenizer(case),
         "chat templates" => sft::templates(case),
         "packing" => sft::packing(case),
@@ -90,7 +92,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
             "kind",
             format!(
                 "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, multi-adapter, \
-                 training trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
+                 training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

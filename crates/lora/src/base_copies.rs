@@ -169,8 +169,8 @@ impl WeightSource for AdapterBase<'_> {
         Ok(())
     }
 
-    fn is_quantised(&self) -> bool {
-        self.files.is_quantised()
+    fn multiplies_bytes(&self) -> bool {
+        WeightSource::multiplies_bytes(self.files)
     }
 
     fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
