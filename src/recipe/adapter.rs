@@ -6,7 +6,6 @@ use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{ParamLayout, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
-use ferrotune_lora::target::RankAndAlpha;
 use ferrotune_lora::{
     ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
     PeftConfig, Start, TargetModules, TokenIndices,
@@ -108,7 +107,6 @@ pub(super) fn attach(
         .attach(&sites, &mut builder)
         .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
-    require_each_pattern_decides(config, &sites, &attachments)?;
     let layout = builder.build()?;
     Ok(Attached {
         trainable: layout.trainable(),
@@ -117,28 +115,6 @@ pub(super) fn attach(
         sites,
         attachments,
     })
-}
-
-/// Refuses an entry of a pattern that earlier ones hide.
-fn require_each_pattern_decides(
-    config: &TrainConfig,
-    sites: &[Site],
-    attachments: &[(SiteId, Attachment)],
-) -> Result<()> {
-    let lora = &config.lora;
-    let adapted = attachments.iter().filter_map(|(id, attachment)| {
-        let is_update = matches!(attachment, Attachment::LowRank(_));
-        Some(sites.get(id.0).filter(|_| is_update)?.name.as_str())
-    });
-    let by_pattern = RankAndAlpha {
-        rank: lora.lora_r,
-        alpha: lora.lora_alpha,
-        rank_pattern: &lora.lora_rank_pattern.0,
-        alpha_pattern: &lora.lora_alpha_pattern.0,
-    };
-    by_pattern
-        .require_each_decides(&adapted.collect::<Vec<_>>())
-        .map_err(|e| in_trl_names(config, e))
 }
 
 /// Refuses a `lora_bias` that trains nothing.

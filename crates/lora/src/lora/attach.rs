@@ -13,9 +13,10 @@ use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeSet;
 
-/// Everything that `config` attaches to a model of `sites`.
+/// Everything that `config`, or a file that says so, attaches to a model of `sites`.
 pub(super) fn attach(
     config: &LoraConfig,
+    of_file: bool,
     sites: &[Site],
     params: &mut ParamLayoutBuilder,
 ) -> Result<Vec<(SiteId, Attachment)>> {
@@ -23,7 +24,7 @@ pub(super) fn attach(
     let mut attachments = Vec::new();
     let tied = Pair::of(config, sites)?;
     let saved = saved_sites(config, sites, tied.as_ref())?;
-    let (targets, head) = targets(config, sites, &saved, tied.as_ref())?;
+    let (targets, head) = targets(config, of_file, sites, &saved, tied.as_ref())?;
     for target in &targets {
         require_adaptable(config, target.site)?;
         require_startable(config, target)?;
@@ -152,6 +153,7 @@ fn saved_sites<'a>(
 /// What is adapted, which is nothing that is trained as a whole, and the head that follows its embedding.
 fn targets<'a>(
     config: &LoraConfig,
+    of_file: bool,
     sites: &'a [Site],
     saved: &[&Site],
     tied: Option<&Pair<'a>>,
@@ -180,9 +182,10 @@ fn targets<'a>(
     let named = || selected.iter().copied().chain(head);
     let names: Vec<&str> = named().map(|site| site.name.as_str()).collect();
     let values = config.rank_and_alpha().resolve(&names)?;
-    // PEFT reads such an adapter, and it is what it says; of a run, this is an error.
-    if let Err(error) = config.rank_and_alpha().require_each_decides(&names) {
-        tracing::warn!("{error}");
+    match config.rank_and_alpha().require_each_decides(&names) {
+        // PEFT reads it, and the model is what it says.
+        Err(error) if of_file => tracing::warn!("{error}"),
+        decided => decided?,
     }
     let with_values = named().zip(values);
     let mut targets: Vec<Target<'_>> = with_values

@@ -229,7 +229,8 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
             params.set_file_values(id, &values);
         }
     }
-    let copies = file.file.names().filter(|name| !expected.contains(*name));
+    let is_repeated = |name: &&str| !expected.contains(*name) && !own.are_beside_copy(name);
+    let copies = file.file.names().filter(is_repeated);
     for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
         // A head's factors are the transposes of the embedding's in files, and the same here.
         let own = layout.find(&twin).map_or(&[][..], |id| params.get(id));

@@ -58,6 +58,8 @@ pub struct LoraAdapter {
     start: OnceLock<Start>,
     /// Whether an update of a changed base is written as one of the base itself.
     converts: bool,
+    /// Whether it is one that PEFT may have written, which reads what a run should not ask for.
+    of_file: bool,
 }
 
 impl LoraAdapter {
@@ -75,7 +77,14 @@ impl LoraAdapter {
             config,
             start: OnceLock::new(),
             converts: true,
+            of_file: false,
         })
+    }
+
+    /// The same, as a file has it: what decides nothing is a warning.
+    pub(crate) fn of_file(mut self) -> Self {
+        self.of_file = true;
+        self
     }
 
     /// The same, starting from `start` instead of what it would compute.
@@ -139,6 +148,7 @@ impl LoraAdapter {
             config,
             start: OnceLock::new(),
             converts: true,
+            of_file: false,
         };
         Ok((adapter, plain))
     }
@@ -180,7 +190,7 @@ impl Adapter for LoraAdapter {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>> {
-        attach::attach(&self.config, sites, params)
+        attach::attach(&self.config, self.of_file, sites, params)
     }
 
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {

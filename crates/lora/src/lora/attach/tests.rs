@@ -191,6 +191,33 @@ fn rows_of_a_head_lie_beside_an_embedding_trained_as_a_whole() {
     );
 }
 
+/// PEFT reads a pattern that decides nothing, so a file may have one; a run may not.
+#[test]
+fn a_pattern_that_decides_nothing_is_refused_but_in_a_file() {
+    let config = LoraConfig {
+        rank_pattern: vec![
+            ("q_proj".into(), 2),
+            ("layers.0.self_attn.q_proj".into(), 4),
+        ],
+        ..LoraConfig::default()
+    };
+    let error = refusal(config.clone(), &llama_sites(2));
+    assert!(
+        error.contains("`layers.0.self_attn.q_proj` decides nothing"),
+        "{error}"
+    );
+    let read = LoraAdapter::new(config, "llama").expect("valid").of_file();
+    let all = read.attach(&llama_sites(2), &mut ParamLayoutBuilder::new());
+    let ranks = all
+        .expect("attaches")
+        .into_iter()
+        .filter_map(|(_, a)| match a {
+            Attachment::LowRank(update) => Some(update.rank),
+            _ => None,
+        });
+    assert_eq!(ranks.collect::<Vec<_>>(), [2, 8, 2, 8]);
+}
+
 /// A base without biases has none that copies of a layer would share.
 #[test]
 fn biases_that_copies_of_a_layer_share_are_not_trained() {
