@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a method or a quantised base costs: steps of DoRA and of LoRA over 4 bits beside those of LoRA.
 
-    benches/methods.py --ferrotune target/release/ferrotune [--shape 1B] [--steps 5] [--repeats 3] [--dtype float32]
+    benches/methods.py --ferrotune target/release/ferrotune [--shape 1B] [--steps 5] [--repeats 3] [--dtype float32] [--seq 128]
 
 Each side is a `ferrotune bench` in a process of its own, on the same random base and tokens, in turns. Times are
 medians over the steps of all repeats' medians; memory is the largest resident memory of any repeat, less what was
@@ -24,6 +24,8 @@ SIDES = {"lora": [], "dora": ["--use-dora"], "nf4": ["--load-in-4bit", "--bnb-4b
 def run(options, flags):
     command = [options.ferrotune, "bench", "--json", "--shape", options.shape, "--dtype", options.dtype]
     command += ["--steps", str(options.steps), "--warmup", "1", *flags]
+    if options.seq:
+        command += ["--seq", str(options.seq)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -33,6 +35,7 @@ def main():
     parser.add_argument("--ferrotune", required=True)
     parser.add_argument("--shape", default="1B")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seq", type=int, help="tokens of a row, as is usual for the shape otherwise")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -57,6 +60,7 @@ def main():
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "shape": options.shape,
         "dtype": options.dtype,
+        "tokens_per_step": reports["lora"][0]["tokens_per_step"],
         "steps": options.steps,
         "repeats": options.repeats,
         "load_average_at_end": os.getloadavg()[0],

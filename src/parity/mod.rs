@@ -77,6 +77,7 @@ pub fn run(directory: &Path, device: &Device) -> CaseReport {
 fn compare_case(case: &Case) -> Result<Comparison> {
     match case.kind.as_str() {
         "causal_lm" => arch::compare(case),
+        "base of the quant cases" => arch::compare_base(case),
         "adapter" => adapter::compare(case),
         "adalora allocation" => allocation::compare(case),
         "multi-adapter" => combined::compare(case),
@@ -91,7 +92,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, multi-adapter, \
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, base of the quant cases, adapter, adalora allocation, multi-adapter, \
                  training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),

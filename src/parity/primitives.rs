@@ -198,11 +198,11 @@ impl Recorded<'_> {
             .zip(scales)
             .map(|(value, scale)| value / scale);
         let pairs = made.indices.iter().zip(&theirs).zip(scaled);
-        let same = pairs.map(|((ours, theirs), value)| {
+        let mut same = pairs.map(|((ours, theirs), value)| {
             let [ours, theirs] = [ours, theirs].map(|&i| (map[usize::from(i)] - value).abs());
             ours <= theirs && theirs - ours <= 2.0 * 2.0 / STEPS
         });
-        let same = made.indices.len() == theirs.len() && same.fold(true, |all, one| all && one);
+        let same = same.all(|one| one) && made.indices.len() == theirs.len();
         c.exact("index", key, same);
         Ok(theirs)
     }
