@@ -169,7 +169,7 @@ fn rows_of_an_embedding_lie_below_an_update_of_its_head() {
     for config in [with(TokenIndices::Modules(both.to_vec())), saved, tied] {
         let error = refusal(config, &tied_sites());
         assert!(
-            error.contains("`trainable_token_indices` trains rows"),
+            error.contains("trains rows of `model.embed_tokens`"),
             "{error}"
         );
     }
@@ -242,7 +242,7 @@ fn biases_that_copies_of_a_layer_share_are_not_trained() {
     attached(copies(LoraBias::LoraOnly), &sites);
     let error = refusal(copies(LoraBias::All), &sites);
     for part in [
-        "`bias` all",
+        "`bias`: all",
         "layers.0.self_attn.k_proj",
         "`layer_replication`",
         "none",
