@@ -14,7 +14,7 @@ use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device, Workspace};
-use ferrotune_lora::AdapterBase;
+use ferrotune_lora::{AdapterBase, PeftConfig};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -274,8 +274,12 @@ impl Recorded<'_> {
                     let message = format!("`{prefix}{name}` names no trainable parameter");
                     Error::data(self.file.path(), None, message)
                 })?;
-                let theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
-                Ok((name.to_owned(), grads.file_values(id), theirs))
+                let mut theirs = self.file.read_f32(&format!("{prefix}{name}"))?;
+                let ours = grads.file_values(id);
+                if theirs.len() > ours.len() {
+                    theirs = self.counting_rows(name, &theirs)?;
+                }
+                Ok((name.to_owned(), ours, theirs))
             })
             .collect();
         let mut pairs = pairs?;
@@ -294,6 +298,23 @@ impl Recorded<'_> {
             }
         }
         Ok(pairs)
+    }
+}
+
+impl Recorded<'_> {
+    /// Of the gradient of rows, of which PEFT has one for each time that a token is named, those that count.
+    fn counting_rows(&self, name: &str, theirs: &[f32]) -> Result<Vec<f32>> {
+        let adapter = PeftConfig::load(&self.file.path().with_file_name("adapter"))?;
+        let shape = self.file.meta(&self.name(&format!("grad.{name}")));
+        let width = shape.and_then(|meta| meta.shape.last().copied());
+        Ok(match (adapter.counting_rows(name), width) {
+            (Some(rows), Some(width)) => {
+                let rows = rows.into_iter();
+                let rows = rows.filter_map(|at| theirs.get(at * width..(at + 1) * width));
+                rows.flatten().copied().collect()
+            }
+            _ => theirs.to_vec(),
+        })
     }
 }
 

@@ -30,6 +30,16 @@ enum Kind {
     },
 }
 
+impl Kind {
+    /// The same with each token once.
+    fn distinct(mut self) -> Self {
+        if let Self::Rows { indices, .. } = &mut self {
+            *indices = tokens::counting(indices).map(|at| indices[at]).collect();
+        }
+        self
+    }
+}
+
 /// The configuration of a method that trains parts of the base.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PartsConfig {
@@ -116,6 +126,14 @@ impl PartsConfig {
         self.common.base_model_name_or_path.as_deref()
     }
 
+    /// The tokens that rows are of.
+    pub(crate) fn tokens(&self) -> Option<TokenIndices> {
+        match &self.kind {
+            Kind::Norms => None,
+            Kind::Rows { indices, .. } => Some(TokenIndices::Embedding(indices.clone())),
+        }
+    }
+
     fn peft_type(&self) -> &'static str {
         match self.kind {
             Kind::Norms => "LN_TUNING",
@@ -177,6 +195,7 @@ pub struct PartsAdapter {
 impl PartsAdapter {
     /// The method for a base of `model_type`, which decides the norms where none are named.
     pub(crate) fn new(mut config: PartsConfig, model_type: &str) -> Result<Self> {
+        config.kind = config.kind.distinct();
         if config.kind == Kind::Norms && config.common.target_modules.is_none() {
             let names: &[&str] = match model_type {
                 "llama" | "mistral" | "gemma" => {
@@ -284,13 +303,14 @@ impl Adapter for PartsAdapter {
 
     fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
         match PeftConfig::load(directory)? {
-            PeftConfig::Parts(saved) if saved.kind == self.config.kind => {}
+            PeftConfig::Parts(saved) if saved.kind.clone().distinct() == self.config.kind => {
+                read_tensors(params, directory, saved.tokens())
+            }
             _ => {
                 let message = format!("is of another method than this {}", self.describe());
-                return Err(Error::adapter(directory.join(CONFIG_FILE), message));
+                Err(Error::adapter(directory.join(CONFIG_FILE), message))
             }
         }
-        read_tensors(params, directory)
     }
 
     fn describe(&self) -> String {
@@ -381,5 +401,24 @@ mod tests {
         let error = adapter.attach(&llama_sites(2), &mut ParamLayoutBuilder::new());
         let error = error.expect_err("refused").to_string();
         assert!(error.contains("q_proj` is no norm"), "{error}");
+    }
+
+    #[test]
+    fn of_a_token_that_is_named_twice_the_last_row_counts() {
+        let path = Path::new("adapter_config.json");
+        let keys = json!({"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 5, 3], "target_modules": ["embed_tokens"]});
+        let object = keys.as_object().expect("an object");
+        let config = PartsConfig::from_json(path, "TRAINABLE_TOKENS", object).expect("read");
+        let config = config.expect("known");
+        let rows = names::tensor("model.embed_tokens", Part::TokenRowsAlone);
+        let counting = PeftConfig::Parts(config.clone()).counting_rows(&rows);
+        assert_eq!(counting, Some(vec![1, 2]));
+        let adapter = PartsAdapter::new(config, "llama").expect("valid");
+        let all = adapter.attach(&llama_sites(2), &mut ParamLayoutBuilder::new());
+        let all = all.expect("attaches");
+        let [(_, Attachment::TrainRows { indices, .. })] = &all[..] else {
+            panic!("{all:?}")
+        };
+        assert_eq!(indices, &[5, 3]);
     }
 }

@@ -3,6 +3,8 @@
 mod absent;
 
 use crate::files::CONFIG_FILE;
+use crate::lora::names;
+use crate::lora::tokens::counting;
 use crate::lora::{LoraAdapter, LoraConfig, tied};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
@@ -119,7 +121,7 @@ impl PeftConfig {
     pub fn from_config(key: &'static str, object: &Map<String, Value>) -> Result<Self> {
         let at = || format!("{key}.peft_type");
         let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
-            let message = format!("is missing; one of {}", names(&PARTS).join(", "));
+            let message = format!("is missing; one of {}", methods(&PARTS).join(", "));
             return Err(Error::config(at(), message));
         };
         let peft_type = peft_type.to_uppercase();
@@ -135,8 +137,21 @@ impl PeftConfig {
             )?))),
             None => PartsConfig::from_config(key, &peft_type, object)?
                 .map(Self::Parts)
-                .ok_or_else(|| Error::config(at(), unknown(&peft_type, &names(&PARTS)))),
+                .ok_or_else(|| Error::config(at(), unknown(&peft_type, &methods(&PARTS)))),
         }
+    }
+
+    /// Of the rows that a file has as `tensor`, those that count: of a token that is named twice, the last. `None` if
+    /// it has no rows of tokens.
+    #[must_use]
+    pub fn counting_rows(&self, tensor: &str) -> Option<Vec<usize>> {
+        let tokens = match self {
+            Self::Lora(config) => config.trainable_token_indices.clone(),
+            Self::Parts(config) => config.tokens(),
+            Self::Other(_) => None,
+        };
+        let (module, _) = names::parse(tensor).filter(|(_, part)| part.is_rows())?;
+        Some(counting(tokens?.of(module)?).collect())
     }
 
     /// The method for a base of this path or name, which its files will say.
@@ -264,13 +279,13 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
 }
 
 /// The methods there are, after `first`.
-fn names(first: &[&'static str]) -> Vec<&'static str> {
+fn methods(first: &[&'static str]) -> Vec<&'static str> {
     let others = METHODS.iter().map(|(name, _)| *name);
     first.iter().copied().chain(others).collect()
 }
 
 fn not_supported(path: &Path, peft_type: &str) -> Error {
-    let message = unknown(peft_type, &names(&["LORA", PARTS[0], PARTS[1]]));
+    let message = unknown(peft_type, &methods(&["LORA", PARTS[0], PARTS[1]]));
     Error::adapter(path, format!("`peft_type` {message}"))
 }
 

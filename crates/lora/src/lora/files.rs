@@ -194,13 +194,17 @@ pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Star
     there.transpose()
 }
 
-/// Reads every tensor of `params` that is an adapter's from the weights file, strictly.
-pub(crate) fn read_tensors(params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-    read_all(params, directory, &Shares::default())
+/// Reads every tensor of `params` that is an adapter's from the weights file, strictly. Rows there are those of `tokens`.
+pub(crate) fn read_tensors(
+    params: &mut FlatBuffer,
+    directory: &Path,
+    tokens: Option<TokenIndices>,
+) -> Result<()> {
+    let tied = false;
+    read_all(params, directory, &Shares { tied, tokens })
 }
 
 /// What tensors of a file have in common.
-#[derive(Default)]
 struct Shares {
     /// Head and embedding are one.
     tied: bool,
@@ -223,7 +227,7 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
             let values = match &shares.tokens {
-                Some(tokens) => read_rows(&file, &segment.spec, tokens)?,
+                Some(tokens) => read_rows(&file, &segment.spec.name, &segment.spec, tokens)?,
                 None => file.read(&segment.spec.name, &segment.spec.file_shape())?,
             };
             params.set_file_values(id, &values);
@@ -232,9 +236,16 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
     let is_repeated = |name: &&str| !expected.contains(*name) && !own.are_beside_copy(name);
     let copies = file.file.names().filter(is_repeated);
     for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
-        // A head's factors are the transposes of the embedding's in files, and the same here.
-        let own = layout.find(&twin).map_or(&[][..], |id| params.get(id));
-        if file.read_flat(name, own.len())? != own {
+        let id = layout.find(&twin);
+        let own = id.map_or(&[][..], |id| params.get(id));
+        let repeated = match (id, &shares.tokens) {
+            (Some(id), Some(tokens)) if Part::of(name).is_some_and(Part::is_rows) => {
+                read_rows(&file, name, &layout.segment(id).spec, tokens)?
+            }
+            // A head's factors are the transposes of the embedding's in files, and the same here.
+            _ => file.read_flat(name, own.len())?,
+        };
+        if repeated != own {
             let message = format!("`{name}` and `{twin}` differ, but are one parameter");
             return Err(Error::adapter(&file.path, message));
         }
@@ -242,17 +253,22 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
     Ok(())
 }
 
-/// A tensor; where it has the rows of `tokens`, of those of one token the row that counts.
-fn read_rows(file: &Weights, spec: &ParamSpec, tokens: &TokenIndices) -> Result<Vec<f32>> {
+/// Tensor `name`, which is that of `spec`; where it has the rows of `tokens`, of those of one token the row that counts.
+fn read_rows(
+    file: &Weights,
+    name: &str,
+    spec: &ParamSpec,
+    tokens: &TokenIndices,
+) -> Result<Vec<f32>> {
     let shape = spec.file_shape();
     let listed = match names::parse(&spec.name) {
-        Some((module, Part::TokenRows)) => tokens.of(module),
+        Some((module, part)) if part.is_rows() => tokens.of(module),
         _ => None,
     };
     let (Some(ids), &[_, width]) = (listed, shape.as_slice()) else {
-        return file.read(&spec.name, &shape);
+        return file.read(name, &shape);
     };
-    let values = file.read(&spec.name, &[ids.len(), width])?;
+    let values = file.read(name, &[ids.len(), width])?;
     let rows = counting(ids).flat_map(|at| &values[at * width..(at + 1) * width]);
     Ok(rows.copied().collect())
 }
@@ -278,7 +294,7 @@ fn twin(name: &str, expected: &BTreeSet<String>, tied: bool) -> Option<String> {
     };
     let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
     let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
-    let shares = tied || matches!(part, Part::TokenRows | Part::TokenRowsAlone);
+    let shares = tied || part.is_rows();
     let is_head = shares && HEADS.contains(&last_segment(module));
     expected.iter().find(twin).filter(|_| is_head).cloned()
 }

@@ -75,6 +75,11 @@ impl Part {
         }
     }
 
+    /// Whether it has a row for each of some tokens.
+    pub(crate) fn is_rows(self) -> bool {
+        matches!(self, Self::TokenRows | Self::TokenRowsAlone)
+    }
+
     /// What the tensor called `name` is, if it is any of these.
     pub(crate) fn of(name: &str) -> Option<Self> {
         parse(name).map(|(_, part)| part)
