@@ -6,6 +6,7 @@ mod tests;
 mod words;
 
 use crate::data::chat_template::ChatTemplate;
+use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use files::Settings;
 use serde_json::Value;
@@ -233,6 +234,27 @@ impl Tokenizer {
     #[must_use]
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Checks that a token which the configuration names is one of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `key` with the nearest of the added tokens.
+    pub fn require_token(&self, key: &str, token: &str) -> Result<()> {
+        if self.token_id(token).is_some() {
+            return Ok(());
+        }
+        let added: Vec<String> = self
+            .added_ids
+            .iter()
+            .filter_map(|&id| self.token(id))
+            .collect();
+        let hint = did_you_mean(token, added.iter().map(String::as_str));
+        let message = format!(
+            "`{token}` is not a token of the vocabulary of {}{hint}",
+            self.path.display()
+        );
+        Err(Error::config(key, message))
     }
 
     /// Whether a token was added to the vocabulary of text, as those that end a turn are.

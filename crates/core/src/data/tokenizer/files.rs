@@ -158,7 +158,8 @@ fn read_templates(
 ) -> Result<BTreeMap<String, String>> {
     let path = directory.join(TEMPLATE);
     if path.is_file() {
-        let source = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+        let source = ChatTemplate::read_source(&path);
+        let source = source.map_err(|e| e.in_template_file(&path))?;
         return Ok(BTreeMap::from([("default".to_owned(), source)]));
     }
     let invalid = |found: &Value| {
