@@ -231,6 +231,28 @@ fn a_plan_has_the_least_time_of_the_products_that_no_run_leaves_out() {
         );
         assert!(rate > 0.0 && seconds == flops / rate, "{least}");
         let product = least["product"].as_str().expect("words");
-        assert!(product.ends_with(" x 32 x 48 in f32"), "{product}");
+        assert!(product.ends_with(" x 48 x 32 in f32"), "{product}");
+    }
+}
+
+#[test]
+fn packing_keeps_the_start_of_a_row_whichever_end_is_asked_for() {
+    let bench = Workbench::new(4);
+    std::fs::write(bench.path("rows.jsonl"), r#"{"text": "abcdefghij"}"#).expect("writable");
+    for (packing, seen) in [(true, "abcd"), (false, "hij<|im_end|>")] {
+        let changes = json!({"max_length": 4, "truncation_mode": "keep_end", "packing": packing});
+        let config = bench.config("inspect", &changes);
+        let finished = ferrotune(&["inspect", "data", text(&config), "--json"]).expect(0);
+        let shown: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+        let segments = shown["shown"][0]["segments"]
+            .as_array()
+            .expect("a list")
+            .iter();
+        let row: String = segments.filter_map(|part| part["text"].as_str()).collect();
+        assert_eq!(row, seen);
+        assert_eq!(
+            finished.stderr.contains("truncation_mode has no effect"),
+            packing
+        );
     }
 }

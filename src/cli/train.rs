@@ -211,7 +211,7 @@ pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: V
     Ok(ExitCode::Done)
 }
 
-fn print_notes(config: &TrainConfig) {
+pub(super) fn print_notes(config: &TrainConfig) {
     for note in &config.notes {
         print_note(note);
     }

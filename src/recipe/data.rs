@@ -10,7 +10,9 @@ pub(crate) use files::is_of_split;
 pub(super) use workload::workload;
 
 use crate::hub;
-use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
+use ferrotune_core::config::{
+    DataArguments, PackingStrategy, SamplingStrategy, TrainConfig, TruncationMode,
+};
 use ferrotune_core::data::{
     BatchPlan, ChatTemplate, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions,
     Record, Row, Tokenizer, pack_bfd,
@@ -221,7 +223,11 @@ fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> Pr
     PrepareOptions {
         dataset_text_field: data.dataset_text_field.clone(),
         max_length: if cut_later { None } else { data.max_length },
-        truncation_mode: data.truncation_mode,
+        // As in TRL.
+        truncation_mode: match packing {
+            true => TruncationMode::KeepStart,
+            false => data.truncation_mode,
+        },
         completion_only_loss: data.completion_only_loss,
         assistant_only_loss: data.assistant_only_loss,
         eos_token: data.eos_token.clone(),
