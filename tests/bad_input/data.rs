@@ -139,7 +139,7 @@ fn inspect_refuses_what_a_run_refuses() {
         (
             json!({"eval_file": "none.jsonl", "eval_strategy": "epoch"}),
             BAD_INPUT,
-            ["none.jsonl", "cannot be read"],
+            ["none.jsonl", "cannot read"],
         ),
     ] {
         let bench = Workbench::new(4);
