@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor as CandleTensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
-use ferrotune_core::model::{KvCache, Model, Pass};
+use ferrotune_core::model::{KvCache, MemberDocuments, Model, Pass};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{Tensor, rng};
@@ -22,9 +22,9 @@ pub struct GenerateOptions {
     pub top_k: Option<usize>,
     /// Only the smallest set of tokens with this much probability; `None` keeps all.
     pub top_p: Option<f64>,
-    /// Seed of the draws; each prompt has a stream of its own.
+    /// Seed of the draws; each prompt of a voice has a stream of its own.
     pub seed: u64,
-    /// Tokens that end an answer; they are not part of it.
+    /// Tokens that end an answer, and are not part of it; empty for those of the tokenizer.
     pub stop_ids: Vec<u32>,
     /// Prompts that run together.
     pub batch_size: usize,
@@ -57,49 +57,88 @@ impl GenerateOptions {
     }
 }
 
+/// Who answers: a model with one adapter or none, or one of several adapters over a base.
+#[derive(Clone, Copy, Debug)]
+pub struct Voice<'a> {
+    /// Its number among several adapters; `None` for the model as it was loaded.
+    pub adapter: Option<usize>,
+    /// Values of the adapter.
+    pub params: &'a FlatBuffer,
+    /// Tokens that end an answer, where the options name none.
+    pub stop_ids: &'a [u32],
+}
+
+/// Token ids to go on from, and who is to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Index among the voices.
+    pub voice: usize,
+    /// At least one.
+    pub ids: Vec<u32>,
+}
+
 /// One answer in progress.
 struct Answer {
-    /// Index of its prompt.
-    prompt: usize,
+    /// Index of its question.
+    question: usize,
+    voice: usize,
     cache: KvCache,
     /// Tokens to feed next.
     next: Vec<u32>,
     sampler: LogitsProcessor,
 }
 
-/// The answer to each prompt, in order. An answer does not depend on what it is batched with.
+/// The answer to each question, in order. An answer does not depend on what it is batched with, nor a voice's answers
+/// on the other voices. Several voices are all adapters of [`Model::load_together`], or its base.
 ///
 /// # Errors
 /// [`Error::Config`] if a prompt is empty or longer than the model's context.
 pub fn generate(
     model: &Model,
-    params: &FlatBuffer,
+    voices: &[Voice<'_>],
     pass: Pass<'_>,
-    prompts: &[Vec<u32>],
+    questions: &[Question],
     options: &GenerateOptions,
 ) -> Result<Vec<Vec<u32>>> {
-    for (index, prompt) in prompts.iter().enumerate() {
-        capacity(model, index, prompt, options)?;
+    let mut waiting = Vec::with_capacity(questions.len());
+    let mut asked = vec![0; voices.len()];
+    for (index, question) in questions.iter().enumerate() {
+        capacity(model, index, &question.ids, options)?;
+        let nth = &mut asked[question.voice];
+        waiting.push((index, *nth));
+        *nth += 1;
     }
-    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut answers = vec![Vec::new(); questions.len()];
     if options.max_new_tokens == 0 {
         return Ok(answers);
     }
-    let mut waiting = prompts.iter().enumerate().rev().collect::<Vec<_>>();
+    waiting.reverse();
     let mut running: Vec<Answer> = Vec::new();
     while !(waiting.is_empty() && running.is_empty()) {
         while running.len() < options.batch_size.max(1) {
-            let Some((index, prompt)) = waiting.pop() else {
+            let Some((index, nth)) = waiting.pop() else {
                 break;
             };
-            running.push(start(model, pass, index, prompt, options)?);
+            running.push(start(
+                model,
+                pass,
+                (index, nth),
+                &questions[index],
+                options,
+            )?);
         }
-        let logits = step(model, params, pass, &mut running)?;
+        // The documents of a voice are rows of their own.
+        running.sort_by_key(|answer| answer.voice);
+        let logits = step(model, voices, pass, &mut running)?;
         let mut still = Vec::with_capacity(running.len());
         for (row, mut answer) in running.into_iter().enumerate() {
             let token = choose(&logits, row, &mut answer.sampler)?;
-            let given = &mut answers[answer.prompt];
-            if options.stop_ids.contains(&token) {
+            let given = &mut answers[answer.question];
+            let stop_ids = match options.stop_ids.as_slice() {
+                [] => voices[answer.voice].stop_ids,
+                stop_ids => stop_ids,
+            };
+            if stop_ids.contains(&token) {
                 continue;
             }
             given.push(token);
@@ -142,35 +181,49 @@ fn capacity(
     Ok(capacity)
 }
 
+/// Begins the answer to the question at `index`, the `nth` of its voice.
 fn start(
     model: &Model,
     pass: Pass<'_>,
-    index: usize,
-    prompt: &[u32],
+    (index, nth): (usize, u64),
+    question: &Question,
     options: &GenerateOptions,
 ) -> Result<Answer> {
-    let capacity = capacity(model, index, prompt, options)?;
-    let seed = rng::mix(rng::key_for(options.seed, "generate"), index as u64);
+    let capacity = capacity(model, index, &question.ids, options)?;
+    let seed = rng::mix(rng::key_for(options.seed, "generate"), nth);
     Ok(Answer {
-        prompt: index,
+        question: index,
+        voice: question.voice,
         cache: KvCache::new(model, pass.dtype, capacity),
-        next: prompt.to_vec(),
+        next: question.ids.clone(),
         sampler: LogitsProcessor::from_sampling(seed, options.sampling()),
     })
 }
 
 fn step(
     model: &Model,
-    params: &FlatBuffer,
+    voices: &[Voice<'_>],
     pass: Pass<'_>,
     running: &mut [Answer],
 ) -> Result<Tensor> {
+    let of = |index: usize| running.iter().filter(|a| a.voice == index).count();
+    let members: Vec<MemberDocuments<'_>> = (voices.iter().enumerate())
+        .map(|(index, voice)| MemberDocuments {
+            number: voice.adapter,
+            params: voice.params,
+            documents: of(index),
+        })
+        .filter(|member| member.documents > 0)
+        .collect();
     let (mut caches, mut tokens) = (Vec::new(), Vec::new());
     for answer in running {
         caches.push(&mut answer.cache);
         tokens.push(answer.next.as_slice());
     }
-    model.extend(pass, params, &mut caches, &tokens)
+    match members.as_slice() {
+        [alone] if alone.number.is_none() => model.extend(pass, alone.params, &mut caches, &tokens),
+        members => model.extend_together(pass, members, &mut caches, &tokens),
+    }
 }
 
 fn choose(logits: &Tensor, row: usize, sampler: &mut LogitsProcessor) -> Result<u32> {

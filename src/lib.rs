@@ -9,7 +9,7 @@
 //! - [`Trainer`](core::trainer::Trainer) is one model in training, a step at a time: the loop, the
 //!   data and the files are yours.
 //!
-//! [`TextModel`] loads what came out and answers prompts; [`lora::merge()`] folds an adapter into
+//! [`TextModel`] loads what came out, one adapter or several over a base, and answers prompts; [`lora::merge()`] folds an adapter into
 //! its base. A method of your own implements [`Adapter`](core::adapter::Adapter). The programs in
 //! `examples/` show each of these on a few dozen lines.
 //!

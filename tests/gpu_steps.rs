@@ -115,6 +115,29 @@ fn train(trainer: &mut Trainer) -> (Vec<StepReport>, Vec<u32>) {
     (reports, params.iter().map(|v| v.to_bits()).collect())
 }
 
+/// The gradients of every A over one input are one product, for which they must lie below one another.
+#[test]
+fn factors_over_one_input_are_neighbours() {
+    let base = base();
+    let mut trainer = Case::new(false).trainer(base.path(), &gpu(), Box::new(Solo));
+    for modules in [
+        &["self_attn.q", "self_attn.k", "self_attn.v"][..],
+        &["mlp.gate", "mlp.up"],
+    ] {
+        let name = |module| format!("base_model.model.model.layers.1.{module}_proj.lora_A.weight");
+        let layout = trainer.params().layout();
+        let ids = modules
+            .iter()
+            .map(|module| layout.find(&name(module)).expect("trained"));
+        let ids: Vec<_> = ids.collect();
+        let joined = trainer
+            .params_mut()
+            .view_joined_mut(&ids)
+            .expect("neighbours");
+        assert_eq!(joined.rows(), 8 * modules.len());
+    }
+}
+
 #[test]
 fn a_step_allocates_nothing_and_waits_once() {
     let base = base();

@@ -67,6 +67,12 @@ def load_with_peft(base_directory, adapter_directory):
     if model.peft_config["default"].to_dict().get("ensure_weight_tying"):
         for name in [name for name in loaded if ".lm_head." in name and name not in saved]:
             del loaded[name]
+    # So are rows of the embedding, which a tied head has in common with it.
+    deltas = [name for name in loaded.keys() - saved.keys() if name.endswith("lm_head.trainable_tokens_delta")]
+    for name in deltas:
+        if any(torch.equal(loaded[name], loaded[other]) for other in saved.keys() & loaded.keys()
+               if other.endswith("embed_tokens.trainable_tokens_delta")):
+            del loaded[name]
     # RandLoRA's projections are in PEFT once more under each module that uses them.
     shared = tuple("." + name.removeprefix("base_model.") for name in saved if ".model." not in name)
     for name in loaded.keys() - saved.keys():

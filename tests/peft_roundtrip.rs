@@ -80,6 +80,22 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("head_bias", biased.clone(), head_bias),
         ("tied_update", biased.clone(), tied_update),
         ("tied_saved", biased.clone(), tied_saved),
+        (
+            "alora",
+            biased.clone(),
+            json!({"lora_target_modules": "all-linear", "alora_invocation_tokens": [3]}),
+        ),
+        (
+            "ln_tuning",
+            biased.clone(),
+            json!({"peft_config": {"peft_type": "LN_TUNING"}, "learning_rate": 5e-2}),
+        ),
+        (
+            "trainable_tokens",
+            biased.clone(),
+            json!({"peft_config": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 3, 10, 11, 12]},
+                   "learning_rate": 1.0}),
+        ),
     ];
     for (name, keys) in methods() {
         let prompts = ["P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"].map(Value::from);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Where a prompt was written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Place {
     /// The n-th `--prompt`, from 1.
     CommandLine(usize),

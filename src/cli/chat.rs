@@ -8,6 +8,7 @@ use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
 use ferrotune::{TextModel, hub};
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 
 /// Arguments that choose the model.
 #[derive(Clone, Debug, clap::Args)]
@@ -15,9 +16,10 @@ pub(super) struct ModelArgs {
     /// Directory of the model (merged or base), or its name on the hub: OWNER/NAME or OWNER/NAME@REVISION
     #[arg(long)]
     pub(super) model_name_or_path: String,
-    /// Directory of an adapter on it, or its name on the hub
-    #[arg(long)]
-    pub(super) adapter: Option<String>,
+    /// Directory of an adapter on it, or its name on the hub; several, each as PLACE or NAME=PLACE, are read over one
+    /// base and answer or are evaluated beside one another
+    #[arg(long, value_name = "[NAME=]PLACE")]
+    pub(super) adapter: Vec<String>,
     #[command(flatten)]
     pub(super) quantise: QuantiseArgs,
     /// Where to compute: auto, cpu or cuda
@@ -28,14 +30,34 @@ pub(super) struct ModelArgs {
 impl ModelArgs {
     pub(super) fn load(&self) -> Result<TextModel> {
         let base = hub::model(&self.model_name_or_path, None, "model_name_or_path")?;
-        let adapter = self.adapter.as_ref();
-        let adapter = adapter.map(|name| hub::adapter(name, "adapter"));
-        let adapter = adapter.transpose()?;
-        if let Some(adapter) = &adapter {
-            note_other_base(&base, adapter)?;
-        }
+        let adapters = self.adapter.iter().map(|adapter| {
+            let (name, place) = named(adapter);
+            let directory = hub::adapter(place, "adapter")?;
+            note_other_base(&base, &directory)?;
+            Ok((name, directory))
+        });
+        let adapters: Vec<(&str, PathBuf)> = adapters.collect::<Result<_>>()?;
         let device = ferrotune::device::open(self.device)?;
-        TextModel::load_as(&device, &base, adapter.as_deref(), self.quantise.quantise())
+        let quantise = self.quantise.quantise();
+        if let [] | [_] = adapters.as_slice() {
+            let alone = adapters.first().map(|(_, directory)| directory.as_path());
+            return TextModel::load_as(&device, &base, alone, quantise);
+        }
+        let adapters = adapters.iter().map(|(name, at)| (*name, at.as_path()));
+        TextModel::load_together(&device, &base, adapters, quantise)
+    }
+
+    /// Whether adapters stand beside one another.
+    pub(super) fn is_several(&self) -> bool {
+        self.adapter.len() > 1
+    }
+}
+
+/// Name and place of an adapter; without a name the place is one.
+fn named(adapter: &str) -> (&str, &str) {
+    match adapter.split_once('=') {
+        Some((name, place)) if !name.is_empty() && !Path::new(adapter).exists() => (name, place),
+        _ => (adapter, adapter),
     }
 }
 

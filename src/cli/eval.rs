@@ -85,24 +85,52 @@ impl RowArgs {
 pub(super) fn run(args: &Args) -> Outcome {
     let limit = args.limit.map_or(usize::MAX, NonZeroUsize::get);
     let files = row_files(&args.data, &args.dataset_test_split, "data")?;
-    let rows = read_rows(&files, &args.rows.dataset_text_field, limit)?;
+    let mut rows = read_rows(&files, &args.rows.dataset_text_field, limit)?;
+    if args.exact_match {
+        questions(rows.clone())?;
+    }
+    if args.logits_file.is_some() && args.model.is_several() {
+        let message = "--logits-file holds the logits of one adapter; give one --adapter";
+        return Err(Failure::Usage(message.into()));
+    }
+    let mut model = args.model.load()?;
+    let adapters: Vec<String> = model.adapters().map(str::to_owned).collect();
+    for adapter in &adapters {
+        model.set_adapter(adapter)?;
+        let rows = match args.model.is_several() {
+            true => rows.clone(),
+            false => std::mem::take(&mut rows),
+        };
+        let mut result = evaluate(args, &model, rows)?;
+        if args.model.is_several() {
+            result.insert("adapter", json!(adapter));
+        }
+        print_line(serde_json::to_string(&result).map_err(|e| Failure::Usage(e.to_string()))?)?;
+    }
+    Ok(ExitCode::Done)
+}
+
+/// What is found of the rows with the active adapter.
+fn evaluate(
+    args: &Args,
+    model: &TextModel,
+    rows: Vec<Row>,
+) -> Result<BTreeMap<&'static str, Value>, Failure> {
     let asked = args.exact_match.then(|| questions(rows.clone()));
     let asked = asked.transpose()?;
-    let model = args.model.load()?;
-    let dataset = prepare(args, &model, rows)?;
+    let dataset = prepare(args, model, rows)?;
     let mut result = BTreeMap::new();
     if let Some(questions) = asked {
-        let answered = exact_match(&model, questions, args.max_new_tokens.get())?;
+        let answered = exact_match(model, questions, args.max_new_tokens.get())?;
         result.insert("eval_exact_match", json!(answered.score()));
         result.insert("eval_prompts", json!(answered.questions.len()));
     }
-    loss(&model, &dataset, args.batch_size.get(), &mut result)?;
-    report_rows(args, &model, &dataset.report, &mut result);
+    loss(model, &dataset, args.batch_size.get(), &mut result)?;
+    report_rows(args, model, &dataset.report, &mut result);
     if let Some(path) = &args.logits_file {
-        write_logits(path, &model, &dataset)?;
+        write_logits(path, model, &dataset)?;
     }
-    print_line(serde_json::to_string(&result).map_err(|e| Failure::Usage(e.to_string()))?)?;
-    Ok(ExitCode::Done)
+    Ok(result)
 }
 
 /// The rows as training would see them, each of which the model can take.
@@ -117,7 +145,7 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
         vocab_size: Some(model.model.config().vocab_size),
         ..args.rows.options(context)
     };
-    let dataset = Dataset::from_rows(rows, &model.tokenizer, &options)?;
+    let dataset = Dataset::from_rows(rows, model.tokenizer(), &options)?;
     let too_long = dataset
         .examples
         .lengths()
@@ -146,7 +174,7 @@ fn report_rows(
     args: &Args,
     model: &TextModel,
     report: &PrepareReport,
-    result: &mut BTreeMap<&str, Value>,
+    result: &mut BTreeMap<&'static str, Value>,
 ) {
     result.insert("eval_dropped_rows", json!(report.dropped_rows));
     result.insert("eval_truncated_rows", json!(report.truncated_rows));
@@ -176,13 +204,13 @@ fn loss(
     model: &TextModel,
     dataset: &Dataset,
     batch_size: usize,
-    result: &mut BTreeMap<&str, Value>,
+    result: &mut BTreeMap<&'static str, Value>,
 ) -> Result<()> {
     let mut sums = Sums::default();
     let examples = dataset.examples.to_vec()?;
     for rows in examples.chunks(batch_size) {
         let batch = PackedBatch::pack(rows.iter().enumerate().map(|(i, e)| (i as u64, e)));
-        sums += model.model.loss(model.pass(), &model.params, &batch)?;
+        sums += model.loss(&batch)?;
     }
     // Every example has a token that is predicted, so the count is not 0.
     let count = sums.count as f64;
@@ -213,7 +241,7 @@ fn write_logits(path: &Path, model: &TextModel, dataset: &Dataset) -> Result<()>
     }
     let example = dataset.examples.get(0)?;
     let batch = PackedBatch::pack([(0, &example)]);
-    let logits = model.model.logits(model.pass(), &model.params, &batch)?;
+    let logits = model.logits(&batch)?;
     let (values, tokens, vocab) = (logits.to_f32_vec(), batch.tokens(), logits.cols());
     let ids: Vec<u8> = batch
         .input_ids

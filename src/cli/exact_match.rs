@@ -77,7 +77,7 @@ pub(super) fn exact_match(
     };
     let answers = model.answer(&prompts, &greedy)?;
     // A completion may end with the EOS token as text; an answer never shows it.
-    let eos = model.tokenizer.eos_token().unwrap_or_default();
+    let eos = model.tokenizer().eos_token().unwrap_or_default();
     for question in &mut questions {
         if let Some(text) = question.expected.trim_end().strip_suffix(eos) {
             question.expected = text.to_owned();

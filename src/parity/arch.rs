@@ -12,7 +12,7 @@ use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::Accumulator;
-use ferrotune_kernels::{Tensor, Workspace};
+use ferrotune_kernels::{DType, Tensor, Workspace};
 use std::borrow::Cow;
 
 /// f32 logits, hidden states and loss.
@@ -25,7 +25,8 @@ pub(super) const BF16_FACTOR: f64 = 2.0;
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
     let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
-    let ours = Recomputed::new(case, &padded)?;
+    let dtype = dtype_of(&ModelFiles::open(&case.directory)?.shards()[0]);
+    let ours = Recomputed::new(case, &padded, dtype)?;
     complete::arch(case, &expected, ours.grads.layout())?;
     let mut comparison = Comparison::default();
     compare_generations(&mut comparison, case)?;
@@ -35,6 +36,31 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     };
     judge.tensor(&mut comparison, "logits", "logits", &padded, &ours)?;
     judge.numbers(&mut comparison, &ours)?;
+    Ok(comparison)
+}
+
+/// A base of other cases, of which logits and loss alone were recorded, in f32 over weights of any dtype.
+pub(super) fn compare_base(case: &Case) -> Result<Comparison> {
+    let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
+    let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
+    let ours = Recomputed::new(case, &padded, DType::F32)?;
+    let logits = select(&expected, "logits", &padded, &ours.places)?;
+    let mut comparison = Comparison::default();
+    compare_generations(&mut comparison, case)?;
+    comparison.tensor(
+        "logits",
+        "logits",
+        &ours.logits.to_f32_vec(),
+        &logits,
+        FORWARD,
+    );
+    comparison.number(
+        "loss",
+        "loss",
+        ours.loss,
+        scalar(&expected, "loss")?,
+        FORWARD,
+    );
     Ok(comparison)
 }
 
@@ -59,10 +85,9 @@ struct Recomputed {
 }
 
 impl Recomputed {
-    fn new(case: &Case, padded: &PaddedBatch) -> Result<Self> {
+    fn new(case: &Case, padded: &PaddedBatch, dtype: DType) -> Result<Self> {
         let config = DecoderConfig::open(&case.directory)?;
         let files = ModelFiles::open(&case.directory)?;
-        let dtype = dtype_of(&files.shards()[0]);
         let (attachments, mut params) = attach(&config, &FullFineTuning)?;
         params.move_to(&case.device);
         let model = Model::load(&config, attachments, &files, &mut params, dtype)?;

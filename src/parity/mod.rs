@@ -14,6 +14,7 @@ mod complete;
 mod cpu_kernel;
 mod initialised;
 mod padded;
+mod primitives;
 mod prompt;
 mod quantised;
 mod schedule;
@@ -76,12 +77,14 @@ pub fn run(directory: &Path, device: &Device) -> CaseReport {
 fn compare_case(case: &Case) -> Result<Comparison> {
     match case.kind.as_str() {
         "causal_lm" => arch::compare(case),
+        "base of the quant cases" => arch::compare_base(case),
         "adapter" => adapter::compare(case),
         "adalora allocation" => allocation::compare(case),
         "multi-adapter" => combined::compare(case),
         "training trajectory" => trajectory::compare(case),
         "lr schedules" => schedule::compare(case),
         "HF bitsandbytes checkpoint" => quantised::compare(case),
+        "bitsandbytes primitives on CPU" => primitives::compare(case),
         "tokenizer" => sft::tokenizer(case),
         "chat templates" => sft::templates(case),
         "packing" => sft::packing(case),
@@ -89,8 +92,8 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, adapter, adalora allocation, multi-adapter, \
-                 training trajectory, lr schedules, HF bitsandbytes checkpoint, tokenizer, chat templates, packing, SFT preprocessing",
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, base of the quant cases, adapter, adalora allocation, multi-adapter, \
+                 training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -2,13 +2,14 @@
 
 use super::arch::GRADIENT;
 use super::case::{Case, dtype_of, inputs, longest, read_json};
-use super::compare::Comparison;
+use super::compare::{Comparison, relative_error};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::Solo;
 use ferrotune_core::trainer::{Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
@@ -22,7 +23,11 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     reject_unknown(case)?;
     let steps = read_steps(case)?;
     check_accumulation(case, &steps)?;
-    let mut trainer = trainer(case, &steps)?;
+    let dtype = dtype_of(&ModelFiles::open(&case.base()?)?.shards()[0]);
+    let mut trainer = trainer(case, &steps, dtype)?;
+    // A run in bf16 is compared through its distance from the same run in f32.
+    let exact = (dtype != DType::F32).then(|| self::trainer(case, &steps, DType::F32));
+    let mut exact = exact.transpose()?;
     let schedule = schedule(case)?;
     let recorded = read_json(&case.path("steps.json"))?;
     let recorded = recorded.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -35,7 +40,10 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
         0.5,
     );
     for (step, (batches, recorded)) in steps.iter().zip(recorded).enumerate() {
-        let report = trainer.step(batches, schedule.lr(step as u64))?;
+        let rate = schedule.lr(step as u64);
+        let report = trainer.step(batches, rate)?;
+        let exact = exact.as_mut().map(|exact| exact.step(batches, rate));
+        let exact = exact.transpose()?;
         let name = format!("step {}", step + 1);
         let theirs = |key: &str| {
             recorded
@@ -43,14 +51,18 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
                 .and_then(Value::as_f64)
                 .unwrap_or(f64::NAN)
         };
-        comparison.number("loss", &name, report.loss(), theirs("loss"), GRADIENT);
-        comparison.number(
-            "grad_norm",
-            &name,
-            report.grad_norm,
-            theirs("grad_norm"),
-            GRADIENT,
-        );
+        let ours = [("loss", report.loss()), ("grad_norm", report.grad_norm)];
+        let exact = exact.map(|exact| [exact.loss(), exact.grad_norm]);
+        for (i, (key, ours)) in ours.into_iter().enumerate() {
+            let theirs = theirs(key);
+            match exact.map(|exact| exact[i]) {
+                None => comparison.number(key, &name, ours, theirs, GRADIENT),
+                Some(exact) => {
+                    let [ours, theirs] = [ours, theirs].map(|value| (value / exact - 1.0).abs());
+                    comparison.beside_peer(key, &name, ours, theirs, BF16);
+                }
+            }
+        }
         comparison.number(
             "num_items",
             &name,
@@ -79,7 +91,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
             &mut comparison,
         );
     }
-    compare_final(case, &trainer, &mut comparison)?;
+    compare_final(case, &trainer, exact.as_ref(), &mut comparison)?;
     Ok(comparison)
 }
 
@@ -110,6 +122,8 @@ fn compare_rates(
     }
 }
 
+/// How much farther from f32 than the recorded run one in bf16 may be.
+const BF16: f64 = 2.0;
 /// Keys of case.json that change nothing, or that are read here.
 const KNOWN: [&str; 19] = [
     "kind",
@@ -199,14 +213,10 @@ fn full(case: &Case) -> bool {
         .unwrap_or(false)
 }
 
-fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
+/// The run at its start, over weights and with activations of `dtype`.
+fn trainer(case: &Case, steps: &[Vec<PackedBatch>], dtype: DType) -> Result<Trainer> {
     let base = case.base()?;
     let files = ModelFiles::open(&base)?;
-    let weight_dtype = dtype_of(&files.shards()[0]);
-    if weight_dtype != DType::F32 {
-        let message = "a bf16 run was recorded without its f32 twin, so there is nothing exact to compare with";
-        return Err(Error::config("base", message));
-    }
     let number = |key: &str, default: f64| case.number(&["optimizer", key]).unwrap_or(default);
     let beta = |i: usize| {
         case.json
@@ -216,8 +226,8 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>]) -> Result<Trainer> {
     let clip = number("clip_grad_norm", 0.0);
     let options = TrainerOptions {
         device: case.device.clone(),
-        weights: weight_dtype.into(),
-        activation_dtype: weight_dtype,
+        weights: dtype.into(),
+        activation_dtype: dtype,
         adamw: AdamW {
             beta1: beta(0).unwrap_or(0.9),
             beta2: beta(1).unwrap_or(0.999),
@@ -294,7 +304,12 @@ fn read_steps(case: &Case) -> Result<Vec<Vec<PackedBatch>>> {
     Ok(steps)
 }
 
-fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) -> Result<()> {
+fn compare_final(
+    case: &Case,
+    trainer: &Trainer,
+    exact: Option<&Trainer>,
+    comparison: &mut Comparison,
+) -> Result<()> {
     let path = if full(case) {
         case.path("final.safetensors")
     } else {
@@ -316,17 +331,20 @@ fn compare_final(case: &Case, trainer: &Trainer, comparison: &mut Comparison) ->
         0.0,
     );
     for name in names() {
-        let id = params
-            .layout()
-            .find(name.strip_prefix("final.").unwrap_or(name));
-        let ours = id.map(|id| params.file_values(id)).unwrap_or_default();
-        comparison.tensor(
-            "final weights",
-            name,
-            &ours,
-            &file.read_f32(name)?,
-            GRADIENT,
-        );
+        let own = name.strip_prefix("final.").unwrap_or(name);
+        let values = |params: &FlatBuffer| -> Vec<f32> {
+            let id = params.layout().find(own);
+            id.map(|id| params.file_values(id).into_owned())
+                .unwrap_or_default()
+        };
+        let (ours, theirs) = (values(params), file.read_f32(name)?);
+        match exact.map(|exact| values(exact.params())) {
+            None => comparison.tensor("final weights", name, &ours, &theirs, GRADIENT),
+            Some(exact) => {
+                let [ours, theirs] = [ours, theirs].map(|values| relative_error(&values, &exact));
+                comparison.beside_peer("final weights", name, ours, theirs, BF16);
+            }
+        }
     }
     Ok(())
 }

@@ -45,23 +45,6 @@ struct Outcome {
     gradients: Vec<u32>,
 }
 
-impl Outcome {
-    /// Asserts that `other`, over values, is the same: to the bit on a CPU. On a GPU a linear of values and its update
-    /// are one product, which rounds otherwise than two.
-    fn assert_as(&self, other: &Self, device: &Device, dtype: DType, what: &str) {
-        if !device.is_cuda() {
-            assert!(self == other, "{what}");
-            return;
-        }
-        let apart = int8::distance(self, other);
-        let limit = match dtype {
-            DType::F32 => 1e-5,
-            DType::Bf16 => 6e-2,
-        };
-        assert!(apart < limit, "{what}: {apart:e}");
-    }
-}
-
 impl Subject {
     fn new(directory: &Path, format: WeightFormat, device: &Device) -> Self {
         let config = DecoderConfig::open(directory).expect("config");

@@ -12,7 +12,7 @@ use crate::lora::{LoraConfig, TokenIndices, read_tensors, tokens, write_tensors}
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId, SiteKind};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
-use ferrotune_core::{Error, Result, io};
+use ferrotune_core::{Error, Result, io, suggest};
 use ferrotune_kernels::rng::{Stream, key_for};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -64,6 +64,51 @@ impl PartsConfig {
         }
         let common = LoraConfig::from_json(path, &common)?;
         Ok(Some(Self { kind, common }))
+    }
+
+    /// Reads the object that a training configuration holds under `key`, `None` if its `peft_type` is no such method.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key, its value and what was expected, for an unknown key too.
+    pub(crate) fn from_config(
+        key: &'static str,
+        peft_type: &str,
+        object: &Map<String, Value>,
+    ) -> Result<Option<Self>> {
+        let known: &[&str] = match peft_type {
+            "LN_TUNING" => &["peft_type", "target_modules", "exclude_modules"],
+            "TRAINABLE_TOKENS" => &[
+                "peft_type",
+                "target_modules",
+                "exclude_modules",
+                "token_indices",
+                "init_weights",
+            ],
+            _ => return Ok(None),
+        };
+        if let Some(unknown) = object.keys().find(|name| !known.contains(&name.as_str())) {
+            let near = suggest::did_you_mean(unknown, known.iter().copied());
+            let message = format!(
+                "is no key of {peft_type}{near}; its keys: {}",
+                known.join(", ")
+            );
+            return Err(Error::config(format!("{key}.{unknown}"), message));
+        }
+        let read = Self::from_json(Path::new(key), peft_type, object);
+        let mut config = read.map_err(|error| match error {
+            Error::Adapter { message, .. } => Error::config(key, message),
+            other => other,
+        })?;
+        if let Some(config) = &mut config {
+            config.common.task_type = LoraConfig::default().task_type;
+        }
+        Ok(config)
+    }
+
+    /// The same for a base of this path or name.
+    pub(crate) fn for_base(mut self, base: &Path) -> Self {
+        self.common.base_model_name_or_path = Some(base.display().to_string());
+        self
     }
 
     /// Path or hub name of the base model.

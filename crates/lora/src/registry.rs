@@ -39,6 +39,9 @@ const NOT_SUPPORTED: &[&str] = &[
     "XLORA",
 ];
 
+/// Methods that train parts of the base.
+const PARTS: [&str; 2] = ["LN_TUNING", "TRAINABLE_TOKENS"];
+
 /// An `adapter_config.json` larger than this is not one.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
@@ -116,7 +119,7 @@ impl PeftConfig {
     pub fn from_config(key: &'static str, object: &Map<String, Value>) -> Result<Self> {
         let at = || format!("{key}.peft_type");
         let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
-            let message = format!("is missing; one of {}", names(&[]).join(", "));
+            let message = format!("is missing; one of {}", names(&PARTS).join(", "));
             return Err(Error::config(at(), message));
         };
         let peft_type = peft_type.to_uppercase();
@@ -130,7 +133,9 @@ impl PeftConfig {
                 Source::Config(key),
                 object,
             )?))),
-            None => Err(Error::config(at(), unknown(&peft_type, &names(&[])))),
+            None => PartsConfig::from_config(key, &peft_type, object)?
+                .map(Self::Parts)
+                .ok_or_else(|| Error::config(at(), unknown(&peft_type, &names(&PARTS)))),
         }
     }
 
@@ -142,7 +147,7 @@ impl PeftConfig {
                 config.base_model_name_or_path = Some(base.display().to_string());
                 Self::Lora(config)
             }
-            Self::Parts(config) => Self::Parts(config),
+            Self::Parts(config) => Self::Parts(config.for_base(base)),
             Self::Other(OtherConfig(config)) => Self::Other(OtherConfig(config.for_base(base))),
         }
     }
@@ -265,10 +270,7 @@ fn names(first: &[&'static str]) -> Vec<&'static str> {
 }
 
 fn not_supported(path: &Path, peft_type: &str) -> Error {
-    let message = unknown(
-        peft_type,
-        &names(&["LORA", "LN_TUNING", "TRAINABLE_TOKENS"]),
-    );
+    let message = unknown(peft_type, &names(&["LORA", PARTS[0], PARTS[1]]));
     Error::adapter(path, format!("`peft_type` {message}"))
 }
 

@@ -69,6 +69,9 @@ pub(super) struct Args {
     /// LoRA rank on every linear of the layers, alpha twice that
     #[arg(long, default_value_t = 16)]
     rank: usize,
+    /// Train magnitudes too
+    #[arg(long, conflicts_with = "adapter")]
+    use_dora: bool,
     /// Element type of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Float32)]
     dtype: Dtype,
@@ -246,6 +249,7 @@ fn adapter(args: &Args, decoder: &DecoderConfig) -> Result<Box<dyn Adapter>> {
     let config = LoraConfig {
         rank: args.rank,
         alpha: 2.0 * args.rank as f64,
+        use_dora: args.use_dora,
         target_modules: Some(TargetModules::AllLinear),
         ..LoraConfig::default()
     };

@@ -138,7 +138,7 @@ impl Part {
         let of = |number: usize| self.members.get(number).and_then(Option::as_ref);
         let members = run.members.iter();
         members
-            .map(|member| (of(member.number), &member.run))
+            .map(|member| (member.number.and_then(of), &member.run))
             .collect()
     }
 

@@ -157,6 +157,41 @@ impl BaseWeights for LoadedBase<'_> {
     }
 }
 
+/// A base that no adapter may change, since others stand on it.
+pub struct SharedBase<'a>(pub LoadedBase<'a>);
+
+impl BaseWeights for SharedBase<'_> {
+    fn find(&self, name: &str) -> Option<SiteId> {
+        self.0.find(name)
+    }
+
+    fn read(&self, site: SiteId) -> Result<Tensor> {
+        self.0.read(site)
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.0.vocabulary()
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        self.0.embed(tokens)
+    }
+
+    fn code_bits(&self, site: SiteId) -> Option<usize> {
+        self.0.code_bits(site)
+    }
+
+    fn original(&self, site: SiteId) -> Result<Tensor> {
+        self.0.original(site)
+    }
+
+    fn replace(&mut self, _: SiteId, _: View<'_>) -> Result<()> {
+        let message = "starts by changing the base, which other adapters of this run stand on; take another start, or \
+                       give it a run of its own";
+        Err(Error::config("init_lora_weights", message))
+    }
+}
+
 /// The frozen matrix that holds the weight of `site`, and its rows there.
 fn frozen_rows(group: &LinearGroup, site: SiteId) -> Option<(&FrozenWeight, Range<usize>)> {
     let part = group.parts.iter().find(|part| part.site == site.0)?;

@@ -3,6 +3,7 @@
 use super::inputs::Marks;
 use super::layer::Layer;
 use super::room::Wide;
+use super::together::nothing;
 use super::{Inputs, Model, Normed, Pass, Run, prompt};
 use crate::adapter::Prompt;
 use crate::data::PackedBatch;
@@ -57,6 +58,17 @@ impl KvCache {
     }
 }
 
+/// Documents that go on through one of several adapters over a base.
+#[derive(Clone, Copy, Debug)]
+pub struct MemberDocuments<'a> {
+    /// Which adapter of the model; `None` for the base alone.
+    pub number: Option<usize>,
+    /// Its values.
+    pub params: &'a FlatBuffer,
+    /// How many they are.
+    pub documents: usize,
+}
+
 impl Model {
     /// Logits `[S, V]` f32 of the token that follows each document, after appending
     /// `new_tokens[s]` (at least one) to document s.
@@ -67,6 +79,33 @@ impl Model {
         &self,
         pass: Pass<'_>,
         params: &FlatBuffer,
+        caches: &mut [&mut KvCache],
+        new_tokens: &[&[u32]],
+    ) -> Result<Tensor> {
+        self.extend_with(pass, params, &[], caches, new_tokens)
+    }
+
+    /// [`Model::extend`] of documents that go through adapters of [`Model::load_together`]: those of the first of
+    /// `members`, behind them those of the second, and so on.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn extend_together(
+        &self,
+        pass: Pass<'_>,
+        members: &[MemberDocuments<'_>],
+        caches: &mut [&mut KvCache],
+        new_tokens: &[&[u32]],
+    ) -> Result<Tensor> {
+        let params = nothing(&self.device)?;
+        self.extend_with(pass, &params, members, caches, new_tokens)
+    }
+
+    fn extend_with(
+        &self,
+        pass: Pass<'_>,
+        params: &FlatBuffer,
+        members: &[MemberDocuments<'_>],
         caches: &mut [&mut KvCache],
         new_tokens: &[&[u32]],
     ) -> Result<Tensor> {
@@ -82,7 +121,19 @@ impl Model {
             silent: self.silent(caches, &batch),
         };
         let inputs = Inputs::of(self, pass, &Cow::Borrowed(&batch), marks, false);
-        let run = Run::new(params, pass, &inputs)?;
+        let mut first = 0;
+        let own = members.iter().map(|member| {
+            let documents = first..first + member.documents;
+            first = documents.end;
+            let batch = new_batch(&caches[documents.clone()], &new_tokens[documents])?;
+            let inputs = Inputs::of(self, pass, &Cow::Owned(batch), Marks::default(), false);
+            Ok((inputs, nothing(&self.device)?))
+        });
+        let mut own: Vec<_> = own.collect::<Result<_>>()?;
+        let mut run = Run::new(params, pass, &inputs)?;
+        for (member, (inputs, grads)) in members.iter().zip(&mut own) {
+            run.join(member.number, Run::new(member.params, pass, inputs)?, grads);
+        }
         let workspace = pass.workspace;
         let mut stream = self.embed(&run)?;
         let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);

@@ -12,7 +12,7 @@ use std::ops::Range;
 pub(crate) enum FrozenWeight {
     /// The values that products read.
     Dense(Tensor),
-    /// The same, with room for low-rank updates.
+    /// With room for low-rank updates.
     Augmented(Augmented),
     /// Codes, from which the values are made anew for each product.
     Codes(Quantised),
@@ -30,6 +30,22 @@ pub(crate) struct Scratch {
     pub(crate) elements: usize,
     /// Columns of the widest input.
     pub(crate) columns: usize,
+}
+
+impl Scratch {
+    /// Calls `body` with a matrix of this `shape`, of unspecified contents.
+    pub(super) fn lend<R>(
+        self,
+        workspace: &Workspace,
+        [rows, cols]: [usize; 2],
+        body: impl FnOnce(&mut Tensor) -> Result<R>,
+    ) -> Result<R> {
+        let buffer = workspace.take_scratch(self.dtype, self.elements);
+        let mut values = Tensor::from_buffer(buffer, rows, cols);
+        let result = body(&mut values);
+        workspace.give_scratch(values.into_buffer());
+        result
+    }
 }
 
 impl FrozenWeight {
@@ -55,16 +71,13 @@ impl FrozenWeight {
     ) -> Result<R> {
         match self {
             Self::Dense(values) => return product(values.view()),
-            Self::Augmented(values) => return values.with_base(product),
+            Self::Augmented(weight) => return weight.with_base(scratch, workspace, product),
             Self::Codes(_) | Self::Stacked(_) => {}
         }
-        let [rows, cols] = self.shape();
-        let buffer = workspace.take_scratch(scratch.dtype, scratch.elements);
-        let mut values = Tensor::from_buffer(buffer, rows, cols);
-        self.write(values.view_mut())?;
-        let result = product(values.view());
-        workspace.give_scratch(values.into_buffer());
-        result
+        scratch.lend(workspace, self.shape(), |values| {
+            self.write(values.view_mut())?;
+            product(values.view())
+        })
     }
 
     /// Whether the format has a product of its own, which the values do not give.
@@ -120,12 +133,9 @@ impl FrozenWeight {
                         x, dtype, threshold, documents, columns, workspace,
                     )?),
                 };
-                let buffer = workspace.take_scratch(dtype, scratch.elements);
-                let [rows, cols] = codes.shape();
-                let mut room = Tensor::from_buffer(buffer, rows, cols);
-                let result = input.product(x, codes, room.view_mut(), y, workspace);
-                workspace.give_scratch(room.into_buffer());
-                Ok(result?)
+                scratch.lend(workspace, codes.shape(), |values| {
+                    Ok(input.product(x, codes, values.view_mut(), y, workspace)?)
+                })
             }
             _ => self.with_values(scratch, run.workspace, |values| {
                 Ok(matmul::nt(y, 0.0, 1.0, x, values)?)
@@ -144,7 +154,8 @@ impl FrozenWeight {
     /// Bits of a code where `rows` are codes.
     pub(crate) fn code_bits(&self, rows: Range<usize>) -> Option<usize> {
         match self {
-            Self::Dense(_) | Self::Augmented(_) => None,
+            Self::Dense(_) => None,
+            Self::Augmented(weight) => weight.codes()?.code_bits(rows),
             Self::Codes(codes) => Some(codes.bits()),
             Self::Stacked(parts) => {
                 let mut first = 0;
@@ -162,7 +173,7 @@ impl FrozenWeight {
     pub(crate) fn replace_rows(&mut self, rows: Range<usize>, values: View<'_>) -> Result<()> {
         match self {
             Self::Dense(held) => held.view_mut().row_range(rows).copy_from(values),
-            Self::Augmented(held) => held.with_rows_mut(rows, |to| to.copy_from(values)),
+            Self::Augmented(held) => return held.replace_rows(rows, values),
             Self::Codes(codes) => *codes = codes.requantise(values)?,
             Self::Stacked(parts) => {
                 let mut first = 0;
@@ -179,10 +190,10 @@ impl FrozenWeight {
     }
 
     /// Writes the values to `out [out, in]`.
-    fn write(&self, mut out: ViewMut<'_>) -> Result<()> {
+    pub(super) fn write(&self, mut out: ViewMut<'_>) -> Result<()> {
         match self {
             Self::Dense(values) => out.copy_from(values.view()),
-            Self::Augmented(values) => values.with_base(|values| out.reborrow().copy_from(values)),
+            Self::Augmented(weight) => return weight.write(out),
             Self::Codes(codes) => codes.dequantise(out)?,
             Self::Stacked(parts) => {
                 let mut first = 0;

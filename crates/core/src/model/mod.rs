@@ -37,10 +37,10 @@ mod weight_format;
 mod weight_source;
 mod weights;
 
-pub use base::LoadedBase;
+pub use base::{LoadedBase, SharedBase};
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub(crate) use config::{activation, nearest_divisor, norm_eps};
-pub use decode::KvCache;
+pub use decode::{KvCache, MemberDocuments};
 pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
@@ -138,7 +138,6 @@ impl Model {
             plan: &plan,
             invocation,
             attachments: alone,
-            members: Vec::new(),
             trained_biases,
             prompt,
             source,

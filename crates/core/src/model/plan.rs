@@ -124,16 +124,6 @@ impl ModelPlan {
         own.filter(move |site| seen.insert(site.stored_name.as_str()))
     }
 
-    /// Weights of the largest group of linears that share their input.
-    pub(crate) fn largest_group(&self) -> usize {
-        let groups = self.layers.iter().flat_map(LayerPlan::groups);
-        let groups = groups.map(|ids| {
-            let sites = ids.iter().map(|&id| self.site(id));
-            sites.map(|s| s.out_features * s.in_features).sum()
-        });
-        groups.max().unwrap_or(0)
-    }
-
     /// Columns of the widest input of a linear.
     pub(crate) fn largest_input(&self) -> usize {
         let linears = self.layers.iter().flat_map(LayerPlan::groups).flatten();
@@ -225,8 +215,13 @@ impl Sites {
             let fused = [widths.iter().sum()];
             let widths = if modules.len() == 1 { &fused } else { widths };
             let each = modules.iter().zip(widths);
-            each.map(|(name, &out)| linear(sites, name, [out, d], bias))
-                .collect()
+            let ids: Vec<SiteId> = each
+                .map(|(name, &out)| linear(sites, name, [out, d], bias))
+                .collect();
+            for id in &ids {
+                sites.0[id.0].execution_order = ids[0].0;
+            }
+            ids
         };
         let input_norm = names.input_norm.map(|name| norm(self, name, d));
         let qkv = group(self, names.qkv, &[q, kv, kv], config.qkv_bias);

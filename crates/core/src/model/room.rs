@@ -1,15 +1,17 @@
 //! Room beside matrices, in which a linear and its low-rank updates become one product
 //! (`ferrotune_kernels::augmented_linear`).
 
+use super::frozen::{FrozenWeight, Scratch};
 use super::linear::{LinearGroup, Part, PartSaved};
 use super::run::Run;
 use super::{DecoderConfig, LayerPlan, ModelPlan};
 use crate::Result;
 use crate::adapter::{Attachment, LowRank, SiteId};
-use crate::params::FlatBuffer;
+use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::augmented_linear::{self, Factors, Weight};
-use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, bias, lora_linear, matmul};
-use std::collections::BTreeMap;
+use ferrotune_kernels::{
+    DType, Device, Tensor, View, ViewMut, Workspace, bias, lora_linear, matmul,
+};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -34,17 +36,24 @@ impl Wide<'_> {
     }
 }
 
-/// Whether a model on `device` has room at all: on a CPU separate products are as fast, and copies of a layer share
-/// a weight, whose margins can hold the factors of one. The caller knows whether weights are values.
-pub(super) fn is_there(config: &DecoderConfig, device: &Device) -> bool {
-    device.is_cuda() && !config.is_restacked()
+/// Room of all layers of a model, where `attached` says what is at a site beside a trained bias.
+///
+/// There is none on a CPU, where separate products are as fast, and none where copies of a layer share a weight, whose
+/// margins can hold the factors of one. The caller knows whether linears multiply values.
+pub(super) fn of_layers<'a>(
+    config: &DecoderConfig,
+    plan: &ModelPlan,
+    attached: impl Fn(SiteId) -> Option<&'a Attachment>,
+    device: &Device,
+) -> Vec<Rooms> {
+    if !device.is_cuda() || config.is_restacked() {
+        return vec![Rooms::default(); plan.layers.len()];
+    }
+    let layers = plan.layers.iter();
+    layers.map(|layer| of_layer(layer, &attached)).collect()
 }
 
-/// Room of the groups of `layer`, where `attached` says what stands at a site.
-pub(super) fn of_layer<'a>(
-    layer: &LayerPlan,
-    attached: impl Fn(SiteId) -> Option<&'a Attachment>,
-) -> Rooms {
+fn of_layer<'a>(layer: &LayerPlan, attached: impl Fn(SiteId) -> Option<&'a Attachment>) -> Rooms {
     let [qkv, o, gate_up, down] = layer.groups().map(|ids| of_group(ids, &attached));
     // Without a norm a block reads the stream itself, which has no room.
     let behind = |norm: Option<SiteId>, room| if norm.is_some() { room } else { 0 };
@@ -56,24 +65,16 @@ pub(super) fn of_layer<'a>(
     ]
 }
 
-/// Room of all layers of a model whose weights are values, with `attachments`.
-pub(super) fn of_layers(
-    config: &DecoderConfig,
-    plan: &ModelPlan,
-    attachments: &[(SiteId, Attachment)],
-    device: &Device,
-) -> Vec<Rooms> {
-    if !is_there(config, device) {
-        return vec![Rooms::default(); plan.layers.len()];
-    }
-    // A bias that is trained beside an update takes nothing of its room.
-    let attached: BTreeMap<SiteId, &Attachment> = (attachments.iter())
-        .filter(|(_, attachment)| !matches!(attachment, Attachment::TrainBias(_)))
-        .map(|(site, attachment)| (*site, attachment))
-        .collect();
-    let layers = plan.layers.iter();
-    let rooms = layers.map(|layer| of_layer(layer, |id| attached.get(&id).copied()));
-    rooms.collect()
+/// Elements of the largest weight of a group with its margins.
+pub(super) fn largest_group(plan: &ModelPlan, rooms: &[Rooms]) -> usize {
+    let groups = (plan.layers.iter().zip(rooms)).flat_map(|(layer, rooms)| {
+        let elements = |(ids, room): (&[SiteId], &usize)| {
+            let out: usize = ids.iter().map(|&id| plan.site(id).out_features).sum();
+            (out + room) * (plan.site(ids[0]).in_features + room)
+        };
+        layer.groups().into_iter().zip(rooms).map(elements)
+    });
+    groups.max().unwrap_or(0)
 }
 
 /// Room for the low-rank updates of a group; none if anything else stands there.
@@ -89,24 +90,59 @@ fn of_group<'a>(ids: &[SiteId], attached: impl Fn(SiteId) -> Option<&'a Attachme
     augmented_linear::room(ranks)
 }
 
-/// A frozen matrix `[out, in]` of values, with margins for factors.
+/// A frozen matrix `[out, in]`, in products as `[out + R, in + R]` with margins for factors.
 #[derive(Debug)]
 pub(crate) struct Augmented {
-    /// `[out + R, in + R]`. Behind a lock, because every pass writes its factors.
-    values: Mutex<Tensor>,
+    held: Held,
     shape: [usize; 2],
     room: usize,
 }
 
+#[derive(Debug)]
+enum Held {
+    /// Values with their margins. Behind a lock, because every pass writes its factors.
+    Values(Mutex<Tensor>),
+    /// Codes, which are written out between margins for each product.
+    Codes(Box<FrozenWeight>),
+}
+
+/// Which pass wants a weight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    Backward,
+}
+
 impl Augmented {
-    /// Zeros.
-    pub(super) fn zeros(device: &Device, dtype: DType, shape: [usize; 2], room: usize) -> Self {
+    /// Of values, which `write` writes to a matrix `[out, in]`.
+    pub(super) fn of_values(
+        device: &Device,
+        dtype: DType,
+        shape: [usize; 2],
+        room: usize,
+        write: impl FnOnce(ViewMut<'_>) -> Result<()>,
+    ) -> Result<Self> {
         let [rows, cols] = shape.map(|length| length + room);
         let mut values = Tensor::empty(device, dtype, rows, cols);
         values.view_mut().fill(0.0);
-        Self {
-            values: Mutex::new(values),
+        write(
+            values
+                .view_mut()
+                .row_range(0..shape[0])
+                .columns(0..shape[1]),
+        )?;
+        Ok(Self {
+            held: Held::Values(Mutex::new(values)),
             shape,
+            room,
+        })
+    }
+
+    /// Of a matrix that is held as codes.
+    pub(super) fn of_codes(codes: FrozenWeight, room: usize) -> Self {
+        Self {
+            shape: codes.shape(),
+            held: Held::Codes(Box::new(codes)),
             room,
         }
     }
@@ -115,30 +151,92 @@ impl Augmented {
         self.shape
     }
 
-    fn lock(&self) -> MutexGuard<'_, Tensor> {
-        // Values that a panic left half written are written anew by the next pass.
-        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The codes, if it is held as such.
+    pub(super) fn codes(&self) -> Option<&FrozenWeight> {
+        match &self.held {
+            Held::Values(_) => None,
+            Held::Codes(codes) => Some(codes),
+        }
     }
 
     /// Calls `body` with `W [out, in]`.
-    pub(super) fn with_base<R>(&self, body: impl FnOnce(View<'_>) -> R) -> R {
+    pub(super) fn with_base<R>(
+        &self,
+        scratch: Scratch,
+        workspace: &Workspace,
+        body: impl FnOnce(View<'_>) -> Result<R>,
+    ) -> Result<R> {
         let [out, inputs] = self.shape;
-        body(self.lock().view().row_range(0..out).columns(0..inputs))
+        match &self.held {
+            Held::Values(values) => body(lock(values).view().row_range(0..out).columns(0..inputs)),
+            Held::Codes(codes) => codes.with_values(scratch, workspace, body),
+        }
     }
 
-    /// `rows` of W, to be written.
-    pub(super) fn with_rows_mut<R>(
-        &mut self,
-        rows: Range<usize>,
-        body: impl FnOnce(ViewMut<'_>) -> R,
-    ) -> R {
-        let inputs = self.shape[1];
-        let values = self
-            .values
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        body(values.view_mut().row_range(rows).columns(0..inputs))
+    /// Writes W to `out [out, in]`.
+    pub(super) fn write(&self, out: ViewMut<'_>) -> Result<()> {
+        let [rows, inputs] = self.shape;
+        match &self.held {
+            Held::Values(values) => {
+                out.copy_from(lock(values).view().row_range(0..rows).columns(0..inputs));
+                Ok(())
+            }
+            Held::Codes(codes) => codes.write(out),
+        }
     }
+
+    /// Writes `rows` of W, rounded or quantised as they are held.
+    pub(super) fn replace_rows(&mut self, rows: Range<usize>, from: View<'_>) -> Result<()> {
+        match &mut self.held {
+            Held::Values(values) => {
+                let values = values.get_mut().unwrap_or_else(PoisonError::into_inner);
+                let to = values.view_mut().row_range(rows);
+                to.columns(0..self.shape[1]).copy_from(from);
+                Ok(())
+            }
+            Held::Codes(codes) => codes.replace_rows(rows, from),
+        }
+    }
+
+    /// Calls `product` with W~, the factors of `updates` in its margins.
+    fn with_weight<R>(
+        &self,
+        run: &Run<'_>,
+        (scratch, pass): (Scratch, Pass),
+        updates: &[Update<'_>],
+        product: impl FnOnce(&Weight<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let (room, [out, inputs]) = (self.room, self.shape);
+        match &self.held {
+            Held::Values(values) => {
+                let mut values = lock(values);
+                // Those of the forward pass are still there.
+                if pass == Pass::Forward {
+                    place(run, updates, values.view_mut(), room)?;
+                }
+                product(&Weight::new(values.view(), room)?)
+            }
+            Held::Codes(codes) => {
+                scratch.lend(run.workspace, [out + room, inputs + room], |values| {
+                    let (own, margin) = (0..inputs, inputs..inputs + room);
+                    codes.write(values.view_mut().row_range(0..out).columns(own))?;
+                    values
+                        .view_mut()
+                        .row_range(0..out)
+                        .columns(margin)
+                        .fill(0.0);
+                    values.view_mut().row_range(out..out + room).fill(0.0);
+                    place(run, updates, values.view_mut(), room)?;
+                    product(&Weight::new(values.view(), room)?)
+                })
+            }
+        }
+    }
+}
+
+fn lock(values: &Mutex<Tensor>) -> MutexGuard<'_, Tensor> {
+    // Values that a panic left half written are written anew by the next pass.
+    values.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A low-rank update of a group, with its columns among all ranks.
@@ -172,24 +270,29 @@ impl LinearGroup {
         mut y: ViewMut<'_>,
     ) -> Result<Vec<PartSaved>> {
         let (updates, room) = (self.updates(), weight.room);
-        let mut held = weight.lock();
-        place(run, &updates, held.view_mut(), room)?;
-        let weight = Weight::new(held.view(), room)?;
         let mut s = run.workspace.take(run.dtype, run.rows, room);
         let beside = self.in_features..self.in_features + room;
-        if has_dropout(run, &updates) || is_silent_somewhere(run, &updates) {
+        let apart = has_dropout(run, &updates) || is_silent_somewhere(run, &updates);
+        if apart {
             s.view_mut().fill(0.0);
             let inputs = x.as_view().columns(0..self.in_features);
             for (part, update, ranks) in &updates {
                 let s = s.view_mut().columns(ranks.clone());
                 lora_linear::down(inputs, &part.low_rank(run, update), s, run.workspace)?;
             }
-            augmented_linear::copy(x.reborrow().columns(beside), s.view())?;
-        } else {
-            augmented_linear::down(x.reborrow(), &weight)?;
-            augmented_linear::copy(s.view_mut(), x.as_view().columns(beside))?;
+            augmented_linear::copy(x.reborrow().columns(beside.clone()), s.view())?;
         }
-        augmented_linear::forward(x.as_view(), &weight, y.reborrow())?;
+        weight.with_weight(run, (self.scratch, Pass::Forward), &updates, |weight| {
+            if !apart {
+                augmented_linear::down(x.reborrow(), weight)?;
+                augmented_linear::copy(s.view_mut(), x.as_view().columns(beside))?;
+            }
+            Ok(augmented_linear::forward(
+                x.as_view(),
+                weight,
+                y.reborrow(),
+            )?)
+        })?;
         for (part, update, _) in &updates {
             if let Some(id) = update.bias {
                 let y = y.reborrow().columns(part.columns.clone());
@@ -231,14 +334,23 @@ impl LinearGroup {
         mut dy: ViewMut<'_>,
         dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let (updates, held) = (self.updates(), weight.lock());
-        let weight = Weight::new(held.view(), weight.room)?;
-        augmented_linear::up_backward(dy.reborrow(), &weight)?;
-        for (part, update, ranks) in &updates {
-            let first = self.out_features() + ranks.start;
-            let ds = dy.reborrow().columns(first..first + ranks.len());
-            part.low_rank(run, update).silence(ds)?;
-        }
+        let updates = self.updates();
+        weight.with_weight(run, (self.scratch, Pass::Backward), &updates, |weight| {
+            augmented_linear::up_backward(dy.reborrow(), weight)?;
+            for (part, update, ranks) in &updates {
+                let first = self.out_features() + ranks.start;
+                let ds = dy.reborrow().columns(first..first + ranks.len());
+                part.low_rank(run, update).silence(ds)?;
+            }
+            match dx {
+                Some(dx) if has_dropout(run, &updates) => {
+                    let d_out = dy.as_view().columns(0..self.out_features());
+                    Ok(matmul::nn(dx, 0.0, 1.0, d_out, weight.base())?)
+                }
+                Some(dx) => Ok(augmented_linear::backward(dy.as_view(), weight, dx)?),
+                None => Ok(()),
+            }
+        })?;
         let d_out = dy.as_view().columns(0..self.out_features());
         for (part, update, ranks) in &updates {
             let d_part = d_out.columns(part.columns.clone());
@@ -249,17 +361,11 @@ impl LinearGroup {
             matmul::tn(grads.view_mut(update.b), 1.0, update.scale, d_part, s)?;
         }
         run.workspace.give(s);
-        match dx {
-            Some(dx) if has_dropout(run, &updates) => {
-                Ok(matmul::nn(dx, 0.0, 1.0, d_out, weight.base())?)
-            }
-            Some(dx) => Ok(augmented_linear::backward(dy.as_view(), &weight, dx)?),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Its second half: the gradients of every A from the input and `ds` beside `dy`; what goes through a dropout is
-    /// added to `dx`, if it is given.
+    /// Its second half: the gradients of every A, in one product where they lie beside one another, from the input and
+    /// `ds` beside `dy`; what goes through a dropout is added to `dx`, if it is given.
     pub(super) fn factor_gradients(
         &self,
         run: &Run<'_>,
@@ -268,8 +374,16 @@ impl LinearGroup {
         dy: View<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        for (part, update, ranks) in self.updates() {
-            let first = self.out_features() + ranks.start;
+        let (updates, out) = (self.updates(), self.out_features());
+        let factors: Vec<ParamId> = updates.iter().map(|(_, update, _)| update.a).collect();
+        if !has_dropout(run, &updates)
+            && let (None, Some(d_a)) = (&dx, grads.view_joined_mut(&factors))
+        {
+            let ds = dy.columns(out..out + d_a.rows());
+            return Ok(matmul::tn(d_a, 1.0, 1.0, ds, x)?);
+        }
+        for (part, update, ranks) in updates {
+            let first = out + ranks.start;
             let ds = dy.columns(first..first + ranks.len());
             let (low_rank, dx) = (
                 part.low_rank(run, update),

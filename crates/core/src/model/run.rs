@@ -52,8 +52,8 @@ pub(crate) struct Run<'a> {
 
 /// One of several adapters in a pass over the same base.
 pub(crate) struct Member<'a> {
-    /// Which of the model's.
-    pub(crate) number: usize,
+    /// Which of the model's; `None` for the base alone.
+    pub(crate) number: Option<usize>,
     /// Its rows of the pass.
     pub(crate) rows: Range<usize>,
     /// Its own parameters and draws, over its own rows.
@@ -84,6 +84,17 @@ impl<'a> Run<'a> {
             mode: pass.mode,
             members: Vec::new(),
         })
+    }
+
+    /// Gives the rows behind those of the members before to one with a pass of its own.
+    pub(crate) fn join(&mut self, number: Option<usize>, run: Self, grads: &'a mut FlatBuffer) {
+        let first = self.members.last().map_or(0, |member| member.rows.end);
+        self.members.push(Member {
+            number,
+            rows: first..first + run.rows,
+            run,
+            grads: RefCell::new(grads),
+        });
     }
 
     /// The rows of the member at `place`, or all.

@@ -5,11 +5,13 @@
 //! alone, and each adapter's numbers are those of a pass without the others.
 
 use super::inputs::{Inputs, Marks};
+use super::layer::Layer;
+use super::linear::Part;
 use super::norm::Normed;
-use super::run::{Member, Mode, Pass, Run};
+use super::run::{Mode, Pass, Run};
 use super::saved::Stream;
 use super::weight_source::WeightSource;
-use super::{Model, ModelPlan, Saved, WeightFormat, on_worker, weights};
+use super::{Model, ModelPlan, Saved, WeightFormat, on_worker};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::model::DecoderConfig;
@@ -18,8 +20,7 @@ use crate::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::Accumulator;
 use ferrotune_kernels::{DType, Device, Workspace};
 use std::borrow::Cow;
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What one adapter brings to a pass with others, and takes from it.
 #[derive(Debug)]
@@ -44,8 +45,7 @@ impl Model {
     /// [`Model::load`] for several adapters, numbered from 0, each with what it attaches.
     ///
     /// # Errors
-    /// As there; [`Error::Config`] for an attachment that others cannot stand beside: anything but an update of
-    /// a linear inside the layers.
+    /// As there; as [`Model::add_adapter`], before any weight is read.
     pub fn load_together(
         config: &DecoderConfig,
         adapters: Vec<Vec<(SiteId, Attachment)>>,
@@ -53,33 +53,50 @@ impl Model {
         device: &Device,
         format: impl Into<WeightFormat>,
     ) -> Result<Self> {
-        let plan = ModelPlan::new(config);
-        let inside: Vec<SiteId> = (plan.layers.iter())
-            .flat_map(|layer| {
-                let rest = [layer.o, layer.down];
-                [&layer.qkv[..], &layer.gate_up[..], &rest].concat()
-            })
-            .collect();
-        for (site, attachment) in adapters.iter().flatten() {
-            require_apart(&plan, *site, attachment, &inside)?;
+        for attachments in &adapters {
+            require_apart(config, attachments)?;
         }
-        let mut params = nothing(device)?;
-        let model = weights::Builder {
-            config,
-            plan: &plan,
-            attachments: BTreeMap::new(),
-            members: (adapters.into_iter())
-                .map(|attachments| attachments.into_iter().collect())
-                .collect(),
-            trained_biases: BTreeMap::new(),
-            prompt: None,
-            invocation: None,
-            source,
-            params: &mut params,
-            format: format.into(),
-            held: weights::Held::default(),
-        };
-        model.model()
+        let mut model = Self::load(config, Vec::new(), source, &mut nothing(device)?, format)?;
+        for attachments in adapters {
+            model.add_adapter(attachments)?;
+        }
+        Ok(model)
+    }
+
+    /// Puts one more adapter beside those of [`Model::load_together`], and returns its number. No weight is touched.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an attachment that others cannot stand beside: anything but an update of a linear inside
+    /// the layers.
+    pub fn add_adapter(&mut self, attachments: Vec<(SiteId, Attachment)>) -> Result<usize> {
+        let number = self.parts_mut().next().map_or(0, |part| part.members.len());
+        self.replace_adapter(number, attachments)?;
+        Ok(number)
+    }
+
+    /// Puts an adapter in the place of that of this `number`; without attachments the base alone is left there.
+    ///
+    /// # Errors
+    /// As [`Model::add_adapter`], the one that was there being left.
+    pub fn replace_adapter(
+        &mut self,
+        number: usize,
+        attachments: Vec<(SiteId, Attachment)>,
+    ) -> Result<()> {
+        require_apart(&self.config, &attachments)?;
+        let mut attachments: BTreeMap<SiteId, Attachment> = attachments.into_iter().collect();
+        for part in self.parts_mut() {
+            let places = part.members.len().max(number + 1);
+            part.members.resize_with(places, || None);
+            part.members[number] = attachments.remove(&SiteId(part.site));
+        }
+        Ok(())
+    }
+
+    /// The linears of the layers.
+    fn parts_mut(&mut self) -> impl Iterator<Item = &mut Part> {
+        let groups = self.layers.iter_mut().flat_map(Layer::groups_mut);
+        groups.flat_map(|group| &mut group.parts)
     }
 
     /// [`Model::loss_and_gradients`] of several adapters in one pass; `workspace` is that of all their rows.
@@ -134,17 +151,10 @@ impl Model {
         let nothing = nothing(&self.device)?;
         let mut run = Run::new(&nothing, pass, &inputs)?;
         let mut sums = Vec::with_capacity(members.len());
-        let mut first = 0;
         for ((member, &pass), inputs) in members.into_iter().zip(&passes).zip(&own) {
-            let rows = first..first + inputs.rows;
-            first = rows.end;
             sums.push(member.sums);
-            run.members.push(Member {
-                number: member.number,
-                rows,
-                run: Run::new(member.params, pass, inputs)?,
-                grads: RefCell::new(member.grads),
-            });
+            let own = Run::new(member.params, pass, inputs)?;
+            run.join(Some(member.number), own, member.grads);
         }
         if backward {
             self.backward_together(&run, sums)?;
@@ -185,33 +195,36 @@ impl Model {
 }
 
 /// Refuses what changes more than the rows of its own adapter.
-fn require_apart(
-    plan: &ModelPlan,
-    site: SiteId,
-    attachment: &Attachment,
-    inside: &[SiteId],
-) -> Result<()> {
+fn require_apart(config: &DecoderConfig, attachments: &[(SiteId, Attachment)]) -> Result<()> {
     use Attachment::{Custom, Factors, LowRank};
-    if matches!(attachment, LowRank(_) | Factors(_) | Custom(_)) && inside.contains(&site) {
+    let plan = ModelPlan::new(config);
+    let inside: BTreeSet<SiteId> = (plan.layers.iter())
+        .flat_map(|layer| layer.groups().into_iter().flatten().copied())
+        .collect();
+    let apart = |(site, attachment): &&(SiteId, Attachment)| {
+        let own = matches!(attachment, LowRank(_) | Factors(_) | Custom(_));
+        !own || !inside.contains(site)
+    };
+    let Some((site, attachment)) = attachments.iter().find(apart) else {
         return Ok(());
-    }
+    };
     let what = match attachment {
         Attachment::Weight(_) => "a method that makes another weight of the base's",
         Attachment::Prompt(_) => "a prompt",
         Attachment::Invocation(_) => "a LoRA that tokens call up",
-        _ if inside.contains(&site) => "a part of the base that is trained itself",
+        _ if inside.contains(site) => "a part of the base that is trained itself",
         _ => "what is trained of the embedding, the head or a norm",
     };
     let message = format!(
         "{what}, as of `{}`, cannot stand beside other adapters in one run yet; target linears inside the layers with \
-         LoRA, or train it in a run of its own",
-        plan.site(site).name
+         LoRA, or give it a run of its own",
+        plan.site(*site).name
     );
     Err(Error::config("adapters", message))
 }
 
 /// The parameters of a base that is frozen throughout.
-fn nothing(device: &Device) -> Result<FlatBuffer> {
+pub(super) fn nothing(device: &Device) -> Result<FlatBuffer> {
     let layout = ParamLayoutBuilder::new().build()?;
     Ok(FlatBuffer::zeros_on(&layout, device))
 }

@@ -89,6 +89,12 @@ fn held_together<'a>(
 }
 
 impl WeightFormat {
+    /// Whether linears that are quantised as they are read multiply bytes (`LLM.int8()`).
+    pub(super) fn multiplies_bytes(&self) -> bool {
+        let format = self.quantise.as_ref().map(|quantise| quantise.format);
+        matches!(format, Some(QuantFormat::Int8 { .. }))
+    }
+
     /// What the weight of `site` is quantised to as it is read.
     pub(super) fn of(&self, site: &Site) -> Option<QuantFormat> {
         let quantise = self.quantise.as_ref()?;

@@ -24,8 +24,8 @@ pub trait WeightSource {
     /// If it cannot be read.
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
 
-    /// Whether it has codes of any matrix.
-    fn is_quantised(&self) -> bool {
+    /// Whether linears multiply what it has as bytes (`LLM.int8()`).
+    fn multiplies_bytes(&self) -> bool {
         false
     }
 
@@ -108,8 +108,8 @@ impl WeightSource for ModelFiles {
         Ok(())
     }
 
-    fn is_quantised(&self) -> bool {
-        self.quantisation().is_some()
+    fn multiplies_bytes(&self) -> bool {
+        self.quantisation() == Some("int8")
     }
 
     fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {

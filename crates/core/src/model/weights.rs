@@ -46,8 +46,6 @@ pub(super) struct Builder<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) plan: &'a ModelPlan,
     pub(super) attachments: BTreeMap<SiteId, Attachment>,
-    /// Of adapters that share the model, by their numbers.
-    pub(super) members: Vec<BTreeMap<SiteId, Attachment>>,
     /// Trained biases, beside those.
     pub(super) trained_biases: BTreeMap<SiteId, ParamId>,
     pub(super) prompt: Option<Prompt>,
@@ -73,14 +71,18 @@ impl Builder<'_> {
         let embedding = self.embedding()?;
         let positions = self.positions()?;
         let mut layers = Vec::with_capacity(plan.layers.len());
-        for (index, layer) in plan.layers.iter().enumerate() {
-            layers.push(self.layer(index, layer)?);
+        let rooms = self.rooms();
+        let scratch = Scratch {
+            dtype: self.format.dtype,
+            elements: room::largest_group(plan, &rooms),
+            columns: plan.largest_input(),
+        };
+        for (index, rooms) in rooms.into_iter().enumerate() {
+            layers.push(self.layer(index, rooms, scratch)?);
         }
         let norm = self.norm(Some(plan.norm))?;
         let head = self.head(&embedding)?;
-        let members = self.members.iter().flat_map(BTreeMap::keys);
         let left = (self.attachments.keys()).chain(self.trained_biases.keys());
-        let left = left.chain(members);
         if let Some(site) = left.min() {
             return Err(unsupported(plan.site(*site)));
         }
@@ -104,22 +106,22 @@ impl Builder<'_> {
         })
     }
 
-    fn layer(&mut self, index: usize, layer: &LayerPlan) -> Result<Layer> {
-        let config = self.config;
-        let [beside_qkv, beside_o, beside_gate_up, beside_down] = self.rooms(layer);
+    fn layer(&mut self, index: usize, rooms: Rooms, scratch: Scratch) -> Result<Layer> {
+        let (config, layer) = (self.config, &self.plan.layers[index]);
+        let [beside_qkv, beside_o, beside_gate_up, beside_down] = rooms;
         Ok(Layer {
             input_norm: self.norm(layer.input_norm)?.with_room(beside_qkv),
-            qkv: self.linears(&layer.qkv, beside_qkv)?,
+            qkv: self.linears(&layer.qkv, beside_qkv, scratch)?,
             qk_norms: self.qk_norms(index, layer)?,
-            o: self.linears(&[layer.o], beside_o)?,
+            o: self.linears(&[layer.o], beside_o, scratch)?,
             attention_residual: self.residual(layer.attention_norm)?,
             mlp_norm: self.norm(layer.mlp_norm)?.with_room(beside_gate_up),
-            gate_up: self.linears(&layer.gate_up, beside_gate_up)?,
+            gate_up: self.linears(&layer.gate_up, beside_gate_up, scratch)?,
             activation: Activation {
                 function: config.activation,
                 gated: config.gated_mlp,
             },
-            down: self.linears(&[layer.down], beside_down)?,
+            down: self.linears(&[layer.down], beside_down, scratch)?,
             mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
                 heads: config.heads,
@@ -135,12 +137,13 @@ impl Builder<'_> {
         })
     }
 
-    fn rooms(&self, layer: &LayerPlan) -> Rooms {
-        let values = self.format.quantise.is_none() && !self.source.is_quantised();
-        if !values || !room::is_there(self.config, self.params.device()) {
-            return Rooms::default();
+    /// Room in the layers, where linears multiply values.
+    fn rooms(&self) -> Vec<Rooms> {
+        if self.format.multiplies_bytes() || self.source.multiplies_bytes() {
+            return vec![Rooms::default(); self.plan.layers.len()];
         }
-        room::of_layer(layer, |id| self.attachments.get(&id))
+        let attached = |id| self.attachments.get(&id);
+        room::of_layers(self.config, self.plan, attached, self.params.device())
     }
 
     fn residual(&mut self, norm: Option<SiteId>) -> Result<Residual> {
@@ -166,7 +169,7 @@ impl Builder<'_> {
         }))
     }
 
-    fn linears(&mut self, ids: &[SiteId], room: usize) -> Result<LinearGroup> {
+    fn linears(&mut self, ids: &[SiteId], room: usize, scratch: Scratch) -> Result<LinearGroup> {
         let plan = self.plan;
         let apart = |b: &Self, id: SiteId| {
             use Attachment::{TrainBase, Weight};
@@ -199,20 +202,14 @@ impl Builder<'_> {
                 weight,
                 bias,
                 attachment,
-                members: (self.members.iter_mut())
-                    .map(|member| member.remove(&id))
-                    .collect(),
+                members: Vec::new(),
             });
         }
         Ok(LinearGroup {
             in_features: plan.site(ids[0]).in_features,
             parts,
             frozen,
-            scratch: Scratch {
-                dtype: self.format.dtype,
-                elements: plan.largest_group(),
-                columns: plan.largest_input(),
-            },
+            scratch,
         })
     }
 
@@ -233,55 +230,53 @@ impl Builder<'_> {
 
     /// One matrix with room for low-rank updates.
     fn read_augmented(&self, sites: &[&Site], room: usize) -> Result<FrozenWeight> {
-        let out = sites.iter().map(|site| site.out_features).sum();
-        let shape = [out, sites[0].in_features];
-        let device = self.params.device();
-        let mut values = Augmented::zeros(device, self.format.dtype, shape, room);
-        let mut first = 0;
-        for site in sites {
-            let rows = first..first + site.out_features;
-            first = rows.end;
-            values.with_rows_mut(rows, |to| self.read_weight(site, to))?;
+        if let Some(codes) = self.read_codes(sites)? {
+            return Ok(FrozenWeight::Augmented(Augmented::of_codes(codes, room)));
         }
-        Ok(FrozenWeight::Augmented(values))
+        let (shape, dtype) = (shape_of_group(sites), self.format.dtype);
+        let write = |to: ViewMut<'_>| self.read_values(sites, to);
+        let weight = Augmented::of_values(self.params.device(), dtype, shape, room, write)?;
+        Ok(FrozenWeight::Augmented(weight))
     }
 
     /// One matrix where all are values.
     fn read_group(&self, sites: &[&Site]) -> Result<FrozenWeight> {
-        if let [site] = *sites {
-            return self.frozen_linear(site);
+        if let Some(codes) = self.read_codes(sites)? {
+            return Ok(codes);
         }
-        let quantised: Vec<Option<Quantised>> = sites
-            .iter()
-            .map(|site| self.quantised(site))
-            .collect::<Result<_>>()?;
-        if quantised.iter().any(Option::is_some) {
-            let parts = sites
-                .iter()
-                .zip(quantised)
-                .map(|(site, codes)| match codes {
-                    Some(codes) => Ok(FrozenWeight::Codes(codes)),
-                    None => Ok(FrozenWeight::Dense(self.frozen(site)?)),
-                });
-            return Ok(FrozenWeight::Stacked(parts.collect::<Result<_>>()?));
-        }
-        let rows = sites.iter().map(|site| site.out_features).sum();
-        let device = self.params.device();
-        let mut values = Tensor::empty(device, self.format.dtype, rows, sites[0].in_features);
+        let [rows, cols] = shape_of_group(sites);
+        let mut values = Tensor::empty(self.params.device(), self.format.dtype, rows, cols);
+        self.read_values(sites, values.view_mut())?;
+        Ok(FrozenWeight::Dense(values))
+    }
+
+    /// Values of linears, one below the other.
+    fn read_values(&self, sites: &[&Site], mut to: ViewMut<'_>) -> Result<()> {
         let mut first = 0;
         for site in sites {
             let rows = first..first + site.out_features;
             first = rows.end;
-            self.read_weight(site, values.view_mut().row_range(rows))?;
+            self.read_weight(site, to.reborrow().row_range(rows))?;
         }
-        Ok(FrozenWeight::Dense(values))
+        Ok(())
     }
 
-    fn frozen_linear(&self, site: &Site) -> Result<FrozenWeight> {
-        Ok(match self.quantised(site)? {
-            Some(codes) => FrozenWeight::Codes(codes),
-            None => FrozenWeight::Dense(self.frozen(site)?),
-        })
+    /// Linears of which any is to be held as codes.
+    fn read_codes(&self, sites: &[&Site]) -> Result<Option<FrozenWeight>> {
+        let codes = sites.iter().map(|site| self.quantised(site));
+        let codes: Vec<Option<Quantised>> = codes.collect::<Result<_>>()?;
+        if codes.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let parts = sites.iter().zip(codes).map(|(site, codes)| match codes {
+            Some(codes) => Ok(FrozenWeight::Codes(codes)),
+            None => Ok(FrozenWeight::Dense(self.frozen(site)?)),
+        });
+        let mut parts: Vec<FrozenWeight> = parts.collect::<Result<_>>()?;
+        Ok(Some(match parts.len() {
+            1 => parts.remove(0),
+            _ => FrozenWeight::Stacked(parts),
+        }))
     }
 
     /// The codes of a linear where it is to be held as such, from the source or made here.
@@ -498,6 +493,12 @@ impl Builder<'_> {
         let to = self.params.view_mut(id);
         self.source.read(&site.tensor(suffix), to)
     }
+}
+
+/// `[out, in]` of linears over one input.
+fn shape_of_group(sites: &[&Site]) -> [usize; 2] {
+    let out = sites.iter().map(|site| site.out_features).sum();
+    [out, sites[0].in_features]
 }
 
 fn unsupported(site: &Site) -> Error {

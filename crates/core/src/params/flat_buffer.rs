@@ -195,6 +195,21 @@ impl FlatBuffer {
         self.home_mut().columns(range).reshaped(rows, cols)
     }
 
+    /// Matrices that lie below one another at home, as one to be written; `None` if they do not.
+    pub fn view_joined_mut(&mut self, ids: &[ParamId]) -> Option<ViewMut<'_>> {
+        let (first, rest) = ids.split_first()?;
+        let (mut range, [mut rows, cols]) =
+            (self.layout.segment(*first).range(), self.matrix(*first));
+        for &id in rest {
+            let (next, [more, width]) = (self.layout.segment(id).range(), self.matrix(id));
+            if next.start != range.end || width != cols {
+                return None;
+            }
+            (range.end, rows) = (next.end, rows + more);
+        }
+        Some(self.home_mut().columns(range).reshaped(rows, cols))
+    }
+
     /// Two different tensors at home, to be written.
     ///
     /// # Panics

@@ -29,8 +29,11 @@ pub struct ParamSpec {
     pub name: String,
     /// Dimensions; the last one is contiguous.
     pub shape: Vec<usize>,
-    /// When forward first uses it: smaller is earlier. Decides the physical order.
+    /// When forward first uses it: smaller is earlier, linears over one input are equal. Decides the physical order.
     pub execution_order: usize,
+    /// Order among tensors of one execution order, before that of their declaration: the gradients of those that lie
+    /// beside one another can be one product.
+    pub within: usize,
     /// Which adapter of the run it belongs to.
     pub adapter: usize,
     /// Learning rate of this tensor over the run's learning rate.
@@ -59,6 +62,7 @@ impl ParamSpec {
             name,
             shape: shape.into(),
             execution_order,
+            within: 1,
             adapter: 0,
             lr_scale: 1.0,
             weight_decay,
@@ -153,7 +157,11 @@ impl ParamLayoutBuilder {
             }
         }
         let mut order: Vec<usize> = (0..self.specs.len()).collect();
-        order.sort_by_key(|&id| (std::cmp::Reverse(self.specs[id].execution_order), id));
+        let key = |id: usize| {
+            let spec = &self.specs[id];
+            (std::cmp::Reverse(spec.execution_order), spec.within, id)
+        };
+        order.sort_by_key(|&id| key(id));
         let mut segments: Vec<Option<Segment>> = vec![None; self.specs.len()];
         let mut len = 0;
         for &id in &order {
@@ -283,6 +291,31 @@ mod tests {
             y.fill(2.0);
             assert!(buffer.get(first).iter().all(|&v| v == 1.0));
             assert!(buffer.get(second).iter().all(|&v| v == 2.0));
+        }
+    }
+
+    #[test]
+    fn matrices_that_lie_below_one_another_can_be_written_as_one() {
+        let mut builder = ParamLayoutBuilder::new();
+        let mut add = |name: &str, rows: usize, within: usize| {
+            let spec = ParamSpec::new(name, [rows, 4], 3);
+            builder.add(ParamSpec { within, ..spec })
+        };
+        let (a, b, a2) = (add("a", 2, 0), add("b", 1, 1), add("a2", 3, 0));
+        let mut buffer = FlatBuffer::zeros(&builder.build().expect("unique names"));
+        let joined = buffer.view_joined_mut(&[a, a2]).expect("neighbours");
+        assert_eq!(joined.shape(), [5, 4]);
+        joined.fill(1.0);
+        assert!(
+            buffer
+                .get(a)
+                .iter()
+                .chain(buffer.get(a2))
+                .all(|v| *v == 1.0)
+        );
+        assert!(buffer.get(b).iter().all(|v| *v == 0.0));
+        for apart in [&[a, b][..], &[a2, a], &[]] {
+            assert!(buffer.view_joined_mut(apart).is_none());
         }
     }
 

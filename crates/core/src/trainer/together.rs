@@ -6,13 +6,13 @@
 
 use super::ranks::Totals;
 use super::step::{Trainer, TrainerOptions, attach};
-use crate::adapter::{Adapter, BaseWeights, SiteId};
+use crate::adapter::Adapter;
 use crate::data::PackedBatch;
-use crate::model::{DecoderConfig, LoadedBase, MemberPass, Mode, Model, WeightSource};
+use crate::model::{DecoderConfig, LoadedBase, MemberPass, Mode, Model, SharedBase, WeightSource};
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune_kernels::{DType, Tensor, View, Workspace};
+use ferrotune_kernels::{DType, Workspace};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What a trainer brings to a pass, to get it back with its gradient and sums.
@@ -290,39 +290,4 @@ fn require_shared(first: &TrainerOptions, options: &TrainerOptions) -> Result<()
     let message =
         format!("{why}; leave it out beside `adapters`, or train that adapter in a run of its own");
     Err(Error::config(key, message))
-}
-
-/// A base that no adapter may change, since others stand on it.
-struct SharedBase<'a>(LoadedBase<'a>);
-
-impl BaseWeights for SharedBase<'_> {
-    fn find(&self, name: &str) -> Option<SiteId> {
-        self.0.find(name)
-    }
-
-    fn read(&self, site: SiteId) -> Result<Tensor> {
-        self.0.read(site)
-    }
-
-    fn vocabulary(&self) -> usize {
-        self.0.vocabulary()
-    }
-
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        self.0.embed(tokens)
-    }
-
-    fn code_bits(&self, site: SiteId) -> Option<usize> {
-        self.0.code_bits(site)
-    }
-
-    fn original(&self, site: SiteId) -> Result<Tensor> {
-        self.0.original(site)
-    }
-
-    fn replace(&mut self, _: SiteId, _: View<'_>) -> Result<()> {
-        let message = "starts by changing the base, which other adapters of this run stand on; take another start, or \
-                       train it in a run of its own";
-        Err(Error::config("init_lora_weights", message))
-    }
 }

@@ -41,21 +41,24 @@ pub const FP4: [f32; 16] = [
 ];
 
 /// The dynamic 8-bit map of bitsandbytes, ascending: 7 decades, each with twice as many values as
-/// the one below, both signs, and 0 and 1.
+/// the one below, both signs, and 0 and 1. Without signs every decade has twice as many.
 ///
 /// A decade is cut into even intervals and stands for their middles.
 #[must_use]
-pub fn dynamic_map() -> [f32; 256] {
+pub fn dynamic_map(signed: bool) -> [f32; 256] {
     let mut map = [0.0; 256];
     let mut len = 0;
     for decade in 0..7 {
         let scale = 10.0_f64.powi(decade - 6) as f32;
-        let intervals = 1 << decade;
+        let intervals = if signed { 1 << decade } else { 2 << decade };
         for i in 0..intervals {
             let middle = (boundary(i, intervals) + boundary(i + 1, intervals)) / 2.0;
             map[len] = scale * middle;
-            map[len + 1] = -(scale * middle);
-            len += 2;
+            len += 1;
+            if signed {
+                map[len] = -(scale * middle);
+                len += 1;
+            }
         }
     }
     map[len + 1] = 1.0;

@@ -204,6 +204,15 @@ impl FourBit {
         }
     }
 
+    /// Two codes per byte, the first in the high half, and the scales, if the host holds them.
+    #[must_use]
+    pub fn parts(&self) -> Option<(&[u8], &Absmax)> {
+        match &self.storage {
+            Storage::Host(packed) => Some((&packed.codes, &packed.absmax)),
+            Storage::Cuda(_) => None,
+        }
+    }
+
     /// Codes and scales, if the host holds them.
     #[cfg(test)]
     pub(super) fn packed(&self) -> Option<&Packed> {
@@ -219,8 +228,9 @@ fn nested_absmax(absmax: &[f32]) -> Absmax {
     let sum: f64 = absmax.iter().copied().map(f64::from).sum();
     let offset = (sum / absmax.len().max(1) as f64) as f32;
     let centred: Vec<f32> = absmax.iter().map(|value| value - offset).collect();
-    let map = Box::new(dynamic_map());
-    let (indices, nested) = quantise::blockwise(&centred, NESTED_BLOCK, &NearestCode::new(&*map));
+    let map = Box::new(dynamic_map(true));
+    let (indices, nested) =
+        quantise::blockwise(&centred, NESTED_BLOCK, &NearestCode::new(&*map), 0);
     Absmax::Nested {
         indices,
         map,

@@ -161,6 +161,15 @@ impl Int8 {
         }
     }
 
+    /// Bytes row by row and the largest magnitude of every row, if the host holds them.
+    #[must_use]
+    pub fn rows(&self) -> Option<(&[i8], &[f32])> {
+        match &self.storage {
+            Storage::Host(scaled) => Some((&scaled.values, &scaled.absmax)),
+            Storage::Cuda(_) => None,
+        }
+    }
+
     /// Bytes and scales, if the host holds them.
     #[cfg(test)]
     pub(super) fn scaled(&self) -> Option<&Scaled> {

@@ -17,6 +17,7 @@
 //! the layout of bitsandbytes 0.50: blocks run over the flattened matrix, of two codes in a byte the
 //! first has the high half.
 
+mod blockwise;
 mod codes;
 mod cpu;
 pub(crate) mod cuda;
@@ -34,6 +35,7 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
+pub use blockwise::Blockwise;
 pub use codes::{FP4, NF4, dynamic_map};
 pub(crate) use cpu::INVERSE_127;
 pub use float8::Float8;

@@ -40,11 +40,12 @@ pub(super) fn check_finite(op: &'static str, values: &[f32]) -> Result<()> {
     }
 }
 
-/// Codes of all values, and the largest magnitude of every block.
+/// Codes of all values, and the largest magnitude of every block. All of a block of zeros get `zero`.
 pub(super) fn blockwise(
     values: &[f32],
     block: usize,
     nearest: &NearestCode,
+    zero: u8,
 ) -> (Vec<u8>, Vec<f32>) {
     let absmax: Vec<f32> = values.par_chunks(block).map(largest).collect();
     let mut codes = vec![0; values.len()];
@@ -53,9 +54,12 @@ pub(super) fn blockwise(
         .zip(values.par_chunks(block))
         .zip(&absmax)
         .for_each(|((codes, values), absmax)| {
+            if *absmax == 0.0 {
+                return codes.fill(zero);
+            }
             let scale = absmax.recip();
             for (code, value) in codes.iter_mut().zip(values) {
-                // Zero times the reciprocal of a zero scale must stay zero.
+                // Zero times the reciprocal of a scale that has none must stay zero.
                 let scaled = if *value == 0.0 { 0.0 } else { value * scale };
                 *code = nearest.of(scaled.clamp(-1.0, 1.0));
             }
@@ -65,8 +69,8 @@ pub(super) fn blockwise(
 
 /// [`blockwise`], with two codes in a byte; an odd last one is followed by the code of zero.
 pub(super) fn four_bit(values: &[f32], block: usize, nearest: &NearestCode) -> (Vec<u8>, Vec<f32>) {
-    let (codes, absmax) = blockwise(values, block, nearest);
     let zero = nearest.of(0.0);
+    let (codes, absmax) = blockwise(values, block, nearest, zero);
     let pairs = codes.par_chunks(2);
     let packed = pairs.map(|pair| pair[0] << 4 | pair.get(1).unwrap_or(&zero));
     (packed.collect(), absmax)

@@ -48,7 +48,7 @@ impl Recorded {
         let absmax = if case.nested {
             Absmax::Nested {
                 indices: self.bytes(&format!("{name}.absmax_q")),
-                map: Box::new(dynamic_map()),
+                map: Box::new(dynamic_map(true)),
                 nested: self.f32(&format!("{name}.nested_absmax")),
                 offset: self.f32(&format!("{name}.offset"))[0],
             }
@@ -124,10 +124,10 @@ fn tables_are_those_of_bitsandbytes() {
     assert_same_bits(&NF4, &recorded.f32("code.nf4"), "nf4");
     assert_same_bits(&FP4, &recorded.f32("code.fp4"), "fp4");
     let map = recorded.f32("code.dynamic_signed");
-    assert_same_bits(&dynamic_map(), &map, "dynamic map");
+    assert_same_bits(&dynamic_map(true), &map, "dynamic map");
     for format in ["nf4", "fp4"] {
         let map = recorded.f32(&format!("hf_{format}.nested_quant_map"));
-        assert_same_bits(&dynamic_map(), &map, "dynamic map of a checkpoint");
+        assert_same_bits(&dynamic_map(true), &map, "dynamic map of a checkpoint");
     }
 }
 
@@ -154,7 +154,7 @@ fn a_saved_layer_has_the_values_transformers_saw() {
         assert_same_bits(&code, &recorded.f32(&of("quant_map")), format);
         let absmax = Absmax::Nested {
             indices: recorded.bytes(&of("absmax")),
-            map: Box::new(dynamic_map()),
+            map: Box::new(dynamic_map(true)),
             nested: recorded.f32(&of("nested_absmax")),
             offset: recorded.f32(&of("offset"))[0],
         };
@@ -371,7 +371,7 @@ fn what_does_not_fit_is_refused() {
     ));
     let nested = Absmax::Nested {
         indices: vec![0; 2],
-        map: Box::new(dynamic_map()),
+        map: Box::new(dynamic_map(true)),
         nested: Vec::new(),
         offset: 0.0,
     };

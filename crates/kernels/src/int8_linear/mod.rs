@@ -122,6 +122,16 @@ impl Input {
         })
     }
 
+    /// Bytes as numbers `[T, in]`, the largest magnitude that each row's 127 stands for `[T, 1]`, and the columns that
+    /// stay floating point, if the host holds them.
+    #[must_use]
+    pub fn parts(&self) -> Option<(View<'_>, View<'_>, &[u32])> {
+        match &self.outliers {
+            Outliers::Host(columns) => Some((self.codes.view(), self.scales.view(), columns)),
+            Outliers::Cuda(_) => None,
+        }
+    }
+
     /// Writes `y [T, out]`, the product of this input, which was made of `x`, with `weight`.
     ///
     /// `room` is memory for the bytes of the weight as numbers, in the dtype of the codes.

@@ -200,6 +200,8 @@ fn declare(
         let name = names::tensor(&site.name, part);
         let mut spec = ParamSpec::new(name, shape, site.execution_order);
         spec.also = follows.and_then(|head| tied::twin_of(head, part));
+        // Every A of linears over one input, then every B.
+        spec.within = usize::from(part != Part::A);
         let transposed = matches!(part, Part::EmbeddingA | Part::EmbeddingB);
         params.add(if transposed { spec.transposed() } else { spec })
     };

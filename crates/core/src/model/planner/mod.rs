@@ -15,7 +15,7 @@ use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, Workspace, cuda, int8_linear, linear_cross_entropy};
-use shape::{LayerShape, Method};
+use shape::{GroupShape, LayerShape, Method};
 use std::collections::BTreeSet;
 
 /// Most numbers of recomputed layers that are tried; a deeper model is searched in larger strides.
@@ -181,27 +181,21 @@ impl StepShape {
     /// The same with linears that are held as codes and written out for each product.
     #[must_use]
     pub fn with_quantised_linears(mut self) -> Self {
-        for layer in &mut self.layers {
-            layer
-                .groups_mut()
-                .into_iter()
-                .for_each(|group| group.room = 0);
-        }
-        let groups = self
-            .layers
-            .iter()
-            .flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let largest = groups.map(|g| g.in_features * g.out_features).max();
+        let largest = self.groups().map(GroupShape::elements).max();
         self.scratch = (largest.unwrap_or(0) as u64).saturating_mul(self.head.bytes() as u64);
         self
     }
 
     /// The same with linears that multiply bytes (`LLM.int8()`).
     #[must_use]
-    pub fn with_int8_linears(self) -> Self {
-        let groups = self.layers.iter();
-        let groups = groups.flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let widest = groups.map(|g| g.in_features).max().unwrap_or(0);
+    pub fn with_int8_linears(mut self) -> Self {
+        for layer in &mut self.layers {
+            layer
+                .groups_mut()
+                .into_iter()
+                .for_each(|group| group.room = 0);
+        }
+        let widest = self.groups().map(|g| g.in_features).max().unwrap_or(0);
         let more = int8_linear::scratch_bytes(self.on_gpu, self.activations, widest) as u64;
         let mut shape = self.with_quantised_linears();
         shape.scratch = shape.scratch.saturating_add(more);
@@ -209,16 +203,22 @@ impl StepShape {
         shape
     }
 
-    /// Bytes of the margins of weights, in which low-rank factors lie.
+    /// Bytes of the margins of weights, in which low-rank factors lie. Those of weights that are held as codes are
+    /// in the scratch.
     #[must_use]
     pub fn margins(&self) -> u64 {
-        let groups = self.layers.iter();
-        let groups = groups.flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let elements = groups.map(|g| {
-            let [out, inputs] = [g.out_features, g.in_features];
-            (out + g.room) * (inputs + g.room) - out * inputs
-        });
-        (elements.sum::<usize>() * self.head.bytes()) as u64
+        if self.scratch > 0 {
+            return 0;
+        }
+        let margins = self
+            .groups()
+            .map(|g| g.elements() - g.out_features * g.in_features);
+        (margins.sum::<usize>() * self.head.bytes()) as u64
+    }
+
+    fn groups(&self) -> impl Iterator<Item = &GroupShape> {
+        let layers = self.layers.iter();
+        layers.flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down])
     }
 
     /// Number of layers.

@@ -65,6 +65,11 @@ pub(super) struct GroupShape {
 }
 
 impl GroupShape {
+    /// Of the weight, with its margins.
+    pub(super) fn elements(&self) -> usize {
+        (self.out_features + self.room) * (self.in_features + self.room)
+    }
+
     pub(super) fn has_dropout(&self) -> bool {
         let mut parts = self.parts.iter();
         parts.any(|part| matches!(part.method, Method::LowRank { dropout: true, .. }))
@@ -114,7 +119,12 @@ pub(super) fn layers(
             other => drop(methods.insert(*site, method(other))),
         }
     }
-    let rooms = room::of_layers(config, &plan, attachments, device);
+    // A bias that is trained beside an update takes nothing of its room.
+    let updates = attachments
+        .iter()
+        .filter(|(_, a)| !matches!(a, Attachment::TrainBias(_)));
+    let updates: BTreeMap<SiteId, &Attachment> = updates.map(|(site, a)| (*site, a)).collect();
+    let rooms = room::of_layers(config, &plan, |id| updates.get(&id).copied(), device);
     let layers = plan.layers.iter().zip(rooms);
     let layers = layers.map(|(l, rooms)| layer(config, &plan, &methods, l, rooms));
     let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
