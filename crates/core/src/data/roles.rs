@@ -17,6 +17,9 @@ pub(super) const ROLES: [&str; 6] = [
     "function",
 ];
 
+/// With those that a template has besides. Each of these is looked up in two renderings.
+const MOST_ROLES: usize = 20;
+
 /// What others call them.
 const OTHER_NAMES: [(&str, &str); 10] = [
     ("ai", "assistant"),
@@ -40,19 +43,28 @@ pub(super) fn check(
     messages: &[Message],
     render: impl Fn(&[Message]) -> Option<Rendered>,
 ) -> Result<(), String> {
-    let is_known = |role: &str| ROLES.contains(&role) || has_own_way(role, messages, &render);
-    let unknown = messages.iter().position(|m| !is_known(m.role()));
-    let Some(at) = unknown else {
-        return Ok(());
-    };
-    let role = messages[at].role();
+    let mut known: Vec<&str> = ROLES.to_vec();
+    for (at, message) in messages.iter().enumerate() {
+        let role = message.role();
+        if known.contains(&role) {
+            continue;
+        }
+        if known.len() == MOST_ROLES || !has_own_way(role, messages, &render) {
+            return Err(unknown(at, role));
+        }
+        known.push(role);
+    }
+    Ok(())
+}
+
+fn unknown(at: usize, role: &str) -> String {
     let meant = meant(role).map_or_else(String::new, |meant| format!("; did you mean `{meant}`?"));
-    Err(format!(
+    format!(
         "message {at} (counted from 0) has the role `{}`; expected {}, or a role that the chat template knows, \
          which it writes in a way of its own{meant}",
         role.escape_debug(),
         list(&ROLES)
-    ))
+    )
 }
 
 /// Whether a template writes messages of `role` otherwise than those of a role that nobody knows, its name aside.
@@ -155,6 +167,22 @@ mod tests {
             assert!(complaint(role, PRINTING).is_some(), "{role}");
             assert!(complaint("wizard", &each(test)).is_some(), "{role}");
         }
+        // Looked up once, and not without end.
+        let many: Vec<Message> = (0..100)
+            .map(|i| Message::new(format!("tool{i}"), "a"))
+            .collect();
+        let calls = std::cell::Cell::new(0);
+        let render = |_: &[Message]| {
+            calls.set(calls.get() + 1);
+            (calls.get() % 2 == 1).then(|| Rendered {
+                text: String::new(),
+                assistant_spans: Vec::new(),
+            })
+        };
+        assert!(check(&[many[0].clone(), many[0].clone()], render).is_ok());
+        assert_eq!(calls.get(), 2);
+        assert!(check(&many, render).is_err());
+        assert!(calls.get() < 2 * MOST_ROLES, "{}", calls.get());
         // Others are refused by the template, or what it marks as the assistant's is another part.
         for template in [
             "{% for m in messages %}{% if m.role not in ['user', 'critic'] %}{{ raise_exception('no') }}{% endif %}\
@@ -189,7 +217,7 @@ mod tests {
                 let expected = format!("did you mean `{nearest}`?");
                 assert!(message.ends_with(&expected), "{message}");
             }
-            for role in ["wizard", "", "\u{1b}[31m", "1\u{df}"] {
+            for role in ["wizard", "", "\u{1b}[31m", "1\u{e9}"] {
                 let message = complaint(role, template).expect("no role");
                 assert!(!message.contains("did you mean"), "{message}");
                 assert!(!message.contains('\u{1b}'), "{message}");
