@@ -17,7 +17,7 @@ pub(super) const ROLES: [&str; 6] = [
     "function",
 ];
 
-/// With those that a template has besides. Each of these is looked up in two renderings.
+/// With those that a template has besides. Each of these is looked up in a few renderings.
 const MOST_ROLES: usize = 20;
 
 /// What others call them.
@@ -67,22 +67,31 @@ fn unknown(at: usize, role: &str) -> String {
     )
 }
 
-/// Whether a template writes messages of `role` otherwise than those of a role that nobody knows, its name aside.
+/// Whether a template writes messages of `role` otherwise than those of a role that nobody knows: not with its name
+/// alone in another place, or as those of a role of the chat formats.
 fn has_own_way(
     role: &str,
     messages: &[Message],
     render: impl Fn(&[Message]) -> Option<Rendered>,
 ) -> bool {
+    let render_as = |other: &str| {
+        let renamed = messages.iter().map(|message| match message.role() == role {
+            true => message.with_role(other),
+            false => message.clone(),
+        });
+        render(&renamed.collect::<Vec<_>>())
+    };
     let made_up: String = role.chars().map(other_character).collect();
-    let renamed = messages.iter().map(|message| match message.role() == role {
-        true => message.with_role(&made_up),
-        false => message.clone(),
-    });
-    let renamed: Vec<Message> = renamed.collect();
-    match (render(messages), render(&renamed)) {
+    match (render(messages), render_as(&made_up)) {
         (None, _) => false,
         (Some(_), None) => true,
-        (Some(known), Some(other)) => !is_same_but_for_names(&known, &other),
+        (Some(known), Some(other)) if is_same_but_for_names(&known, &other) => {
+            known != other
+                && ROLES
+                    .iter()
+                    .any(|role| render_as(role).as_ref() == Some(&known))
+        }
+        (Some(_), Some(_)) => true,
     }
 }
 
@@ -167,6 +176,11 @@ mod tests {
             assert!(complaint(role, PRINTING).is_some(), "{role}");
             assert!(complaint("wizard", &each(test)).is_some(), "{role}");
         }
+        // Written by its name, as the assistant is.
+        let renaming = "{% for m in messages %}<{{ 'model' if m.role == 'assistant' else m.role }}>{% endfor %}";
+        assert_eq!(complaint("model", renaming), None);
+        let silent = "{% for m in messages %}{{ m.content }}{% endfor %}";
+        assert!(complaint("model", silent).is_some());
         // Looked up once, and not without end.
         let many: Vec<Message> = (0..100)
             .map(|i| Message::new(format!("tool{i}"), "a"))

@@ -86,7 +86,7 @@ section! {
         /// Longest sequence in tokens, longer rows are cut; null for no limit. With packing, the size
         /// of a block.
         max_length: Option<usize> = Some(1024), TRL_SFT;
-        /// Which end of a row that is too long is kept: keep_start or keep_end.
+        /// Which end of a row that is too long is kept: keep_start or keep_end. Packing always keeps the start.
         truncation_mode: TruncationMode = TruncationMode::KeepStart, TRL_SFT;
         /// Pack several rows into one block; rows never see each other, unless `wrapped`.
         packing: bool = false, TRL_SFT;

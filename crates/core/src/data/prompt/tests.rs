@@ -65,7 +65,7 @@ fn text_is_asked_with_the_special_tokens_of_training() {
     for (name, eos) in [
         ("bpe_llama3", ("<|eot_id|>", 11)),
         ("bpe_qwen2", ("<|im_end|>", 5)),
-        ("bpe_bytefallback_llama2", ("</s>", 2)),
+        ("bpe_bytefallback_llama2", ("</s>", 3)),
     ] {
         for behind in [None, Some(eos)] {
             let config = json!({"chat_template": TEMPLATE});
