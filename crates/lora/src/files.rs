@@ -1,6 +1,6 @@
 //! The two files of an adapter, as PEFT writes and reads them.
 
-use ferrotune_core::io::{self, SafetensorsFile, TensorData};
+use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
 use ferrotune_core::{Error, Result, suggest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -146,6 +146,46 @@ impl Weights {
                 ),
             )),
         }
+    }
+
+    /// Whole numbers below `limit` of a known shape, in whatever dtype of them.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming the tensor.
+    pub(crate) fn read_indices(
+        &self,
+        name: &str,
+        shape: &[usize],
+        limit: usize,
+    ) -> Result<Vec<usize>> {
+        let fail = |message: String| Error::adapter(&self.path, format!("`{name}` {message}"));
+        let meta = self.file.meta(name);
+        let meta = meta.ok_or_else(|| fail("is missing".into()))?;
+        if meta.shape != shape {
+            return Err(fail(format!(
+                "has shape {:?}, expected {shape:?}",
+                meta.shape
+            )));
+        }
+        let bytes = self.file.read_bytes(name).map_err(as_adapter)?;
+        let size = match meta.dtype {
+            FileDType::U8 | FileDType::I8 => 1,
+            FileDType::I16 | FileDType::U16 => 2,
+            FileDType::I32 | FileDType::U32 => 4,
+            FileDType::I64 | FileDType::U64 => 8,
+            other => return Err(fail(format!("is {other:?}, expected whole numbers"))),
+        };
+        let indices = bytes.chunks_exact(size).map(|bytes| {
+            let mut wide = [0; 8];
+            wide[..size].copy_from_slice(bytes);
+            // A negative number is beyond any limit.
+            let index = usize::try_from(u64::from_le_bytes(wide)).unwrap_or(usize::MAX);
+            match index < limit {
+                true => Ok(index),
+                false => Err(fail(format!("holds {index}, expected less than {limit}"))),
+            }
+        });
+        indices.collect()
     }
 
     /// A finite tensor of `len` elements in whatever shape.

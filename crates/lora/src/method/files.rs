@@ -79,8 +79,10 @@ pub(super) fn load<M: Method>(
 ) -> Result<()> {
     let file = Weights::open(directory)?.with_parts(method.read_parts(directory)?);
     let layout = params.layout().clone();
-    let mut expected: BTreeSet<String> =
-        layout.by_name().map(|(_, s)| s.spec.name.clone()).collect();
+    let own = layout.by_name();
+    let mut expected: BTreeSet<String> = own
+        .flat_map(|(_, segment)| method.stored_as(&segment.spec.name))
+        .collect();
     let saved = method.saved_frozen();
     expected.extend(saved.iter().map(|ending| shared_name(ending)));
     // PEFT repeats a shared tensor under each module that uses it.
@@ -91,7 +93,8 @@ pub(super) fn load<M: Method>(
     };
     file.require_same_names(&expected, copies)?;
     for (id, segment) in layout.by_name() {
-        let values = file.read(&segment.spec.name, &segment.spec.shape)?;
+        let (name, shape) = (&segment.spec.name, &segment.spec.shape);
+        let values = method.read_tensor(&file, name, shape)?;
         params.get_mut(id).copy_from_slice(&values);
     }
     for (attached, ending) in attached

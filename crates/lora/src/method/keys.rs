@@ -161,6 +161,18 @@ impl<'a> Keys<'a> {
         ))
     }
 
+    /// Refuses a feature of training alone where it is asked for and not there. A file may say that it was on: the
+    /// model that it holds is the same.
+    pub(crate) fn training_only(&mut self, key: &'static str) -> Result<()> {
+        match self.source {
+            Source::Config(_) => self.require_off(key),
+            Source::File(_) | Source::FileAsPeft(_) => {
+                self.ignore(&[key]);
+                Ok(())
+            }
+        }
+    }
+
     /// Keys that say nothing about the arithmetic.
     pub(crate) fn ignore(&mut self, keys: &[&'static str]) {
         self.known.extend(keys);

@@ -17,7 +17,7 @@ pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
 pub(crate) use shared::Frozen;
 
-use crate::files::Part;
+use crate::files::{Part, Weights};
 use crate::target::{TargetModules, default_target_modules};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone};
@@ -174,6 +174,16 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
     fn read_parts(&self, directory: &Path) -> Result<BTreeMap<String, Part>> {
         let _ = directory;
         Ok(BTreeMap::new())
+    }
+
+    /// The names under which files hold the tensor called `name`.
+    fn stored_as(&self, name: &str) -> Vec<String> {
+        vec![name.to_owned()]
+    }
+
+    /// Its values, from those.
+    fn read_tensor(&self, file: &Weights, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        file.read(name, shape)
     }
 
     /// What is computed at `site` with the tensors of [`Method::tensors`], in their order.

@@ -40,7 +40,7 @@ impl Method for Boft {
     const PEFT_TYPE: &'static str = "BOFT";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("boft_dropout")?;
+        keys.training_only("boft_dropout")?;
         let factor = keys.positive("boft_n_butterfly_factor", 1)?;
         if factor > 1 {
             return Err(keys.error(

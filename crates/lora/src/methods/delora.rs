@@ -30,7 +30,7 @@ impl Method for Delora {
     const PEFT_TYPE: &'static str = "DELORA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("module_dropout")?;
+        keys.training_only("module_dropout")?;
         Ok(Self {
             rank: keys.patterned("r", 8, "rank_pattern")?,
             lambda: keys.patterned_number("delora_lambda", 15.0, "lambda_pattern")?,

@@ -36,7 +36,7 @@ impl Method for Hira {
     const PEFT_TYPE: &'static str = "HIRA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("hira_dropout")?;
+        keys.training_only("hira_dropout")?;
         let start = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Start::Kaiming,
             Some(Value::Bool(false)) => Start::Random,

@@ -26,9 +26,10 @@ impl Method for Loha {
     const PEFT_TYPE: &'static str = "LOHA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        for key in ["rank_dropout", "module_dropout", "use_effective_conv2d"] {
-            keys.require_off(key)?;
+        for key in ["rank_dropout", "module_dropout"] {
+            keys.training_only(key)?;
         }
+        keys.require_off("use_effective_conv2d")?;
         Ok(Self {
             rank: keys.patterned("r", 8, "rank_pattern")?,
             alpha: keys.patterned_number("alpha", 8.0, "alpha_pattern")?,

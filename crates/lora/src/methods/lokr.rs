@@ -89,14 +89,10 @@ impl Method for Lokr {
     const PEFT_TYPE: &'static str = "LOKR";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        for key in [
-            "rank_dropout",
-            "module_dropout",
-            "rank_dropout_scale",
-            "use_effective_conv2d",
-        ] {
-            keys.require_off(key)?;
+        for key in ["rank_dropout", "module_dropout", "rank_dropout_scale"] {
+            keys.training_only(key)?;
         }
+        keys.require_off("use_effective_conv2d")?;
         let start = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Start::ZeroFirst,
             Some(Value::Bool(false)) => Start::Random,

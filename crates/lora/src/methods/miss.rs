@@ -71,7 +71,7 @@ impl Method for Miss {
     const PEFT_TYPE: &'static str = "MISS";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("miss_dropout")?;
+        keys.training_only("miss_dropout")?;
         let variant = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Variant::Plain,
             Some(Value::Bool(false)) => Variant::Random,

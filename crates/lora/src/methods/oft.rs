@@ -42,7 +42,7 @@ impl Method for Oft {
     const PEFT_TYPE: &'static str = "OFT";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("module_dropout")?;
+        keys.training_only("module_dropout")?;
         let (rank, block_size) = (keys.integer("r", 0)?, keys.integer("oft_block_size", 32)?);
         if (rank == 0) == (block_size == 0) {
             return Err(keys.error(

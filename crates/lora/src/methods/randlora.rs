@@ -57,7 +57,7 @@ impl Method for RandLora {
     const PEFT_TYPE: &'static str = "RANDLORA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("randlora_dropout")?;
+        keys.training_only("randlora_dropout")?;
         let rank = keys.positive("r", 32)?;
         let density = match (
             keys.boolean("sparse", false)?,

@@ -8,6 +8,7 @@
 //! `tuners/vblora`.
 
 use super::matrix::elements;
+use crate::files::Weights;
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
@@ -16,6 +17,10 @@ use ferrotune_kernels::{Tensor, View};
 use serde_json::{Map, Value, json};
 
 const BANK: &str = "vblora_vector_bank";
+const INDICES: &str = "_topk_indices";
+const WEIGHTS: &str = "_topk_weights";
+/// The logit of a vector that is not chosen: its weight is 0.
+const NOT_CHOSEN: f32 = -1e30;
 
 /// VB-LoRA's configuration.
 #[derive(Clone, Debug)]
@@ -27,13 +32,20 @@ pub(crate) struct VbLora {
     dropout: f32,
     bank_bound: f64,
     logits_std: f64,
+    /// Whether files hold the chosen vectors and their weights in the place of logits.
+    only_topk: bool,
 }
 
 impl Method for VbLora {
     const PEFT_TYPE: &'static str = "VBLORA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.require_off("save_only_topk_weights")?;
+        let only_topk = keys.boolean("save_only_topk_weights", false)?;
+        if only_topk && keys.directory().is_none() {
+            let message =
+                "is true: a checkpoint of weights alone could not be trained further; leave it out";
+            return Err(keys.error("save_only_topk_weights", message));
+        }
         let (vectors, topk) = (
             keys.positive("num_vectors", 256)?,
             keys.positive("topk", 2)?,
@@ -52,6 +64,7 @@ impl Method for VbLora {
             dropout: keys.probability("vblora_dropout")?,
             bank_bound: keys.number("init_vector_bank_bound", 0.02)?,
             logits_std: keys.number("init_logits_std", 0.1)?,
+            only_topk,
         })
     }
 
@@ -111,6 +124,21 @@ impl Method for VbLora {
         }
     }
 
+    fn stored_as(&self, name: &str) -> Vec<String> {
+        if !self.only_topk || name.ends_with(BANK) {
+            return vec![name.to_owned()];
+        }
+        let ending = |ending| format!("{name}{ending}");
+        [INDICES, WEIGHTS].map(ending).into()
+    }
+
+    fn read_tensor(&self, file: &Weights, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match &self.stored_as(name)[..] {
+            [indices, weights] => self.logits_of(file, [indices, weights], shape),
+            _ => file.read(name, shape),
+        }
+    }
+
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
         Ok(Attachment::Factors(Box::new(Composed {
             logits: [at.ids[0], at.ids[1]],
@@ -121,6 +149,32 @@ impl Method for VbLora {
             topk: self.topk,
             dropout: self.dropout,
         })))
+    }
+}
+
+impl VbLora {
+    /// Logits of which a softmax over the chosen vectors gives their weights. All but the last weight are stored; it is
+    /// what the others leave of 1.
+    fn logits_of(
+        &self,
+        file: &Weights,
+        [indices, weights]: [&String; 2],
+        shape: &[usize],
+    ) -> Result<Vec<f32>> {
+        let pieces = [shape[0], shape[1]];
+        let of = |count: usize| [pieces[0], pieces[1], count];
+        let chosen = file.read_indices(indices, &of(self.topk), self.vectors)?;
+        let weights = file.read(weights, &of(self.topk - 1))?;
+        let mut logits = vec![NOT_CHOSEN; shape.iter().product()];
+        for (piece, logits) in logits.chunks_exact_mut(self.vectors).enumerate() {
+            let own = &weights[piece * (self.topk - 1)..(piece + 1) * (self.topk - 1)];
+            let last = 1.0 - own.iter().sum::<f32>();
+            let chosen = &chosen[piece * self.topk..(piece + 1) * self.topk];
+            for (vector, weight) in chosen.iter().zip(own.iter().chain([&last])) {
+                logits[*vector] = weight.max(0.0).ln().max(NOT_CHOSEN);
+            }
+        }
+        Ok(logits)
     }
 }
 
@@ -235,5 +289,107 @@ impl LowRankFactors for Composed {
         self.factor_backward(params, grads, 0, &elements(d_a));
         self.factor_backward(params, grads, 1, &elements(d_b));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{copy_of, edit_config, golden, llama_sites};
+    use ferrotune_core::io::{FileDType, SafetensorsFile, TensorData, write_safetensors};
+    use ferrotune_core::params::ParamLayoutBuilder;
+    use std::borrow::Cow;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    const FILE: &str = "adapter_model.safetensors";
+
+    /// The factors of every linear of the adapter in `directory`.
+    fn factors(directory: &Path) -> Result<Vec<Vec<f32>>> {
+        let adapter = crate::load(directory, "llama")?;
+        let mut builder = ParamLayoutBuilder::new();
+        let attached = adapter.attach(&llama_sites(2), &mut builder)?;
+        let mut params = FlatBuffer::zeros(&builder.build()?);
+        adapter.load(&mut params, directory)?;
+        let factors = attached.iter().flat_map(|(_, attachment)| {
+            let Attachment::Factors(method) = attachment else {
+                panic!("factors")
+            };
+            method.factors(&params).expect("made")
+        });
+        Ok(factors.map(|tensor| tensor.to_f32_vec()).collect())
+    }
+
+    /// The adapter as `save_only_topk_weights` has it.
+    fn write_chosen(directory: &Path, first: u8) {
+        let (topk, vectors) = (2, 16);
+        let recorded = SafetensorsFile::open(golden("vblora").join("adapter").join(FILE));
+        let recorded = recorded.expect("fixture");
+        let mut tensors: BTreeMap<String, TensorData<'_>> = BTreeMap::new();
+        for name in recorded.names() {
+            let (values, shape) = (recorded.read_f32(name), recorded.meta(name));
+            let (values, shape) = (values.expect("f32"), shape.expect("there").shape.clone());
+            if name.ends_with(BANK) {
+                assert_eq!(shape[0], vectors);
+                let bytes = bytemuck::cast_slice(&values).to_vec();
+                let (dtype, bytes) = (FileDType::F32, Cow::Owned(bytes));
+                let bank = TensorData {
+                    dtype,
+                    shape,
+                    bytes,
+                };
+                tensors.insert(name.into(), bank);
+                continue;
+            }
+            let (mut indices, mut weights) = (Vec::new(), Vec::new());
+            for logits in values.chunks_exact(vectors) {
+                let mut order: Vec<usize> = (0..vectors).collect();
+                order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+                let terms = [order[0], order[1]].map(|i| logits[i].exp());
+                indices.extend([order[0] as u8, order[1] as u8]);
+                weights.push(terms[0] / (terms[0] + terms[1]));
+            }
+            indices[0] = first.max(indices[0]);
+            let of = |last: usize| vec![shape[0], shape[1], last];
+            let chosen = TensorData {
+                dtype: FileDType::U8,
+                shape: of(topk),
+                bytes: Cow::Owned(indices),
+            };
+            tensors.insert(format!("{name}{INDICES}"), chosen);
+            let bytes = bytemuck::cast_slice(&weights).to_vec();
+            let weights = TensorData {
+                dtype: FileDType::F32,
+                shape: of(topk - 1),
+                bytes: Cow::Owned(bytes),
+            };
+            tensors.insert(format!("{name}{WEIGHTS}"), weights);
+        }
+        write_safetensors(&directory.join(FILE), &tensors, &BTreeMap::new()).expect("writable");
+        edit_config(directory, "save_only_topk_weights", json!(true));
+    }
+
+    #[test]
+    fn the_chosen_vectors_and_their_weights_are_the_adapter() {
+        let copy = copy_of("vblora");
+        let whole = factors(copy.path()).expect("fixture");
+        write_chosen(copy.path(), 0);
+        for (chosen, whole) in factors(copy.path()).expect("read").iter().zip(&whole) {
+            for (a, b) in chosen.iter().zip(whole) {
+                assert!((a - b).abs() <= 1e-6, "{a} {b}");
+            }
+        }
+        write_chosen(copy.path(), 200);
+        let error = factors(copy.path())
+            .expect_err("no such vector")
+            .to_string();
+        assert!(error.contains(INDICES) && error.contains("200"), "{error}");
+        let asked = json!({"peft_type": "VBLORA", "save_only_topk_weights": true});
+        let asked = asked.as_object().expect("an object");
+        let error = crate::PeftConfig::from_config("peft_config", asked).expect_err("trains");
+        assert!(
+            error.to_string().contains("save_only_topk_weights"),
+            "{error}"
+        );
     }
 }
