@@ -7,11 +7,14 @@ use super::padded::PaddedBatch;
 use ferrotune_core::adapter::{Adapter, Attachment, SiteId};
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
-use ferrotune_core::model::{DecoderConfig, LoadedBase, Mode, Model, Pass};
+use ferrotune_core::model::{
+    DecoderConfig, LoadedBase, Mode, Model, ModelPlan, Pass, WeightSource,
+};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device, Workspace};
+use ferrotune_lora::AdapterBase;
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -115,15 +118,18 @@ impl Adapted {
         let (attachments, mut params) = attach(&config, method)?;
         params.move_to(device);
         let attachments = change(attachments)?;
-        let mut model = Model::load(&config, attachments, &files, &mut params, dtype)?;
+        let sites = ModelPlan::new(&config).sites;
+        let own = directory.map(|at| AdapterBase::new(&files, at, &sites, params.layout()));
+        let own = own.transpose()?;
+        let source: &dyn WeightSource = own.as_ref().map_or(&files, |own| own);
+        let mut model = Model::load(&config, attachments, source, &mut params, dtype)?;
         let mut loaded = LoadedBase {
             model: &mut model,
-            source: &files,
+            source,
         };
         method.prepare(&mut params, &mut loaded)?;
         if let Some(directory) = directory {
             method.load(&mut params, directory)?;
-            ferrotune_lora::check_base_copies(directory, &files)?;
         }
         let method = None;
         Ok(Self {

@@ -8,14 +8,14 @@ use ferrotune_core::data::PackedBatch;
 use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::lr_schedule::LrSchedule;
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::Solo;
 use ferrotune_core::trainer::{Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::DType;
 use ferrotune_kernels::adamw::AdamW;
-use ferrotune_lora::{LoraFa, LoraPlus};
+use ferrotune_lora::{AdapterBase, LoraFa, LoraPlus};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -319,7 +319,13 @@ fn compare_final(
     if !full(case) {
         // Beside an adapted table PEFT saves the base's, which training must have left alone.
         let base = ModelFiles::open(&case.base()?)?;
-        ferrotune_lora::check_base_copies(&case.path("final_adapter"), &base)?;
+        let directory = case.path("final_adapter");
+        let sites = ModelPlan::new(trainer.model().config()).sites;
+        let own = AdapterBase::new(&base, &directory, &sites, trainer.params().layout())?;
+        if let Some(name) = own.tables().keys().next() {
+            let message = format!("`{name}` is not the base's, and no parameter");
+            return Err(Error::adapter(directory, message));
+        }
     }
     let names = || file.names().filter(|n| !n.ends_with(".base_layer.weight"));
     let params = trainer.params();

@@ -3,11 +3,12 @@
 use super::{Loaded, TextModel, tokenizer};
 use ferrotune_core::adapter::{Attachment, SiteId};
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::{LoadedBase, Quantise, SharedBase};
+use ferrotune_core::model::{LoadedBase, ModelPlan, Quantise, SharedBase};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result, suggest};
 use ferrotune_kernels::Device;
+use ferrotune_lora::AdapterBase;
 use std::path::Path;
 
 impl TextModel {
@@ -146,6 +147,14 @@ impl TextModel {
             return Err(of_adapter(Error::config("layer_replication", message)));
         }
         let (attachments, mut params) = attach(&config, method.as_ref()).map_err(of_adapter)?;
+        let sites = ModelPlan::new(&config).sites;
+        let own = AdapterBase::new(&files, directory, &sites, params.layout())?;
+        if let Some(table) = own.tables().keys().next() {
+            let message = format!(
+                "brings its own `{table}`, and the base is one for all adapters beside one another; use it alone"
+            );
+            return Err(Error::adapter(directory, message));
+        }
         params.move_to(self.model.device());
         let mut base = SharedBase(LoadedBase {
             model: &mut self.model,
@@ -153,7 +162,6 @@ impl TextModel {
         });
         method.prepare(&mut params, &mut base).map_err(of_adapter)?;
         method.load(&mut params, directory)?;
-        ferrotune_lora::check_base_copies(directory, &files)?;
         Ok((attachments, params))
     }
 }

@@ -7,13 +7,14 @@ use crate::generate::{GenerateOptions, Question, Voice, generate};
 use ferrotune_core::data::{Decoding, PackedBatch, Prompt, Tokenizer};
 use ferrotune_core::io::{FileDType, ModelFiles};
 use ferrotune_core::model::{
-    DecoderConfig, LoadedBase, MemberPass, Mode, Model, Pass, Quantise, WeightFormat,
+    DecoderConfig, LoadedBase, MemberPass, Mode, Model, ModelPlan, Pass, Quantise, WeightFormat,
 };
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Tensor, Workspace};
+use ferrotune_lora::AdapterBase;
 use std::path::{Path, PathBuf};
 
 /// A base model with an adapter, with several, or without, and its tokenizer.
@@ -103,14 +104,15 @@ impl TextModel {
                 let (attachments, mut params) =
                     attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);
-                let mut model = Model::load(&config, attachments, &files, &mut params, format)?;
+                let sites = ModelPlan::new(&config).sites;
+                let source = AdapterBase::new(&files, directory, &sites, params.layout())?;
+                let mut model = Model::load(&config, attachments, &source, &mut params, format)?;
                 let mut loaded = LoadedBase {
                     model: &mut model,
-                    source: &files,
+                    source: &source,
                 };
                 method.prepare(&mut params, &mut loaded)?;
                 method.load(&mut params, directory)?;
-                ferrotune_lora::check_base_copies(directory, &files)?;
                 (model, params)
             }
             None => {

@@ -258,11 +258,16 @@ fn switches_that_would_do_nothing_or_contradict_name_the_way_out() {
             &["lora_layer_replication", "[[0,1,2]]", "[start, end]"],
         ),
         fault(
-            "biases of layers that share them",
-            json!({"lora_layer_replication": [[0, 2], [0, 2]], "lora_bias": "all"}),
+            "a rank of modules that all have one by an earlier key",
+            json!({"lora_rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 4}}),
             untouched,
             BAD_CONFIG,
-            &["`lora_bias`", "all", "`lora_layer_replication`", "none"],
+            &[
+                "`lora_rank_pattern`",
+                "`layers.0.self_attn.q_proj` decides nothing",
+                "`q_proj` stands before it",
+                "out.yaml:",
+            ],
         ),
         fault(
             "rows of a table that is adapted, as PEFT has none",

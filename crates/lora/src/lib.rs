@@ -68,7 +68,7 @@ pub mod target;
 mod testing;
 mod unknown_key;
 
-pub use base_copies::check as check_base_copies;
+pub use base_copies::AdapterBase;
 pub use combine::{
     Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
 };

@@ -22,6 +22,8 @@ mod stack;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use shards::round;
+
 use ferrotune_core::Result;
 use ferrotune_core::io::{ModelFiles, StagedDir};
 use std::collections::BTreeMap;

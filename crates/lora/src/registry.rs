@@ -168,7 +168,7 @@ impl PeftConfig {
     /// As the method's constructor, such as [`LoraAdapter::new`].
     pub fn into_adapter(self, model_type: &str) -> Result<Box<dyn Adapter>> {
         match self {
-            Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?)),
+            Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?.of_file())),
             Self::Other(config) => config.0.into_adapter(model_type),
             Self::Parts(config) => Ok(Box::new(PartsAdapter::new(config, model_type)?)),
         }
@@ -189,7 +189,7 @@ pub(crate) fn lora_of(
     directory: &Path,
     model_type: &str,
 ) -> Result<LoraAdapter> {
-    let adapter = LoraAdapter::new(config, model_type)?;
+    let adapter = LoraAdapter::new(config, model_type)?.of_file();
     Ok(match adapter.start_of(directory)? {
         Some(start) => adapter.starting_from(start)?,
         None => adapter,

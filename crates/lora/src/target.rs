@@ -130,6 +130,15 @@ impl RankAndAlpha<'_> {
         Ok((rank, self.alpha_of(name)?))
     }
 
+    /// Refuses an entry of a pattern whose modules, among `names`, are all those of entries before it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming both.
+    pub fn require_each_decides(&self, names: &[&str]) -> Result<()> {
+        Patterns::compile("rank_pattern", self.rank_pattern)?.require_each_decides(names)?;
+        Patterns::compile("alpha_pattern", self.alpha_pattern)?.require_each_decides(names)
+    }
+
     /// Rank and alpha of each of `names`, in their order.
     ///
     /// # Errors

@@ -258,7 +258,7 @@ impl DecoderConfig {
             residual_scale: 1.0,
             logits_scale: 1.0,
             logits_softcap: None,
-            tie_word_embeddings: config.flag_or("tie_word_embeddings", false)?,
+            tie_word_embeddings: ties(config)?,
         })
     }
 
@@ -398,6 +398,15 @@ pub(crate) fn nearest_divisor(wrong: usize, of: usize) -> String {
     let above = all().filter(|n| *n > wrong).min();
     let nearest: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
     format!("the nearest that does: {}", nearest.join(" or "))
+}
+
+/// Whether the head is the embedding. A null is not the default of any architecture: Transformers 5 refuses it.
+fn ties(config: &HfConfig) -> Result<bool> {
+    let key = "tie_word_embeddings";
+    match config.keys().get(key) {
+        Some(Value::Null) => Err(config.error(key, "is null; expected true or false")),
+        _ => config.flag_or(key, false),
+    }
 }
 
 /// What a norm adds, by its key.

@@ -1,7 +1,7 @@
 //! The output projection: the embedding's table or one of its own, with or without a low-rank update.
 
 use super::run::Run;
-use super::vocabulary::Table;
+use super::vocabulary::{Table, TrainedRows};
 use super::{Model, Pass};
 use crate::Result;
 use crate::adapter::LowRank;
@@ -9,7 +9,9 @@ use crate::params::FlatBuffer;
 use ferrotune_kernels::linear_cross_entropy::{
     self, Accumulator, Head as Projection, HeadGradients, Labels, Update, UpdateGradients,
 };
-use ferrotune_kernels::{DType, Device, Tensor, View, Workspace, axpby, bias, lora_linear, matmul};
+use ferrotune_kernels::{
+    DType, Device, Indices, Tensor, View, Workspace, axpby, embedding, lora_linear, matmul,
+};
 use rayon::prelude::*;
 
 #[derive(Debug)]
@@ -17,8 +19,28 @@ pub(super) struct Head {
     /// `None`: the embedding's.
     pub(super) table: Option<Table>,
     pub(super) update: Option<LowRank>,
+    /// Where the update is one of a table whose tokens have changed places.
+    pub(super) moved: Option<Moved>,
     /// Index of its site; the key of its random draws.
     pub(super) site: usize,
+}
+
+/// Tokens and rows of a table that has its trained rows last.
+#[derive(Debug)]
+pub(super) struct Moved {
+    /// The token of each row.
+    tokens: Indices<'static>,
+    /// The row of each token.
+    places: Indices<'static>,
+}
+
+impl Moved {
+    pub(super) fn new(rows: &TrainedRows, device: &Device) -> Self {
+        Self {
+            tokens: Indices::new(rows.tokens(), device),
+            places: Indices::new(rows.places().to_vec(), device),
+        }
+    }
 }
 
 /// What an update makes of hidden states, in the form the loss takes it: a bias of B is one more column of
@@ -26,7 +48,7 @@ pub(super) struct Head {
 struct Updated {
     /// `[T, width]` and room up to whole 16 bytes.
     s: Tensor,
-    /// B with its bias, `[V, width]` and such room, where it has one.
+    /// B with its bias, its rows where the table has their tokens, `[V, width]` and such room; unless that is B.
     b: Option<Tensor>,
     /// rank, and one more with a bias.
     width: usize,
@@ -55,11 +77,11 @@ impl Model {
             .as_ref()
             .map(|Updated { s, .. }| workspace.take(s.dtype(), s.rows(), s.cols()));
         let mut d_wide = updated.as_ref().and_then(|u| u.b.as_ref()).map(|b| {
-            let mut d_wide = self.wide(run, DType::F32, b.cols());
+            let mut d_wide = self.wide(workspace, DType::F32, b.cols());
             d_wide.view_mut().fill(0.0);
             d_wide
         });
-        let own_b = self.head.update.as_ref().filter(|u| u.bias.is_none());
+        let own_b = self.head.update.as_ref().filter(|_| d_wide.is_none());
         let table = self.head_table();
         let mut gradients = HeadGradients::default();
         let (mut d_table, mut d_b) = (None, None);
@@ -101,13 +123,8 @@ impl Model {
             let dx = Some(d_hidden.view_mut());
             let factors = factors(run, self.head.site, update);
             lora_linear::down_backward(hidden, &factors, ds, dx, d_a, workspace)?;
-            if let (Some(d_wide), Some(bias)) = (d_wide, update.bias) {
-                let d_b = d_wide.view().columns(0..update.rank);
-                axpby::add(1.0, grads.view_mut(update.b), 1.0, d_b)?;
-                let d_bias = d_wide.view().columns(update.rank..width);
-                let to = grads.view_mut(bias).reshaped(d_wide.rows(), 1);
-                axpby::add(1.0, to, 1.0, d_bias)?;
-                workspace.give_scratch(d_wide.into_buffer());
+            if let Some(d_wide) = d_wide {
+                self.add_wide(workspace, grads, update, d_wide)?;
             }
             give(workspace, updated);
             workspace.give(d_s);
@@ -116,10 +133,64 @@ impl Model {
     }
 
     /// A buffer `[V, cols]`, which does not grow with the batch.
-    fn wide(&self, run: &Run<'_>, dtype: DType, cols: usize) -> Tensor {
+    fn wide(&self, workspace: &Workspace, dtype: DType, cols: usize) -> Tensor {
         let vocabulary = self.config.vocab_size;
-        let buffer = run.workspace.take_scratch(dtype, vocabulary * cols);
+        let buffer = workspace.take_scratch(dtype, vocabulary * cols);
         Tensor::from_buffer(buffer, vocabulary, cols)
+    }
+
+    /// [`Updated::b`].
+    fn wide_b(
+        &self,
+        workspace: &Workspace,
+        params: &FlatBuffer,
+        dtype: DType,
+        update: &LowRank,
+    ) -> Result<Option<Tensor>> {
+        if update.bias.is_none() && self.head.moved.is_none() {
+            return Ok(None);
+        }
+        let b = params.view_as(update.b, dtype);
+        let width = width(update);
+        let cols = Workspace::aligned(b.dtype(), width);
+        let mut wide = self.wide(workspace, b.dtype(), cols);
+        let bias = update.bias.map(|id| {
+            let values = params.view_as(id, dtype);
+            (values.reshaped(b.rows(), 1), update.rank..width)
+        });
+        for (values, columns) in std::iter::once((b, 0..update.rank)).chain(bias) {
+            let to = wide.view_mut().columns(columns);
+            match &self.head.moved {
+                Some(moved) => embedding::forward(values, &moved.tokens, to)?,
+                None => to.copy_from(values),
+            }
+        }
+        Ok(Some(wide))
+    }
+
+    /// Adds the gradient of [`Updated::b`] to those of B and its bias.
+    fn add_wide(
+        &self,
+        workspace: &Workspace,
+        grads: &mut FlatBuffer,
+        update: &LowRank,
+        mut d_wide: Tensor,
+    ) -> Result<()> {
+        if let Some(moved) = &self.head.moved {
+            let mut placed = self.wide(workspace, DType::F32, d_wide.cols());
+            embedding::forward(d_wide.view(), &moved.places, placed.view_mut())?;
+            std::mem::swap(&mut d_wide, &mut placed);
+            workspace.give_scratch(placed.into_buffer());
+        }
+        let d_b = d_wide.view().columns(0..update.rank);
+        axpby::add(1.0, grads.view_mut(update.b), 1.0, d_b)?;
+        if let Some(bias) = update.bias {
+            let d_bias = d_wide.view().columns(update.rank..width(update));
+            let to = grads.view_mut(bias).reshaped(d_wide.rows(), 1);
+            axpby::add(1.0, to, 1.0, d_bias)?;
+        }
+        workspace.give_scratch(d_wide.into_buffer());
+        Ok(())
     }
 
     /// Adds the losses of the labels of `run` to `sums`.
@@ -159,16 +230,21 @@ impl Model {
             matmul::nt(to, 0.0, scale, hidden, tail)?;
         }
         if let Some(update) = &self.head.update {
+            let wide = self.wide_b(pass.workspace, params, pass.dtype, update)?;
             let [a, b] = [update.a, update.b].map(|id| params.view_as(id, pass.dtype));
-            let cols = Workspace::aligned(a.dtype(), update.rank);
+            let width = width(update);
+            let b = wide
+                .as_ref()
+                .map_or(b, |wide| wide.view().columns(0..width));
+            let cols = Workspace::aligned(a.dtype(), width);
             let mut s = pass.workspace.take(a.dtype(), hidden.rows(), cols);
-            matmul::nt(s.view_mut().columns(0..update.rank), 0.0, 1.0, hidden, a)?;
-            let s_rank = s.view().columns(0..update.rank);
-            matmul::nt(logits.view_mut(), 1.0, scale * update.scale, s_rank, b)?;
-            pass.workspace.give(s);
-            if let Some(id) = update.bias {
-                bias::add_scaled(logits.view_mut(), scale * update.scale, params.view(id))?;
+            if update.bias.is_some() {
+                s.view_mut().fill(1.0);
             }
+            matmul::nt(s.view_mut().columns(0..update.rank), 0.0, 1.0, hidden, a)?;
+            let s_wide = s.view().columns(0..width);
+            matmul::nt(logits.view_mut(), 1.0, scale * update.scale, s_wide, b)?;
+            give(pass.workspace, Updated { s, b: wide, width });
         }
         if device.is_cuda() {
             logits = logits.to_device(&Device::Cpu);
@@ -211,23 +287,15 @@ impl Model {
         };
         let factors = factors(run, self.head.site, update);
         let dtype = factors.a.dtype();
-        let width = update.rank + usize::from(update.bias.is_some());
+        let width = width(update);
         let cols = Workspace::aligned(dtype, width);
         let mut s = run.workspace.take(dtype, hidden.rows(), cols);
-        let mut wide = None;
-        if let Some(bias) = update.bias {
+        if update.bias.is_some() {
             s.view_mut().fill(1.0);
-            let mut b = self.wide(run, dtype, cols);
-            let columns = b.view_mut().columns(0..update.rank);
-            columns.copy_from(factors.b);
-            let values = run.params.view_as(bias, run.dtype).reshaped(b.rows(), 1);
-            let column = b.view_mut().columns(update.rank..width);
-            column.copy_from(values);
-            wide = Some(b);
         }
+        let b = self.wide_b(run.workspace, run.params, run.dtype, update)?;
         let to = s.view_mut().columns(0..update.rank);
         lora_linear::down(hidden, &factors, to, run.workspace)?;
-        let b = wide;
         Ok(Some(Updated { s, b, width }))
     }
 
@@ -255,6 +323,11 @@ impl Model {
             softcap: self.config.logits_softcap,
         }
     }
+}
+
+/// Columns of [`Updated::b`] that hold values.
+fn width(update: &LowRank) -> usize {
+    update.rank + usize::from(update.bias.is_some())
 }
 
 fn give(workspace: &Workspace, updated: Updated) {

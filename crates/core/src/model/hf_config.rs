@@ -129,7 +129,7 @@ impl HfConfig {
         }
     }
 
-    /// A number above zero, or none where it is absent or null.
+    /// A number above zero that an f32 holds, or none where it is absent or null.
     ///
     /// # Errors
     /// [`Error::Model`] naming the key.
@@ -137,8 +137,12 @@ impl HfConfig {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
-        match value.as_f64().filter(|v| v.is_finite() && *v > 0.0) {
-            Some(number) => Ok(Some(number)),
+        match value.as_f64().filter(|v| *v > 0.0) {
+            Some(number) if (number as f32).is_normal() => Ok(Some(number)),
+            Some(_) => Err(self.error(
+                key,
+                format!("is {value}; expected a number that 32 bits hold"),
+            )),
             None => Err(self.error(key, format!("is {value}; expected a number above 0"))),
         }
     }

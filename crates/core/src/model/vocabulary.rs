@@ -65,6 +65,20 @@ impl TrainedRows {
         }
     }
 
+    /// The row of each token.
+    pub(crate) fn places(&self) -> &[u32] {
+        &self.places
+    }
+
+    /// The token of each row.
+    pub(crate) fn tokens(&self) -> Vec<u32> {
+        let mut tokens = vec![0; self.places.len()];
+        for (token, &place) in (0..).zip(&self.places) {
+            tokens[place as usize] = token;
+        }
+        tokens
+    }
+
     /// The row of a token; what is no token stays what it is.
     pub(crate) fn place(&self, token: u32) -> u32 {
         self.places.get(token as usize).copied().unwrap_or(token)
@@ -282,6 +296,8 @@ mod tests {
                     None => assert_eq!(values[place], token as f32, "{indices:?}"),
                 }
             }
+            let tokens = rows.tokens();
+            assert!((0..8).all(|token| tokens[rows.places()[token as usize] as usize] == token));
             assert_eq!(rows.place(8), 8);
         }
     }

@@ -5,7 +5,7 @@ use super::angles::AngleTable;
 use super::column_norms::ColumnNorms;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
-use super::head::Head;
+use super::head::{Head, Moved};
 use super::invocation::Invocation;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
@@ -398,8 +398,12 @@ impl Builder<'_> {
         let own = |b: &mut Self, from: &Site, attachment| b.table(site, from, attachment).map(Some);
         let table = match (site.tied_to, attachment) {
             (None, attachment) => own(self, site, attachment)?,
-            // An update of the head is one of the base's weight, whatever becomes of the embedding.
-            (Some(_), None) if update.is_none() || embedding.table.param().is_none() => None,
+            // An update of the head is one of the base's weight where the embedding is trained as a whole.
+            (Some(_), None)
+                if update.is_none() || matches!(embedding.table.weight, TableWeight::Frozen(_)) =>
+            {
+                None
+            }
             (Some(tied), None | Some(Attachment::KeepBase)) => {
                 own(self, self.plan.site(tied), None)?
             }
@@ -409,9 +413,13 @@ impl Builder<'_> {
             ) => own(self, self.plan.site(tied), Some(attachment))?,
             (Some(_), Some(_)) => return Err(unsupported(site)),
         };
+        let of_table = table.as_ref().unwrap_or(&embedding.table).rows.as_ref();
+        let moved = of_table.filter(|_| update.is_some());
+        let moved = moved.map(|rows| Moved::new(rows, self.params.device()));
         Ok(Head {
             table,
             update,
+            moved,
             site: site.id.0,
         })
     }

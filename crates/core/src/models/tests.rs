@@ -264,6 +264,29 @@ fn bounds_and_factors_are_above_zero() {
     );
     let keys = json!({"query_pre_attn_scalar": 0});
     assert_refused("gemma3_text", &keys, &["query_pre_attn_scalar", "above 0"]);
+    for key in [
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+    ] {
+        for value in [json!(0), json!(-0.5)] {
+            let parts = [key, &value.to_string(), "expected a number above 0"];
+            assert_refused("granite", &json!({key: value}), &parts);
+        }
+        for value in [1e-50, 1e50] {
+            let parts = [key, &json!(value).to_string(), "32 bits"];
+            assert_refused("granite", &json!({key: value}), &parts);
+        }
+    }
+}
+
+#[test]
+fn a_head_is_tied_or_not_and_null_is_neither() {
+    for model_type in ["gemma", "gpt2", "llama", "smollm3"] {
+        let parts = ["tie_word_embeddings", "null", "expected true or false"];
+        assert_refused(model_type, &json!({"tie_word_embeddings": null}), &parts);
+    }
 }
 
 #[test]

@@ -222,6 +222,10 @@ fn plain(directory: &Path) -> Result<(Adapter, LoraConfig)> {
     if adapter.updates.is_empty() {
         return refuse("has no low-rank update".into());
     }
+    if let Some(name) = adapter.tensors.keys().next() {
+        let directory = directory.display();
+        tracing::warn!("`{name}` of {directory} is of its base, and left out of the result");
+    }
     Ok((adapter, config))
 }
 

@@ -6,16 +6,17 @@ mod tests;
 use super::config::LoraBias;
 use super::names::{self, Part};
 use super::tied::{self, Kept, Pair};
-use super::{LoraConfig, files, saved, tokens};
+use super::{LoraConfig, TokenIndices, files, saved, tokens};
 use crate::target::{self, Target, TargetModules};
 use ferrotune_core::adapter::{Attachment, LowRank, Magnitude, Site, SiteId, SiteKind};
 use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeSet;
 
-/// Everything that `config` attaches to a model of `sites`.
+/// Everything that `config`, or a file that says so, attaches to a model of `sites`.
 pub(super) fn attach(
     config: &LoraConfig,
+    of_file: bool,
     sites: &[Site],
     params: &mut ParamLayoutBuilder,
 ) -> Result<Vec<(SiteId, Attachment)>> {
@@ -23,7 +24,7 @@ pub(super) fn attach(
     let mut attachments = Vec::new();
     let tied = Pair::of(config, sites)?;
     let saved = saved_sites(config, sites, tied.as_ref())?;
-    let (targets, head) = targets(config, sites, &saved, tied.as_ref())?;
+    let (targets, head) = targets(config, of_file, sites, &saved, tied.as_ref())?;
     for target in &targets {
         require_adaptable(config, target.site)?;
         require_startable(config, target)?;
@@ -38,22 +39,22 @@ pub(super) fn attach(
     }
     let kept_whole = tied.is_some_and(|pair| pair.kept == Kept::Whole);
     for site in &saved {
-        let head = sites.iter().find(|other| other.tied_to == Some(site.id));
-        let sharing = head.filter(|_| kept_whole);
+        let sharing = head_of(sites, site).filter(|_| kept_whole);
         attachments.push((site.id, train(site, sharing, params)));
-        if let (Some(head), None) = (head, sharing)
-            && !saved.iter().any(|site| site.id == head.id)
-            && !targets.iter().any(|target| target.site.id == head.id)
-        {
-            attachments.push((head.id, Attachment::KeepBase));
-        }
     }
     let taken: BTreeSet<SiteId> = attachments.iter().map(|(id, _)| *id).collect();
     if let Some(indices) = &config.trainable_token_indices {
         let key = "trainable_token_indices";
         for rows in tokens::rows(key, indices, sites, config.ensure_weight_tying)? {
-            require_free(sites, rows.site, &taken)?;
+            require_free(sites, rows.site, &taken, |head| {
+                follows(indices, head, &targets)
+            })?;
             attachments.push((rows.site.id, tokens::declare(rows, Part::TokenRows, params)));
+        }
+    }
+    for head in saved.iter().filter_map(|site| head_of(sites, site)) {
+        if !kept_whole && !attachments.iter().any(|(id, _)| *id == head.id) {
+            attachments.push((head.id, Attachment::KeepBase));
         }
     }
     let adapted: BTreeSet<SiteId> = targets.iter().map(|target| target.site.id).collect();
@@ -65,12 +66,18 @@ pub(super) fn attach(
             (_, true) => Part::AdaptedBias,
             (LoraBias::All, false) => Part::Bias,
         };
+        require_unshared(config, site)?;
         attachments.push((site.id, Attachment::TrainBias(vector(site, part, params))));
     }
     if let Some(tokens) = &config.alora_invocation_tokens {
         attachments.push(invocation(tokens, sites)?);
     }
     Ok(attachments)
+}
+
+/// The head that is tied to `table`.
+fn head_of<'a>(sites: &'a [Site], table: &Site) -> Option<&'a Site> {
+    sites.iter().find(|other| other.tied_to == Some(table.id))
 }
 
 /// The tokens that call updates up, at the embedding that knows them.
@@ -114,6 +121,22 @@ fn require_stack(ranges: &[[usize; 2]], sites: &[Site]) -> Result<()> {
     ))
 }
 
+/// Refuses to train a bias that copies of a layer share.
+fn require_unshared(config: &LoraConfig, site: &Site) -> Result<()> {
+    if config.layer_replication.is_empty() {
+        return Ok(());
+    }
+    Err(Error::config(
+        "bias",
+        format!(
+            "{} trains the bias of `{}`, which the copies of `layer_replication` share, and a file of PEFT has no way \
+             to say so; set it to none",
+            config.bias.as_str(),
+            site.name
+        ),
+    ))
+}
+
 /// The sites trained as a whole; of a pair that stays tied, the embedding stands for both.
 fn saved_sites<'a>(
     config: &LoraConfig,
@@ -130,6 +153,7 @@ fn saved_sites<'a>(
 /// What is adapted, which is nothing that is trained as a whole, and the head that follows its embedding.
 fn targets<'a>(
     config: &LoraConfig,
+    of_file: bool,
     sites: &'a [Site],
     saved: &[&Site],
     tied: Option<&Pair<'a>>,
@@ -158,6 +182,11 @@ fn targets<'a>(
     let named = || selected.iter().copied().chain(head);
     let names: Vec<&str> = named().map(|site| site.name.as_str()).collect();
     let values = config.rank_and_alpha().resolve(&names)?;
+    match config.rank_and_alpha().require_each_decides(&names) {
+        // PEFT reads it, and the model is what it says.
+        Err(error) if of_file => tracing::warn!("{error}"),
+        decided => decided?,
+    }
     let with_values = named().zip(values);
     let mut targets: Vec<Target<'_>> = with_values
         .map(|(site, (rank, alpha))| Target { site, rank, alpha })
@@ -172,9 +201,25 @@ fn targets<'a>(
     Ok((targets, head))
 }
 
-/// Refuses rows of a table that is adapted or trained as a whole, itself or where it is shared.
-fn require_free(sites: &[Site], table: &Site, taken: &BTreeSet<SiteId>) -> Result<()> {
-    let shares = |site: &&Site| site.id == table.id || site.tied_to == Some(table.id);
+/// Whether a head that is tied to a table with rows of `tokens` has them below an update of its own.
+fn follows(tokens: &TokenIndices, head: &Site, targets: &[Target<'_>]) -> bool {
+    let is_named = match tokens {
+        TokenIndices::Embedding(_) => false,
+        TokenIndices::Modules(modules) => modules.iter().any(|(name, _)| head.name.ends_with(name)),
+    };
+    !is_named && targets.iter().any(|target| target.site.id == head.id)
+}
+
+/// Refuses rows of a table that is adapted or trained as a whole, itself or where it is shared by a head that does
+/// not follow.
+fn require_free(
+    sites: &[Site],
+    table: &Site,
+    taken: &BTreeSet<SiteId>,
+    follows: impl Fn(&Site) -> bool,
+) -> Result<()> {
+    let shares =
+        |site: &&Site| site.id == table.id || (site.tied_to == Some(table.id) && !follows(site));
     match sites.iter().filter(shares).find(|s| taken.contains(&s.id)) {
         None => Ok(()),
         Some(site) => Err(Error::config(

@@ -158,16 +158,6 @@ impl LoraConfig {
                 ),
             ));
         }
-        if !self.layer_replication.is_empty() && self.bias != LoraBias::None {
-            return Err(Error::config(
-                "bias",
-                format!(
-                    "{} trains biases of the base, which the copies of `layer_replication` share, and a file of \
-                     PEFT has no way to say so; set it to none",
-                    self.bias.as_str()
-                ),
-            ));
-        }
         if self.repeats_a_layer() && self.init_lora_weights.changes_base() {
             let message = format!(
                 "{} changes the base's weights, which the copies of a layer share in `layer_replication`; take \

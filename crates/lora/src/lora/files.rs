@@ -7,6 +7,7 @@ use super::names::{self, Part};
 use super::tokens::counting;
 use super::{InitLoraWeights, LoraConfig, Start, TokenIndices, convert};
 use crate::PeftConfig;
+use crate::base_copies::OwnNames;
 use crate::files::{self, CONFIG_FILE, Weights};
 use crate::modules::{EMBEDDINGS, HEADS};
 use crate::target::{Target, TargetModules, last_segment};
@@ -214,9 +215,10 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
     let expected: BTreeSet<String> = lora_segments(params)
         .map(|(_, segment)| segment.spec.name.clone())
         .collect();
+    let own = OwnNames::of(&layout);
     let twin = |name: &str| twin(name, &expected, shares.tied);
     file.require_same_names(&expected, |name| {
-        repeats_base(name, &expected, shares.tied) || twin(name).is_some()
+        own.are_beside_copy(name) || twin(name).is_some()
     })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
@@ -227,7 +229,8 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
             params.set_file_values(id, &values);
         }
     }
-    let copies = file.file.names().filter(|name| !expected.contains(*name));
+    let is_repeated = |name: &&str| !expected.contains(*name) && !own.are_beside_copy(name);
+    let copies = file.file.names().filter(is_repeated);
     for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
         // A head's factors are the transposes of the embedding's in files, and the same here.
         let own = layout.find(&twin).map_or(&[][..], |id| params.get(id));
@@ -254,44 +257,30 @@ fn read_rows(file: &Weights, spec: &ParamSpec, tokens: &TokenIndices) -> Result<
     Ok(rows.copied().collect())
 }
 
-/// The expected tensor that `name` repeats: of a head that is `tied`, the embedding's; of a bias that PEFT trains both
-/// as one and with its whole module, the module's.
+/// The expected tensor that `name` repeats: of a head that is `tied`, or has the same trained rows, the embedding's; of
+/// a module trained as a whole, what PEFT saves of it once more.
 fn twin(name: &str, expected: &BTreeSet<String>, tied: bool) -> Option<String> {
     let (module, part) = names::parse(name)?;
+    if let Some(saved) = names::without(module, names::SAVED) {
+        // Inside of a module, the name of the adapter stays.
+        let unnamed = names::without(&saved, "default");
+        let saved = names::tensor(&unnamed.unwrap_or(saved), part);
+        let is_own = expected.contains(&saved);
+        return is_own
+            .then(|| saved.clone())
+            .or_else(|| twin(&saved, expected, tied));
+    }
     let of = match part {
         Part::A => Part::EmbeddingB,
         Part::B => Part::EmbeddingA,
-        Part::Weight => Part::Weight,
-        Part::Bias => {
-            let twin = names::tensor(module.strip_suffix(".modules_to_save")?, Part::Bias);
-            return expected.contains(&twin).then_some(twin);
-        }
+        Part::Weight | Part::TokenRows | Part::TokenRowsAlone => part,
         _ => return None,
     };
     let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
     let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
-    let is_head = tied && HEADS.contains(&last_segment(module));
+    let shares = tied || matches!(part, Part::TokenRows | Part::TokenRowsAlone);
+    let is_head = shares && HEADS.contains(&last_segment(module));
     expected.iter().find(twin).filter(|_| is_head).cloned()
-}
-
-/// Whether `name` is a tensor that PEFT writes beside an adapter and that changes nothing: the base's weight of an
-/// adapted table or of the head that is `tied` to one, or the base's bias of a module trained as a whole.
-fn repeats_base(name: &str, expected: &BTreeSet<String>, tied: bool) -> bool {
-    let has = |module: &str, part| expected.contains(&names::tensor(module, part));
-    let is_table = |name: &String| matches!(names::parse(name), Some((_, Part::EmbeddingA)));
-    match names::parse(name) {
-        Some((module, Part::AdaptedWeight)) => {
-            let follows = tied && HEADS.contains(&last_segment(module));
-            has(module, Part::EmbeddingA)
-                || has(module, Part::A)
-                || (follows && expected.iter().any(is_table))
-        }
-        Some((module, Part::Bias)) => {
-            let whole = module.strip_suffix(names::ORIGINAL);
-            whole.is_some_and(|module| has(module, Part::Bias))
-        }
-        _ => false,
-    }
 }
 
 fn lora_segments(

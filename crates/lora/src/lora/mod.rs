@@ -30,6 +30,7 @@ pub use init::{
 };
 pub use tokens::TokenIndices;
 
+use crate::target::last_segment;
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
@@ -37,6 +38,17 @@ use ferrotune_core::{Error, Result};
 use names::Part;
 use std::path::Path;
 use std::sync::OnceLock;
+
+/// Refuses layers that PEFT does not find: it could not read the adapter.
+fn require_layers(path: &str) -> Result<()> {
+    if last_segment(path) == "layers" {
+        return Ok(());
+    }
+    let message = format!(
+        "is for models whose layers PEFT finds, in a module `layers`, and this base has them in `{path}`; leave it out"
+    );
+    Err(Error::config("layer_replication", message))
+}
 
 /// LoRA over a whole model.
 #[derive(Clone, Debug)]
@@ -46,6 +58,8 @@ pub struct LoraAdapter {
     start: OnceLock<Start>,
     /// Whether an update of a changed base is written as one of the base itself.
     converts: bool,
+    /// Whether it is one that PEFT may have written, which reads what a run should not ask for.
+    of_file: bool,
 }
 
 impl LoraAdapter {
@@ -63,7 +77,14 @@ impl LoraAdapter {
             config,
             start: OnceLock::new(),
             converts: true,
+            of_file: false,
         })
+    }
+
+    /// The same, as a file has it: what decides nothing is a warning.
+    pub(crate) fn of_file(mut self) -> Self {
+        self.of_file = true;
+        self
     }
 
     /// The same, starting from `start` instead of what it would compute.
@@ -127,6 +148,7 @@ impl LoraAdapter {
             config,
             start: OnceLock::new(),
             converts: true,
+            of_file: false,
         };
         Ok((adapter, plain))
     }
@@ -156,7 +178,10 @@ impl Adapter for LoraAdapter {
     fn decoder(&self, base: DecoderConfig) -> Result<DecoderConfig> {
         match self.config.layer_replication.as_slice() {
             [] => Ok(base),
-            ranges => base.stacked(ranges),
+            ranges => {
+                require_layers(base.modules.layers)?;
+                base.stacked(ranges)
+            }
         }
     }
 
@@ -165,7 +190,7 @@ impl Adapter for LoraAdapter {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>> {
-        attach::attach(&self.config, sites, params)
+        attach::attach(&self.config, self.of_file, sites, params)
     }
 
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {

@@ -3,8 +3,10 @@
 /// What PEFT puts before the path of a module of the base model.
 const PREFIX: &str = "base_model.model.";
 
-/// What the path of a module trained as a whole ends with where the base's own is meant.
-pub(crate) const ORIGINAL: &str = ".original_module";
+/// What the path of a module trained as a whole goes on with where the base's own is meant.
+pub(crate) const ORIGINAL: &str = "original_module";
+/// The same where the trained one is, under the name of its adapter.
+pub(crate) const SAVED: &str = "modules_to_save";
 
 /// What a tensor of an adapter is to its module. Shapes are those in files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,8 +33,6 @@ pub(crate) enum Part {
     TunedNormBias,
     /// The base's trained bias of an adapted linear.
     AdaptedBias,
-    /// A copy of an adapted table's base weight.
-    AdaptedWeight,
     /// A weight trained as a whole.
     Weight,
     /// A bias trained as a whole.
@@ -41,7 +41,7 @@ pub(crate) enum Part {
 
 impl Part {
     /// Longer endings come before those that they end in.
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 13] = [
         Self::A,
         Self::B,
         Self::BiasOfB,
@@ -53,7 +53,6 @@ impl Part {
         Self::TunedNormWeight,
         Self::TunedNormBias,
         Self::AdaptedBias,
-        Self::AdaptedWeight,
         Self::Weight,
         Self::Bias,
     ];
@@ -71,7 +70,6 @@ impl Part {
             Self::TunedNormWeight => ".ln_tuning_layers.weight",
             Self::TunedNormBias => ".ln_tuning_layers.bias",
             Self::AdaptedBias => ".base_layer.bias",
-            Self::AdaptedWeight => ".base_layer.weight",
             Self::Weight => ".weight",
             Self::Bias => ".bias",
         }
@@ -81,6 +79,14 @@ impl Part {
     pub(crate) fn of(name: &str) -> Option<Self> {
         parse(name).map(|(_, part)| part)
     }
+}
+
+/// `path` without its first `segment`; `None` where it has no such.
+pub(crate) fn without(path: &str, segment: &str) -> Option<String> {
+    let mut segments: Vec<&str> = path.split('.').collect();
+    let at = segments.iter().position(|own| *own == segment)?;
+    segments.remove(at);
+    Some(segments.join("."))
 }
 
 /// The name of a tensor, in the run and on disk.

@@ -3,6 +3,7 @@
 use super::LoraConfig;
 use super::names::{self, Part};
 use crate::files::Weights;
+use crate::modules::EMBEDDINGS;
 use crate::target::{Expression, Target, TargetModules, last_segment};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
@@ -135,11 +136,23 @@ pub(crate) fn with_head(mut config: LoraConfig, directory: &Path) -> Result<Lora
     let Ok(weights) = Weights::open(directory) else {
         return Ok(config);
     };
-    let has = |part| weights.file.meta(&names::tensor(HEAD, part)).is_some();
-    if has(Part::Weight) {
+    // Without the embedding, it is a copy of the base's, and so it is where copies show what is trained and it is not.
+    let has = |part, named: &[String]| {
+        let is_table = |name: &String| EMBEDDINGS.contains(&last_segment(name));
+        let own = weights.file.meta(&names::tensor(HEAD, part));
+        own.is_some() && named.iter().any(is_table)
+    };
+    let originals: Vec<&str> = weights
+        .file
+        .names()
+        .filter(|name| names::without(name, names::ORIGINAL).is_some())
+        .collect();
+    let of_head = format!(".{HEAD}.{}.", names::ORIGINAL);
+    let is_trained = originals.is_empty() || originals.iter().any(|name| name.contains(&of_head));
+    if is_trained && has(Part::Weight, &config.modules_to_save) {
         config.modules_to_save.push(HEAD.into());
-    } else if let (true, Some(TargetModules::List(names))) =
-        (has(Part::A), &mut config.target_modules)
+    } else if let Some(TargetModules::List(names)) = &mut config.target_modules
+        && has(Part::A, names)
     {
         names.push(HEAD.into());
     }

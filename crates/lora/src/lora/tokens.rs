@@ -58,7 +58,7 @@ pub(crate) struct Rows<'a> {
 }
 
 /// What `key` means on a model of `sites`. A tied head that is not named, or named with the embedding's tokens, is
-/// the embedding's; named alone or with other tokens it is apart from it, unless they are to be `kept_tied`.
+/// the embedding's; named alone or with other tokens it is apart from it, where the latter are not to be `kept_tied`.
 ///
 /// # Errors
 /// [`Error::Config`] for a module that is no table or named twice, for tokens that the table lacks or that
@@ -102,7 +102,13 @@ pub(crate) fn rows<'a>(
     };
     let is_tied = |rows: &Rows<'_>| rows.site.tied_to.is_some();
     let apart = found.iter().find(|rows| is_tied(rows) && !follows(rows));
-    if let Some(head) = apart.filter(|_| kept_tied) {
+    // PEFT keeps the two tied where both are named, and looks no further where one is.
+    let beside = |head: &Rows<'_>| {
+        found
+            .iter()
+            .any(|rows| Some(rows.site.id) == head.site.tied_to)
+    };
+    if let Some(head) = apart.filter(|head| kept_tied && beside(head)) {
         return Err(Error::config(
             key,
             format!(
@@ -166,7 +172,8 @@ fn check_indices(key: &'static str, rows: Rows<'_>) -> Result<()> {
         Some(&last) if last as usize >= site.out_features => Err(Error::config(
             key,
             format!(
-                "token {last} is no row of `{}`, which has {} rows",
+                "token {last} is no row of `{}`, which has {} rows; where the adapter was trained on a base whose \
+                 vocabulary was resized, give that base",
                 site.name, site.out_features
             ),
         )),

@@ -3,7 +3,7 @@
 use super::output::BaseConfig;
 use crate::modules::{EMBEDDINGS, HEADS};
 use crate::registry::{lora_of, require_language_model};
-use crate::{LoraConfig, PeftConfig, base_copies};
+use crate::{AdapterBase, LoraConfig, PeftConfig};
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
@@ -150,7 +150,7 @@ pub(super) fn plan(
         return Err(Error::adapter(adapter_directory, message));
     }
     let params = Arc::new(params);
-    base_copies::check(adapter_directory, base)?;
+    let own = AdapterBase::new(base, adapter_directory, &sites, params.layout())?;
     let mut plan = Plan::default();
     if let Some(decoder) = decoder.filter(DecoderConfig::is_restacked) {
         plan.stack(decoder, &sites);
@@ -177,6 +177,7 @@ pub(super) fn plan(
         plan.add_pair([embedding, head], of_pair, &params, adapter_directory)?;
         plan.redundant = (!plan.unties).then(|| base.own_name(&own).to_owned());
     }
+    plan.stand_on(own.tables());
     plan.name_as(base);
     plan.require_finite_shapes(base, adapter_directory)?;
     Ok(plan)
@@ -334,6 +335,14 @@ impl Plan {
             self.unties = true;
         }
         for (site, attachment) in attachments {
+            // An update of the head is one of the rows that are trained.
+            if let (Attachment::TrainRows { rows, indices }, true) =
+                (&attachment, of_head.is_some())
+                && site.id == embedding.id
+            {
+                let (indices, values) = (indices.clone(), params.get(*rows).to_vec());
+                self.push(weight_name(&head.name), Change::Rows { indices, values });
+            }
             if !(alike && site.id == head.id) {
                 self.add(&site.name, site, attachment, params, directory)?;
             }
@@ -445,6 +454,18 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Whatever starts from one of `tables` starts from its values.
+    fn stand_on(&mut self, tables: &BTreeMap<String, Vec<f32>>) {
+        for (table, values) in tables {
+            let copies = self.copies.iter().filter(|(_, from)| *from == table);
+            let names: Vec<String> = copies.map(|(name, _)| name.clone()).collect();
+            for name in names.into_iter().chain([table.clone()]) {
+                let changes = self.changes.entry(name).or_default();
+                changes.insert(0, Change::Replace(values.clone()));
+            }
+        }
     }
 
     fn push(&mut self, tensor: String, change: Change) {

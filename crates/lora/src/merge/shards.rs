@@ -259,7 +259,7 @@ fn add_rounded(old: &[f32], weight: &mut [f32], delta: &[f32], dtype: FileDType)
 }
 
 /// Rounds to nearest even; types other than the two short floats do not round.
-fn round(value: f32, dtype: FileDType) -> f32 {
+pub(crate) fn round(value: f32, dtype: FileDType) -> f32 {
     match dtype {
         FileDType::BF16 => bf16::from_f32(value).to_f32(),
         FileDType::F16 => f16::from_f32(value).to_f32(),

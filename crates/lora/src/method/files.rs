@@ -2,6 +2,7 @@
 
 use super::adapter::Attached;
 use super::{Common, Method};
+use crate::base_copies::OwnNames;
 use crate::files::{CONFIG_FILE, Weights, write};
 use crate::target::TargetModules;
 use ferrotune_core::io::{FileDType, TensorData};
@@ -91,7 +92,8 @@ pub(super) fn load<M: Method>(
             .iter()
             .any(|ending| name.starts_with(MODULE_PREFIX) && name.ends_with(&format!(".{ending}")))
     };
-    file.require_same_names(&expected, copies)?;
+    let own = OwnNames::of(&layout);
+    file.require_same_names(&expected, |name| copies(name) || own.are_beside_copy(name))?;
     for (id, segment) in layout.by_name() {
         let (name, shape) = (&segment.spec.name, &segment.spec.shape);
         let values = method.read_tensor(&file, name, shape)?;

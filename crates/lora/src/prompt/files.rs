@@ -3,6 +3,7 @@
 
 use super::config::PromptConfig;
 use super::{ROWS, Shape};
+use crate::base_copies::OwnNames;
 use crate::files::{CONFIG_FILE, Weights, write};
 use ferrotune_core::io::{SafetensorsFile, TensorData, write_safetensors};
 use ferrotune_core::params::{FlatBuffer, ParamId};
@@ -47,7 +48,9 @@ pub(super) fn save(
 pub(super) fn load(rows: ParamId, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
     let layout = params.layout().clone();
     let file = Weights::open(directory)?;
-    file.require_same_names(&BTreeSet::from([ROWS.to_owned()]), |_| false)?;
+    let own = OwnNames::of(&layout);
+    let expected = BTreeSet::from([ROWS.to_owned()]);
+    file.require_same_names(&expected, |name| own.are_beside_copy(name))?;
     let values = file.read(ROWS, &layout.segment(rows).spec.shape)?;
     params.get_mut(rows).copy_from_slice(&values);
     let others: BTreeSet<String> = layout

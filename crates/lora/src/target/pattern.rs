@@ -19,6 +19,8 @@ pub(crate) struct Expression {
 impl Expression {
     fn compile(key: &'static str, source: &str, anchored: &str) -> Result<Self> {
         let regex = Regex::new(anchored).map_err(|error| {
+            // Positions are those in what was written.
+            let error = Regex::new(source).err().unwrap_or(error);
             Error::config(
                 key,
                 format!("`{source}` is not a valid regular expression: {error}"),
@@ -100,6 +102,36 @@ impl<'a, T: Copy> Patterns<'a, T> {
             }
         }
         Ok(None)
+    }
+
+    /// Refuses a key that matches some of `names`, each of which a key before it matches too.
+    pub(crate) fn require_each_decides(&self, names: &[&str]) -> Result<()> {
+        let mut decides = vec![false; self.entries.len()];
+        // For each key, an earlier one and what both match.
+        let mut hidden = vec![None; self.entries.len()];
+        for name in names {
+            let mut first = None;
+            for (at, (expression, _)) in self.entries.iter().enumerate() {
+                match (expression.matches(name)?, first) {
+                    (false, _) => {}
+                    (true, None) => (first, decides[at]) = (Some(at), true),
+                    (true, Some(before)) => hidden[at] = Some((before, name)),
+                }
+            }
+        }
+        let of_no_use =
+            (0..decides.len()).find_map(|at| Some((at, hidden[at].filter(|_| !decides[at])?)));
+        let Some((at, (before, name))) = of_no_use else {
+            return Ok(());
+        };
+        let [key, before] = [at, before].map(|at| &self.entries[at].0.source);
+        Err(Error::config(
+            self.key,
+            format!(
+                "`{key}` decides nothing: the first key that matches a module does, and `{before}` stands before it and \
+                 matches `{name}`, as earlier keys do all that it matches; put `{key}` first, or take it out"
+            ),
+        ))
     }
 
     /// Refuses a key that matches none of `names`: it would silently do nothing.

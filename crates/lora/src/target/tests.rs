@@ -65,6 +65,14 @@ fn a_string_is_a_regular_expression_over_the_whole_path() {
         message.contains("not a valid regular expression"),
         "{message}"
     );
+    // Positions are those in what was written, whatever is put around it.
+    for source in ["(q_proj", "q_proj)", "q_[proj", "*", "q{2,1}_proj", r"\"] {
+        let message = error(&only(&regex(source)));
+        let position = message.split("position ").nth(1);
+        let digits = position.map(|rest| rest.chars().take_while(char::is_ascii_digit));
+        let position: Option<usize> = digits.and_then(|d| d.collect::<String>().parse().ok());
+        assert!(position.is_none_or(|at| at <= source.len()), "{message}");
+    }
 }
 
 #[test]
@@ -312,6 +320,53 @@ fn a_pattern_that_matches_no_adapted_module_is_an_error() {
             message.contains(&format!("`{key}` matches no adapted module")),
             "{message}"
         );
+    }
+}
+
+/// As of keys that match nothing, what they say would silently not be so.
+#[test]
+fn a_pattern_whose_modules_all_belong_to_earlier_ones_is_an_error_that_names_them() {
+    let names = ["layers.0.q_proj", "layers.1.q_proj", "layers.0.v_proj"];
+    let decides = |keys: &[&str]| {
+        let rank_pattern = keys.iter().map(|key| ((*key).to_owned(), 4)).collect();
+        RankAndAlpha {
+            rank: 8,
+            alpha: 16.0,
+            rank_pattern: &rank_pattern,
+            alpha_pattern: &Vec::new(),
+        }
+        .require_each_decides(&names)
+    };
+    for keys in [
+        &["layers.0.q_proj", "q_proj", "v_proj"][..],
+        &["0.q_proj", "1.q_proj"],
+        &["up_proj"],
+        &[],
+    ] {
+        decides(keys).expect("each decides");
+    }
+    for (keys, hidden, before) in [
+        (
+            &["q_proj", "layers.0.q_proj"][..],
+            "layers.0.q_proj",
+            "q_proj",
+        ),
+        (
+            &["v_proj", "0.q_proj", ".*_proj", "1.q_proj"],
+            "1.q_proj",
+            ".*_proj",
+        ),
+        (&["0.q_proj", "1.q_proj", "q_proj"], "q_proj", "1.q_proj"),
+    ] {
+        let message = decides(keys).expect_err("refused").to_string();
+        for part in [
+            "`rank_pattern`",
+            &format!("`{hidden}` decides nothing"),
+            &format!("`{before}` stands before it"),
+            &format!("put `{hidden}` first"),
+        ] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
     }
 }
 

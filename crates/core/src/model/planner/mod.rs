@@ -77,8 +77,8 @@ pub struct StepShape {
     /// Whether anything before the layers is trained.
     input_trained: bool,
     head_method: Method,
-    /// Whether its update has a bias, so that B is copied beside it.
-    head_bias: bool,
+    /// Gradients of B that are written beside a copy of it.
+    head_copies: usize,
     on_gpu: bool,
     activations: DType,
     head: DType,
@@ -163,7 +163,7 @@ impl StepShape {
             positions,
             input_trained: embedding != Method::Frozen || positions != Method::Frozen,
             head_method,
-            head_bias: shape::has_head_bias(&ModelPlan::new(config), attachments),
+            head_copies: shape::head_copies(&ModelPlan::new(config), attachments),
             on_gpu,
             activations,
             head: weights,
@@ -373,16 +373,16 @@ impl StepShape {
         logits.saturating_add(self.wide_bytes())
     }
 
-    /// B and its gradient beside the bias of the head's update.
+    /// B of the head's update and its gradients, where it is copied.
     fn wide_bytes(&self) -> u64 {
         let Method::LowRank { rank, .. } = self.head_method else {
             return 0;
         };
-        if !self.head_bias {
+        if self.head_copies == 0 {
             return 0;
         }
         let cols = Workspace::aligned(self.factors, rank);
-        let row = cols * (self.factors.bytes() + DType::F32.bytes());
+        let row = cols * (self.factors.bytes() + self.head_copies * DType::F32.bytes());
         (self.vocabulary as u64).saturating_mul(row as u64)
     }
 

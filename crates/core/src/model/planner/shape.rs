@@ -152,10 +152,26 @@ pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment
 }
 
 /// Whether the head's update has a bias, which is one more rank there.
-pub(super) fn has_head_bias(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
+fn has_head_bias(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
     attachments.iter().any(|(id, attachment)| {
         *id == plan.head && matches!(attachment, Attachment::LowRank(u) if u.bias.is_some())
     })
+}
+
+/// How many times the gradient of the head's B is written before it is added: once beside a bias, and once more where
+/// its table has trained rows, which come last.
+pub(super) fn head_copies(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> usize {
+    let table = plan.site(plan.head).tied_to.unwrap_or(plan.head);
+    let is_updated = attachments
+        .iter()
+        .any(|(id, a)| *id == plan.head && matches!(a, Attachment::LowRank(_)));
+    let has_rows = attachments
+        .iter()
+        .any(|(id, a)| *id == table && matches!(a, Attachment::TrainRows { .. }));
+    match (is_updated && has_rows, has_head_bias(plan, attachments)) {
+        (true, _) => 2,
+        (false, bias) => usize::from(bias),
+    }
 }
 
 fn method(attachment: &Attachment) -> Method {

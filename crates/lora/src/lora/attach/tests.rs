@@ -1,4 +1,4 @@
-use super::super::{LoraAdapter, LoraConfig, TokenIndices};
+use super::super::{LoraAdapter, LoraBias, LoraConfig, TokenIndices};
 use crate::target::TargetModules;
 use crate::testing::{edit_config, list, llama_sites};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
@@ -88,9 +88,11 @@ fn each_mistake_names_its_key_its_value_and_the_way_out() {
         let part = ["is no table", "named before"][usize::from(!name.is_empty())];
         assert!(error.contains(part), "{error}");
     }
+    let other = [("embed_tokens", 1), ("lm_head", 2)];
+    let other = other.map(|(name, id)| (name.into(), vec![id])).to_vec();
     let config = LoraConfig {
         ensure_weight_tying: true,
-        ..of("lm_head")
+        ..trains(TokenIndices::Modules(other))
     };
     let error = refusal(config, &tied_sites());
     assert!(
@@ -131,6 +133,122 @@ fn a_tied_head_named_with_other_tokens_is_trained_apart() {
     let other: &[(&str, &[u32])] = &[("embed_tokens", &[1, 2]), ("lm_head", &[2])];
     assert_eq!(rows(other), [embedding, (head, vec![2])]);
     assert_eq!(rows(&[("lm_head", &[2])]), [(head, vec![2])]);
+    // Named alone, also where what is named is to stay tied.
+    let alone = LoraConfig {
+        ensure_weight_tying: true,
+        ..trains(TokenIndices::Modules(vec![("lm_head".into(), vec![2])]))
+    };
+    let all = attached(alone, &tied_sites());
+    let is_rows = |(site, a): &(SiteId, Attachment)| {
+        site.0 == head && matches!(a, Attachment::TrainRows { .. })
+    };
+    assert!(all.iter().any(is_rows), "{all:?}");
+}
+
+/// An update of a tied head stands on the embedding's trained rows; PEFT has none where these are named for the head too.
+#[test]
+fn rows_of_an_embedding_lie_below_an_update_of_its_head() {
+    let with = |tokens| LoraConfig {
+        target_modules: list(&["q_proj", "lm_head"]),
+        ..trains(tokens)
+    };
+    let all = attached(with(TokenIndices::Embedding(vec![1, 2])), &tied_sites());
+    let rows = all
+        .iter()
+        .filter(|(_, a)| matches!(a, Attachment::TrainRows { .. }));
+    assert_eq!(rows.map(|(site, _)| site.0).collect::<Vec<_>>(), [0]);
+    let both = ["embed_tokens", "lm_head"].map(|name| (name.to_owned(), vec![1, 2]));
+    let saved = LoraConfig {
+        modules_to_save: vec!["lm_head".into()],
+        ..with(TokenIndices::Embedding(vec![1, 2]))
+    };
+    let tied = LoraConfig {
+        ensure_weight_tying: true,
+        ..with(TokenIndices::Embedding(vec![1, 2]))
+    };
+    for config in [with(TokenIndices::Modules(both.to_vec())), saved, tied] {
+        let error = refusal(config, &tied_sites());
+        assert!(
+            error.contains("trains rows of `model.embed_tokens`"),
+            "{error}"
+        );
+    }
+}
+
+/// Where the embedding is trained as a whole, its head may have rows of its own over the base's.
+#[test]
+fn rows_of_a_head_lie_beside_an_embedding_trained_as_a_whole() {
+    let config = LoraConfig {
+        modules_to_save: vec!["embed_tokens".into()],
+        ..trains(TokenIndices::Modules(vec![("lm_head".into(), vec![2])]))
+    };
+    let head = tied_sites().len() - 1;
+    let all = attached(config, &tied_sites());
+    let of_head: Vec<_> = all.iter().filter(|(site, _)| site.0 == head).collect();
+    assert!(
+        matches!(of_head[..], [(_, Attachment::TrainRows { .. })]),
+        "{of_head:?}"
+    );
+}
+
+/// PEFT reads a pattern that decides nothing, so a file may have one; a run may not.
+#[test]
+fn a_pattern_that_decides_nothing_is_refused_but_in_a_file() {
+    let config = LoraConfig {
+        rank_pattern: vec![
+            ("q_proj".into(), 2),
+            ("layers.0.self_attn.q_proj".into(), 4),
+        ],
+        ..LoraConfig::default()
+    };
+    let error = refusal(config.clone(), &llama_sites(2));
+    assert!(
+        error.contains("`layers.0.self_attn.q_proj` decides nothing"),
+        "{error}"
+    );
+    let read = LoraAdapter::new(config, "llama").expect("valid").of_file();
+    let all = read.attach(&llama_sites(2), &mut ParamLayoutBuilder::new());
+    let ranks = all
+        .expect("attaches")
+        .into_iter()
+        .filter_map(|(_, a)| match a {
+            Attachment::LowRank(update) => Some(update.rank),
+            _ => None,
+        });
+    assert_eq!(ranks.collect::<Vec<_>>(), [2, 8, 2, 8]);
+}
+
+/// A base without biases has none that copies of a layer would share.
+#[test]
+fn biases_that_copies_of_a_layer_share_are_not_trained() {
+    let copies = |bias| LoraConfig {
+        bias,
+        layer_replication: vec![[0, 1], [0, 1]],
+        ..LoraConfig::default()
+    };
+    let mut sites = llama_sites(2);
+    for site in &mut sites {
+        site.stored_name = site.name.replacen(".1.", ".0.", 1);
+    }
+    for bias in [LoraBias::All, LoraBias::LoraOnly] {
+        attached(copies(bias), &sites);
+    }
+    for site in sites
+        .iter_mut()
+        .filter(|site| site.name.ends_with("k_proj"))
+    {
+        site.bias = true;
+    }
+    attached(copies(LoraBias::LoraOnly), &sites);
+    let error = refusal(copies(LoraBias::All), &sites);
+    for part in [
+        "`bias`: all",
+        "layers.0.self_attn.k_proj",
+        "`layer_replication`",
+        "none",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
 }
 
 #[test]

@@ -70,7 +70,7 @@ impl Observation {
             return Ok(None);
         }
         let mut builder = ParamLayoutBuilder::new();
-        attach::attach(config, &plan.sites, &mut builder)?;
+        attach::attach(config, false, &plan.sites, &mut builder)?;
         let mut targets = linears(config, &*builder.build()?)?;
         let mut inputs = Vec::new();
         for group in plan
