@@ -38,7 +38,10 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let run = Run {
         case,
         files: &files,
-        dtype: dtype_of(&files.shards()[0]),
+        dtype: match files.is_bf16() {
+            true => DType::Bf16,
+            false => DType::F32,
+        },
         batch,
     };
     let adapter = case.path(adapter);

@@ -2,7 +2,7 @@
 
 use crate::device;
 use ferrotune_core::config::{Dtype, TrainConfig};
-use ferrotune_core::io::{FileDType, ModelFiles};
+use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{DecoderConfig, ModelPlan, Quantise, WeightFormat, WeightSource};
 use ferrotune_core::{Error, Result, suggest};
 use ferrotune_kernels::{DType, Device};
@@ -30,7 +30,30 @@ pub(super) fn weights(
         );
         return Err(Error::config("use_peft", message));
     }
+    require_one_format(config, &files)?;
     Ok(Some(files))
+}
+
+/// Refuses keys that ask for another format than the files hold already.
+fn require_one_format(config: &TrainConfig, files: &ModelFiles) -> Result<()> {
+    let (Some(held), Some(asked)) = (files.quantisation(), config.model.quantise()) else {
+        return Ok(());
+    };
+    let asked = asked.format.name();
+    if held == asked {
+        return Ok(());
+    }
+    let key = match asked {
+        "int8" => "load_in_8bit",
+        "fp8" => "load_in_fp8",
+        _ if ["nf4", "fp4"].contains(&held) => "bnb_4bit_quant_type",
+        _ => "load_in_4bit",
+    };
+    let message = format!(
+        "asks for {asked}, and the files of the base hold {held} already; leave it out, or give the checkpoint that they \
+         were made from"
+    );
+    Err(Error::config(key, message))
 }
 
 /// Every module that is not to be quantised must be there.
@@ -61,12 +84,7 @@ pub(super) fn weight_format(
         Dtype::Float32 => DType::F32,
         Dtype::Bfloat16 => DType::Bf16,
         Dtype::Auto => {
-            let is_bf16 = |files: &ModelFiles| {
-                files
-                    .names()
-                    .any(|n| files.meta(n).is_some_and(|m| m.dtype == FileDType::BF16))
-            };
-            if files.is_some_and(is_bf16) {
+            if files.is_some_and(ModelFiles::is_bf16) {
                 DType::Bf16
             } else {
                 DType::F32

@@ -5,7 +5,7 @@ mod adapters;
 use crate::device::activation_dtype;
 use crate::generate::{GenerateOptions, Question, Voice, generate};
 use ferrotune_core::data::{Decoding, PackedBatch, Prompt, Tokenizer};
-use ferrotune_core::io::{FileDType, ModelFiles};
+use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{
     DecoderConfig, LoadedBase, MemberPass, Mode, Model, ModelPlan, Pass, Quantise, WeightFormat,
 };
@@ -280,10 +280,8 @@ fn nothing(device: &Device) -> Result<FlatBuffer> {
 }
 
 fn dtype_of(files: &ModelFiles) -> DType {
-    let is_bf16 = |name: &str| files.meta(name).is_some_and(|m| m.dtype == FileDType::BF16);
-    if files.names().any(is_bf16) {
-        DType::Bf16
-    } else {
-        DType::F32
+    match files.is_bf16() {
+        true => DType::Bf16,
+        false => DType::F32,
     }
 }

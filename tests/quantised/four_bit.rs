@@ -144,6 +144,47 @@ fn a_checkpoint_in_4_bits_trains_without_a_key_and_is_not_merged_into() {
 }
 
 #[test]
+fn keys_of_another_format_than_the_files_are_refused() {
+    let bench = saved_in_4_bits();
+    for (keys, key) in [
+        (json!({"load_in_8bit": true}), "load_in_8bit"),
+        (
+            json!({"load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}),
+            "bnb_4bit_quant_type",
+        ),
+    ] {
+        let refused = bench.train("out", &keys).expect(BAD_CONFIG);
+        said(&refused, &[key, "nf4 already", "leave it out"]);
+    }
+    bench.train("out", &four_bits()).expect(0);
+}
+
+#[test]
+fn a_scale_that_is_no_number_is_named_and_codes_say_nothing_of_the_values() {
+    const Q: &str = "model.layers.0.self_attn.q_proj.weight";
+    let bench = saved_in_4_bits();
+    let loss = |bench: &Workbench| {
+        let (base, rows) = (bench.path("base"), bench.path("rows.jsonl"));
+        let place = ["--model_name_or_path", text(&base), "--data", text(&rows)];
+        ferrotune(&[&["eval"], &place[..]].concat())
+    };
+    let before = loss(&bench).expect(0).stdout;
+    // `bnb_4bit_quant_storage: bfloat16`
+    change_tensors(&bench.path("base"), |tensors| {
+        let codes = tensors.get_mut(Q).expect("there");
+        (codes.dtype, codes.shape) = (FileDType::BF16, vec![codes.bytes.len() / 2, 1]);
+    });
+    assert_eq!(loss(&bench).expect(0).stdout, before);
+    change_tensors(&bench.path("base"), |tensors| {
+        let scales = tensors.get_mut(&format!("{Q}.nested_absmax"));
+        let bytes = scales.expect("there").bytes.to_mut();
+        bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    let refused = loss(&bench).expect(BAD_INPUT);
+    said(&refused, &["nested_absmax", "NaN at element 0"]);
+}
+
+#[test]
 fn weights_in_4_bits_are_not_trained() {
     let bench = Workbench::new(4);
     let full = json!({"use_peft": false});

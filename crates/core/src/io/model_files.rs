@@ -3,7 +3,7 @@
 use super::gguf::{self, GgmlState, Gguf};
 use super::json::UniqueMap;
 use super::quantised::{self, QuantisedWeights, Stored};
-use super::{SafetensorsFile, TensorMeta, safe_file_name};
+use super::{FileDType, SafetensorsFile, TensorMeta, safe_file_name};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use ferrotune_kernels::ViewMut;
@@ -190,6 +190,14 @@ impl ModelFiles {
     pub fn quantised_bytes(&self, name: &str) -> Option<usize> {
         let stored = self.quantised.get(self.own_name(name));
         stored.map(Stored::bytes)
+    }
+
+    /// Whether any tensor of values is bf16. Codes may be stored as numbers of any dtype.
+    #[must_use]
+    pub fn is_bf16(&self) -> bool {
+        let is_bf16 = |name: &str| self.meta(name).is_some_and(|m| m.dtype == FileDType::BF16);
+        self.names()
+            .any(|name| self.quantised.get(name).is_none() && is_bf16(name))
     }
 
     /// The name of the format that weights are held in as codes; `None` if none is.

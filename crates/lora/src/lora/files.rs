@@ -190,8 +190,19 @@ pub(super) fn start(config: &LoraConfig, directory: &Path) -> Result<Option<Star
         return Start::read_half(directory).map(Some);
     }
     let initial = directory.join(INITIAL);
-    let there = initial.is_dir().then(|| Start::read(&initial));
-    there.transpose()
+    if initial.is_dir() {
+        return Start::read(&initial).map(Some);
+    }
+    if init.is_drawn() {
+        let message = format!(
+            "`init_lora_weights` is {}, which starts from random numbers that nobody can draw again, and \
+             `{INITIAL}/` with that start is not there; give it, or the adapter as a plain LoRA (PEFT's \
+             `path_initial_model_for_weight_conversion`)",
+            init.name()
+        );
+        return Err(Error::adapter(directory.join(CONFIG_FILE), message));
+    }
+    Ok(None)
 }
 
 /// Reads every tensor of `params` that is an adapter's from the weights file, strictly.

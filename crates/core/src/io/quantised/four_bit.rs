@@ -200,7 +200,20 @@ impl QuantState {
 
     /// Reads the weight into host memory.
     pub(super) fn read_weight(&self, files: &ModelFiles, weight: &str) -> Result<FourBit> {
-        let part = |member: &str| files.read_f32(&format!("{weight}{member}"));
+        let part = |member: &str| {
+            let name = format!("{weight}{member}");
+            let values = files.read_f32(&name)?;
+            match values.iter().position(|value| !value.is_finite()) {
+                None => Ok(values),
+                Some(at) => {
+                    let message = format!(
+                        "tensor `{name}` holds {} at element {at}; expected finite numbers",
+                        values[at]
+                    );
+                    Err(Error::model(files.file_of(weight), message))
+                }
+            }
+        };
         let changed = |_| {
             let message = format!("4-bit tensor `{weight}` changed while it was read");
             Error::model(files.file_of(weight), message)

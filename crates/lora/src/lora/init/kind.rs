@@ -213,6 +213,16 @@ impl InitLoraWeights {
         self.subtracts() || matches!(self, Loftq(_))
     }
 
+    /// Whether it follows from random numbers and the base's weights.
+    pub(crate) fn is_drawn(self) -> bool {
+        matches!(
+            self,
+            Pissa {
+                iterations: Some(_)
+            }
+        )
+    }
+
     /// Whether it follows from data: see [`super::Observation`].
     #[must_use]
     pub fn needs_data(self) -> bool {
