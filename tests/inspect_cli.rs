@@ -194,3 +194,65 @@ fn a_plan_has_a_table_of_the_modules_that_are_matched() {
         assert_eq!(plan["trainable_parameters"], sum, "{changes}: {rows:?}");
     }
 }
+
+#[test]
+fn a_plan_has_the_least_time_of_the_products_that_no_run_leaves_out() {
+    let bench = Workbench::new(8);
+    // Of a layer q and o, k and v, gate, up and down; of the head 96 x 32.
+    let layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32;
+    let targets = |targets: Value| json!({"lora_target_modules": targets, "num_train_epochs": 3});
+    for (changes, passes) in [
+        // Forward in both layers, and backward in the one above the first that is adapted.
+        (targets(json!(["q_proj"])), [2, 1, 0]),
+        (targets(json!("model.layers.1.self_attn.q_proj")), [2, 0, 0]),
+        (targets(json!(["lm_head"])), [2, 0, 0]),
+        (targets(json!(["embed_tokens"])), [2, 2, 0]),
+        (json!({"use_peft": false, "num_train_epochs": 3}), [2, 2, 2]),
+        (
+            json!({"lora_target_modules": ["q_proj"], "load_in_8bit": true, "num_train_epochs": 3}),
+            [0, 1, 0],
+        ),
+    ] {
+        let config = bench.config("plan", &changes);
+        let finished = ferrotune(&["plan", text(&config)]).expect(0);
+        let plan: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+        let number = |value: &Value| value.as_f64().expect("a number");
+        let [tokens, trained] = ["tokens", "trained_tokens"].map(|key| number(&plan[key]));
+        let layers = passes.iter().sum::<i32>() * layer;
+        let epoch = 2.0 * f64::from(layers) * tokens + 4.0 * f64::from(96 * 32) * trained;
+        let [steps, per_epoch] = ["total_steps", "steps_per_epoch"].map(|key| number(&plan[key]));
+        let least = &plan["least_time"];
+        let flops = number(&least["flops"]);
+        let expected = epoch * steps / per_epoch;
+        assert!((flops / expected - 1.0).abs() < 1e-12, "{changes}: {flops}");
+        let (seconds, rate) = (
+            number(&least["seconds"]),
+            number(&least["flops_per_second"]),
+        );
+        assert!(rate > 0.0 && seconds == flops / rate, "{least}");
+        let product = least["product"].as_str().expect("words");
+        assert!(product.ends_with(" x 48 x 32 in f32"), "{product}");
+    }
+}
+
+#[test]
+fn packing_keeps_the_start_of_a_row_whichever_end_is_asked_for() {
+    let bench = Workbench::new(4);
+    std::fs::write(bench.path("rows.jsonl"), r#"{"text": "abcdefghij"}"#).expect("writable");
+    for (packing, seen) in [(true, "abcd"), (false, "hij<|im_end|>")] {
+        let changes = json!({"max_length": 4, "truncation_mode": "keep_end", "packing": packing});
+        let config = bench.config("inspect", &changes);
+        let finished = ferrotune(&["inspect", "data", text(&config), "--json"]).expect(0);
+        let shown: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+        let segments = shown["shown"][0]["segments"]
+            .as_array()
+            .expect("a list")
+            .iter();
+        let row: String = segments.filter_map(|part| part["text"].as_str()).collect();
+        assert_eq!(row, seen);
+        assert_eq!(
+            finished.stderr.contains("truncation_mode has no effect"),
+            packing
+        );
+    }
+}

@@ -1,8 +1,7 @@
 mod adapter;
 mod model;
 
-use super::overrides;
-use super::{Failure, Outcome, print, print_help_of, print_line, print_note};
+use super::{Failure, Outcome, overrides, print, print_help_of, print_line, print_note, train};
 use ferrotune::core::config;
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::recipe::{Preflight, ShownRow, prepare_data};
@@ -66,6 +65,7 @@ fn data(args: &DataArgs) -> Outcome {
     let rows = number(&mut pairs, "rows")?.unwrap_or(args.rows);
     let first = number(&mut pairs, "first")?.unwrap_or(args.first);
     let config = config::load(&args.config, &pairs)?;
+    train::print_notes(&config);
     let (tokenizer, dataset) = prepare_data(&config)?;
     if first == 0 || first > dataset.examples.len() {
         return Err(Failure::Usage(format!(

@@ -84,8 +84,8 @@ pub(super) fn this_program(found: &LaunchEnv, config: &TrainConfig, stop: Stop) 
 /// Ends here with clap's message if it is none.
 fn command_of(words: &[OsString]) -> Cli {
     let name = std::iter::once(OsString::from("ferrotune"));
-    let words = words.iter().cloned().map(super::either_spelling);
-    Cli::parse_from(overrides::behind_config(name.chain(words).collect()))
+    let words = name.chain(words.iter().cloned()).collect();
+    Cli::parse_from(overrides::in_order(words))
 }
 
 fn program(given: Option<&PathBuf>) -> Result<PathBuf, Failure> {

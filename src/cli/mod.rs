@@ -114,8 +114,8 @@ pub(crate) fn main() -> std::process::ExitCode {
         return std::process::ExitCode::from(ExitCode::Transient as u8);
     }
     start_logging();
-    let words = std::env::args_os().map(either_spelling).collect();
-    let outcome = match Cli::try_parse_from(overrides::behind_config(words)) {
+    let words = overrides::in_order(std::env::args_os().collect());
+    let outcome = match Cli::try_parse_from(words) {
         Ok(cli) => run(cli.command),
         // What was asked for, help or version, is an answer; the rest clap says itself, and exits with 2.
         Err(error) if error.use_stderr() => error.exit(),

@@ -35,32 +35,58 @@ pub(super) fn ask_for_help(words: &[String]) -> bool {
     words.iter().any(|w| ["-h", "--help"].contains(&w.as_str()))
 }
 
-/// A command line whose switches stand before CONFIG, with them behind it, where keys stand. Only words that
-/// can have no value behind them are moved: `--dry-run`, `--json` and `--key=value`.
-pub(super) fn behind_config(mut words: Vec<OsString>) -> Vec<OsString> {
-    let text = |at: usize, words: &[OsString]| -> String {
-        let word = words.get(at).map(|word| word.to_string_lossy());
-        word.unwrap_or_default().into_owned()
-    };
-    let first = match (text(1, &words).as_str(), text(2, &words).as_str()) {
-        ("train" | "plan", _) => 2,
-        ("inspect", "data") => 3,
-        _ => return words,
-    };
-    let is_switch = |word: &str| {
-        let name = word.strip_prefix("--");
-        name.is_some_and(|name| {
-            name.contains('=') || Switches::default().named(&name.replace('-', "_")).is_some()
-        })
-    };
-    let mut config = first;
-    while is_switch(&text(config, &words)) {
-        config += 1;
+/// A command line as clap reads it. Keys and switches of a command with a CONFIG may stand before that, and stay as the
+/// user spells them.
+pub(super) fn in_order(words: Vec<OsString>) -> Vec<OsString> {
+    match config_place(&words) {
+        Some(first) => behind_config(words, first),
+        None => words.into_iter().map(super::either_spelling).collect(),
     }
-    if config > first && config < words.len() && !text(config, &words).starts_with('-') {
-        words[first..=config].rotate_right(1);
+}
+
+/// Where CONFIG is expected in the line of a command that has one.
+fn config_place(words: &[OsString]) -> Option<usize> {
+    let word = |at: usize| words.get(at).and_then(|word| word.to_str());
+    match (word(1), word(2)) {
+        (Some("train" | "plan"), _) => Some(2),
+        (Some("inspect"), Some("data")) => Some(3),
+        _ => None,
+    }
+}
+
+/// The words from `first` on with CONFIG before the keys and switches that stand before it. Of a key that may have
+/// several values, only the first can stand there.
+fn behind_config(mut words: Vec<OsString>, first: usize) -> Vec<OsString> {
+    let text = |at: usize| words.get(at).map(|word| word.to_string_lossy());
+    let mut config = first;
+    while let Some(key) = text(config).filter(|word| word.starts_with("--")) {
+        config += 1;
+        if let Some(value) = text(config)
+            && takes(&key, &value)
+        {
+            config += 1;
+        }
+    }
+    match text(config).map(|word| word.starts_with('-')) {
+        Some(true) => {}
+        Some(false) => words[first..=config].rotate_right(1),
+        // Nothing but keys: what is missing is CONFIG.
+        None if !words[first..].iter().any(|word| word == "--help") => words.truncate(first),
+        None => {}
     }
     words
+}
+
+/// Whether `value` belongs to the `key` before it.
+fn takes(key: &str, value: &str) -> bool {
+    let name = key[2..].replace('-', "_");
+    if name.is_empty() || name.contains('=') || !is_value(value) {
+        return false;
+    }
+    let is_switch = Switches::default().named(&name).is_some()
+        || name == "standalone"
+        || TrainConfig::arity(&name) == Some(Arity::Switch);
+    !is_switch || ["true", "false"].contains(&value)
 }
 
 /// Splits what follows the config file into keys with values, and switches.
@@ -191,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn switches_may_stand_before_the_config_file() {
+    fn keys_and_switches_may_stand_before_the_config_file() {
         for (line, expected) in [
             (
                 "f train --dry-run c.yaml --seed 1",
@@ -202,18 +228,34 @@ mod tests {
                 "f plan c.yaml --json --seed=1",
             ),
             (
-                "f inspect data --json c.yaml",
-                "f inspect data c.yaml --json",
+                "f inspect data --json --rows 1 c.yaml",
+                "f inspect data c.yaml --json --rows 1",
             ),
+            (
+                "f inspect data --rows 1 --json c.yaml --first 2",
+                "f inspect data c.yaml --rows 1 --json --first 2",
+            ),
+            (
+                "f train --learning_rate 1e-4 --packing --max-steps -1 c.yaml",
+                "f train c.yaml --learning_rate 1e-4 --packing --max-steps -1",
+            ),
+            (
+                "f train --packing false --nproc 2 --standalone c.yaml",
+                "f train c.yaml --packing false --nproc 2 --standalone",
+            ),
+            ("f train -- c.yaml", "f train c.yaml --"),
             ("f train c.yaml --dry-run", "f train c.yaml --dry-run"),
-            ("f train --dry-run", "f train --dry-run"),
-            ("f train --seed 1 c.yaml", "f train --seed 1 c.yaml"),
-            ("f generate --json x", "f generate --json x"),
+            ("f train --dry-run", "f train"),
+            ("f train --learning_rate 1e-4", "f train"),
+            ("f train --help", "f train --help"),
+            ("f train --seed -x c.yaml", "f train --seed -x c.yaml"),
         ] {
-            let words = line.split(' ').map(OsString::from).collect();
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
             let expected: Vec<OsString> = expected.split(' ').map(OsString::from).collect();
-            assert_eq!(behind_config(words), expected);
+            let first = config_place(&words).expect("a command with a configuration");
+            assert_eq!(behind_config(words, first), expected);
         }
+        assert_eq!(config_place(&["f".into(), "generate".into()]), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use ferrotune::core::trainer::RunOutcome;
 use ferrotune::core::{ExitCode, Result};
 use ferrotune::dist::env::{LaunchEnv, Scope, Surroundings, detect};
 use ferrotune::ranks;
-use ferrotune::recipe::{Preflight, Recipe, Summary};
+use ferrotune::recipe::{LeastTime, Preflight, Recipe, Summary};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -139,6 +139,9 @@ pub(super) fn run(
         return Ok(recipe.train_with(group, &mut [], stop)?);
     }
     print_notes(&recipe.config);
+    for line in recipe.dataset.report.unused_lines() {
+        print_note(&line);
+    }
     let output = PathBuf::from(&recipe.config.output.output_dir);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     match voice {
@@ -189,7 +192,7 @@ pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: V
         ..Place::SOLO
     };
     let recipe = Recipe::prepare_at(place, config)?;
-    let summary = Summary::of(&recipe)?;
+    let summary = Summary::of(&recipe)?.with_time(&LeastTime::measure(&recipe)?);
     match voice {
         Voice::Person => {
             print_notes(&recipe.config);
@@ -208,7 +211,7 @@ pub(super) fn show_plan(config: TrainConfig, found: Option<&LaunchEnv>, voice: V
     Ok(ExitCode::Done)
 }
 
-fn print_notes(config: &TrainConfig) {
+pub(super) fn print_notes(config: &TrainConfig) {
     for note in &config.notes {
         print_note(note);
     }

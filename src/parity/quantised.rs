@@ -9,9 +9,11 @@ use crate::device::activation_dtype;
 use ferrotune_core::data::PackedBatch;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
+use ferrotune_core::params::transpose;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Device, Tensor};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Bits are compared: nothing is tolerated.
@@ -112,6 +114,9 @@ fn compare_weights(
     files: &ModelFiles,
 ) -> Result<()> {
     let base = ModelFiles::open(case.base()?)?;
+    let sites = ModelPlan::new(&DecoderConfig::open(&case.directory)?).sites;
+    let transposed = sites.iter().filter(|site| site.stored_transposed);
+    let transposed: BTreeSet<String> = transposed.map(|site| site.tensor("weight")).collect();
     for name in files.weight_shapes().into_keys() {
         let (Some(codes), Some(format)) = (files.read_quantised(name)?, files.quant_format(name))
         else {
@@ -119,7 +124,11 @@ fn compare_weights(
         };
         let [rows, cols] = codes.shape();
         let saved = values(codes, DType::F32, &case.device)?;
-        let original = Tensor::from_f32(base.read_f32(name)?, rows, cols);
+        let mut original = base.read_f32(name)?;
+        if transposed.contains(name) {
+            original = transpose(&original, cols, rows);
+        }
+        let original = Tensor::from_f32(original, rows, cols);
         let made = values(format.quantise(original.view())?, DType::F32, &case.device)?;
         c.tensor("quantised here", name, &made, &saved, EXACT);
     }

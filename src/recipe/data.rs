@@ -10,15 +10,18 @@ pub(crate) use files::is_of_split;
 pub(super) use workload::workload;
 
 use crate::hub;
-use ferrotune_core::config::{DataArguments, PackingStrategy, SamplingStrategy, TrainConfig};
+use ferrotune_core::config::{
+    DataArguments, PackingStrategy, SamplingStrategy, TrainConfig, TruncationMode,
+};
 use ferrotune_core::data::{
-    BatchPlan, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions, Record, Row,
-    Tokenizer, pack_bfd,
+    BatchPlan, ChatTemplate, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions,
+    Record, Row, Tokenizer, pack_bfd,
 };
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::process_group::Place;
 use ferrotune_core::trainer::StepData;
-use ferrotune_core::{Error, Result};
+use ferrotune_core::{Error, Result, suggest};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,9 +35,13 @@ pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> 
         if Path::new(path).is_dir() {
             return Err(template_directory(path));
         }
-        let source = std::fs::read_to_string(path).map_err(Error::read(path))?;
-        let set = tokenizer.set_chat_template(&source);
-        set.map_err(|error| error.in_template_file(Path::new(path)))?;
+        let path = Path::new(path);
+        ChatTemplate::read_source(path)
+            .and_then(|source| tokenizer.set_chat_template(&source))
+            .map_err(|error| error.in_template_file(path))?;
+    }
+    if let Some(pad) = &config.data.pad_token {
+        tokenizer.require_token("pad_token", pad)?;
     }
     Ok(tokenizer)
 }
@@ -77,6 +84,38 @@ pub fn row_files(name: &str, split: &str, key: &str) -> Result<Vec<PathBuf>> {
     }
     let files = files::named(&[path.display().to_string()], split, key)?;
     Ok(files.concat())
+}
+
+/// The rows of a run: what `training` gives, and those for evaluation, if there are any.
+pub(super) fn all(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    vocab_size: Option<usize>,
+    training: impl FnOnce(&TrainConfig, &Tokenizer, Option<usize>) -> Result<Prepared>,
+) -> Result<Prepared> {
+    let (dataset, held_out) = training(config, tokenizer, vocab_size)?;
+    let eval_dataset = evaluation(config, tokenizer, vocab_size, held_out)?;
+    check_renamed(&dataset, eval_dataset.as_ref())?;
+    Ok((dataset, eval_dataset))
+}
+
+/// A column that is to be renamed and is nowhere there is misspelt, or of other rows.
+fn check_renamed(dataset: &Dataset, eval_dataset: Option<&Dataset>) -> Result<()> {
+    let report = &dataset.report;
+    let is_missing = |name: &&String| {
+        eval_dataset.is_none_or(|eval| {
+            // Those that were held out are of the same files.
+            eval.file_ends.is_empty() || eval.report.missing_columns.contains(*name)
+        })
+    };
+    let Some(name) = report.missing_columns.iter().find(is_missing) else {
+        return Ok(());
+    };
+    let unused = report.unused_columns.values().flatten();
+    let unused: BTreeSet<&str> = unused.map(String::as_str).collect();
+    let hint = suggest::did_you_mean(name, unused);
+    let message = format!("renames `{name}`, and no row has a column of that name{hint}");
+    Err(Error::config("dataset_columns", message))
 }
 
 /// The training rows, prepared, and those of them that are held out for evaluation.
@@ -139,10 +178,10 @@ pub fn prepare_rows(
 }
 
 /// The evaluation rows, if there are any: of their own files, else those held out.
-pub(super) fn evaluation(
+fn evaluation(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
-    vocab_size: usize,
+    vocab_size: Option<usize>,
     held_out: Option<Dataset>,
 ) -> Result<Option<Dataset>> {
     let data = &config.data;
@@ -159,7 +198,7 @@ pub(super) fn evaluation(
     }
     let packing = data.packs_evaluation();
     files::require_files(&files)?;
-    let options = options(config, packing, Some(vocab_size));
+    let options = options(config, packing, vocab_size);
     let mut dataset = load(config, &files, tokenizer, &options)?;
     arrange::cut(config, packing, &mut dataset)?;
     Ok(Some(dataset))
@@ -184,7 +223,11 @@ fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> Pr
     PrepareOptions {
         dataset_text_field: data.dataset_text_field.clone(),
         max_length: if cut_later { None } else { data.max_length },
-        truncation_mode: data.truncation_mode,
+        // As in TRL.
+        truncation_mode: match packing {
+            true => TruncationMode::KeepStart,
+            false => data.truncation_mode,
+        },
         completion_only_loss: data.completion_only_loss,
         assistant_only_loss: data.assistant_only_loss,
         eos_token: data.eos_token.clone(),
@@ -196,8 +239,25 @@ fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> Pr
     }
 }
 
-/// Rows longer than the model's context are an error, not a surprise at step 4000.
-pub(super) fn check_fits_context(
+/// Rows that the model cannot read are an error before the first step, not in it.
+pub(super) fn check_fit(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    rows: &Prepared,
+    prompt_tokens: usize,
+    decoder: &DecoderConfig,
+    base: &Path,
+) -> Result<()> {
+    let (dataset, eval_dataset) = rows;
+    for rows in std::iter::once(dataset).chain(eval_dataset) {
+        check_fits_context(config, rows, prompt_tokens, decoder, base)?;
+        check_fits_vocabulary(tokenizer, rows, decoder, base)?;
+    }
+    Ok(())
+}
+
+/// No row may be longer than the model's context.
+fn check_fits_context(
     config: &TrainConfig,
     dataset: &Dataset,
     prompt_tokens: usize,
@@ -227,8 +287,8 @@ pub(super) fn check_fits_context(
     ))
 }
 
-/// A token that the embedding has no row for is an error before the first step, not in it.
-pub(super) fn check_fits_vocabulary(
+/// The embedding must have a row for every token.
+fn check_fits_vocabulary(
     tokenizer: &Tokenizer,
     dataset: &Dataset,
     decoder: &DecoderConfig,

@@ -5,7 +5,9 @@ use super::base_weights::{activation_dtype, weight_format};
 use super::{Recipe, fitting, host_memory};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::{ActivationPlan, DecoderConfig, Keep, ModelPlan, StepShape, Workload};
+use ferrotune_core::model::{
+    ActivationPlan, DecoderConfig, Keep, ModelPlan, StepShape, WeightFormat, Workload,
+};
 use ferrotune_core::process_group::Place;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
@@ -77,6 +79,12 @@ impl<'a> Base<'a> {
         }
     }
 
+    /// What its linears are held in, where not as values.
+    pub(super) fn held_as(&self, weights: &WeightFormat) -> Option<&'a str> {
+        let in_files = self.files.and_then(ModelFiles::quantisation);
+        in_files.or_else(|| weights.quantise.as_ref().map(|q| q.format.name()))
+    }
+
     /// Shapes of the steps of a run as `config` says.
     fn step(&self, config: &TrainConfig, attached: &Attached, workload: &Workload) -> StepShape {
         let weights = weight_format(config, self.files, self.device);
@@ -84,9 +92,7 @@ impl<'a> Base<'a> {
         let attachments = &attached.attachments;
         let dtypes = [weights.dtype, activations];
         let step = StepShape::new(self.decoder, attachments, self.device, dtypes, workload);
-        let in_files = self.files.and_then(ModelFiles::quantisation);
-        let asked = weights.quantise.map(|q| q.format.name());
-        match in_files.or(asked) {
+        match self.held_as(&weights) {
             None => step,
             Some("int8") => step.with_int8_linears(),
             Some(_) => step.with_quantised_linears(),

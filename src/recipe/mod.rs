@@ -6,6 +6,7 @@ mod base_weights;
 mod data;
 mod fitting;
 mod host_memory;
+mod least_time;
 mod matched;
 mod memory;
 mod observers;
@@ -23,6 +24,7 @@ pub use adapter::adapter_of;
 #[cfg(feature = "hub")]
 pub(crate) use data::is_of_split;
 pub use data::{EpochData, eval_batches, prepare_rows, row_files};
+pub use least_time::LeastTime;
 pub use memory::available_memory;
 pub use outputs::CheckpointFiles;
 pub use preflight::{Preflight, ShownRow, prepare_data};
@@ -162,13 +164,10 @@ impl Recipe {
         let attached = memory::attach(&config, shape)?;
         config.notes.extend_from_slice(&attached.notes);
         let tokenizer = data::tokenizer(&config, &base)?;
-        let vocab_size = decoder.vocab_size;
-        let (dataset, held_out) = training(&config, &tokenizer, Some(vocab_size))?;
-        let eval_dataset = data::evaluation(&config, &tokenizer, vocab_size, held_out)?;
-        for rows in std::iter::once(&dataset).chain(&eval_dataset) {
-            data::check_fits_context(&config, rows, attached.prompt_tokens(), &decoder, &base)?;
-            data::check_fits_vocabulary(&tokenizer, rows, &decoder, &base)?;
-        }
+        let rows = data::all(&config, &tokenizer, Some(decoder.vocab_size), training)?;
+        let prompt_tokens = attached.prompt_tokens();
+        data::check_fit(&config, &tokenizer, &rows, prompt_tokens, &decoder, &base)?;
+        let (dataset, eval_dataset) = rows;
         let epochs = EpochData::new(&config, &dataset, decoder.hidden_size, place);
         let plan = run_plan(
             &config,
@@ -177,7 +176,7 @@ impl Recipe {
             &decoder,
         )?;
         let workload = data::workload(&config, &epochs, plan.total_steps, eval_dataset.as_ref())?;
-        let workload = workload.behind_prompt(attached.prompt_tokens());
+        let workload = workload.behind_prompt(prompt_tokens);
         let weights = weight_format(&config, files.as_ref(), &device);
         let fingerprints = outputs::fingerprints(identity, &dataset)?;
         let mut recipe = Self {
@@ -492,8 +491,7 @@ impl Recipe {
             trainable_parameters: trainer.params().layout().trainable() as u64,
             total_parameters: self.total_parameters() as u64,
             examples: self.dataset.examples.len() as u64,
-            num_train_epochs: self.plan.total_steps as f64
-                / self.plan.steps_per_epoch.max(1) as f64,
+            num_train_epochs: self.plan.epochs(),
             max_steps: self.plan.total_steps,
             first_step: trainer.steps_done(),
             first_num_tokens,

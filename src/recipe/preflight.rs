@@ -1,5 +1,6 @@
 //! What training would see of its rows, before anything is spent: `inspect data` and `--dry-run`.
 
+use super::{adapter, data};
 use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::{Dataset, Decoding, Example, Examples, IGNORE_INDEX, Tokenizer};
@@ -34,20 +35,27 @@ pub struct ShownRow {
     pub segments: Vec<(String, bool)>,
 }
 
-/// Prepares the training rows of a configuration as a run would; nothing of the model is read but its
-/// tokenizer.
+/// Prepares the rows of a configuration as a run would, and gives those for training; nothing of the model is read
+/// but its configuration and its tokenizer.
 ///
 /// # Errors
 /// As [`super::Recipe::prepare`], as far as it concerns tokenizer and data.
 pub fn prepare_data(config: &TrainConfig) -> Result<(Tokenizer, Dataset)> {
+    config.validate()?;
     crate::threads::start(config.runtime.num_threads)?;
     let base = super::base_directory(config)?;
-    let tokenizer = super::data::tokenizer(config, &base)?;
+    let tokenizer = data::tokenizer(config, &base)?;
     // A base of an unknown kind has a tokenizer too.
     let decoder = DecoderConfig::open(&base).ok();
-    let vocab_size = decoder.map(|decoder| decoder.vocab_size);
-    let (dataset, _) = super::data::training(config, &tokenizer, vocab_size)?;
-    Ok((tokenizer, dataset))
+    let vocab_size = decoder.as_ref().map(|decoder| decoder.vocab_size);
+    let rows = data::all(config, &tokenizer, vocab_size, data::training)?;
+    if let Some(decoder) = decoder {
+        // What is wrong with the method is no matter of the rows.
+        let attached = adapter::attach(config, &base, &decoder);
+        let prompt_tokens = attached.map_or(0, |attached| attached.prompt_tokens());
+        data::check_fit(config, &tokenizer, &rows, prompt_tokens, &decoder, &base)?;
+    }
+    Ok((tokenizer, rows.0))
 }
 
 impl Preflight {
@@ -107,6 +115,7 @@ fn counts(dataset: &Dataset) -> Vec<String> {
             share(report.tokens_lost, before)
         ),
     ];
+    facts.extend(report.unused_lines());
     let dropped = report.dropped_lines.iter();
     facts.extend(dropped.map(|(path, line)| format!("dropped: {}:{line}", path.display())));
     facts.extend(
@@ -222,6 +231,7 @@ fn to_json(dataset: &Dataset, ends: &Ends, rows: &[ShownRow], warnings: &[String
         "untrained_rows": report.untrained_rows,
         "bad_rows": report.bad_rows,
         "bad_row_messages": report.bad_row_messages,
+        "unused_columns": report.unused_columns,
         "truncated_rows": report.truncated_rows,
         "tokens": report.tokens,
         "trained_tokens": report.trained_tokens,

@@ -1,9 +1,8 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
 use super::memory::Base;
-use super::{Recipe, adapter, matched};
+use super::{LeastTime, Recipe, adapter, matched};
 use ferrotune_core::Result;
-use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{ActivationPlan, Keep};
 use serde_json::{Value, json};
 use std::fmt;
@@ -114,6 +113,29 @@ impl Summary {
         Ok(Self { lines, json })
     }
 
+    /// The same with how long the run takes at least.
+    #[must_use]
+    pub fn with_time(mut self, least: &LeastTime) -> Self {
+        let line = format!(
+            "at least {} for all steps: {:.2e} FLOPs of products at {:.1} GFLOP/s, measured on this device by one \
+             of {}",
+            duration(least.seconds()),
+            least.flops(),
+            least.rate() / 1e9,
+            least.product()
+        );
+        let behind = self.lines.iter().position(|(name, _)| *name == "compute");
+        let at = behind.map_or(self.lines.len(), |at| at + 1);
+        self.lines.insert(at, ("time", line));
+        self.json["least_time"] = json!({
+            "seconds": least.seconds(),
+            "flops": least.flops(),
+            "flops_per_second": least.rate(),
+            "product": least.product(),
+        });
+        self
+    }
+
     /// The same for machines.
     #[must_use]
     pub fn json(&self) -> &Value {
@@ -147,9 +169,7 @@ fn batch(recipe: &Recipe) -> String {
 
 /// The base, and how its linears are held where not as values.
 fn model(recipe: &Recipe) -> String {
-    let in_files = recipe.files.as_ref().and_then(ModelFiles::quantisation);
-    let asked = recipe.weights.quantise.as_ref().map(|q| q.format.name());
-    let held = in_files.or(asked);
+    let held = Base::of(recipe).held_as(&recipe.weights);
     let held = held.map_or_else(String::new, |name| format!(", linears in {name}"));
     format!(
         "{} ({}, {} parameters{held})",
@@ -161,18 +181,17 @@ fn model(recipe: &Recipe) -> String {
 
 /// Tokens of the run, the last ones of an epoch that is not finished estimated.
 fn run_tokens(recipe: &Recipe) -> f64 {
-    let epochs = recipe.plan.total_steps as f64 / recipe.plan.steps_per_epoch.max(1) as f64;
-    recipe.dataset.report.tokens as f64 * epochs
+    recipe.dataset.report.tokens as f64 * recipe.plan.epochs()
 }
 
 fn flops(recipe: &Recipe) -> f64 {
     run_tokens(recipe) * recipe.plan.flops_per_token
 }
 
-/// What there is to compute. How long it takes is not known before the first steps of the run itself.
+/// What there is to compute.
 fn compute(recipe: &Recipe) -> String {
     format!(
-        "{:.2e} FLOPs for {:.0} tokens; the time left is shown once steps are measured",
+        "{:.2e} FLOPs for {:.0} tokens",
         flops(recipe),
         run_tokens(recipe)
     )
@@ -208,6 +227,16 @@ fn layers(plan: &ActivationPlan) -> String {
         .collect();
     let again = 100.0 * plan.extra_compute;
     format!("{}; {again:.1} % more to compute", runs.join(", "))
+}
+
+/// Seconds, to a tenth below a minute, else as hours, minutes and seconds.
+fn duration(seconds: f64) -> String {
+    if seconds < 60.0 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = seconds as u64;
+    let [hours, minutes] = [whole / 3600, whole / 60 % 60];
+    format!("{hours} h {minutes:02} min {:02} s", whole % 60)
 }
 
 fn mib(bytes: u64) -> String {

@@ -103,7 +103,93 @@ fn faults_of_the_rows() {
             BAD_CONFIG,
             &["chat_template_path", "`/` is a directory"],
         ),
+        fault(
+            "an endless template",
+            json!({"chat_template_path": "/dev/zero"}),
+            untouched,
+            BAD_INPUT,
+            &["/dev/zero", "the template has more than 1048576 bytes"],
+        ),
     ]);
+}
+
+#[test]
+fn inspect_refuses_what_a_run_refuses() {
+    for (changes, code, parts) in [
+        (
+            json!({"dataset_columns": {"qestion": "prompt"}}),
+            BAD_CONFIG,
+            ["dataset_columns", "did you mean `question`?"],
+        ),
+        (
+            json!({"pad_token": "<|im_ends|>"}),
+            BAD_CONFIG,
+            ["pad_token", "did you mean `<|im_end|>`?"],
+        ),
+        (
+            json!({"eos_token": "<|eot|>"}),
+            BAD_CONFIG,
+            ["eos_token", "is not a token of the vocabulary"],
+        ),
+        (
+            json!({"max_length": null}),
+            BAD_CONFIG,
+            ["max_length", "set max_length: 256"],
+        ),
+        (
+            json!({"eval_file": "none.jsonl", "eval_strategy": "epoch"}),
+            BAD_INPUT,
+            ["none.jsonl", "cannot read"],
+        ),
+    ] {
+        let bench = Workbench::new(4);
+        let long = format!(r#"{{"text": "{}", "question": 1}}"#, "a".repeat(300));
+        write_lines(&bench, &[long.as_bytes()]);
+        let config = bench.config("out", &changes);
+        let run = ferrotune(&["train", text(&config)]).expect(code).stderr;
+        let seen = ferrotune(&["inspect", "data", text(&config)]).expect(code);
+        assert_eq!(seen.stderr, run);
+        assert!(parts.iter().all(|part| run.contains(part)), "{run}");
+    }
+}
+
+#[test]
+fn columns_that_nothing_reads_are_named_once_for_each_file() {
+    let bench = Workbench::new(4);
+    let turns =
+        json!([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]);
+    let row = json!({"id": 7, "system": "Be brief.", "conversations": turns, "extra": null});
+    let row = row.to_string();
+    write_lines(&bench, &[row.as_bytes(), row.as_bytes()]);
+    let config = bench.config("out", &json!({"per_device_train_batch_size": 1}));
+    let path = bench.path("rows.jsonl");
+    let line = format!(
+        "{}: not used: `conversations[].weight`, `id`, `system`",
+        path.display()
+    );
+    let seen = ferrotune(&["inspect", "data", text(&config)])
+        .expect(0)
+        .stdout;
+    assert_eq!(seen.matches(&line).count(), 1, "{seen}");
+    let run = ferrotune(&["train", text(&config)]).expect(0).stderr;
+    assert_eq!(run.matches(&line).count(), 1, "{run}");
+    let seen = ferrotune(&["plan", text(&config), "--overwrite_output_dir"]).expect(0);
+    let plan: serde_json::Value = serde_json::from_str(&seen.stdout).expect("one document");
+    let names = json!(["conversations[].weight", "id", "system"]);
+    assert_eq!(plan["preflight"]["unused_columns"][text(&path)], names);
+}
+
+#[test]
+fn a_mask_of_completions_is_left_out_where_they_are_not_trained_alone() {
+    let bench = Workbench::new(4);
+    let row: &[u8] = br#"{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}"#;
+    write_lines(&bench, &[row]);
+    for (only, trained) in [(json!(null), 2), (json!(true), 2), (json!(false), 3)] {
+        let config = bench.config("out", &json!({"completion_only_loss": only}));
+        let seen = ferrotune(&["inspect", "data", text(&config), "--json"]).expect(0);
+        let seen: serde_json::Value = serde_json::from_str(&seen.stdout).expect("one document");
+        assert_eq!(seen["trained_tokens"], trained, "{only}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@
 mod defaults;
 mod layers;
 mod pattern;
+mod python_regex;
 #[cfg(test)]
 mod tests;
 

@@ -123,7 +123,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         &["null", "\"auto\""],
         NoEffect("no batch is ever padded"),
     ),
-    key("pad_token", &["null"], NoEffect("no batch is ever padded")),
     key("group_by_length", OFF, NoEffect("no batch is ever padded")),
     key(
         "length_column_name",

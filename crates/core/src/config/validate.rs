@@ -1,6 +1,6 @@
 //! Ranges and combinations of values.
 
-use super::{IntervalStrategy, TrainConfig};
+use super::{IntervalStrategy, TrainConfig, TruncationMode};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::run_log::METRICS;
 use crate::suggest::did_you_mean;
@@ -429,6 +429,12 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
         .unwrap_or_default();
     if config.model.model_revision.is_some() && std::path::Path::new(base).is_dir() {
         notes.push("model_revision has no effect on a directory".to_owned());
+    }
+    let data = &config.data;
+    if data.packing && data.truncation_mode == TruncationMode::KeepEnd {
+        notes.push(
+            "truncation_mode has no effect with packing, which keeps the start of a row".to_owned(),
+        );
     }
     let schedule = &config.schedule;
     if schedule.max_steps > 0 && schedule.warmup_steps > schedule.max_steps as f64 {

@@ -11,6 +11,7 @@ mod tests;
 
 use crate::data::chat_template::Ending;
 use crate::data::record::Message;
+use crate::data::roles::ROLES;
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -83,7 +84,9 @@ impl<R: Fn(&[Message], Ending) -> Result<String>> Untagged<'_, R> {
     pub(super) fn spans(&self) -> Result<Vec<Range<usize>>> {
         let turns = self.messages.iter().enumerate();
         turns
-            .filter(|(_, message)| message.role() == ASSISTANT)
+            .filter(|(i, message)| {
+                message.role() == ASSISTANT || self.is_written_as_the_assistant(*i)
+            })
             .map(|(i, _)| {
                 let begin = self.begin(i)?;
                 let is_last = i + 1 == self.messages.len();
@@ -91,6 +94,16 @@ impl<R: Fn(&[Message], Ending) -> Result<String>> Untagged<'_, R> {
                 Ok(begin..end(self, i, begin)?)
             })
             .collect()
+    }
+
+    /// Whether the template has another name for the assistant, and message `i` has it.
+    fn is_written_as_the_assistant(&self, i: usize) -> bool {
+        if ROLES.contains(&self.messages[i].role()) {
+            return false;
+        }
+        let mut messages = self.messages.to_vec();
+        messages[i] = messages[i].with_role(ASSISTANT);
+        (self.render)(&messages, Ending::Closed).is_ok_and(|text| text == self.text)
     }
 
     fn begin(&self, i: usize) -> Result<usize> {

@@ -1,5 +1,6 @@
 //! A data set: every example of the files, in their order.
 
+use crate::data::columns::Columns;
 use crate::data::examples::{Collector, Examples};
 use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Prepared, Preparer, Row};
 use crate::data::prepared_file;
@@ -138,6 +139,7 @@ struct Builder<'a, 'f> {
     preparer: Option<Preparer<'a>>,
     dataset: Dataset,
     collector: Collector<'f>,
+    columns: Columns,
 }
 
 impl<'a, 'f> Builder<'a, 'f> {
@@ -152,6 +154,7 @@ impl<'a, 'f> Builder<'a, 'f> {
             preparer: None,
             dataset: Dataset::default(),
             collector,
+            columns: Columns::new(options.dataset_columns.keys()),
         }
     }
 
@@ -159,7 +162,13 @@ impl<'a, 'f> Builder<'a, 'f> {
         for file in files {
             self.read(file)?;
             self.dataset.file_ends.push(self.collector.len());
+            let unused = self.columns.take_unused();
+            if !unused.is_empty() {
+                let of_files = &mut self.dataset.report.unused_columns;
+                of_files.insert(file.clone(), unused);
+            }
         }
+        self.dataset.report.missing_columns = self.columns.missing();
         let first = files.first().map(PathBuf::as_path);
         self.check_any(first.unwrap_or(Path::new("(no file)")))
     }
@@ -179,9 +188,9 @@ impl<'a, 'f> Builder<'a, 'f> {
             if chunk.is_empty() {
                 return Ok(());
             }
-            let options = self.options;
+            let (options, columns) = (self.options, &self.columns);
             let read = |row: Result<RawRow>| {
-                let documents = row.and_then(|row| Row::read(&path, row, options));
+                let documents = row.and_then(|row| Row::read(&path, row, options, columns));
                 match documents {
                     Ok(rows) => rows.into_iter().map(Ok).collect(),
                     Err(error) => vec![Err(error)],
@@ -292,11 +301,22 @@ fn next_chunk(source: &mut impl Iterator<Item = Result<RawRow>>) -> Vec<Result<R
 
 impl Row {
     /// Reads a row of a file.
-    fn read(path: &Arc<Path>, row: RawRow, options: &PrepareOptions) -> Result<Vec<Self>> {
+    fn read(
+        path: &Arc<Path>,
+        row: RawRow,
+        options: &PrepareOptions,
+        columns: &Columns,
+    ) -> Result<Vec<Self>> {
         let number = row.number();
-        let columns = rename_columns(row.columns(path)?, &options.dataset_columns)
+        let row = row.columns(path)?;
+        columns.see(&row);
+        let mut row = rename_columns(row, &options.dataset_columns)
             .map_err(|message| Error::data(path, number, message))?;
-        Self::of_columns(path, number, &columns, &options.dataset_text_field)
+        if options.completion_only_loss == Some(false) {
+            row.remove("completion_mask");
+        }
+        columns.see_unused(&row, &options.dataset_text_field);
+        Self::of_columns(path, number, &row, &options.dataset_text_field)
     }
 
     /// Reads the columns of a row, which is at `line` of `path`, as a row for each document that is packed into

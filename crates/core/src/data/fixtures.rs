@@ -1,6 +1,6 @@
 //! Where the tests of this module find recorded cases.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// The repository's subset of the recorded SFT cases.
@@ -39,6 +39,17 @@ pub(crate) fn read_json(path: &Path) -> Value {
     let text = std::fs::read_to_string(path)
         .unwrap_or_else(|e| panic!("{} is readable: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{} is JSON: {e}", path.display()))
+}
+
+/// Makes the tokenizer.json of a directory put `token`, which has `id`, behind every text, and nothing before it.
+pub(crate) fn put_behind_every_text(directory: &Path, token: &str, id: u32) {
+    let path = directory.join("tokenizer.json");
+    let mut file = read_json(&path);
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
+    file["post_processor"] = json!({"type": "TemplateProcessing", "single": [text, special], "pair": [text, special],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}}});
+    std::fs::write(&path, file.to_string()).expect("the file is writable");
 }
 
 /// The folders inside `path`, sorted.

@@ -337,6 +337,32 @@ fn a_template_that_does_not_compile_is_an_error_whatever_the_rows() {
 }
 
 #[test]
+fn a_template_that_is_too_long_is_refused_and_none_is_quoted_at_length() {
+    let directory = tempfile::tempdir().expect("a temporary directory can be made");
+    let name = "x".repeat(1 << 19);
+    let table = [
+        (" ".repeat(100 << 20), "more than 1048576 bytes"),
+        (format!("{{{{ a {name} }}}}"), "unexpected `x"),
+        (format!("{{% {name} %}}"), "x"),
+        (format!("{{{{ raise_exception('{name}') }}}}"), "x"),
+        ("{{ (".repeat(1 << 17), "line 1 of the template"),
+        (
+            format!("{{{{ {}1 }}}}", "(".repeat(1 << 19)),
+            "line 1 of the template",
+        ),
+    ];
+    for (template, reason) in table {
+        let begin = Instant::now();
+        let rows = [GOOD_CHAT.as_bytes()];
+        let error = load(directory.path(), &rows, &template, &options(BadRows::Error));
+        let error = error.expect_err("it is refused");
+        assert!(error.contains(reason), "{error}");
+        assert!(error.len() < 2000, "{} bytes", error.len());
+        assert!(begin.elapsed() < LONGEST, "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
 fn files_that_are_not_what_they_seem_are_refused_though_rows_are_skipped() {
     let directory = tempfile::tempdir().expect("a temporary directory can be made");
     let tokenizer = Tokenizer::from_dir(&repository().join("tokenizers/bpe_llama3"))

@@ -3,6 +3,7 @@
 mod assistant;
 mod batch;
 mod chat_template;
+mod columns;
 mod compressed;
 mod dataset;
 mod examples;

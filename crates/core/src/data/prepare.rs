@@ -121,13 +121,11 @@ impl<'a> Preparer<'a> {
                 "the tokenizer has no EOS token, so no text would ever end; set `eos_token`",
             ));
         }
-        if let Some(eos) = &options.eos_token
-            && tokenizer.token_id(eos).is_none()
-        {
-            let message = format!("`{eos}` is not a token of the vocabulary");
-            return Err(Error::config("eos_token", message));
+        if let Some(eos) = &options.eos_token {
+            tokenizer.require_token("eos_token", eos)?;
         }
-        if options.completion_only_loss == Some(true) && !has_completion {
+        let may_be_masked = has_completion || kind == RecordKind::Tokens;
+        if options.completion_only_loss == Some(true) && !may_be_masked {
             return Err(Error::config(
                 "completion_only_loss",
                 format!("needs rows with `prompt` and `completion`; these rows are {kind}"),
@@ -256,8 +254,8 @@ impl<'a> Preparer<'a> {
     }
 
     fn check_roles(&self, messages: &[Message], inputs: &TemplateInputs) -> Result<()> {
-        let template = self.template(inputs.tools.as_ref())?;
-        roles::check(messages, template).map_err(|message| Error::Template { message })
+        let render = |messages: &[Message]| self.render(messages, inputs, Ending::Closed).ok();
+        roles::check(messages, render).map_err(|message| Error::Template { message })
     }
 
     fn render(

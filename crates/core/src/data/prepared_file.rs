@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-const MAGIC: [u8; 8] = *b"FERRTOK3";
+const MAGIC: [u8; 8] = *b"FERRTOK4";
 const DIGEST: u64 = 32;
 /// The two numbers before the digest.
 const NUMBERS: u64 = 16;

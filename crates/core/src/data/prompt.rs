@@ -127,13 +127,16 @@ impl Prompt {
                  chat_template.jinja beside it, or ask in plain text",
             )
         })?;
-        roles::check(messages, template).map_err(|message| Error::Template { message })?;
-        let rendered = template.render(&Conversation {
-            messages,
-            tools,
-            variables: &inputs.chat_template_kwargs,
-            ending: Ending::GenerationPrompt,
-        })?;
-        tokenizer.encode(&rendered.text, SpecialTokens::Omit)
+        let render = |messages: &[Message]| {
+            template.render(&Conversation {
+                messages,
+                tools,
+                variables: &inputs.chat_template_kwargs,
+                ending: Ending::GenerationPrompt,
+            })
+        };
+        roles::check(messages, |messages| render(messages).ok())
+            .map_err(|message| Error::Template { message })?;
+        tokenizer.encode(&render(messages)?.text, SpecialTokens::Omit)
     }
 }

@@ -1,12 +1,15 @@
 //! What a row of a data set says, before it is tokenised.
 
+mod columns;
 mod formats;
 mod instructlab;
 
+pub(super) use columns::unused;
 pub use formats::rename_columns;
 
 use crate::data::jsonl::json_kind;
 use crate::suggest::did_you_mean;
+use columns::Format;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -78,6 +81,13 @@ impl Message {
     /// Says something else.
     pub(super) fn set_content(&mut self, text: String) {
         self.fields.insert("content".into(), Value::String(text));
+    }
+
+    /// The same, said by another.
+    pub(super) fn with_role(&self, role: &str) -> Self {
+        let mut fields = self.fields.clone();
+        fields.insert("role".into(), role.into());
+        Self { fields }
     }
 
     /// Every field, in the order of the row.
@@ -211,41 +221,32 @@ impl Record {
         row: &Map<String, Value>,
         text_field: &str,
     ) -> Result<Vec<Self>, String> {
-        match row.get("input_ids").filter(|value| !value.is_null()) {
-            Some(input_ids) => formats::tokens(row, input_ids),
-            None => Self::of_text(row, text_field).map(|record| vec![record]),
-        }
-    }
-
-    /// Reads a row without tokens.
-    fn of_text(row: &Map<String, Value>, text_field: &str) -> Result<Self, String> {
-        let column = |name: &str| row.get(name).filter(|value| !value.is_null());
-        if let (Some(prompt), Some(completion)) = (column("prompt"), column("completion")) {
-            return prompt_completion(row, prompt, completion);
-        }
-        if let Some(messages) = column("messages") {
-            return conversation(row, "messages", messages);
-        }
-        if let Some(conversations) = column("conversations") {
-            let messages = formats::conversations(conversations)?;
-            return conversation(row, "conversations", &messages);
-        }
-        match column(text_field) {
+        let format = Format::of(row, text_field).ok_or_else(|| unknown_columns(row, text_field))?;
+        let column = |name: &str| row.get(name).unwrap_or(&Value::Null);
+        let record = match format {
+            Format::Tokens => return formats::tokens(row, column("input_ids")),
+            Format::Pair => prompt_completion(row, column("prompt"), column("completion")),
+            Format::Messages => conversation(row, "messages", column("messages")),
+            Format::Conversations => {
+                let messages = formats::conversations(column("conversations"))?;
+                conversation(row, "conversations", &messages)
+            }
+            Format::Text => text(text_field, column(text_field)),
             // InstructLab's rows for pre-training.
-            None if row.get("document").is_some_and(Value::is_string) => {
-                let text = row.get("document").and_then(Value::as_str);
-                Ok(Self::Text(text.unwrap_or_default().to_owned()))
-            }
-            None if column("instruction").is_some() && column("output").is_some() => {
-                formats::alpaca(row)
-            }
-            Some(Value::String(text)) => Ok(Self::Text(text.clone())),
-            Some(other) => Err(format!(
-                "`{text_field}` must be a string, found {}",
-                json_kind(other)
-            )),
-            None => Err(unknown_columns(row, text_field)),
-        }
+            Format::Document => text("document", column("document")),
+            Format::Alpaca => formats::alpaca(row),
+        };
+        Ok(vec![record?])
+    }
+}
+
+fn text(column: &str, value: &Value) -> Result<Record, String> {
+    match value {
+        Value::String(text) => Ok(Record::Text(text.clone())),
+        other => Err(format!(
+            "`{column}` must be a string, found {}",
+            json_kind(other)
+        )),
     }
 }
 

@@ -6,6 +6,7 @@ mod tests;
 mod words;
 
 use crate::data::chat_template::ChatTemplate;
+use crate::suggest::did_you_mean;
 use crate::{Error, Result};
 use files::Settings;
 use serde_json::Value;
@@ -41,26 +42,6 @@ pub struct Encoded {
     pub offsets: Vec<(usize, usize)>,
 }
 
-/// What to do with a special token at one end of an encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Edge {
-    Keep,
-    Add(u32),
-    Remove,
-}
-
-impl Edge {
-    /// Adds to a list, or takes from it, what stands at `at`: 0, or its end.
-    fn apply<T>(self, list: &mut Vec<T>, at: usize, of: impl Fn(u32) -> T) {
-        match self {
-            Self::Keep => {}
-            Self::Add(id) => list.insert(at, of(id)),
-            Self::Remove if at == 0 => drop(list.remove(0)),
-            Self::Remove => drop(list.pop()),
-        }
-    }
-}
-
 /// A tokenizer with its special tokens, chat templates and files.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
@@ -73,8 +54,6 @@ pub struct Tokenizer {
     stop_ids: Vec<u32>,
     added_ids: BTreeSet<u32>,
     files: Vec<PathBuf>,
-    front: Edge,
-    back: Edge,
     /// Whether encoding with special tokens ends with an EOS token.
     appends_eos: bool,
 }
@@ -83,7 +62,8 @@ impl Tokenizer {
     /// Loads the tokenizer of a model directory: `tokenizer.json`, `tokenizer_config.json`,
     /// `special_tokens_map.json`, `chat_template.jinja` (which wins over the configuration's) and
     /// `generation_config.json` (for stop tokens). Padding, truncation and dropout settings inside
-    /// `tokenizer.json` are not used.
+    /// `tokenizer.json` are not used; nor are `add_bos_token` and `add_eos_token`, as in transformers from 5 on: what
+    /// `tokenizer.json` adds to a text is added.
     ///
     /// # Errors
     /// [`Error::Model`] with the file; [`Error::Template`] when a chat template does not parse.
@@ -99,8 +79,6 @@ impl Tokenizer {
             stop_ids: Vec::new(),
             added_ids: inner.get_added_tokens_decoder().into_keys().collect(),
             files: files::existing(directory),
-            front: Edge::Keep,
-            back: Edge::Keep,
             appends_eos: false,
             special_tokens: settings.special_tokens,
             words: Words::of(&inner).map(Arc::new),
@@ -108,7 +86,7 @@ impl Tokenizer {
             path,
             chat_templates,
         };
-        tokenizer.set_edges(settings.add_bos_token, settings.add_eos_token)?;
+        tokenizer.appends_eos = tokenizer.puts_eos_behind()?;
         tokenizer.stop_ids = tokenizer.eos_id().into_iter().collect();
         for id in settings.generation_eos_ids {
             if !tokenizer.stop_ids.contains(&id) {
@@ -118,37 +96,12 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Compares what the post-processor adds with what the configuration asks for.
-    fn set_edges(&mut self, add_bos: Option<bool>, add_eos: Option<bool>) -> Result<()> {
-        let plain = self.encode_inner("a", false)?;
-        let full = self.encode_inner("a", true)?;
-        let edge = |token: Option<u32>, wanted: Option<bool>, has: bool| match (token, wanted) {
-            (Some(_), Some(false)) if has => Edge::Remove,
-            (Some(id), Some(true)) if !has => Edge::Add(id),
-            _ => Edge::Keep,
-        };
-        let (bos, eos) = (self.bos_id(), self.eos_id());
-        let has_bos = full.first() == bos.as_ref() && plain.first() != bos.as_ref();
-        let has_eos = full.last() == eos.as_ref() && plain.last() != eos.as_ref();
-        self.front = edge(bos, add_bos, has_bos);
-        self.back = edge(eos, add_eos, has_eos);
-        self.appends_eos = match self.back {
-            Edge::Keep => has_eos,
-            Edge::Add(_) => true,
-            Edge::Remove => false,
-        };
-        Ok(())
-    }
-
-    fn encode_inner(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        if let Some(encoded) = self.by_words(text, special, false)? {
-            return Ok(encoded.ids);
-        }
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
-            .map_err(|e| self.error(&e))?;
-        Ok(encoding.get_ids().to_vec())
+    /// Whether the post-processor puts an EOS token behind every text.
+    fn puts_eos_behind(&self) -> Result<bool> {
+        let plain = self.encode("a", SpecialTokens::Omit)?;
+        let full = self.encode("a", SpecialTokens::Add)?;
+        let eos = self.eos_id();
+        Ok(eos.is_some() && full.last() == eos.as_ref() && plain.last() != eos.as_ref())
     }
 
     fn by_words(&self, text: &str, special: bool, offsets: bool) -> Result<Option<Encoded>> {
@@ -170,13 +123,12 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Model`] when the tokenizer refuses the text.
     pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>> {
-        let mut ids = self.encode_inner(text, special == SpecialTokens::Add)?;
-        if special == SpecialTokens::Add {
-            self.front.apply(&mut ids, 0, |id| id);
-            let end = ids.len();
-            self.back.apply(&mut ids, end, |id| id);
+        let add = special == SpecialTokens::Add;
+        if let Some(encoded) = self.by_words(text, add, false)? {
+            return Ok(encoded.ids);
         }
-        Ok(ids)
+        let encoding = self.inner.encode_fast(text, add);
+        Ok(encoding.map_err(|e| self.error(&e))?.get_ids().to_vec())
     }
 
     /// Token ids of a text that is to be continued: with special tokens, but without the EOS token
@@ -198,25 +150,14 @@ impl Tokenizer {
     /// [`Error::Model`] when the tokenizer refuses the text.
     pub fn encode_with_offsets(&self, text: &str, special: SpecialTokens) -> Result<Encoded> {
         let add = special == SpecialTokens::Add;
-        let mut encoded = match self.by_words(text, add, true)? {
-            Some(encoded) => encoded,
-            None => {
-                let encoding = self.inner.encode(text, add).map_err(|e| self.error(&e))?;
-                Encoded {
-                    ids: encoding.get_ids().to_vec(),
-                    offsets: encoding.get_offsets().to_vec(),
-                }
-            }
-        };
-        if add {
-            let Encoded { ids, offsets } = &mut encoded;
-            self.front.apply(ids, 0, |id| id);
-            self.front.apply(offsets, 0, |_| (0, 0));
-            let end = ids.len();
-            self.back.apply(ids, end, |id| id);
-            self.back.apply(offsets, end, |_| (0, 0));
+        if let Some(encoded) = self.by_words(text, add, true)? {
+            return Ok(encoded);
         }
-        Ok(encoded)
+        let encoding = self.inner.encode(text, add).map_err(|e| self.error(&e))?;
+        Ok(Encoded {
+            ids: encoding.get_ids().to_vec(),
+            offsets: encoding.get_offsets().to_vec(),
+        })
     }
 
     /// The text of token ids.
@@ -233,6 +174,27 @@ impl Tokenizer {
     #[must_use]
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Checks that a token which the configuration names is one of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `key` with the nearest of the added tokens.
+    pub fn require_token(&self, key: &str, token: &str) -> Result<()> {
+        if self.token_id(token).is_some() {
+            return Ok(());
+        }
+        let added: Vec<String> = self
+            .added_ids
+            .iter()
+            .filter_map(|&id| self.token(id))
+            .collect();
+        let hint = did_you_mean(token, added.iter().map(String::as_str));
+        let message = format!(
+            "`{token}` is not a token of the vocabulary of {}{hint}",
+            self.path.display()
+        );
+        Err(Error::config(key, message))
     }
 
     /// Whether a token was added to the vocabulary of text, as those that end a turn are.

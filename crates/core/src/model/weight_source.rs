@@ -6,7 +6,7 @@ use crate::io::{ModelFiles, SafetensorsFile};
 use crate::{Error, Result, suggest};
 use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, rng};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Where base weights come from.
@@ -77,8 +77,15 @@ impl WeightSource for ModelFiles {
             .shards()
             .first()
             .map_or(Path::new(""), SafetensorsFile::path);
-        let own = expected_tensors(plan).into_iter();
-        let own = own.map(|(name, shape)| (self.own_name(&name).to_owned(), shape));
+        let transposed = plan.sites.iter().filter(|site| site.stored_transposed);
+        let transposed: BTreeSet<String> = transposed.map(|site| site.tensor("weight")).collect();
+        let own = expected_tensors(plan).into_iter().map(|(name, mut shape)| {
+            // Codes are of the linear, however its values lie.
+            if transposed.contains(&name) && self.quantised_bytes(&name).is_some() {
+                shape.reverse();
+            }
+            (self.own_name(&name).to_owned(), shape)
+        });
         let own: Vec<_> = own.collect();
         let mut found = self.weight_shapes();
         // Some programs save a bias of zeros beside every packed weight.

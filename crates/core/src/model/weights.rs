@@ -30,7 +30,8 @@ use std::sync::Arc;
 /// Reads the weight of a site into `to [out, in]`, however its file holds it.
 pub(super) fn read_weight(source: &dyn WeightSource, site: &Site, to: ViewMut<'_>) -> Result<()> {
     let name = site.tensor("weight");
-    if !site.stored_transposed {
+    // Codes are of the linear, however its values lie.
+    if !site.stored_transposed || source.read_quantised(&name)?.is_some() {
         return source.read(&name, to);
     }
     let [rows, cols] = to.shape();

@@ -263,7 +263,7 @@ impl FlatBuffer {
 }
 
 /// The columns of `values` `[rows, cols]`, one after the other.
-pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+pub fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let column = |c: usize| (0..rows).map(move |r| values[r * cols + c]);
     (0..cols).flat_map(column).collect()
 }

@@ -7,8 +7,7 @@
 
 mod flat_buffer;
 
-pub use flat_buffer::FlatBuffer;
-pub(crate) use flat_buffer::transpose;
+pub use flat_buffer::{FlatBuffer, transpose};
 
 use crate::{Error, Result};
 use std::collections::BTreeMap;

@@ -53,6 +53,14 @@ pub struct RunPlan {
     pub flops_per_token: f64,
 }
 
+impl RunPlan {
+    /// Passes over the training set, the last one of which may be a part.
+    #[must_use]
+    pub fn epochs(&self) -> f64 {
+        self.total_steps as f64 / self.steps_per_epoch.max(1) as f64
+    }
+}
+
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunOutcome {

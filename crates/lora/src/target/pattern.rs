@@ -1,5 +1,6 @@
 //! Regular expressions over module paths, with the anchoring of Python's `re`.
 
+use super::python_regex;
 use fancy_regex::Regex;
 use ferrotune_core::{Error, Result};
 
@@ -18,14 +19,16 @@ pub(crate) struct Expression {
 
 impl Expression {
     fn compile(key: &'static str, source: &str, anchored: &str) -> Result<Self> {
-        let regex = Regex::new(anchored).map_err(|error| {
-            // Positions are those in what was written.
-            let error = Regex::new(source).err().unwrap_or(error);
+        let fault = |error: String| {
             Error::config(
                 key,
                 format!("`{source}` is not a valid regular expression: {error}"),
             )
-        })?;
+        };
+        // Alone first: what is around it could close its parentheses.
+        python_regex::check(source).map_err(fault)?;
+        let regex = Regex::new(source).and_then(|_| Regex::new(anchored));
+        let regex = regex.map_err(|error| fault(error.to_string()))?;
         Ok(Self {
             key,
             source: source.into(),

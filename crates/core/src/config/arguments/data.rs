@@ -79,12 +79,14 @@ section! {
         dataset_text_field: String = "text".to_owned(), TRL_SFT;
         /// Token that ends a sequence; null for the tokenizer's.
         eos_token: Option<String> = None, TRL_SFT;
+        /// Accepted where it is a token of the vocabulary: no batch is ever padded.
+        pad_token: Option<String> = None, TRL_SFT;
         /// Jinja file, or directory of a tokenizer, whose chat template replaces the model's.
         chat_template_path: Option<String> = None, TRL_SFT;
         /// Longest sequence in tokens, longer rows are cut; null for no limit. With packing, the size
         /// of a block.
         max_length: Option<usize> = Some(1024), TRL_SFT;
-        /// Which end of a row that is too long is kept: keep_start or keep_end.
+        /// Which end of a row that is too long is kept: keep_start or keep_end. Packing always keeps the start.
         truncation_mode: TruncationMode = TruncationMode::KeepStart, TRL_SFT;
         /// Pack several rows into one block; rows never see each other, unless `wrapped`.
         packing: bool = false, TRL_SFT;

@@ -283,6 +283,15 @@ fn said(source: &str, messages: &[Value]) -> Result<String, String> {
     Ok(text(&trained(&tokenizer, &case)?, true))
 }
 
+#[test]
+fn another_name_that_the_template_has_for_the_assistant_is_the_assistant() {
+    let source = "{% for m in messages %}{% if m.role in ['assistant', 'model'] %}<|model|>{% else %}<|{{ m.role }}|>\
+                  {% endif %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|model|>{% endif %}";
+    let mut messages = turns(4);
+    messages[1]["role"] = json!("model");
+    assert_eq!(said(source, &messages), Ok("w1<|end|>w3<|end|>".to_owned()));
+}
+
 const PLAIN: &str = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}";
 const PROMPT: &str = "{% if add_generation_prompt %}<|assistant|>{% endif %}";
 

@@ -149,14 +149,19 @@ pub(super) fn explain(error: &minijinja::Error) -> String {
             None => kind.to_string(),
         },
     };
-    if let Some(end) = message.char_indices().nth(400).map(|(i, _)| i) {
-        message.truncate(end);
-        message.push_str("...");
-    }
+    shorten(&mut message);
     if let Some(line) = error.line() {
         message.push_str(&format!(" (line {line} of the template)"));
     }
     message
+}
+
+/// Cuts a message that quotes what may be long.
+pub(super) fn shorten(message: &mut String) {
+    if let Some((end, _)) = message.char_indices().nth(400) {
+        message.truncate(end);
+        message.push_str("...");
+    }
 }
 
 /// Output that refuses to grow beyond a limit.

@@ -369,7 +369,8 @@ impl<'a> Parser<'a> {
             return Err("expected a name or a number after `.`".into());
         };
         match token.kind {
-            Kind::Name if is_method(token.text) && !self.is("(") => {
+            // Of a macro they are a tuple.
+            Kind::Name if (is_method(token.text) || token.text == "arguments") && !self.is("(") => {
                 Ok(format!("_method({value}, '{}')", token.text))
             }
             Kind::Name => Ok(format!("{value}.{}", token.text)),

@@ -14,7 +14,6 @@ mod expression;
 mod generation;
 mod lexer;
 mod literal;
-mod names;
 mod python;
 mod rewrite;
 mod strftime;
@@ -26,8 +25,11 @@ use crate::data::record::Message;
 use crate::{Error, Result};
 use environment::{CappedOutput, environment, explain, json_to_value};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
+use std::path::Path;
 
 /// The date that `strftime_now` shows: 26 July 2024, in seconds since 1970-01-01 UTC.
 ///
@@ -37,6 +39,9 @@ pub const DEFAULT_DATE: i64 = 1_721_952_000;
 
 /// The longest text a template may render: 64 MiB.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
+
+/// The longest source of a template: 1 MiB, some thirty times the longest of a published model.
+const MAX_SOURCE_BYTES: u64 = 1 << 20;
 
 /// Stack for templates that can build deeply nested values: the budget of work allows some 500000
 /// levels, at about 200 bytes each. Pages that are not touched cost nothing.
@@ -90,15 +95,29 @@ pub struct ChatTemplate {
     special_tokens: BTreeMap<String, String>,
     has_generation_tags: bool,
     can_nest_deeply: bool,
-    compared: BTreeSet<String>,
 }
 
 impl ChatTemplate {
+    /// Reads the source of a template, and no more of a file than that may have.
+    ///
+    /// # Errors
+    /// [`Error::Read`], and [`Error::Template`] for a file that is too long.
+    pub fn read_source(path: &Path) -> Result<String> {
+        let file = File::open(path).map_err(Error::read(path))?;
+        let mut source = Vec::new();
+        let read = file.take(MAX_SOURCE_BYTES + 1).read_to_end(&mut source);
+        read.map_err(Error::read(path))?;
+        check_length(source.len())?;
+        let invalid = |e| Error::read(path)(std::io::Error::other(e));
+        String::from_utf8(source).map_err(invalid)
+    }
+
     /// Compiles a template. `special_tokens` (`bos_token`, `eos_token`, ...) become variables.
     ///
     /// # Errors
-    /// [`Error::Template`] with the line when it does not parse.
+    /// [`Error::Template`] with the line when it does not parse, and when it is too long.
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
+        check_length(source.len())?;
         let (rewritten, has_generation_tags) = rewrite::rewrite(source).map_err(template_error)?;
         let mut environment = environment(DEFAULT_DATE)?;
         environment
@@ -111,7 +130,6 @@ impl ChatTemplate {
             has_generation_tags,
             can_nest_deeply: source.contains("namespace")
                 || source.matches(['[', '{', '(']).count() > SHALLOW_BRACKETS,
-            compared: names::compared(source),
         })
     }
 
@@ -132,12 +150,6 @@ impl ChatTemplate {
     #[must_use]
     pub fn has_generation_tags(&self) -> bool {
         self.has_generation_tags
-    }
-
-    /// Whether the template compares something with this word, as it does with a role it treats by itself.
-    #[must_use]
-    pub fn compares_with(&self, word: &str) -> bool {
-        self.compared.contains(word)
     }
 
     /// Renders a conversation.
@@ -221,6 +233,15 @@ impl ChatTemplate {
 
     fn value(&self, json: &Value) -> Result<minijinja::Value> {
         json_to_value(json, self.has_generation_tags).map_err(template_error)
+    }
+}
+
+fn check_length(bytes: usize) -> Result<()> {
+    match bytes as u64 > MAX_SOURCE_BYTES {
+        true => Err(template_error(format!(
+            "the template has more than {MAX_SOURCE_BYTES} bytes; expected a chat template, which has a few thousand"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -7,6 +7,7 @@
 //! assigned to an attribute of a namespace goes through the filter [`CHECK_FILTER`]: only there can a
 //! value come to hold itself, which no printing survives.
 
+use super::environment::shorten;
 use super::expression::Parser;
 use super::generation::{BEGIN, END};
 use super::lexer::{Kind, Tag, Token, tag};
@@ -34,7 +35,8 @@ pub(super) fn rewrite(source: &str) -> Result<(String, bool), String> {
             Some(b'%') => block(rest, has_markup, &mut has_generation_tags),
             _ => Ok(("{".to_owned(), &rest[1..])),
         };
-        let (text, after) = piece.map_err(|message| {
+        let (text, after) = piece.map_err(|mut message| {
+            shorten(&mut message);
             let line = 1 + source[..source.len() - rest.len()].matches('\n').count();
             format!("{message} (line {line} of the template)")
         })?;

@@ -1,8 +1,9 @@
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::examples::Examples;
 use crate::data::prepare::Row;
+use crate::data::record::list;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// A row as it is trained on.
@@ -43,9 +44,21 @@ pub struct PrepareReport {
     pub longest: usize,
     /// Number of examples by length: up to 1, 2, 4, 8, ... tokens.
     pub length_histogram: BTreeMap<usize, u64>,
+    /// By file, the columns of its rows that nothing reads.
+    pub unused_columns: BTreeMap<PathBuf, BTreeSet<String>>,
+    /// The names in `dataset_columns` of which no row had a column.
+    pub missing_columns: BTreeSet<String>,
 }
 
 impl PrepareReport {
+    /// A line for each file with columns that nothing reads.
+    pub fn unused_lines(&self) -> impl Iterator<Item = String> {
+        self.unused_columns.iter().map(|(path, names)| {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            format!("{}: not used: {}", path.display(), list(&names))
+        })
+    }
+
     /// Counts a row that cannot be used.
     pub(crate) fn count_bad(&mut self, reason: &crate::Error) {
         self.rows += 1;

@@ -330,7 +330,7 @@ fn an_unknown_role_is_named_and_one_of_the_template_is_not() {
         |role: &str| json!([{"role": "user", "content": "q"}, {"role": role, "content": "hello"}]);
     let knows = CHATML.replace(
         "{{ m.role }}",
-        "{{ m.role if m.role != 'critic' else 'critic' }}",
+        "{{ m.role if m.role != 'critic' else 'judge' }}",
     );
     let whole = PrepareOptions {
         completion_only_loss: Some(false),

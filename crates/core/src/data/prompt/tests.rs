@@ -1,6 +1,6 @@
 use super::Prompt;
 use crate::data::batch::IGNORE_INDEX;
-use crate::data::fixtures::{read_json, repository};
+use crate::data::fixtures::{put_behind_every_text, read_json, repository};
 use crate::data::{PrepareOptions, Preparer, Record, Row, Tokenizer};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -14,6 +14,11 @@ const TEMPLATE: &str = "{% if tools %}<tools>{{ tools | tojson }}{% endif %}\
 
 /// A tokenizer of the fixtures with another configuration.
 fn tokenizer(name: &str, config: &Value) -> Tokenizer {
+    tokenizer_with(name, config, None)
+}
+
+/// The same that puts a token, which has an id, behind every text.
+fn tokenizer_with(name: &str, config: &Value, behind: Option<(&str, u32)>) -> Tokenizer {
     let source = repository().join("tokenizers").join(name);
     let directory = tempfile::tempdir().expect("a temporary directory can be made");
     let mut settings = read_json(&source.join("tokenizer_config.json"));
@@ -22,6 +27,9 @@ fn tokenizer(name: &str, config: &Value) -> Tokenizer {
     let at = |file: &str| directory.path().join(file);
     std::fs::copy(source.join("tokenizer.json"), at("tokenizer.json")).expect("copied");
     std::fs::write(at("tokenizer_config.json"), settings.to_string()).expect("written");
+    if let Some((token, id)) = behind {
+        put_behind_every_text(directory.path(), token, id);
+    }
     Tokenizer::from_dir(directory.path()).expect("the tokenizer loads")
 }
 
@@ -54,35 +62,36 @@ fn asked_and_trained(tokenizer: &Tokenizer, row: &Value) -> (Vec<u32>, Vec<u32>)
 #[test]
 fn text_is_asked_with_the_special_tokens_of_training() {
     let row = json!({"prompt": "hello", "completion": "x"});
-    for (name, config) in [
-        ("bpe_llama3", json!({})),
-        ("bpe_llama3", json!({"add_bos_token": false})),
-        ("bpe_llama3", json!({"add_eos_token": true})),
-        (
-            "bpe_llama3",
-            json!({"add_bos_token": false, "add_eos_token": true}),
-        ),
-        ("bpe_qwen2", json!({})),
-        ("bpe_qwen2", json!({"add_eos_token": true})),
-        ("bpe_bytefallback_llama2", json!({})),
-        ("bpe_bytefallback_llama2", json!({"add_eos_token": true})),
+    for (name, eos) in [
+        ("bpe_llama3", ("<|eot_id|>", 11)),
+        ("bpe_qwen2", ("<|im_end|>", 5)),
+        ("bpe_bytefallback_llama2", ("</s>", 3)),
     ] {
-        let mut config = config;
-        config["chat_template"] = json!(TEMPLATE);
-        let tokenizer = tokenizer(name, &config);
-        let (asked, trained) = asked_and_trained(&tokenizer, &row);
-        assert_eq!(asked, trained, "{name} {config}");
-        assert_ne!(asked.last().copied(), tokenizer.eos_id(), "{name} {config}");
+        for behind in [None, Some(eos)] {
+            let config = json!({"chat_template": TEMPLATE});
+            let tokenizer = tokenizer_with(name, &config, behind);
+            assert_eq!(tokenizer.eos_id(), Some(eos.1), "{name}");
+            let (asked, trained) = asked_and_trained(&tokenizer, &row);
+            assert_eq!(asked, trained, "{name} {behind:?}");
+            assert_ne!(
+                asked.last().copied(),
+                tokenizer.eos_id(),
+                "{name} {behind:?}"
+            );
+        }
     }
 }
 
 #[test]
 fn an_eos_token_that_the_prompt_itself_ends_with_stays() {
     let prompt = Prompt::Text("hello<|eot_id|>".into());
-    for add_eos in [false, true] {
-        let tokenizer = tokenizer("bpe_llama3", &json!({"add_eos_token": add_eos}));
+    for (behind, expected) in [
+        (None, &[7, 106, 327, 418, 11][..]),
+        (Some(("<|eot_id|>", 11)), &[106, 327, 418, 11]),
+    ] {
+        let tokenizer = tokenizer_with("bpe_llama3", &json!({}), behind);
         let ids = prompt.encode(&tokenizer).expect("encoded");
-        assert_eq!(ids, [7, 106, 327, 418, 11], "add_eos_token {add_eos}");
+        assert_eq!(ids, expected, "{behind:?}");
     }
 }
 

@@ -114,31 +114,34 @@ pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Vec<
             "`labels` holds {bad}; expected token ids, or {IGNORE_INDEX} for what is not trained"
         ));
     }
-    let of_tokens = |name: &str| -> Result<Option<Vec<u32>>, String> {
+    let mask = |name: &str| -> Result<Option<Vec<bool>>, String> {
         let Some(values) = column(name) else {
             return Ok(None);
         };
-        let values: Vec<u32> = integers(name, values, 0)?;
+        let values = bits(name, values)?;
         aligned(name, values.len()).map(|()| Some(values))
     };
-    for name in ["completion_mask", "assistant_masks"] {
-        let Some(mask) = of_tokens(name)? else {
-            continue;
-        };
-        for (label, _) in labels.iter_mut().zip(mask).filter(|(_, keep)| *keep == 0) {
+    // Labels that are given say it already.
+    let masks: &[&str] = match column("labels") {
+        Some(_) => &[],
+        None => &["completion_mask", "assistant_masks"],
+    };
+    for name in masks {
+        let trained = mask(name)?;
+        let labels = labels.iter_mut().zip(trained.iter().flatten());
+        for (label, _) in labels.filter(|(_, trained)| !**trained) {
             *label = IGNORE_INDEX;
         }
     }
-    let mask = of_tokens("attention_mask")?;
-    if let Some(bad) = mask.iter().flatten().find(|&&m| m > 1) {
-        return Err(format!(
-            "`attention_mask` holds {bad}; expected 0 for padding and 1 for all else"
-        ));
-    }
-    let is_token = |i: usize| mask.as_ref().is_none_or(|mask| mask[i] == 1);
-    let ends = match (column("seq_lengths"), of_tokens("position_ids")?) {
+    let attention = mask("attention_mask")?;
+    let is_token = |i: usize| attention.as_ref().is_none_or(|mask| mask[i]);
+    let ends = match (column("seq_lengths"), column("position_ids")) {
         (Some(lengths), _) => ends_of_lengths(lengths, input_ids.len())?,
-        (None, Some(positions)) => ends_of_positions(&positions, is_token)?,
+        (None, Some(positions)) => {
+            let positions: Vec<u32> = integers("position_ids", positions, 0)?;
+            aligned("position_ids", positions.len())?;
+            ends_of_positions(&positions, is_token)?
+        }
         (None, None) => vec![input_ids.len()],
     };
     let mut first = 0;
@@ -194,6 +197,31 @@ fn ends_of_positions(
     Ok(ends)
 }
 
+/// A mask: 0 and 1, or false and true.
+fn bits(name: &str, value: &Value) -> Result<Vec<bool>, String> {
+    let Value::Array(items) = value else {
+        return Err(format!(
+            "`{name}` must be a list of 0 and 1, found {}",
+            json_kind(value)
+        ));
+    };
+    let bit = |(i, item): (usize, &Value)| match (item.as_bool(), item.as_u64()) {
+        (Some(bit), _) => Ok(bit),
+        (None, Some(0)) => Ok(false),
+        (None, Some(1)) => Ok(true),
+        _ => Err(format!("`{name}[{i}]` is {}; expected 0 or 1", short(item))),
+    };
+    items.iter().enumerate().map(bit).collect()
+}
+
+/// A value in a message, which may be a whole text.
+fn short(value: &Value) -> String {
+    match value {
+        Value::Bool(_) | Value::Number(_) | Value::Null => value.to_string(),
+        other => json_kind(other).to_owned(),
+    }
+}
+
 fn integers<T: TryFrom<i64>>(name: &str, value: &Value, least: i64) -> Result<Vec<T>, String> {
     let Value::Array(items) = value else {
         return Err(format!(
@@ -207,7 +235,8 @@ fn integers<T: TryFrom<i64>>(name: &str, value: &Value, least: i64) -> Result<Ve
             .filter(|n| (least..=i64::from(i32::MAX)).contains(n));
         integer.and_then(|n| T::try_from(n).ok()).ok_or_else(|| {
             format!(
-                "`{name}[{i}]` is {item}; expected an integer from {least} to {}",
+                "`{name}[{i}]` is {}; expected an integer from {least} to {}",
+                short(item),
                 i32::MAX
             )
         })
@@ -305,6 +334,15 @@ mod tests {
                 json!({"input_ids": [1, 2], "assistant_masks": [1, 0], "text": "t"}),
                 [1, -100],
             ),
+            (
+                json!({"input_ids": [1, 2], "assistant_masks": [true, false]}),
+                [1, -100],
+            ),
+            // As in TRL, labels are left as they are.
+            (
+                json!({"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}),
+                [1, 2],
+            ),
         ];
         for (row, expected) in table {
             let labels = expected.to_vec();
@@ -379,7 +417,23 @@ mod tests {
             ),
             (
                 json!({"input_ids": [1, 2], "attention_mask": [0, 2]}),
-                "`attention_mask` holds 2",
+                "`attention_mask[1]` is 2; expected 0 or 1",
+            ),
+            (
+                json!({"input_ids": [1, 2], "assistant_masks": [1, 0.5]}),
+                "`assistant_masks[1]` is 0.5; expected 0 or 1",
+            ),
+            (
+                json!({"input_ids": [1, 2], "completion_mask": [-1, "a long text"]}),
+                "`completion_mask[0]` is -1",
+            ),
+            (
+                json!({"input_ids": [1, 2], "completion_mask": "11"}),
+                "`completion_mask` must be a list of 0 and 1, found a string",
+            ),
+            (
+                json!({"input_ids": [1, "a text"]}),
+                "`input_ids[1]` is a string; expected an integer",
             ),
             (
                 json!({"input_ids": [1, 2, 3], "position_ids": [0, 1, 3]}),

@@ -61,8 +61,6 @@ pub(super) fn tokenizer_json(directory: &Path) -> Result<PathBuf> {
 pub(super) struct Settings {
     directory: PathBuf,
     pub(super) special_tokens: BTreeMap<String, String>,
-    pub(super) add_bos_token: Option<bool>,
-    pub(super) add_eos_token: Option<bool>,
     pub(super) generation_eos_ids: Vec<u32>,
     templates: BTreeMap<String, String>,
     /// Where they come from.
@@ -96,8 +94,6 @@ impl Settings {
                 .unwrap_or_else(|| directory.to_path_buf()),
             directory: directory.to_path_buf(),
             special_tokens,
-            add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
-            add_eos_token: config.get("add_eos_token").and_then(Value::as_bool),
             generation_eos_ids: match generation.get("eos_token_id") {
                 Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
                 Some(value) => id(value).into_iter().collect(),
@@ -158,7 +154,8 @@ fn read_templates(
 ) -> Result<BTreeMap<String, String>> {
     let path = directory.join(TEMPLATE);
     if path.is_file() {
-        let source = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+        let source = ChatTemplate::read_source(&path);
+        let source = source.map_err(|e| e.in_template_file(&path))?;
         return Ok(BTreeMap::from([("default".to_owned(), source)]));
     }
     let invalid = |found: &Value| {

@@ -216,6 +216,12 @@ pub(super) fn is_group(value: &Value) -> bool {
     value.downcast_object_ref::<Group>().is_some()
 }
 
+pub(super) fn is_macro(value: &Value) -> bool {
+    value
+        .as_object()
+        .is_some_and(|object| object.type_name().contains("Macro"))
+}
+
 /// Iterables of ours that are no list.
 pub(in super::super) fn is_plain_iterable(value: &Value) -> bool {
     type_name(value).is_some()

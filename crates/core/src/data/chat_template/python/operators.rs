@@ -316,7 +316,7 @@ pub(super) fn contains(state: &State, container: &Value, value: &Value) -> Resul
     }
 }
 
-/// `value.name` of a name that is a method of Python's strings, lists or mappings.
+/// `value.name` of a name that is a method of Python's strings, lists or mappings, or a macro's `arguments`.
 fn method(value: &Value, name: &str) -> Result {
     let methods: &[&str] = match value.kind() {
         ValueKind::Undefined => {
@@ -332,10 +332,14 @@ fn method(value: &Value, name: &str) -> Result {
     if methods.contains(&name) && !super::methods::CHANGING.contains(&name) {
         return Ok(Value::from_object(BoundMethod(name.to_owned())));
     }
-    match value.kind() {
-        ValueKind::Map | ValueKind::Plain | ValueKind::Seq => value.get_attr(name),
-        _ => Ok(Value::UNDEFINED),
-    }
+    let attribute = match value.kind() {
+        ValueKind::Map | ValueKind::Plain | ValueKind::Seq => value.get_attr(name)?,
+        _ => return Ok(Value::UNDEFINED),
+    };
+    Ok(match name == "arguments" && objects::is_macro(value) {
+        true => Value::from(Tuple::new(attribute.try_iter()?.collect())),
+        false => attribute,
+    })
 }
 
 /// Namespaces, loops and macros, which are no mappings.

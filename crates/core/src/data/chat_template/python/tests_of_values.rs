@@ -1,6 +1,6 @@
 //! Jinja's tests of values: `x is even`.
 
-use super::objects::{BoundMethod, Generator, View};
+use super::objects::{self, BoundMethod, Generator, View};
 use super::operators::{contains, order_holds, percent};
 use super::repr::python_str;
 use super::strings::predicate;
@@ -59,10 +59,7 @@ fn is_callable(value: &Value) -> bool {
     if value.downcast_object_ref::<BoundMethod>().is_some() {
         return true;
     }
-    let macros = value
-        .as_object()
-        .is_some_and(|object| object.type_name().contains("Macro"));
-    macros || matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined)
+    objects::is_macro(value) || matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined)
 }
 
 /// Whether it has a length and items by number or name.
