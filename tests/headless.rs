@@ -94,7 +94,6 @@ fn an_adapter_fits_both_and_merging_keeps_the_names() {
     for (family, ranges) in [
         (Family::Gpt2, &[][..]),
         (Family::Llama, &[]),
-        (Family::Gpt2, &[[0, 2], [1, 2]]),
         (Family::Llama, &[[1, 2], [0, 2]]),
     ] {
         let at = |name: &str| {
