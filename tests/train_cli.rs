@@ -213,10 +213,17 @@ fn a_dry_run_shows_the_plan_and_writes_nothing() {
     assert_eq!(entries(&bench.path("out")), [""; 0]);
     let same = ferrotune(&["plan", text(&config)]).expect(0);
     let mut same: Value = serde_json::from_str(&same.stdout).expect("JSON too");
-    // Others take and give back memory meanwhile.
+    // Others take and give back memory and time meanwhile.
     for plan in [&mut plan, &mut same] {
         let available = plan["available_memory_bytes"].take();
         assert!(available.is_u64(), "{available}");
+        let least = plan["least_time"].take();
+        assert!(
+            least["seconds"]
+                .as_f64()
+                .is_some_and(|seconds| seconds > 0.0),
+            "{least}"
+        );
     }
     assert_eq!(same, plan);
 }

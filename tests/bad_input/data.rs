@@ -180,15 +180,19 @@ fn columns_that_nothing_reads_are_named_once_for_each_file() {
 }
 
 #[test]
-fn a_mask_of_completions_is_left_out_where_they_are_not_trained_alone() {
+fn a_mask_of_completions_counts_where_they_are_to_be_trained_alone() {
     let bench = Workbench::new(4);
     let row: &[u8] = br#"{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}"#;
     write_lines(&bench, &[row]);
-    for (only, trained) in [(json!(null), 2), (json!(true), 2), (json!(false), 3)] {
+    for (only, trained) in [(json!(null), 3), (json!(true), 2), (json!(false), 3)] {
         let config = bench.config("out", &json!({"completion_only_loss": only}));
         let seen = ferrotune(&["inspect", "data", text(&config), "--json"]).expect(0);
         let seen: serde_json::Value = serde_json::from_str(&seen.stdout).expect("one document");
         assert_eq!(seen["trained_tokens"], trained, "{only}");
+        let said = ferrotune(&["inspect", "data", text(&config)]).expect(0);
+        let named = [said.stdout, said.stderr].concat();
+        let named = named.contains("not used: `completion_mask`");
+        assert_eq!(named, trained == 3, "{only}");
     }
 }
 

@@ -5,7 +5,7 @@ use crate::recipe::{eval_batches, prepare_rows};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::{Example, PackedBatch, Record};
 use ferrotune_core::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// Rows that went through the preparation of a run: config, template, masks, cuts, packing.
@@ -50,8 +50,11 @@ fn prepare(case: &Case, path: &Path, item: &Value) -> Result<Vec<PackedBatch>> {
     let examples = item["examples"].as_array().into_iter().flatten();
     let records: Result<Vec<Record>, String> = examples
         .map(|row| {
-            let empty = Map::new();
-            Record::from_row(row.as_object().unwrap_or(&empty), field)
+            let mut row = row.as_object().cloned().unwrap_or_default();
+            if config.data.completion_only_loss != Some(true) {
+                row.remove("completion_mask");
+            }
+            Record::from_row(&row, field)
         })
         .collect();
     let records = records.map_err(|message| Error::data(path, None, message))?;

@@ -62,6 +62,13 @@ impl Columns {
         });
     }
 
+    /// Takes note of a column that is left out by a key.
+    pub(super) fn see_left_out(&self, name: &str) {
+        if self.unused.with(|names| !names.contains(name)) {
+            self.unused.change(|names| names.insert(name.to_owned()));
+        }
+    }
+
     /// The columns that nothing read since this was asked last.
     pub(super) fn take_unused(&self) -> BTreeSet<String> {
         self.unused.change(std::mem::take)

@@ -312,8 +312,14 @@ impl Row {
         columns.see(&row);
         let mut row = rename_columns(row, &options.dataset_columns)
             .map_err(|message| Error::data(path, number, message))?;
-        if options.completion_only_loss == Some(false) {
-            row.remove("completion_mask");
+        // As in TRL: unset means no, where there are no prompts and completions.
+        let is_left_out = options.completion_only_loss != Some(true);
+        if is_left_out
+            && row
+                .remove("completion_mask")
+                .is_some_and(|mask| !mask.is_null())
+        {
+            columns.see_left_out("completion_mask");
         }
         columns.see_unused(&row, &options.dataset_text_field);
         Self::of_columns(path, number, &row, &options.dataset_text_field)

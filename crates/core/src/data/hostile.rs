@@ -350,6 +350,13 @@ fn a_template_that_is_too_long_is_refused_and_none_is_quoted_at_length() {
             format!("{{{{ {}1 }}}}", "(".repeat(1 << 19)),
             "line 1 of the template",
         ),
+        (
+            format!(
+                "{{% if 1 %}}{}{{% endif %}}",
+                "{% elif 0 %}b".repeat(60_000)
+            ),
+            "more than 500 `elif` (line 1 of the template)",
+        ),
     ];
     for (template, reason) in table {
         let begin = Instant::now();

@@ -16,6 +16,9 @@ use super::literal;
 /// The filter that values assigned to an attribute pass.
 pub(super) const CHECK_FILTER: &str = "_assignable";
 
+/// `elif`s of a template: the engine has a chain of them inside one another, each taking some of the stack.
+const MOST_BRANCHES: usize = 500;
+
 /// The rewritten source, and whether it had a generation tag.
 ///
 /// # Errors
@@ -24,7 +27,7 @@ pub(super) fn rewrite(source: &str) -> Result<(String, bool), String> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len() * 2);
     let has_markup = has_markup(&source);
-    let mut has_generation_tags = false;
+    let (mut has_generation_tags, mut branches) = (false, 0);
     let mut rest = source.as_str();
     while let Some(at) = rest.find('{') {
         out.push_str(&rest[..at]);
@@ -32,7 +35,13 @@ pub(super) fn rewrite(source: &str) -> Result<(String, bool), String> {
         let piece = match rest.as_bytes().get(1) {
             Some(b'#') => comment(rest),
             Some(b'{') => variable(rest, has_markup),
-            Some(b'%') => block(rest, has_markup, &mut has_generation_tags),
+            Some(b'%') => {
+                branches += usize::from(is_branch(rest));
+                match branches > MOST_BRANCHES {
+                    true => Err(format!("more than {MOST_BRANCHES} `elif`")),
+                    false => block(rest, has_markup, &mut has_generation_tags),
+                }
+            }
             _ => Ok(("{".to_owned(), &rest[1..])),
         };
         let (text, after) = piece.map_err(|mut message| {
@@ -45,6 +54,12 @@ pub(super) fn rewrite(source: &str) -> Result<(String, bool), String> {
     }
     out.push_str(rest);
     Ok((out, has_generation_tags))
+}
+
+/// Whether `text` begins with an `elif`.
+fn is_branch(text: &str) -> bool {
+    let tag = text[2..].trim_start_matches(['-', '+']).trim_start();
+    tag.starts_with("elif")
 }
 
 type Piece<'a> = Result<(String, &'a str), String>;
