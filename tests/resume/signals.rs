@@ -51,7 +51,7 @@ fn sigterm_saves_one_verified_checkpoint_and_the_resume_is_identical() {
             "save_steps": 1000,
             "logging_steps": 1,
             "per_device_train_batch_size": 48,
-            "gradient_accumulation_steps": 4,
+            "gradient_accumulation_steps": 12,
         }),
     );
     bench.train("whole", &slow).expect(0);
