@@ -10,7 +10,7 @@ use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::model::{
     DecoderConfig, LoadedBase, Mode, Model, ModelPlan, Pass, WeightSource,
 };
-use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device, Workspace};
@@ -77,7 +77,7 @@ impl Adapted {
         let Some(directory) = adapter else {
             let config = DecoderConfig::open(base)?;
             let files = ModelFiles::open(base)?;
-            let mut params = FlatBuffer::zeros_on(&ParamLayoutBuilder::new().build()?, device);
+            let mut params = FlatBuffer::empty_on(device);
             let attachments = change(Vec::new())?;
             let model = Model::load(&config, attachments, &files, &mut params, dtype)?;
             let method = None;

@@ -40,10 +40,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let run = Run {
         case,
         files: &files,
-        dtype: match files.is_bf16() {
-            true => DType::Bf16,
-            false => DType::F32,
-        },
+        dtype: files.dtype(),
         batch,
     };
     let adapter = case.path(adapter);

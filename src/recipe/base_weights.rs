@@ -83,13 +83,7 @@ pub(super) fn weight_format(
         Dtype::Auto if device.is_cuda() && config.model.bf16 == Some(true) => DType::Bf16,
         Dtype::Float32 => DType::F32,
         Dtype::Bfloat16 => DType::Bf16,
-        Dtype::Auto => {
-            if files.is_some_and(ModelFiles::is_bf16) {
-                DType::Bf16
-            } else {
-                DType::F32
-            }
-        }
+        Dtype::Auto => files.map_or(DType::F32, ModelFiles::dtype),
     };
     WeightFormat {
         dtype,

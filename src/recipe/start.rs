@@ -75,9 +75,7 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
     };
     require_room(recipe, adapter, seen.bytes())?;
     let options = recipe.options();
-    let layout = ParamLayoutBuilder::new().build()?;
-    let mut params = FlatBuffer::zeros_on(&layout, &options.device);
-    let mut grads = FlatBuffer::zeros_on(&layout, &options.device);
+    let [mut params, mut grads] = [(); 2].map(|()| FlatBuffer::empty_on(&options.device));
     let (random, decoder) = (recipe.random_weights(), &recipe.decoder);
     let source = recipe.source(&random);
     let mut model = Model::load(

@@ -9,11 +9,11 @@ use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{
     DecoderConfig, LoadedBase, MemberPass, Mode, Model, ModelPlan, Pass, Quantise, WeightFormat,
 };
-use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune_kernels::{DType, Device, Tensor, Workspace};
+use ferrotune_kernels::{Device, Tensor, Workspace};
 use ferrotune_lora::AdapterBase;
 use std::path::{Path, PathBuf};
 
@@ -92,7 +92,7 @@ impl TextModel {
         let config = DecoderConfig::open(base)?;
         let files = ModelFiles::open(base)?;
         let format = WeightFormat {
-            dtype: dtype_of(&files),
+            dtype: files.dtype(),
             quantise,
         };
         let (model, params) = match adapter {
@@ -116,7 +116,7 @@ impl TextModel {
                 (model, params)
             }
             None => {
-                let mut params = nothing(device)?;
+                let mut params = FlatBuffer::empty_on(device);
                 let model = Model::load(&config, Vec::new(), &files, &mut params, format)?;
                 (model, params)
             }
@@ -205,7 +205,7 @@ impl TextModel {
             number,
             batch,
             params: &adapter.params,
-            grads: &mut nothing(self.model.device())?,
+            grads: &mut FlatBuffer::empty_on(self.model.device()),
             sums: &mut sums,
             mode: Mode::Eval,
             workspace: &self.workspace,
@@ -269,19 +269,4 @@ impl TextModel {
 fn tokenizer(base: &Path, adapter: Option<&Path>) -> Result<Tokenizer> {
     let own = adapter.filter(|directory| directory.join("tokenizer.json").is_file());
     Tokenizer::from_dir(own.unwrap_or(base))
-}
-
-/// The values of no adapter.
-fn nothing(device: &Device) -> Result<FlatBuffer> {
-    Ok(FlatBuffer::zeros_on(
-        &ParamLayoutBuilder::new().build()?,
-        device,
-    ))
-}
-
-fn dtype_of(files: &ModelFiles) -> DType {
-    match files.is_bf16() {
-        true => DType::Bf16,
-        false => DType::F32,
-    }
 }

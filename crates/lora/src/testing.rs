@@ -2,8 +2,9 @@
 
 use crate::{LoraAdapter, LoraConfig, PeftConfig, TargetModules};
 use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId, SiteKind};
-use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::io::{self, SafetensorsFile, TensorData};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The folder of recorded adapters and bases.
@@ -135,4 +136,29 @@ pub(crate) fn edit_config(directory: &Path, key: &str, value: serde_json::Value)
     let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     config[key] = value;
     std::fs::write(&path, config.to_string()).expect("writable");
+}
+
+/// Shapes and values by name.
+pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Changes the tensors of a copied adapter.
+pub(crate) fn edit_tensors(directory: &Path, edit: impl FnOnce(&mut Tensors)) {
+    let path = directory.join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).expect("copied");
+    let mut tensors: Tensors = file
+        .names()
+        .map(|name| {
+            let shape = file.meta(name).expect("named").shape.clone();
+            (
+                name.to_owned(),
+                (shape, file.read_f32(name).expect("copied")),
+            )
+        })
+        .collect();
+    drop(file);
+    edit(&mut tensors);
+    let tensors = tensors.iter();
+    let tensors = tensors
+        .map(|(name, (shape, values))| (name.clone(), TensorData::from_f32(values, shape.clone())));
+    io::write_safetensors(&path, &tensors.collect(), &BTreeMap::new()).expect("writable");
 }

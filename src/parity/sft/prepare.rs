@@ -51,9 +51,7 @@ fn prepare(case: &Case, path: &Path, item: &Value) -> Result<Vec<PackedBatch>> {
     let records: Result<Vec<Record>, String> = examples
         .map(|row| {
             let mut row = row.as_object().cloned().unwrap_or_default();
-            if config.data.completion_only_loss != Some(true) {
-                row.remove("completion_mask");
-            }
+            Record::leaves_mask_out(&mut row, config.data.completion_only_loss);
             Record::from_row(&row, field)
         })
         .collect();

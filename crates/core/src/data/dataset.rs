@@ -4,7 +4,7 @@ use crate::data::columns::Columns;
 use crate::data::examples::{Collector, Examples};
 use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Prepared, Preparer, Row};
 use crate::data::prepared_file;
-use crate::data::record::{Record, RecordKind, rename_columns};
+use crate::data::record::{COMPLETION_MASK, Record, RecordKind, rename_columns};
 use crate::data::source::{self, RawRow};
 use crate::data::tokenizer::Tokenizer;
 use crate::io::write_file_with;
@@ -312,14 +312,8 @@ impl Row {
         columns.see(&row);
         let mut row = rename_columns(row, &options.dataset_columns)
             .map_err(|message| Error::data(path, number, message))?;
-        // As in TRL: unset means no, where there are no prompts and completions.
-        let is_left_out = options.completion_only_loss != Some(true);
-        if is_left_out
-            && row
-                .remove("completion_mask")
-                .is_some_and(|mask| !mask.is_null())
-        {
-            columns.see_left_out("completion_mask");
+        if Record::leaves_mask_out(&mut row, options.completion_only_loss) {
+            columns.see_left_out(COMPLETION_MASK);
         }
         columns.see_unused(&row, &options.dataset_text_field);
         Self::of_columns(path, number, &row, &options.dataset_text_field)

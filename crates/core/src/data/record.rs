@@ -181,6 +181,9 @@ impl std::fmt::Display for RecordKind {
     }
 }
 
+/// The column that masks completions of `input_ids`.
+pub(super) const COMPLETION_MASK: &str = "completion_mask";
+
 impl Record {
     /// Its kind.
     #[must_use]
@@ -192,6 +195,18 @@ impl Record {
             Self::Text(_) => RecordKind::Text,
             Self::Tokens { .. } => RecordKind::Tokens,
         }
+    }
+
+    /// Takes the mask of completions out of a row where it does not count, and says whether there was one. As in TRL, an
+    /// unset `completion_only_loss` means no where there are no prompts and completions.
+    pub fn leaves_mask_out(
+        row: &mut Map<String, Value>,
+        completion_only_loss: Option<bool>,
+    ) -> bool {
+        completion_only_loss != Some(true)
+            && row
+                .remove(COMPLETION_MASK)
+                .is_some_and(|mask| !mask.is_null())
     }
 
     /// Reads a row by its columns: `input_ids`, `prompt` with `completion`, `messages`,

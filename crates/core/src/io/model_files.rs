@@ -6,8 +6,8 @@ use super::quantised::{self, QuantisedWeights, Stored};
 use super::{FileDType, SafetensorsFile, TensorMeta, safe_file_name};
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
-use ferrotune_kernels::ViewMut;
 use ferrotune_kernels::dequantise::{FourBitFormat, QuantFormat, Quantised};
+use ferrotune_kernels::{DType, ViewMut};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -192,12 +192,17 @@ impl ModelFiles {
         stored.map(Stored::bytes)
     }
 
-    /// Whether any tensor of values is bf16. Codes may be stored as numbers of any dtype.
+    /// What values are held in: bf16 if any are, else f32. Codes may be stored as numbers of any dtype.
     #[must_use]
-    pub fn is_bf16(&self) -> bool {
+    pub fn dtype(&self) -> DType {
         let is_bf16 = |name: &str| self.meta(name).is_some_and(|m| m.dtype == FileDType::BF16);
-        self.names()
-            .any(|name| self.quantised.get(name).is_none() && is_bf16(name))
+        let mut values = self
+            .names()
+            .filter(|name| self.quantised.get(name).is_none());
+        match values.any(is_bf16) {
+            true => DType::Bf16,
+            false => DType::F32,
+        }
     }
 
     /// The name of the format that weights are held in as codes; `None` if none is.

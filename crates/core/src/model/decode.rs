@@ -3,7 +3,6 @@
 use super::inputs::Marks;
 use super::layer::Layer;
 use super::room::Wide;
-use super::together::nothing;
 use super::{Inputs, Model, Normed, Pass, Run, prompt};
 use crate::adapter::Prompt;
 use crate::data::PackedBatch;
@@ -97,7 +96,7 @@ impl Model {
         caches: &mut [&mut KvCache],
         new_tokens: &[&[u32]],
     ) -> Result<Tensor> {
-        let params = nothing(&self.device)?;
+        let params = FlatBuffer::empty_on(&self.device);
         self.extend_with(pass, &params, members, caches, new_tokens)
     }
 
@@ -127,7 +126,7 @@ impl Model {
             first = documents.end;
             let batch = new_batch(&caches[documents.clone()], &new_tokens[documents])?;
             let inputs = Inputs::of(self, pass, &Cow::Owned(batch), Marks::default(), false);
-            Ok((inputs, nothing(&self.device)?))
+            Ok((inputs, FlatBuffer::empty_on(&self.device)))
         });
         let mut own: Vec<_> = own.collect::<Result<_>>()?;
         let mut run = Run::new(params, pass, &inputs)?;

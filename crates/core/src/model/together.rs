@@ -15,7 +15,7 @@ use super::{Model, ModelPlan, Saved, WeightFormat, on_worker};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::PackedBatch;
 use crate::model::DecoderConfig;
-use crate::params::{FlatBuffer, ParamLayoutBuilder};
+use crate::params::FlatBuffer;
 use crate::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::Accumulator;
 use ferrotune_kernels::{DType, Device, Workspace};
@@ -56,7 +56,13 @@ impl Model {
         for attachments in &adapters {
             require_apart(config, attachments)?;
         }
-        let mut model = Self::load(config, Vec::new(), source, &mut nothing(device)?, format)?;
+        let mut model = Self::load(
+            config,
+            Vec::new(),
+            source,
+            &mut FlatBuffer::empty_on(device),
+            format,
+        )?;
         for attachments in adapters {
             model.add_adapter(attachments)?;
         }
@@ -148,7 +154,7 @@ impl Model {
                 Inputs::of(self, pass, &Cow::Borrowed(m.batch), Marks::default(), false)
             })
             .collect();
-        let nothing = nothing(&self.device)?;
+        let nothing = FlatBuffer::empty_on(&self.device);
         let mut run = Run::new(&nothing, pass, &inputs)?;
         let mut sums = Vec::with_capacity(members.len());
         for ((member, &pass), inputs) in members.into_iter().zip(&passes).zip(&own) {
@@ -179,7 +185,7 @@ impl Model {
         }
         run.give(y);
         let saved = Saved { layers, stream };
-        let mut nothing = nothing(&self.device)?;
+        let mut nothing = FlatBuffer::empty_on(&self.device);
         self.backward(run, &mut nothing, saved, d_hidden, &mut |_, _| Ok(()))
     }
 
@@ -221,10 +227,4 @@ fn require_apart(config: &DecoderConfig, attachments: &[(SiteId, Attachment)]) -
         plan.site(*site).name
     );
     Err(Error::config("adapters", message))
-}
-
-/// The parameters of a base that is frozen throughout.
-pub(super) fn nothing(device: &Device) -> Result<FlatBuffer> {
-    let layout = ParamLayoutBuilder::new().build()?;
-    Ok(FlatBuffer::zeros_on(&layout, device))
 }

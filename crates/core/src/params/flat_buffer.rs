@@ -39,6 +39,12 @@ impl FlatBuffer {
         Self::zeros_on(layout, &Device::Cpu)
     }
 
+    /// No parameters, at home on `device`: those of a base that is frozen throughout.
+    #[must_use]
+    pub fn empty_on(device: &Device) -> Self {
+        Self::zeros_on(&Arc::default(), device)
+    }
+
     /// Zeros whose home is `device`.
     #[must_use]
     pub fn zeros_on(layout: &Arc<ParamLayout>, device: &Device) -> Self {

@@ -9,10 +9,10 @@ use super::step::{Trainer, TrainerOptions, attach};
 use crate::adapter::Adapter;
 use crate::data::PackedBatch;
 use crate::model::{DecoderConfig, LoadedBase, MemberPass, Mode, Model, SharedBase, WeightSource};
-use crate::params::{FlatBuffer, ParamLayoutBuilder};
+use crate::params::FlatBuffer;
 use crate::{Error, Result};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
-use ferrotune_kernels::{DType, Workspace};
+use ferrotune_kernels::{DType, Device, Workspace};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What a trainer brings to a pass, to get it back with its gradient and sums.
@@ -154,12 +154,11 @@ impl Seat {
         let state = self.lock()?;
         let device = state.workspace.device();
         let mut sums = Accumulator::new(device);
-        let layout = ParamLayoutBuilder::new().build()?;
         let member = MemberPass {
             number: self.number,
             batch,
             params,
-            grads: &mut FlatBuffer::zeros_on(&layout, device),
+            grads: &mut FlatBuffer::empty_on(device),
             sums: &mut sums,
             mode: Mode::Eval,
             workspace: &state.own[self.number],
@@ -249,8 +248,7 @@ impl Trainer {
         let Some(seat) = &self.seat else {
             return Err(failed("it has no place there"));
         };
-        let nothing = ParamLayoutBuilder::new().build()?;
-        let empty = || FlatBuffer::zeros(&nothing);
+        let empty = || FlatBuffer::empty_on(&Device::Cpu);
         let work = Work {
             params: std::mem::replace(&mut self.params, empty()),
             grads: std::mem::replace(&mut self.grads, empty()),

@@ -212,15 +212,6 @@ impl FourBit {
             Storage::Cuda(_) => None,
         }
     }
-
-    /// Codes and scales, if the host holds them.
-    #[cfg(test)]
-    pub(super) fn packed(&self) -> Option<&Packed> {
-        match &self.storage {
-            Storage::Host(packed) => Some(packed),
-            Storage::Cuda(_) => None,
-        }
-    }
 }
 
 /// Quantises scales to indices into the dynamic map, after taking off their mean.

@@ -169,13 +169,4 @@ impl Int8 {
             Storage::Cuda(_) => None,
         }
     }
-
-    /// Bytes and scales, if the host holds them.
-    #[cfg(test)]
-    pub(super) fn scaled(&self) -> Option<&Scaled> {
-        match &self.storage {
-            Storage::Host(scaled) => Some(scaled),
-            Storage::Cuda(_) => None,
-        }
-    }
 }

@@ -1,9 +1,9 @@
 use super::AdapterBase;
-use crate::testing::{adapter, copy_of, golden, llama_sites, recorded};
+use crate::testing::{adapter, copy_of, edit_tensors, golden, llama_sites, recorded};
 use crate::{LoraConfig, MergeOptions, merge};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Adapter, Site, SiteId};
-use ferrotune_core::io::{self, ModelFiles, SafetensorsFile, TensorData};
+use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::WeightSource;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_kernels::{DType, Tensor};
@@ -29,27 +29,10 @@ fn table(name: &str, first: Option<f32>) -> Values {
 /// A recorded adapter that holds `more`.
 fn with(more: &[(&str, Values)]) -> tempfile::TempDir {
     let copy = copy_of("lora_qv");
-    let path = copy.path().join("adapter_model.safetensors");
-    let file = SafetensorsFile::open(&path).expect("copied");
-    let mut tensors: BTreeMap<String, Values> = file
-        .names()
-        .map(|name| {
-            let shape = file.meta(name).expect("there").shape.clone();
-            (
-                name.to_owned(),
-                (shape, file.read_f32(name).expect("there")),
-            )
-        })
-        .collect();
-    drop(file);
-    let more = more
-        .iter()
-        .map(|(name, values)| ((*name).to_owned(), values.clone()));
-    tensors.extend(more);
-    let tensors = tensors.iter();
-    let tensors = tensors
-        .map(|(name, (shape, values))| (name.clone(), TensorData::from_f32(values, shape.clone())));
-    io::write_safetensors(&path, &tensors.collect(), &BTreeMap::new()).expect("writable");
+    edit_tensors(copy.path(), |tensors| {
+        let more = more.iter();
+        tensors.extend(more.map(|(name, values)| ((*name).to_owned(), values.clone())));
+    });
     copy
 }
 

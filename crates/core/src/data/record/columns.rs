@@ -50,7 +50,7 @@ impl Format {
         }
         match self {
             // Labels say already what masks would.
-            Self::Tokens if ["completion_mask", "assistant_masks"].contains(&column) => {
+            Self::Tokens if [super::COMPLETION_MASK, "assistant_masks"].contains(&column) => {
                 row.get("labels").is_none_or(Value::is_null)
             }
             Self::Tokens => [

@@ -124,7 +124,7 @@ pub(super) fn tokens(row: &Map<String, Value>, input_ids: &Value) -> Result<Vec<
     // Labels that are given say it already.
     let masks: &[&str] = match column("labels") {
         Some(_) => &[],
-        None => &["completion_mask", "assistant_masks"],
+        None => &[super::COMPLETION_MASK, "assistant_masks"],
     };
     for name in masks {
         let trained = mask(name)?;

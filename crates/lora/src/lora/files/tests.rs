@@ -1,8 +1,7 @@
-use crate::testing::{adapter, attach, copy_of, edit_config, golden, list, recorded};
+use crate::testing::{adapter, attach, copy_of, edit_config, edit_tensors, golden, list, recorded};
 use crate::{LoraConfig, PeftConfig, TargetModules};
 use ferrotune_core::adapter::Adapter;
-use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
-use std::borrow::Cow;
+use ferrotune_core::io::{FileDType, SafetensorsFile};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -118,37 +117,6 @@ fn all_linear_is_saved_as_sorted_names() {
         "v_proj",
     ];
     assert_eq!(saved.target_modules, list(&names));
-}
-
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
-fn edit_tensors(directory: &Path, edit: impl FnOnce(&mut Tensors)) {
-    let path = directory.join("adapter_model.safetensors");
-    let file = SafetensorsFile::open(&path).expect("copied");
-    let mut tensors: Tensors = file
-        .names()
-        .map(|name| {
-            let shape = file.meta(name).expect("named").shape.clone();
-            (
-                name.to_owned(),
-                (shape, file.read_f32(name).expect("copied")),
-            )
-        })
-        .collect();
-    drop(file);
-    edit(&mut tensors);
-    let data = tensors
-        .iter()
-        .map(|(name, (shape, values))| {
-            let data = TensorData {
-                dtype: FileDType::F32,
-                shape: shape.clone(),
-                bytes: Cow::Borrowed(bytemuck::cast_slice(values)),
-            };
-            (name.clone(), data)
-        })
-        .collect();
-    io::write_safetensors(&path, &data, &BTreeMap::new()).expect("writable");
 }
 
 fn load_error(directory: &Path) -> String {
