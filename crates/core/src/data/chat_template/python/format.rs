@@ -4,7 +4,7 @@
 //! is not.
 
 use super::repr::{python_ascii, python_repr, python_str};
-use super::{Result, charge, error, type_name};
+use super::{Result, charge, error, is_method, type_name};
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{State, Value};
@@ -147,14 +147,23 @@ fn lookup(name: &str, fields: &mut Fields) -> Result {
             value = value.get_item(&key)?;
             rest = after;
         } else {
-            // What is no item has no attributes that templates may see.
-            let attribute = rest.strip_prefix('.').unwrap_or(rest);
-            let end = attribute.find(['.', '[']).unwrap_or(attribute.len());
-            value = Value::UNDEFINED;
-            rest = &attribute[end..];
+            let name = rest.strip_prefix('.').unwrap_or(rest);
+            let (name, after) = name.split_at(name.find(['.', '[']).unwrap_or(name.len()));
+            value = attribute(&value, name)?;
+            rest = after;
         }
     }
     Ok(value)
+}
+
+/// As Jinja's sandbox looks it up: an attribute, else an item.
+fn attribute(value: &Value, name: &str) -> Result {
+    if is_method(name) && !value.is_undefined() {
+        return Err(error(format!(
+            "`format`: `{name}` is a method, whose text depends on Python"
+        )));
+    }
+    Ok(value.get_attr(name)?)
 }
 
 /// `format(value, specification)`.
