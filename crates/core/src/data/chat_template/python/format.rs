@@ -163,7 +163,7 @@ fn attribute(value: &Value, name: &str) -> Result {
             "`format`: `{name}` is a method, whose text depends on Python"
         )));
     }
-    Ok(value.get_attr(name)?)
+    value.get_attr(name)
 }
 
 /// `format(value, specification)`.
