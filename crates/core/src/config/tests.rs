@@ -270,7 +270,12 @@ fn wrong_values_name_key_value_expectation_and_place() {
     assert!(yaml_fault("packing: 3").contains("expected true or false"));
     assert!(yaml_fault("lora_r: -1").contains("at least 0"));
     assert!(yaml_fault("lora_r: 1.5").contains("whole number"));
-    assert!(yaml_fault("optim: adamw_bnb_8bit").contains("one of adamw_torch"));
+    assert!(yaml_fault("optim: adamw_tourch").contains("did you mean `adamw_torch`"));
+    let lomo = yaml_fault("optim: lomo");
+    assert!(
+        lomo.contains("Transformers' lomo is not supported; nearest to it is sgd"),
+        "{lomo}"
+    );
     assert!(yaml_fault("dtype: bfloat").contains("did you mean `bfloat16`?"));
     assert!(yaml_fault("dtype: float16").contains("one of auto, float32, bfloat16"));
     assert!(yaml_fault("init_lora_weights: pisa").contains("did you mean `pissa`?"));
@@ -390,6 +395,9 @@ fn ranges_and_combinations_are_checked() {
             "set eval_strategy",
         ),
         ("lr_scheduler_kwargs", "{power: 2}", "takes none"),
+        ("optim_args", "{amsgrad: maybe}", "not true or false"),
+        ("optim_args", "momentum", "momentum=0.9,nesterov=true"),
+        ("optim_args", "weight_decay=0.1", "use the key weight_decay"),
         ("eval_strategy", "steps", "set eval_file"),
         ("load_best_model_at_end", "true", "set eval_strategy"),
         ("early_stopping_patience", "3", "set eval_strategy"),
@@ -405,6 +413,29 @@ fn ranges_and_combinations_are_checked() {
         assert!(message.contains(part), "{key}={value}: {message}");
         assert!(message.contains("(command line)"), "{message}");
         assert!(message.contains(key), "{message}");
+    }
+    for (optim, args, part) in [
+        (
+            "sgd",
+            "momentun=0.9",
+            "expected one of momentum, dampening, nesterov; did you mean `momentum`?",
+        ),
+        ("sgd", "{momentum: fast}", "at least 0 (optim sgd)"),
+        ("sgd", "nesterov=true", "needs a momentum"),
+        ("muon", "adjust_lr_fn=originl", "did you mean `original`?"),
+        (
+            "adafactor",
+            "relative_step=true",
+            "would replace learning_rate",
+        ),
+        ("ademamix", "beta3=1", "from 0 to below 1"),
+        ("adamw_8bit", "amsgrad=true", "takes none"),
+    ] {
+        let message = fault(&[("optim", optim), ("optim_args", args)]);
+        assert!(
+            message.contains(part) && message.contains("(command line)"),
+            "{message}"
+        );
     }
     for (key, value) in [("lora_r", "0"), ("lora_alpha", "0"), ("lora_dropout", "1")] {
         assert!(fault(&[("use_peft", "true"), (key, value)]).contains(key));
@@ -537,4 +568,23 @@ fn schema_and_reference_hold_every_key_with_a_description() {
     assert!(properties.contains_key("deepspeed"));
     let names: std::collections::BTreeSet<_> = properties.keys().collect();
     assert_eq!(names.len(), properties.len());
+}
+
+#[test]
+fn arguments_of_the_optimizer_are_a_text_or_a_mapping() {
+    let texts = [
+        "optim_args: momentum=0.9, nesterov=true",
+        "optim_args: {momentum: 0.9, nesterov: true}",
+        "optim_args: '{\"momentum\": \"0.9\", \"nesterov\": true}'",
+    ];
+    let built = texts.map(|args| {
+        let text = format!("{MINIMAL}optim: sgd\n{args}\n");
+        let config = TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid");
+        format!("{:?}", config.optimizer.choice().expect("valid"))
+    });
+    assert!(
+        built[0].contains("momentum: 0.9") && built[0].contains("nesterov: true"),
+        "{built:?}"
+    );
+    assert!(built.iter().all(|one| *one == built[0]), "{built:?}");
 }

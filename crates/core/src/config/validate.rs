@@ -228,7 +228,21 @@ impl TrainConfig {
         self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,
-        )
+        )?;
+        let built = optimizer.choice();
+        built.map(|_| ()).map_err(|error| self.placed(error))
+    }
+
+    /// An error about an entry of a table, with where that table was set.
+    fn placed(&self, error: Error) -> Error {
+        match error {
+            Error::Config { key, message } => {
+                let table_key = key.split('.').next().unwrap_or(&key);
+                let place = self.origin(table_key).map(|origin| format!(" ({origin})"));
+                Error::config(&key, format!("{message}{}", place.unwrap_or_default()))
+            }
+            other => other,
+        }
     }
 
     fn check_schedule(&self) -> Result<()> {
@@ -271,14 +285,7 @@ impl TrainConfig {
         } else {
             LrSchedule::new(name, kwargs, rate, 0, 1000).map(|_| ())
         };
-        built.map_err(|error| match error {
-            Error::Config { key, message } => {
-                let table_key = key.split('.').next().unwrap_or(&key);
-                let place = self.origin(table_key).map(|origin| format!(" ({origin})"));
-                Error::config(&key, format!("{message}{}", place.unwrap_or_default()))
-            }
-            other => other,
-        })
+        built.map_err(|error| self.placed(error))
     }
 
     /// Steps, or a share of them, for a strategy that counts steps.
