@@ -509,9 +509,8 @@ impl Parameters<'_> {
         let multiplier = |key: &str| match self.map.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => match value.as_f64() {
-                Some(0.0) => Ok(None),
-                Some(number) if number.is_finite() => Ok(Some(number)),
-                _ => Err(self.error(key, format!("is {value}; expected a number"))),
+                Some(number) => Ok(Some(number).filter(|m| *m != 0.0)),
+                None => Err(self.error(key, format!("is {value}; expected a number"))),
             },
         };
         let attention_factor = match (multiplier("mscale")?, multiplier("mscale_all_dim")?) {
