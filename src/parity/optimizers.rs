@@ -3,7 +3,7 @@
 mod recorded;
 
 use super::case::Case;
-use super::compare::Comparison;
+use super::compare::{Comparison, relative_error};
 use ferrotune_core::io::{FileDType, SafetensorsFile};
 use ferrotune_core::optimizer::{OptimizerChoice, Step, TensorStates};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 /// Some steps of f32 of the largest value.
 const F32: f64 = 1e-6;
-/// Where products are in bf16: sums in another order round to its next step, of updates that are small beside values.
-const BF16: f64 = 1e-4;
+/// Two steps of bf16, of how far values have come: where products are in bf16, sums in another order round to others.
+const BF16: f64 = 1.0 / 128.0;
 /// Sums in another order, of scales.
 const SCALES: f64 = 1e-6;
 /// Share of the bytes of a moment that rounding may take to the entry beside.
@@ -114,7 +114,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let steps = steps.count() as u64;
     for recorded in recorded::list(case, "optimizers")? {
         let name = recorded.name.clone();
-        let tolerance = if recorded.in_bf16 { BF16 } else { F32 };
+        let in_bf16 = recorded.in_bf16;
         let mut run = Run::new(recorded, &start)?;
         let mut compared = 0;
         for step in 1..=steps {
@@ -124,6 +124,9 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
                 let key = format!("{name}.after{step}.{}", segment.spec.name);
                 if expected.meta(&key).is_some() {
                     let theirs = expected.read_f32(&key)?;
+                    let from = start.iter().find(|(name, ..)| *name == segment.spec.name);
+                    let moved = from.map_or(0.0, |(_, _, from)| relative_error(from, &theirs));
+                    let tolerance = if in_bf16 { F32.max(BF16 * moved) } else { F32 };
                     c.tensor(&name, &key, run.params.get(id), &theirs, tolerance);
                     compared += 1;
                 }

@@ -108,7 +108,11 @@ impl<'a> Kwargs<'a> {
     pub(crate) fn flag(&mut self, key: &'static str, default: bool) -> Result<bool> {
         let read = |value: &Value| match value {
             Value::Bool(flag) => Some(*flag),
-            Value::String(text) => word_as_bool(text.trim()),
+            Value::String(text) => match text.trim() {
+                "1" => Some(true),
+                "0" => Some(false),
+                word => word_as_bool(word),
+            },
             _ => None,
         };
         Ok(self.parsed(key, read, "true or false")?.unwrap_or(default))

@@ -46,7 +46,8 @@ impl NAdam {
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let mut last = products.last().copied().unwrap_or(1.0);
         for next in products.len() as u64..=step {
-            last *= self.mu(next);
+            // In f32, as PyTorch has it.
+            last = f64::from(last as f32 * self.mu(next) as f32);
             products.push(last);
         }
         products.get(step as usize).copied().unwrap_or(last)

@@ -99,7 +99,8 @@ impl Rule for RmsProp {
                 mean[i] += s.alpha[1] * (g - mean[i]);
                 variance -= mean[i] * mean[i];
             }
-            let update = g / (variance.sqrt() + s.eps);
+            // Rounding can take the mean square below the square of the mean; PyTorch has NaN there.
+            let update = g / (variance.max(0.0).sqrt() + s.eps);
             let direction = match &mut buffer {
                 None => update,
                 Some(buffer) => {

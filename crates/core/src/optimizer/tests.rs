@@ -148,6 +148,30 @@ fn state_takes_the_bytes_that_are_planned_for_it() {
 }
 
 #[test]
+fn a_centered_mean_square_below_the_square_of_the_mean_is_no_nan() {
+    let layout = layout();
+    let rule = super::RmsProp {
+        alpha: 0.3,
+        centered: true,
+        ..super::RmsProp::default()
+    };
+    let mut states = TensorStates::new(Arc::new(super::Elementwise(rule)), &layout);
+    let mut params = start(&layout);
+    // The same in every step: both averages come to the same square, up to rounding.
+    let grads: Vec<f32> = (0..layout.len()).map(|i| 0.1 + i as f32 / 7.0).collect();
+    for number in 1..=100 {
+        let step = Step {
+            lr: 1e-12,
+            weight_decay: 0.0,
+            number,
+        };
+        let updated = states.update(params.as_mut_slice(), &grads, 1.0, |_| step);
+        updated.expect("an update");
+    }
+    assert!(params.as_slice().iter().all(|value| value.is_finite()));
+}
+
+#[test]
 fn names_are_unique_and_those_of_transformers_are_here_or_said_not_to_be() {
     let here = OPTIMIZERS.iter().map(|entry| entry.name);
     let names: Vec<&str> = here.chain(NOT_HERE.iter().map(|(name, _)| *name)).collect();
