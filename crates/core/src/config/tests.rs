@@ -1,3 +1,5 @@
+mod optimizer;
+
 use super::{
     Dtype, InitLoraWeights, IntervalStrategy, Names, PackingStrategy, Resume, TrainConfig,
     json_schema, load, markdown_reference,
@@ -414,29 +416,6 @@ fn ranges_and_combinations_are_checked() {
         assert!(message.contains("(command line)"), "{message}");
         assert!(message.contains(key), "{message}");
     }
-    for (optim, args, part) in [
-        (
-            "sgd",
-            "momentun=0.9",
-            "expected one of momentum, dampening, nesterov; did you mean `momentum`?",
-        ),
-        ("sgd", "{momentum: fast}", "at least 0 (optim sgd)"),
-        ("sgd", "nesterov=true", "needs a momentum"),
-        ("muon", "adjust_lr_fn=originl", "did you mean `original`?"),
-        (
-            "adafactor",
-            "relative_step=true",
-            "would replace learning_rate",
-        ),
-        ("ademamix", "beta3=1", "from 0 to below 1"),
-        ("adamw_8bit", "amsgrad=true", "takes none"),
-    ] {
-        let message = fault(&[("optim", optim), ("optim_args", args)]);
-        assert!(
-            message.contains(part) && message.contains("(command line)"),
-            "{message}"
-        );
-    }
     for (key, value) in [("lora_r", "0"), ("lora_alpha", "0"), ("lora_dropout", "1")] {
         assert!(fault(&[("use_peft", "true"), (key, value)]).contains(key));
     }
@@ -568,23 +547,4 @@ fn schema_and_reference_hold_every_key_with_a_description() {
     assert!(properties.contains_key("deepspeed"));
     let names: std::collections::BTreeSet<_> = properties.keys().collect();
     assert_eq!(names.len(), properties.len());
-}
-
-#[test]
-fn arguments_of_the_optimizer_are_a_text_or_a_mapping() {
-    let texts = [
-        "optim_args: momentum=0.9, nesterov=true",
-        "optim_args: {momentum: 0.9, nesterov: true}",
-        "optim_args: '{\"momentum\": \"0.9\", \"nesterov\": true}'",
-    ];
-    let built = texts.map(|args| {
-        let text = format!("{MINIMAL}optim: sgd\n{args}\n");
-        let config = TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid");
-        format!("{:?}", config.optimizer.choice().expect("valid"))
-    });
-    assert!(
-        built[0].contains("momentum: 0.9") && built[0].contains("nesterov: true"),
-        "{built:?}"
-    );
-    assert!(built.iter().all(|one| *one == built[0]), "{built:?}");
 }

@@ -2,6 +2,7 @@
 
 use super::{IntervalStrategy, TrainConfig, TruncationMode};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
+use crate::optimizer::ADAM_KEYS;
 use crate::run_log::METRICS;
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
@@ -414,6 +415,15 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             "load_in_4bit is false, so these have no effect: {}",
             four_bit_keys.join(", ")
         ));
+    }
+    let optim = config.optimizer.optim;
+    for key in ADAM_KEYS {
+        if !optim.reads(key) && config.origin(key).is_some() {
+            notes.push(format!(
+                "{key} has no effect with optim: {}",
+                optim.as_str()
+            ));
+        }
     }
     let quantised = config.model.quantise().is_some();
     for (key, used) in [

@@ -41,7 +41,7 @@ pub use muon::{AdjustLr, Muon};
 pub use nadam::NAdam;
 pub use radam::RAdam;
 pub(crate) use registry::find;
-pub use registry::{NOT_HERE, OPTIMIZERS, OptimizerEntry, Shared};
+pub use registry::{ADAM_KEYS, NOT_HERE, OPTIMIZERS, OptimizerEntry, Shared};
 pub use rmsprop::RmsProp;
 pub use sgd::Sgd;
 pub use state::TensorStates;

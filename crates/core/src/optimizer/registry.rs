@@ -25,6 +25,8 @@ pub struct Shared {
 pub struct OptimizerEntry {
     /// Its name.
     pub name: &'static str,
+    /// The keys of the configuration beside `optim_args` that it reads.
+    pub reads: &'static [&'static str],
     build: fn(&Shared, &mut Kwargs<'_>) -> Built,
 }
 
@@ -63,56 +65,74 @@ impl OptimizerEntry {
 const KEYS_OF_THEIR_OWN: [(&str, &str); 2] =
     [("weight_decay", "weight_decay"), ("lr", "learning_rate")];
 
-const fn entry(name: &'static str, build: fn(&Shared, &mut Kwargs<'_>) -> Built) -> OptimizerEntry {
-    OptimizerEntry { name, build }
+/// Keys with the constants of Adam and its kin.
+pub const ADAM_KEYS: [&str; 3] = ["adam_beta1", "adam_beta2", "adam_epsilon"];
+const ADAM: &[&str] = &ADAM_KEYS;
+const BETAS: &[&str] = &["adam_beta1", "adam_beta2"];
+const NONE: &[&str] = &[];
+
+const fn entry(
+    name: &'static str,
+    reads: &'static [&'static str],
+    build: fn(&Shared, &mut Kwargs<'_>) -> Built,
+) -> OptimizerEntry {
+    OptimizerEntry { name, reads, build }
 }
 
 /// Every optimizer. State in bytes or paged memory has names of its own; paged state is not paged here.
 pub static OPTIMIZERS: &[OptimizerEntry] = &[
-    entry("adamw_torch", adam::adamw),
-    entry("adamw_torch_fused", adam::adamw),
-    entry("paged_adamw_32bit", kernel),
-    entry("adamw_bnb_8bit", adamw_8bit),
-    entry("adamw_8bit", adamw_8bit),
-    entry("paged_adamw_8bit", adamw_8bit),
-    entry("adafactor", adafactor::build),
-    entry("sgd", sgd::build),
-    entry("adagrad", adagrad::build),
-    entry("rmsprop", rmsprop::build),
-    entry("rmsprop_bnb", |_, args| {
-        plain(rmsprop::of_bitsandbytes(args)?)
-    }),
-    entry("rmsprop_bnb_32bit", |_, args| {
-        plain(rmsprop::of_bitsandbytes(args)?)
-    }),
-    entry("rmsprop_bnb_8bit", |_, args| {
+    entry("adamw_torch", ADAM, adam::adamw),
+    entry("adamw_torch_fused", ADAM, adam::adamw),
+    entry("paged_adamw_32bit", ADAM, kernel),
+    entry("adamw_bnb_8bit", ADAM, adamw_8bit),
+    entry("adamw_8bit", ADAM, adamw_8bit),
+    entry("paged_adamw_8bit", ADAM, adamw_8bit),
+    entry("adafactor", NONE, adafactor::build),
+    entry("sgd", NONE, sgd::build),
+    entry("adagrad", NONE, adagrad::build),
+    entry("rmsprop", NONE, rmsprop::build),
+    entry("rmsprop_bnb", NONE, rmsprop_32bit),
+    entry("rmsprop_bnb_32bit", NONE, rmsprop_32bit),
+    entry("rmsprop_bnb_8bit", NONE, |_, args| {
         eight_bit(rmsprop::of_bitsandbytes(args)?)
     }),
-    entry("lion_32bit", |shared, _| plain(lion::rule(shared))),
-    entry("paged_lion_32bit", |shared, _| plain(lion::rule(shared))),
-    entry("lion_8bit", |shared, _| eight_bit(lion::rule(shared))),
-    entry("paged_lion_8bit", |shared, _| eight_bit(lion::rule(shared))),
-    entry("ademamix", |shared, args| {
-        plain(ademamix::rule(shared, args)?)
-    }),
-    entry("paged_ademamix_32bit", |shared, args| {
-        plain(ademamix::rule(shared, args)?)
-    }),
-    entry("ademamix_8bit", |shared, args| {
-        eight_bit(ademamix::rule(shared, args)?)
-    }),
-    entry("paged_ademamix_8bit", |shared, args| {
-        eight_bit(ademamix::rule(shared, args)?)
-    }),
+    entry("lion_32bit", BETAS, lion_32bit),
+    entry("paged_lion_32bit", BETAS, lion_32bit),
+    entry("lion_8bit", BETAS, lion_8bit),
+    entry("paged_lion_8bit", BETAS, lion_8bit),
+    entry("ademamix", ADAM, ademamix_32bit),
+    entry("paged_ademamix_32bit", ADAM, ademamix_32bit),
+    entry("ademamix_8bit", ADAM, ademamix_8bit),
+    entry("paged_ademamix_8bit", ADAM, ademamix_8bit),
     // Not Transformers' names.
-    entry("adam", adam::adam),
-    entry("nadam", nadam::build),
-    entry("radam", radam::build),
-    entry("adamax", adamax::build),
-    entry("adadelta", adadelta::build),
-    entry("adafactor_torch", torch_adafactor::build),
-    entry("muon", muon::build),
+    entry("adam", ADAM, adam::adam),
+    entry("nadam", ADAM, nadam::build),
+    entry("radam", ADAM, radam::build),
+    entry("adamax", ADAM, adamax::build),
+    entry("adadelta", NONE, adadelta::build),
+    entry("adafactor_torch", NONE, torch_adafactor::build),
+    entry("muon", ADAM, muon::build),
 ];
+
+fn rmsprop_32bit(_: &Shared, args: &mut Kwargs<'_>) -> Built {
+    plain(rmsprop::of_bitsandbytes(args)?)
+}
+
+fn lion_32bit(shared: &Shared, _: &mut Kwargs<'_>) -> Built {
+    plain(lion::rule(shared))
+}
+
+fn lion_8bit(shared: &Shared, _: &mut Kwargs<'_>) -> Built {
+    eight_bit(lion::rule(shared))
+}
+
+fn ademamix_32bit(shared: &Shared, args: &mut Kwargs<'_>) -> Built {
+    plain(ademamix::rule(shared, args)?)
+}
+
+fn ademamix_8bit(shared: &Shared, args: &mut Kwargs<'_>) -> Built {
+    eight_bit(ademamix::rule(shared, args)?)
+}
 
 fn plain(rule: impl Rule + 'static) -> Built {
     Ok(OptimizerChoice::per_tensor(Elementwise(rule)))

@@ -172,6 +172,31 @@ fn a_centered_mean_square_below_the_square_of_the_mean_is_no_nan() {
 }
 
 #[test]
+fn an_optimizer_reads_the_keys_that_it_says() {
+    let built = |entry: &super::OptimizerEntry, adam: AdamW| {
+        format!("{:?}", entry.build(&Shared { adam }, &BTreeMap::new()))
+    };
+    let plain = AdamW::default();
+    let others = [
+        AdamW {
+            beta1: 0.5,
+            ..plain
+        },
+        AdamW {
+            beta2: 0.5,
+            ..plain
+        },
+        AdamW { eps: 0.5, ..plain },
+    ];
+    for entry in OPTIMIZERS {
+        for (key, other) in super::ADAM_KEYS.into_iter().zip(others) {
+            let differs = built(entry, plain) != built(entry, other);
+            assert_eq!(differs, entry.reads.contains(&key), "{} {key}", entry.name);
+        }
+    }
+}
+
+#[test]
 fn names_are_unique_and_those_of_transformers_are_here_or_said_not_to_be() {
     let here = OPTIMIZERS.iter().map(|entry| entry.name);
     let names: Vec<&str> = here.chain(NOT_HERE.iter().map(|(name, _)| *name)).collect();

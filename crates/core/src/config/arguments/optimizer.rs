@@ -14,6 +14,12 @@ impl Optim {
     /// Transformers' default.
     const DEFAULT: &str = "adamw_torch_fused";
 
+    /// Whether it reads a key with a constant of Adam's.
+    #[must_use]
+    pub fn reads(self, key: &str) -> bool {
+        self.0.reads.contains(&key)
+    }
+
     /// The word for it in a configuration file.
     #[must_use]
     pub fn as_str(self) -> &'static str {
