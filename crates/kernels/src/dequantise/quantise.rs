@@ -26,7 +26,19 @@ impl NearestCode {
     }
 
     pub(super) fn of(&self, value: f32) -> u8 {
-        self.order[self.limits.partition_point(|&limit| value > limit)]
+        self.order[self.place(value)]
+    }
+
+    /// Where the code for `value` is among all in ascending order.
+    pub(super) fn place(&self, value: f32) -> usize {
+        self.limits.partition_point(|&limit| value > limit)
+    }
+
+    /// [`NearestCode::of`], whose place is `start` or after it.
+    pub(super) fn of_from(&self, value: f32, start: usize) -> u8 {
+        let limits = self.limits[start..].iter();
+        let further = limits.take_while(|&&limit| value > limit).count();
+        self.order[start + further]
     }
 }
 
