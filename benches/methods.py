@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a method or a quantised base costs: steps of DoRA and of LoRA over 4 bits beside those of LoRA.
 
-    benches/methods.py --ferrotune target/release/ferrotune [--shape 1B] [--steps 5] [--repeats 3] [--dtype float32] [--seq 128]
+    benches/methods.py --ferrotune target/release/ferrotune [--shape 1B] [--steps 5] [--repeats 3] [--dtype float32] [--nf4-dtype bfloat16] [--seq 128] [--batch 1]
 
 Each side is a `ferrotune bench` in a process of its own, on the same random base and tokens, in turns. Times are
 medians over the steps of all repeats' medians; memory is the largest resident memory of any repeat, less what was
@@ -21,11 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SIDES = {"lora": [], "dora": ["--use-dora"], "nf4": ["--load-in-4bit", "--bnb-4bit-use-double-quant"]}
 
 
-def run(options, flags):
-    command = [options.ferrotune, "bench", "--json", "--shape", options.shape, "--dtype", options.dtype]
+def run(options, side, flags):
+    dtype = options.nf4_dtype if side == "nf4" and options.nf4_dtype else options.dtype
+    command = [options.ferrotune, "bench", "--json", "--shape", options.shape, "--dtype", dtype]
     command += ["--steps", str(options.steps), "--warmup", "1", *flags]
     if options.seq:
         command += ["--seq", str(options.seq)]
+    if options.batch:
+        command += ["--batch", str(options.batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -35,6 +38,8 @@ def main():
     parser.add_argument("--ferrotune", required=True)
     parser.add_argument("--shape", default="1B")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--nf4-dtype", help="what a 4-bit base holds its other weights in, --dtype otherwise")
+    parser.add_argument("--batch", type=int, help="rows of a step, as is usual for the shape otherwise")
     parser.add_argument("--seq", type=int, help="tokens of a row, as is usual for the shape otherwise")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
@@ -45,7 +50,7 @@ def main():
         order = list(SIDES.items())
         # Every side comes first once, so that a machine that slows down favours none.
         for side, flags in order[repeat % len(order) :] + order[: repeat % len(order)]:
-            reports[side].append(run(options, flags))
+            reports[side].append(run(options, side, flags))
 
     def seconds(side):
         return statistics.median(r["step_seconds"]["median"] for r in reports[side])
@@ -60,6 +65,7 @@ def main():
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "shape": options.shape,
         "dtype": options.dtype,
+        "nf4_dtype": options.nf4_dtype or options.dtype,
         "tokens_per_step": reports["lora"][0]["tokens_per_step"],
         "steps": options.steps,
         "repeats": options.repeats,

@@ -12,6 +12,7 @@ use ferrotune_core::run_log::{LogWindow, TrainerState};
 use ferrotune_core::trainer::Trainer;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::cuda::GemmRecord;
+use serde_json::Value;
 use std::path::Path;
 
 /// Keys that may differ between a run and its continuation. What the paths of base, data and template
@@ -158,7 +159,7 @@ fn newest(output: &Path) -> Result<Option<Checkpoint>> {
 }
 
 fn refuse_another_run(checkpoint: &Path, then: &RunIdentity, now: &RunIdentity) -> Result<()> {
-    let differences: Vec<String> = then
+    let differences: Vec<String> = with_defaults(then)
         .differences(now)
         .into_iter()
         .filter(|line| !FREE_KEYS.iter().any(|key| names_key(line, key)))
@@ -174,6 +175,19 @@ fn refuse_another_run(checkpoint: &Path, then: &RunIdentity, now: &RunIdentity) 
             differences.join("\n  ")
         ),
     ))
+}
+
+/// `then` with the defaults of keys that an older version did not have.
+fn with_defaults(then: &RunIdentity) -> RunIdentity {
+    let mut then = then.clone();
+    if let (Value::Object(keys), Value::Object(defaults)) =
+        (&mut then.config, TrainConfig::default().to_json())
+    {
+        for (key, default) in defaults {
+            keys.entry(key).or_insert(default);
+        }
+    }
+    then
 }
 
 /// Whether a line of differences is about `key`.
@@ -290,6 +304,7 @@ pub(super) fn refuse_to_go_back(output: &Path, step: u64, total_steps: u64) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn a_key_is_not_mistaken_for_a_longer_one() {
@@ -300,5 +315,27 @@ mod tests {
         assert!(names_key("`save_steps`: 1 before, 2 now", "save_steps"));
         assert!(!names_key("config.save_steps_extra: 1", "save_steps"));
         assert!(!names_key("config.learning_rate: 1", "save_steps"));
+    }
+
+    #[test]
+    fn a_key_that_an_older_version_did_not_have_is_at_its_default() {
+        let now = |overrides: Value| {
+            let mut config = TrainConfig::default().to_json();
+            for (key, value) in overrides.as_object().into_iter().flatten() {
+                config[key] = value.clone();
+            }
+            RunIdentity {
+                config,
+                ..RunIdentity::default()
+            }
+        };
+        let mut then = now(json!({"seed": 3}));
+        let keys = then.config.as_object_mut().expect("an object");
+        assert!(keys.remove("optim_args").is_some());
+        let refused = |now| refuse_another_run(Path::new("checkpoint-1"), &then, &now);
+        assert!(refused(now(json!({"seed": 3}))).is_ok());
+        assert!(refused(now(json!({"seed": 4}))).is_err());
+        let other = json!({"seed": 3, "optim_args": {"momentum": 0.9}});
+        assert!(refused(now(other)).is_err());
     }
 }
