@@ -2,9 +2,10 @@
 
 use ferrotune::core::EXIT_CODES;
 use ferrotune::core::config::markdown_reference;
+use ferrotune::core::optimizer::OPTIMIZERS;
 use std::path::Path;
 
-const TEXTS: [&str; 12] = [
+const TEXTS: [&str; 13] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -16,6 +17,7 @@ const TEXTS: [&str; 12] = [
     "docs/launchers.md",
     "docs/outputs.md",
     "docs/checkpoints.md",
+    "docs/optimizers.md",
     "docs/parity.md",
 ];
 
@@ -55,5 +57,23 @@ fn links_lead_to_files() {
                 "{name}: `{target}` does not exist"
             );
         }
+    }
+}
+
+#[test]
+fn every_optimizer_is_in_its_table() {
+    let text = read("docs/optimizers.md");
+    let rows: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    for entry in OPTIMIZERS {
+        let name = format!("`{}`", entry.name);
+        let named = |row: &&&str| {
+            row.split(" | ")
+                .next()
+                .is_some_and(|cell| cell.contains(&name))
+        };
+        assert_eq!(rows.iter().filter(named).count(), 1, "{name}");
     }
 }

@@ -348,16 +348,11 @@ fn prompts_learn_stop_go_on_and_are_saved() {
             .adapter()
             .save(first.params(), place.path())
             .expect("saved");
-        let moments: Vec<(&str, FlatBuffer)> = first
-            .moments()
-            .into_iter()
-            .map(|(name, buffer)| (name, buffer.clone()))
-            .collect();
         let mut second = trainer(&keys, base.path());
         let mut params = FlatBuffer::zeros(second.params().layout());
         let read = second.adapter().load(&mut params, place.path());
         read.expect("reads what was saved");
-        second.restore(3, &params, &moments);
+        second.restore(3, &params, &first.state());
         run(&mut second, 5);
         assert_eq!(
             second.params().as_slice(),

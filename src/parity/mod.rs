@@ -13,6 +13,7 @@ mod compare;
 mod complete;
 mod cpu_kernel;
 mod initialised;
+mod optimizers;
 mod padded;
 mod primitives;
 mod prompt;
@@ -85,6 +86,8 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "lr schedules" => schedule::compare(case),
         "HF bitsandbytes checkpoint" => quantised::compare(case),
         "bitsandbytes primitives on CPU" => primitives::compare(case),
+        "optimizers on fixed gradients" => optimizers::compare(case),
+        "bitsandbytes 8-bit optimizers on CPU" => optimizers::compare_eight_bit(case),
         "tokenizer" => sft::tokenizer(case),
         "chat templates" => sft::templates(case),
         "packing" => sft::packing(case),
@@ -93,7 +96,8 @@ fn compare_case(case: &Case) -> Result<Comparison> {
             "kind",
             format!(
                 "{}: `{other}` is not a kind of case known here; known: causal_lm, base of the quant cases, adapter, adalora allocation, multi-adapter, \
-                 training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, tokenizer, chat templates, packing, SFT preprocessing",
+                 training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, \
+                 optimizers on fixed gradients, bitsandbytes 8-bit optimizers on CPU, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()
             ),
         )),

@@ -9,6 +9,7 @@ use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::io::{ModelFiles, SafetensorsFile};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
+use ferrotune_core::optimizer::OptimizerChoice;
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::process_group::Solo;
 use ferrotune_core::trainer::{Trainer, TrainerOptions};
@@ -228,11 +229,11 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>], dtype: DType) -> Result<Trai
         device: case.device.clone(),
         weights: dtype.into(),
         activation_dtype: dtype,
-        adamw: AdamW {
+        optimizer: OptimizerChoice::AdamW(AdamW {
             beta1: beta(0).unwrap_or(0.9),
             beta2: beta(1).unwrap_or(0.999),
             eps: number("eps", 1e-8),
-        },
+        }),
         weight_decay: number("weight_decay", 0.0),
         label_smoothing: case.number(&["label_smoothing"]).unwrap_or(0.0) as f32,
         max_grad_norm: (clip > 0.0).then_some(clip),

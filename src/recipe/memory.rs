@@ -8,15 +8,23 @@ use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{
     ActivationPlan, DecoderConfig, Keep, ModelPlan, StepShape, WeightFormat, Workload,
 };
+use ferrotune_core::optimizer::OptimizerChoice;
+use ferrotune_core::params::{ParamLayout, Segment};
 use ferrotune_core::process_group::Place;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
 
-/// Value, gradient and two moments of a trained scalar, f32 each.
-const TRAINED_BYTES: u64 = 16;
-/// The same in bf16.
+/// Value and gradient of a trained scalar, f32 each.
+const TRAINED_BYTES: u64 = 8;
+/// The value in bf16.
 const ROUNDED_BYTES: u64 = 2;
+
+/// Bytes that the optimizer keeps of the tensors of `layout`, in memory and in a checkpoint.
+pub(super) fn state_bytes(optimizer: &OptimizerChoice, layout: &ParamLayout) -> u64 {
+    let of = |(_, segment): (_, &Segment)| optimizer.state_bytes(&segment.spec.shape);
+    layout.physical().map(of).sum()
+}
 
 /// Bytes that can be allocated on `device` now.
 ///
@@ -43,7 +51,7 @@ pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
 pub(super) struct Needs {
     /// Frozen weights.
     pub(super) weights: u64,
-    /// Trained values with gradients and moments.
+    /// Trained values with gradients and the optimizer's state.
     pub(super) trained: u64,
     /// A step on the largest micro-batch, with as little kept as can be.
     pub(super) activations: u64,
@@ -120,7 +128,7 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// Bytes of the weights, and of the trained values with gradients and moments.
+    /// Bytes of the weights, and of the trained values with gradients and the optimizer's state.
     pub(super) fn fixed_bytes(&self, config: &TrainConfig, attached: &Attached) -> [u64; 2] {
         let format = weight_format(config, self.files, self.device);
         let plan = ModelPlan::new(self.decoder);
@@ -131,8 +139,21 @@ impl<'a> Base<'a> {
         let activations = activation_dtype(config, format.dtype, self.device);
         let rounded = self.device.is_cuda() && activations == DType::Bf16;
         let bytes = TRAINED_BYTES + if rounded { ROUNDED_BYTES } else { 0 };
-        [weights, trainable.saturating_mul(bytes)]
+        let optimizer = optimizer_bytes(config, &attached.layout, self.device);
+        let trained = trainable.saturating_mul(bytes).saturating_add(optimizer);
+        [weights, trained]
     }
+}
+
+/// Bytes on `device` of the optimizer's state, and of what an update of all tensors takes for as long as it lasts.
+fn optimizer_bytes(config: &TrainConfig, layout: &ParamLayout, device: &Device) -> u64 {
+    // A configuration that was read has none that cannot be made.
+    let optimizer = config.optimizer.choice().unwrap_or_default();
+    if device.is_cuda() && optimizer.is_per_tensor() {
+        return 0;
+    }
+    let scratch = |(_, segment): (_, &Segment)| optimizer.scratch_bytes(&segment.spec.shape);
+    state_bytes(&optimizer, layout) + layout.physical().map(scratch).sum::<u64>()
 }
 
 /// The plan that the configuration insists on.
@@ -172,7 +193,10 @@ pub(super) fn least_trained(config: &TrainConfig) -> u64 {
     if !config.lora.use_peft {
         return 0;
     }
-    (highest_rank(config) as u64).saturating_mul(2 * TRAINED_BYTES)
+    let optimizer = config.optimizer.choice().unwrap_or_default();
+    // Of a matrix large enough for moments in bytes.
+    let state = optimizer.state_bytes(&[64, 64]) / (64 * 64);
+    (highest_rank(config) as u64).saturating_mul(2 * (TRAINED_BYTES + state))
 }
 
 /// The highest rank that a configuration names.

@@ -48,7 +48,6 @@ use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
 use ferrotune_core::trainer::{Run, RunOutcome, RunPlan, Trainer, TrainerOptions};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::Device;
-use ferrotune_kernels::adamw::AdamW;
 use ferrotune_kernels::cuda;
 use ferrotune_lora::Start;
 use observers::{Silent, Tee};
@@ -166,6 +165,7 @@ impl Recipe {
         };
         let attached = memory::attach(&config, shape)?;
         config.notes.extend_from_slice(&attached.notes);
+        config.notes.extend(where_updated(&config, &device)?);
         let tokenizer = data::tokenizer(&config, &base)?;
         let rows = data::all(&config, &tokenizer, Some(decoder.vocab_size), training)?;
         let prompt_tokens = attached.prompt_tokens();
@@ -412,7 +412,7 @@ impl Recipe {
         let adapter = self.adapter_from(start)?;
         let random = self.random_weights();
         let source = self.source(&random);
-        Trainer::new(&self.decoder, source, adapter, group, self.options())
+        Trainer::new(&self.decoder, source, adapter, group, self.options()?)
     }
 
     /// What the base is where there are no files of it.
@@ -429,18 +429,14 @@ impl Recipe {
         }
     }
 
-    fn options(&self) -> TrainerOptions {
+    fn options(&self) -> Result<TrainerOptions> {
         let (optimizer, runtime) = (&self.config.optimizer, &self.config.runtime);
-        TrainerOptions {
+        Ok(TrainerOptions {
             device: self.device.clone(),
             seed: runtime.seed,
             weights: self.weights.clone(),
             activation_dtype: activation_dtype(&self.config, self.weights.dtype, &self.device),
-            adamw: AdamW {
-                beta1: optimizer.adam_beta1,
-                beta2: optimizer.adam_beta2,
-                eps: optimizer.adam_epsilon,
-            },
+            optimizer: optimizer.choice()?,
             weight_decay: optimizer.weight_decay,
             label_smoothing: optimizer.label_smoothing_factor as f32,
             neftune_noise_alpha: optimizer.neftune_noise_alpha.unwrap_or(0.0) as f32,
@@ -453,7 +449,7 @@ impl Recipe {
                 GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,
                 GemmTuning::Measure => cuda::GemmTuning::Measure,
             },
-        }
+        })
     }
 
     /// The learning rate of each step.
@@ -518,6 +514,18 @@ impl Recipe {
         };
         self.decoder.parameters() + adapter
     }
+}
+
+/// A note where the optimizer does not compute on the device of the run.
+fn where_updated(config: &TrainConfig, device: &Device) -> Result<Option<String>> {
+    let on_host = device.is_cuda() && config.optimizer.choice()?.is_per_tensor();
+    Ok(on_host.then(|| {
+        format!(
+            "optim: {} keeps its state in host memory and updates there: gradients and values are copied in every step; \
+             adamw_torch_fused computes on the GPU",
+            config.optimizer.optim.as_str()
+        )
+    }))
 }
 
 fn base_directory(config: &TrainConfig) -> Result<PathBuf> {

@@ -71,7 +71,7 @@ impl<'a> CheckpointFiles<'a> {
         state.on(&Event::CheckpointSaved(CheckpointSaved { step, path }))?;
         Checkpoint::write(output, step, &self.identity, |directory| {
             write_trained(self.recipe, directory, trainer)?;
-            write_optimizer(&directory.join(OPTIMIZER), &trainer.moments(), step)?;
+            write_optimizer(&directory.join(OPTIMIZER), &trainer.state(), step)?;
             write_file(&directory.join(STATE), state.to_json().as_bytes())?;
             write_algorithms(directory, trainer)?;
             write_file(&directory.join(RUN_STATE), window.to_json().as_bytes())

@@ -195,9 +195,7 @@ pub(super) fn restore(
     let layout = std::sync::Arc::clone(trainer.params().layout());
     let mut params = FlatBuffer::zeros(&layout);
     trainer.adapter().load(&mut params, directory)?;
-    let empty = |(name, _)| (name, FlatBuffer::zeros(&layout));
-    let mut moments: Vec<_> = trainer.moments().into_iter().map(empty).collect();
-    let step = read_optimizer(&directory.join(OPTIMIZER), &mut moments)?;
+    let (step, state) = read_optimizer(&directory.join(OPTIMIZER), &trainer.state())?;
     if step != checkpoint.step() {
         let message = format!(
             "is of step {step}, the checkpoint of step {}",
@@ -205,7 +203,7 @@ pub(super) fn restore(
         );
         return Err(Error::checkpoint(directory.join(OPTIMIZER), message));
     }
-    trainer.restore(step, &params, &moments);
+    trainer.restore(step, &params, &state);
     replay_algorithms(&directory.join(ALGORITHMS), trainer)?;
     let read = |name: &str| {
         let path = directory.join(name);

@@ -74,7 +74,7 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
         return Ok(None);
     };
     require_room(recipe, adapter, seen.bytes())?;
-    let options = recipe.options();
+    let options = recipe.options()?;
     let [mut params, mut grads] = [(); 2].map(|()| FlatBuffer::empty_on(&options.device));
     let (random, decoder) = (recipe.random_weights(), &recipe.decoder);
     let source = recipe.source(&random);

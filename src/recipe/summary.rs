@@ -1,6 +1,6 @@
 //! What a run will do, before it does it: `plan` and `--dry-run`.
 
-use super::memory::Base;
+use super::memory::{self, Base};
 use super::{LeastTime, Recipe, adapter, matched};
 use ferrotune_core::Result;
 use ferrotune_core::model::{ActivationPlan, Keep};
@@ -27,8 +27,9 @@ impl Summary {
         let [weights, trained] = Base::of(recipe).fixed_bytes(&recipe.config, &attached);
         let activations = &recipe.activations;
         let step = activations.bytes;
-        // Values and two moments, f32 each.
-        let checkpoint = recipe.trainable as u64 * 12;
+        let state = memory::state_bytes(&config.optimizer.choice()?, &attached.layout);
+        // Values are f32.
+        let checkpoint = recipe.trainable as u64 * 4 + state;
         let method = recipe.adapter()?.describe();
         let modules = matched::table(&attached);
         let mut lines = vec![

@@ -85,7 +85,7 @@ impl Together {
         };
         let mut adapters = Vec::with_capacity(self.runs.len());
         for (_, recipe) in &self.runs {
-            let mut options = recipe.options();
+            let mut options = recipe.options()?;
             options.keep.clone_from(&self.activations.keep);
             adapters.push((recipe.adapter()?, options));
         }

@@ -9,6 +9,7 @@ mod signals;
 
 use common::{Workbench, copy_dir, entries, read, read_json, text, write_json};
 use ferrotune::core::checkpoint::Checkpoint;
+use ferrotune::core::io::{FileDType, SafetensorsFile};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -127,6 +128,28 @@ fn a_resumed_run_equals_the_uninterrupted_one_at_every_place() {
             steps(&output),
             "trainer_log.jsonl"
         );
+    }
+}
+
+#[test]
+fn a_resumed_run_equals_the_uninterrupted_one_with_other_optimizers() {
+    for optim in ["adamw_8bit", "adafactor", "lion_8bit", "muon"] {
+        let bench = Workbench::new(19);
+        // Factors of 128 x 32 are large enough for moments in bytes.
+        let changes = with(
+            &bench,
+            &json!({"optim": optim, "lora_r": 128, "learning_rate": 1e-3}),
+        );
+        bench.train("whole", &changes).expect(0);
+        let output = killed_after(&bench, "killed", 5);
+        bench.train("killed", &changes).expect(0);
+        assert_same_result(&bench.path("whole"), &output);
+        let state = SafetensorsFile::open(output.join("checkpoint-5/optimizer.safetensors"));
+        let state = state.expect("sound");
+        let in_bytes = state
+            .names()
+            .any(|name| state.meta(name).is_some_and(|m| m.dtype == FileDType::U8));
+        assert_eq!(in_bytes, optim.ends_with("8bit"), "{optim}");
     }
 }
 

@@ -28,6 +28,27 @@ fn a_resume_with_another_learning_rate_is_refused_by_name() {
 }
 
 #[test]
+fn a_resume_with_another_optimizer_is_refused_by_name() {
+    let bench = uninterrupted();
+    killed_after(&bench, "other", 4);
+    let finished = bench
+        .train("other", &with(&bench, &json!({"optim": "lion_8bit"})))
+        .expect(78);
+    for part in ["`optim`", "adamw_torch_fused", "lion_8bit", "output_dir"] {
+        assert!(
+            finished.stderr.contains(part),
+            "{part}: {}",
+            finished.stderr
+        );
+    }
+    assert_eq!(
+        checkpoints(&bench.path("other")).len(),
+        4,
+        "nothing was lost"
+    );
+}
+
+#[test]
 fn a_resume_with_other_data_is_refused() {
     let bench = uninterrupted();
     killed_after(&bench, "other", 4);

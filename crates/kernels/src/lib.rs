@@ -16,6 +16,7 @@ pub mod attention;
 pub mod augmented_linear;
 pub mod axpby;
 pub mod bias;
+pub mod block_diagonal;
 mod candle;
 mod copy;
 // Its launchers come with the operations' kernels.
@@ -28,9 +29,11 @@ pub mod dora;
 pub mod dropout;
 pub mod embedding;
 mod error;
+pub mod hadamard;
 #[doc(hidden)]
 pub mod host_cuda;
 pub mod int8_linear;
+pub mod kronecker;
 mod lanes;
 pub mod layer_norm;
 pub mod linear_cross_entropy;

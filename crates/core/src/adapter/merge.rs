@@ -3,7 +3,7 @@
 use super::{Attachment, LowRank, Magnitude};
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::{View, ViewMut, matmul};
+use ferrotune_kernels::{Device, View, ViewMut, matmul};
 
 impl Attachment {
     /// Turns weight `[out, in]` and bias `[1, out]` of a linear, f32 in host memory, into those of the
@@ -20,7 +20,7 @@ impl Attachment {
         match self {
             Self::LowRank(low_rank) => low_rank.merge(params, weight),
             Self::Factors(method) => {
-                let [a, b] = method.factors(params)?;
+                let [a, b] = method.factors(params)?.map(|t| t.to_device(&Device::Cpu));
                 Ok(matmul::nn(weight, 1.0, method.scale(), b.view(), a.view())?)
             }
             Self::Weight(method) => method.apply(params, weight),

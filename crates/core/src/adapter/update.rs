@@ -1,8 +1,10 @@
 //! What a method computes on one linear, beyond a plain low-rank update.
 //!
 //! A method implements the narrowest of these that holds it: [`LowRankFactors`] costs what LoRA does,
-//! [`WeightUpdate`] one more product per backward, and [`CustomLinear`] what it pleases. All of them
-//! compute in host memory, in f32; a base on a GPU is brought there and back.
+//! [`WeightUpdate`] one more product per backward, and [`CustomLinear`] what it pleases.
+//!
+//! Matrices are where the base is. A method that has no kernels for what it computes may bring them to
+//! host memory and back (`View::to_f32_vec`, `ViewMut::copy_from`), at the price of the way.
 
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
@@ -24,13 +26,13 @@ pub trait LowRankFactors: Debug + Send + Sync {
         0.0
     }
 
-    /// A `[rank, in_features]` and B `[out_features, rank]`, in host memory, f32.
+    /// A `[rank, in_features]` and B `[out_features, rank]`, f32, at the home of `params` or in host memory.
     ///
     /// # Errors
     /// If a kernel refuses its arguments.
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]>;
 
-    /// Adds the parameters' gradients to `grads`, from those of A and B.
+    /// Adds the parameters' gradients to `grads`, from those of A and B, f32 where the base is.
     ///
     /// # Errors
     /// If a kernel refuses its arguments.
@@ -45,7 +47,7 @@ pub trait LowRankFactors: Debug + Send + Sync {
 
 /// `y = x f(W)^T + b`: the method gives f and its vector-Jacobian product, the linear does the rest.
 pub trait WeightUpdate: Debug + Send + Sync {
-    /// Turns W `[out_features, in_features]`, f32 in host memory, into f(W).
+    /// Turns W `[out_features, in_features]`, f32 where the base is or, to be merged, in host memory, into f(W).
     ///
     /// # Errors
     /// If a kernel refuses its arguments.
@@ -61,7 +63,7 @@ pub trait WeightUpdate: Debug + Send + Sync {
     }
 
     /// Adds the parameters' gradients to `grads`, from W and the gradient of f(W), both
-    /// `[out_features, in_features]`.
+    /// `[out_features, in_features]`, f32 where the base is.
     ///
     /// # Errors
     /// If a kernel refuses its arguments.

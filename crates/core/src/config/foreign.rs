@@ -162,9 +162,8 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         NotYet(""),
     ),
     // Optimizer
-    key("optim_args", EMPTY, NotYet("")),
     key("optim_target_modules", EMPTY, NotYet("")),
-    key("adafactor", OFF, NotYet("")),
+    key("adafactor", OFF, NotYet("use optim: adafactor")),
     // Precision, memory, compilation
     key("fp16", OFF, NotYet("use bf16: true, or dtype: float32")),
     key(

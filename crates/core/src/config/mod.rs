@@ -23,12 +23,13 @@ mod value;
 pub use adapters::{Axis, NamedConfig, Runs, load_runs, runs};
 pub use arguments::{
     BadRows, CudaGraph, DataArguments, DdpBackend, Device, Dtype, GemmTuning, InitLoraWeights,
-    IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimizerArguments,
-    OutputArguments, PackingStrategy, QuantType, Resume, RuntimeArguments, SamplingStrategy,
-    ScheduleArguments, TokenIndices, TruncationMode,
+    IntervalStrategy, LoraArguments, LoraBias, ModelArguments, Optim, OptimArgs,
+    OptimizerArguments, OutputArguments, PackingStrategy, QuantType, Resume, RuntimeArguments,
+    SamplingStrategy, ScheduleArguments, TokenIndices, TruncationMode,
 };
 pub use reference::{json_schema, markdown_reference};
 pub use section::Key;
+pub(crate) use value::word_as_bool;
 pub use value::{ALL_LINEAR, Arity, KeyValue, Names, is_metacharacter};
 
 use crate::suggest::did_you_mean;

@@ -1,3 +1,5 @@
+mod optimizer;
+
 use super::{
     Dtype, InitLoraWeights, IntervalStrategy, Names, PackingStrategy, Resume, TrainConfig,
     json_schema, load, markdown_reference,
@@ -270,7 +272,12 @@ fn wrong_values_name_key_value_expectation_and_place() {
     assert!(yaml_fault("packing: 3").contains("expected true or false"));
     assert!(yaml_fault("lora_r: -1").contains("at least 0"));
     assert!(yaml_fault("lora_r: 1.5").contains("whole number"));
-    assert!(yaml_fault("optim: adamw_bnb_8bit").contains("one of adamw_torch"));
+    assert!(yaml_fault("optim: adamw_tourch").contains("did you mean `adamw_torch`"));
+    let lomo = yaml_fault("optim: lomo");
+    assert!(
+        lomo.contains("Transformers' lomo is not supported; nearest to it is sgd"),
+        "{lomo}"
+    );
     assert!(yaml_fault("dtype: bfloat").contains("did you mean `bfloat16`?"));
     assert!(yaml_fault("dtype: float16").contains("one of auto, float32, bfloat16"));
     assert!(yaml_fault("init_lora_weights: pisa").contains("did you mean `pissa`?"));
@@ -390,6 +397,9 @@ fn ranges_and_combinations_are_checked() {
             "set eval_strategy",
         ),
         ("lr_scheduler_kwargs", "{power: 2}", "takes none"),
+        ("optim_args", "{amsgrad: maybe}", "not true or false"),
+        ("optim_args", "momentum", "momentum=0.9,nesterov=true"),
+        ("optim_args", "weight_decay=0.1", "use the key weight_decay"),
         ("eval_strategy", "steps", "set eval_file"),
         ("load_best_model_at_end", "true", "set eval_strategy"),
         ("early_stopping_patience", "3", "set eval_strategy"),

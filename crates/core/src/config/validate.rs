@@ -2,6 +2,7 @@
 
 use super::{IntervalStrategy, TrainConfig, TruncationMode};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
+use crate::optimizer::ADAM_KEYS;
 use crate::run_log::METRICS;
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
@@ -228,7 +229,21 @@ impl TrainConfig {
         self.count(
             "gradient_accumulation_steps",
             optimizer.gradient_accumulation_steps,
-        )
+        )?;
+        let built = optimizer.choice();
+        built.map(|_| ()).map_err(|error| self.placed(error))
+    }
+
+    /// An error about an entry of a table, with where that table was set.
+    fn placed(&self, error: Error) -> Error {
+        match error {
+            Error::Config { key, message } => {
+                let table_key = key.split('.').next().unwrap_or(&key);
+                let place = self.origin(table_key).map(|origin| format!(" ({origin})"));
+                Error::config(&key, format!("{message}{}", place.unwrap_or_default()))
+            }
+            other => other,
+        }
     }
 
     fn check_schedule(&self) -> Result<()> {
@@ -271,14 +286,7 @@ impl TrainConfig {
         } else {
             LrSchedule::new(name, kwargs, rate, 0, 1000).map(|_| ())
         };
-        built.map_err(|error| match error {
-            Error::Config { key, message } => {
-                let table_key = key.split('.').next().unwrap_or(&key);
-                let place = self.origin(table_key).map(|origin| format!(" ({origin})"));
-                Error::config(&key, format!("{message}{}", place.unwrap_or_default()))
-            }
-            other => other,
-        })
+        built.map_err(|error| self.placed(error))
     }
 
     /// Steps, or a share of them, for a strategy that counts steps.
@@ -407,6 +415,15 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
             "load_in_4bit is false, so these have no effect: {}",
             four_bit_keys.join(", ")
         ));
+    }
+    let optim = config.optimizer.optim;
+    for key in ADAM_KEYS {
+        if !optim.reads(key) && config.origin(key).is_some() {
+            notes.push(format!(
+                "{key} has no effect with optim: {}",
+                optim.as_str()
+            ));
+        }
     }
     let quantised = config.model.quantise().is_some();
     for (key, used) in [

@@ -57,7 +57,7 @@ fn plain_text(text: &str) -> String {
 }
 
 /// The words YAML 1.1 readers take for booleans, quoted ones too, as Transformers' parser does.
-pub(super) fn word_as_bool(text: &str) -> Option<bool> {
+pub(crate) fn word_as_bool(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" => Some(true),
         "false" | "no" | "off" => Some(false),

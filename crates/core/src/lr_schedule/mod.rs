@@ -3,19 +3,22 @@
 //! A schedule is a pure function of the optimizer step, so nothing of it needs saving. The one
 //! exception, `reduce_lr_on_plateau`, follows a metric: [`PlateauSchedule`].
 
-mod kwargs;
 mod plateau;
 #[cfg(test)]
 mod tests;
 
 pub use plateau::PlateauSchedule;
 
+use crate::kwargs::Kwargs;
 use crate::suggest::did_you_mean;
 use crate::{Error, Result};
-use kwargs::Kwargs;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
+
+/// The keys of the configuration that choose a schedule and hold its arguments.
+const TYPE: &str = "lr_scheduler_type";
+const KWARGS: &str = "lr_scheduler_kwargs";
 
 /// The names `lr_scheduler_type` can hold.
 pub const SCHEDULE_NAMES: [&str; 11] = [
@@ -103,7 +106,7 @@ impl LrSchedule {
     ) -> Result<Self> {
         let warmup = warmup_steps as f64;
         let total = total_steps as f64;
-        let mut kwargs = Kwargs::new(name, kwargs);
+        let mut kwargs = Kwargs::new(KWARGS, [TYPE, name], kwargs);
         let shape = shape(name, &mut kwargs, base_lr, warmup, total)?;
         kwargs.finish()?;
         Ok(Self {

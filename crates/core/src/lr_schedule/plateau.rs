@@ -1,5 +1,6 @@
-use super::kwargs::Kwargs;
+use super::{KWARGS, TYPE};
 use crate::Result;
+use crate::kwargs::Kwargs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -36,7 +37,7 @@ impl PlateauSchedule {
     /// [`crate::Error::Config`] for an unknown kwarg, one of the wrong type, or a factor of 1 or
     /// more.
     pub fn new(kwargs: &BTreeMap<String, Value>, base_lr: f64) -> Result<Self> {
-        let mut kwargs = Kwargs::new("reduce_lr_on_plateau", kwargs);
+        let mut kwargs = Kwargs::new(KWARGS, [TYPE, "reduce_lr_on_plateau"], kwargs);
         let factor = kwargs.number("factor", 0.1)?;
         if factor >= 1.0 {
             return Err(kwargs.error("factor", &format!("{factor} is not below 1")));

@@ -310,7 +310,6 @@ impl Part {
                     run.workspace,
                 )?;
                 run.workspace.give(s);
-                let [d_a, d_b] = [d_a, d_b].map(|t| t.to_device(&Device::Cpu));
                 method.backward(run.params, grads, d_a.view(), d_b.view())?;
             }
             _ => {}
@@ -325,7 +324,7 @@ impl Part {
         Ok(())
     }
 
-    /// What a method made in host memory, where products read it, in the dtype they read.
+    /// What a method made, where products read it, in the dtype they read.
     pub(crate) fn placed(&self, run: &Run<'_>, tensor: &Tensor) -> Tensor {
         match run.workspace.device() {
             Device::Cpu => tensor.to_dtype(DType::F32),

@@ -143,11 +143,13 @@ impl FrozenWeight {
         }
     }
 
-    /// The values in host memory, f32.
-    pub(crate) fn to_host(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
+    /// A copy of the values where they are held, f32.
+    pub(crate) fn to_f32(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
         self.with_values(scratch, workspace, |values| {
             let [rows, cols] = values.shape();
-            Ok(Tensor::from_f32(values.to_f32_vec(), rows, cols))
+            let mut copy = Tensor::empty(workspace.device(), DType::F32, rows, cols);
+            copy.view_mut().copy_from(values);
+            Ok(copy)
         })
     }
 

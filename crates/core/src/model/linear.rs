@@ -11,7 +11,7 @@ use super::run::Run;
 use crate::Result;
 use crate::adapter::{Attachment, WeightUpdate};
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut, matmul};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -266,11 +266,10 @@ impl LinearGroup {
         match (&part.weight, &part.attachment) {
             (PartWeight::Trained(id), _) => matmul::tn(grads.view_mut(*id), 1.0, 1.0, dy, x)?,
             (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
-                let base = weight.to_host(self.scratch, run.workspace)?;
                 let [rows, cols] = [dy.cols(), x.cols()];
                 let mut gradient = Tensor::empty(run.workspace.device(), DType::F32, rows, cols);
                 matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
-                let gradient = gradient.to_device(&Device::Cpu);
+                let base = weight.to_f32(self.scratch, run.workspace)?;
                 update.backward(run.params, grads, base.view(), gradient.view())?;
             }
             _ => {}
@@ -310,7 +309,7 @@ impl LinearGroup {
             BaseWeight::Frozen(weight) => weight.with_values(scratch, workspace, product),
             BaseWeight::Trained(id) => product(run.params.view_as(id, run.dtype)),
             BaseWeight::Changed(part, weight, update) => {
-                let mut values = weight.to_host(scratch, workspace)?;
+                let mut values = weight.to_f32(scratch, workspace)?;
                 match of {
                     Product::Output => update.apply(run.params, values.view_mut())?,
                     Product::InputGradient => {

@@ -236,7 +236,7 @@ impl Model {
             return Some("the angles of RoPE depend on the lengths of documents");
         }
         let own = self.layers.iter().any(Layer::has_custom);
-        own.then_some("the method computes on the host")
+        own.then_some("the method makes matrices of its own in each pass")
     }
 
     /// `batch` where the model is, for training and evaluation: on a GPU with padding.

@@ -506,13 +506,14 @@ impl Parameters<'_> {
                 0.1 * m * factor.ln() + 1.0
             }
         };
-        let multiplier = |key: &str| {
-            self.map
-                .get(key)
-                .and_then(Value::as_f64)
-                .filter(|v| *v != 0.0)
+        let multiplier = |key: &str| match self.map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number).filter(|m| *m != 0.0)),
+                None => Err(self.error(key, format!("is {value}; expected a number"))),
+            },
         };
-        let attention_factor = match (multiplier("mscale"), multiplier("mscale_all_dim")) {
+        let attention_factor = match (multiplier("mscale")?, multiplier("mscale_all_dim")?) {
             (Some(a), Some(b)) => mscale(a) / mscale(b),
             _ => mscale(1.0),
         };

@@ -180,6 +180,26 @@ impl FlatBuffer {
         self.shaped(self.home(), id)
     }
 
+    /// One tensor at home as a matrix of its elements row by row.
+    ///
+    /// # Panics
+    /// If it has another number of elements.
+    #[must_use]
+    pub fn view_as_matrix(&self, id: ParamId, [rows, cols]: [usize; 2]) -> View<'_> {
+        self.home()
+            .columns(self.layout.segment(id).range())
+            .reshaped(rows, cols)
+    }
+
+    /// [`FlatBuffer::view_as_matrix`], to be written.
+    ///
+    /// # Panics
+    /// If it has another number of elements.
+    pub fn view_as_matrix_mut(&mut self, id: ParamId, [rows, cols]: [usize; 2]) -> ViewMut<'_> {
+        let range = self.layout.segment(id).range();
+        self.home_mut().columns(range).reshaped(rows, cols)
+    }
+
     /// One tensor at home in `dtype`: on a GPU, bf16 is a copy kept up to date by the optimizer; on
     /// the host, values are f32.
     #[must_use]
@@ -197,8 +217,7 @@ impl FlatBuffer {
 
     /// One tensor at home, to be written: a matrix in its own shape, anything else as one row.
     pub fn view_mut(&mut self, id: ParamId) -> ViewMut<'_> {
-        let (range, [rows, cols]) = (self.layout.segment(id).range(), self.matrix(id));
-        self.home_mut().columns(range).reshaped(rows, cols)
+        self.view_as_matrix_mut(id, self.matrix(id))
     }
 
     /// Matrices that lie below one another at home, as one to be written; `None` if they do not.

@@ -11,5 +11,6 @@ mod step;
 mod together;
 
 pub use crate::run_log::StepReport;
+pub use optimizer::StateTensors;
 pub use run::{Run, RunOutcome, RunPlan, Save, StepData};
 pub use step::{EvalReport, Trainer, TrainerOptions, attach};

@@ -1,22 +1,239 @@
-//! Clipping and AdamW over the flat buffers, on a CPU or a GPU.
+//! Clipping and the optimizer with its state, on a CPU or a GPU.
 
+use super::step::TrainerOptions;
 use crate::Result;
-use crate::params::{FlatBuffer, ParamLayout};
+use crate::io::TensorData;
+use crate::optimizer::{OptimizerChoice, Step, TensorStates};
+use crate::params::{FlatBuffer, ParamLayout, Segment};
+use crate::process_group::ProcessGroup;
 use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::cuda::{Settings, Update};
-use ferrotune_kernels::adamw::{self, Group};
+use ferrotune_kernels::adamw::{self, AdamW, Group};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
-/// What a step reads and writes, of one layout.
-pub(super) struct Buffers<'a> {
-    pub(super) params: &'a mut FlatBuffer,
-    pub(super) grads: &'a mut FlatBuffer,
-    pub(super) exp_avg: &'a mut FlatBuffer,
-    pub(super) exp_avg_sq: &'a mut FlatBuffer,
+/// Tensors of a state as files have them, by name.
+pub type StateTensors<'a> = BTreeMap<String, TensorData<'a>>;
+
+/// An optimizer with what it remembers.
+#[derive(Debug)]
+pub(super) enum State {
+    /// One kernel over the flat buffers.
+    AdamW(Box<Moments>),
+    /// Tensor by tensor on the host, whatever the device.
+    PerTensor(TensorStates),
+}
+
+/// `AdamW` and its moments.
+#[derive(Debug)]
+pub(super) struct Moments {
+    adamw: AdamW,
+    exp_avg: FlatBuffer,
+    exp_avg_sq: FlatBuffer,
+    /// The scalars of a step on a GPU; `None` on a CPU.
+    on_gpu: Option<Update>,
+}
+
+/// What an update is made of besides the optimizer.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    /// The gradient is divided by it, for trained tokens.
+    pub(super) divisor: f64,
+    /// Norm above which it is scaled down.
+    pub(super) max_norm: Option<f64>,
+    pub(super) lr: f64,
+    pub(super) weight_decay: f64,
+    /// Number of the step, from 1.
+    pub(super) step: u64,
+    /// Loss and counts of this rank's micro-batches.
+    pub(super) sums: &'a Accumulator,
+}
+
+impl Inputs<'_> {
+    fn of(&self, segment: &Segment) -> Step {
+        let spec = &segment.spec;
+        Step {
+            lr: self.lr * spec.lr_scale,
+            weight_decay: if spec.weight_decay {
+                self.weight_decay
+            } else {
+                0.0
+            },
+            number: self.step,
+        }
+    }
+
+    /// Neighbouring segments with the same learning rate and decay as one range.
+    fn groups(&self, layout: &ParamLayout) -> Vec<Group> {
+        let mut groups: Vec<Group> = Vec::new();
+        for (_, segment) in layout.physical() {
+            let Step {
+                lr,
+                weight_decay,
+                number,
+            } = self.of(segment);
+            match groups.last_mut() {
+                Some(last) if last.lr == lr && last.weight_decay == weight_decay => {
+                    last.range.end = segment.range().end;
+                }
+                _ => groups.push(Group {
+                    range: segment.range(),
+                    lr,
+                    weight_decay,
+                    step: number,
+                }),
+            }
+        }
+        groups
+    }
+
+    /// What a gradient of this norm is multiplied by.
+    fn scale(&self, norm: f64) -> f32 {
+        (clip_factor(self.max_norm, norm) / self.divisor) as f32
+    }
+
+    fn norm(&self, grads: &FlatBuffer) -> f64 {
+        adamw::global_norm(grads.as_slice()) / self.divisor
+    }
+}
+
+impl State {
+    /// At step 0.
+    pub(super) fn new(options: &TrainerOptions, layout: &Arc<ParamLayout>) -> Self {
+        let adamw = match &options.optimizer {
+            OptimizerChoice::PerTensor(optimizer) => {
+                return Self::PerTensor(TensorStates::new(Arc::clone(optimizer), layout));
+            }
+            OptimizerChoice::AdamW(adamw) => *adamw,
+        };
+        let zeros = || FlatBuffer::zeros_on(layout, &options.device);
+        Self::AdamW(Box::new(Moments {
+            adamw,
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
+            on_gpu: scalars(&options.device, layout),
+        }))
+    }
+
+    /// Loads what an update on a GPU needs, and puts the moments where it finds them.
+    pub(super) fn prepare(&self) -> Result<()> {
+        let Self::AdamW(moments) = self else {
+            return Ok(());
+        };
+        let _ = (moments.exp_avg.home(), moments.exp_avg_sq.home());
+        match &moments.on_gpu {
+            Some(update) => Ok(update.prepare()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Divides, clips and applies the gradient, unless it or the loss is not finite; returns its norm before that,
+    /// and this rank's sums.
+    pub(super) fn update(
+        &mut self,
+        inputs: Inputs<'_>,
+        params: &mut FlatBuffer,
+        grads: &mut FlatBuffer,
+    ) -> Result<(f64, Sums)> {
+        match self {
+            Self::AdamW(moments) => moments.update(inputs, params, grads),
+            Self::PerTensor(states) => {
+                let (norm, sums) = (inputs.norm(grads), inputs.sums.read()?);
+                if norm.is_finite() && sums.loss.is_finite() {
+                    let (scale, step) = (inputs.scale(norm), |segment: &_| inputs.of(segment));
+                    states.update(params.as_mut_slice(), grads.as_slice(), scale, step)?;
+                }
+                Ok((norm, sums))
+            }
+        }
+    }
+
+    /// The state as files have it, `STATE.NAME` for each trainable tensor.
+    pub(super) fn tensors(&self) -> StateTensors<'_> {
+        match self {
+            Self::AdamW(moments) => {
+                let exp_avg = tensors_of("exp_avg", &moments.exp_avg);
+                let exp_avg_sq = tensors_of("exp_avg_sq", &moments.exp_avg_sq);
+                exp_avg.chain(exp_avg_sq).collect()
+            }
+            Self::PerTensor(states) => states.tensors().collect(),
+        }
+    }
+
+    /// Takes the state that [`State::tensors`] gave.
+    pub(super) fn restore(&mut self, tensors: &StateTensors<'_>) {
+        match self {
+            Self::AdamW(moments) => {
+                restore("exp_avg", &mut moments.exp_avg, tensors);
+                restore("exp_avg_sq", &mut moments.exp_avg_sq, tensors);
+            }
+            Self::PerTensor(states) => {
+                for (name, bytes) in states.bytes_mut() {
+                    if let Some(tensor) = tensors.get(&name) {
+                        bytes.copy_from_slice(&tensor.bytes);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the state of rank 0.
+    pub(super) fn follow_first(&mut self, group: &mut dyn ProcessGroup) -> Result<()> {
+        match self {
+            Self::AdamW(moments) => {
+                group.broadcast(&mut moments.exp_avg)?;
+                group.broadcast(&mut moments.exp_avg_sq)
+            }
+            Self::PerTensor(states) => {
+                for (_, bytes) in states.bytes_mut() {
+                    let own: &[u8] = if group.rank() == 0 { bytes } else { &[] };
+                    let all = group.all_gather(own)?;
+                    bytes.copy_from_slice(&all[0]);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Moments {
+    fn update(
+        &mut self,
+        inputs: Inputs<'_>,
+        params: &mut FlatBuffer,
+        grads: &mut FlatBuffer,
+    ) -> Result<(f64, Sums)> {
+        let groups = inputs.groups(params.layout());
+        if let Some(update) = &mut self.on_gpu {
+            let moments = [&mut self.exp_avg, &mut self.exp_avg_sq];
+            return on_gpu(
+                update,
+                self.adamw,
+                inputs,
+                &groups,
+                [params, grads],
+                moments,
+            );
+        }
+        let norm = inputs.norm(grads);
+        if norm.is_finite() {
+            adamw::step(
+                &self.adamw,
+                params.as_mut_slice(),
+                grads.as_slice(),
+                inputs.scale(norm),
+                self.exp_avg.as_mut_slice(),
+                self.exp_avg_sq.as_mut_slice(),
+                &groups,
+            )?;
+        }
+        Ok((norm, inputs.sums.read()?))
+    }
 }
 
 /// Room for a step's scalars on a GPU; `None` on a CPU.
-pub(super) fn scalars(device: &Device, layout: &ParamLayout) -> Option<Update> {
+fn scalars(device: &Device, layout: &ParamLayout) -> Option<Update> {
     match device {
         Device::Cpu => None,
         Device::Cuda(device) => {
@@ -26,58 +243,22 @@ pub(super) fn scalars(device: &Device, layout: &ParamLayout) -> Option<Update> {
     }
 }
 
-/// Divides and clips the gradient if its norm is finite, on the host; returns the norm before that.
-pub(super) fn clip(settings: &Settings, grads: &mut FlatBuffer) -> f64 {
-    let grads = grads.as_mut_slice();
-    let norm = adamw::global_norm(grads) / settings.divisor;
-    if norm.is_finite() {
-        let factor = (clip_factor(settings.max_norm, norm) / settings.divisor) as f32;
-        grads.iter_mut().for_each(|g| *g *= factor);
-    }
-    norm
-}
-
-/// Divides, clips and applies the gradient if its norm is finite; returns the norm.
-pub(super) fn on_host(settings: &Settings, groups: &[Group], buffers: Buffers<'_>) -> Result<f64> {
-    let Buffers {
-        params,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-    } = buffers;
-    let norm = adamw::global_norm(grads.as_slice()) / settings.divisor;
-    if !norm.is_finite() {
-        return Ok(norm);
-    }
-    adamw::step(
-        &settings.adamw,
-        params.as_mut_slice(),
-        grads.as_slice(),
-        (clip_factor(settings.max_norm, norm) / settings.divisor) as f32,
-        exp_avg.as_mut_slice(),
-        exp_avg_sq.as_mut_slice(),
-        groups,
-    )?;
-    Ok(norm)
-}
-
-/// [`on_host`], with nothing waited for before the end; the loss in `sums` must be finite too. Returns
-/// those as well: a step waits for a GPU once.
-pub(super) fn on_gpu(
+/// An update with nothing waited for before the end: a step waits for a GPU once. The loss must be finite too.
+fn on_gpu(
     update: &mut Update,
-    settings: &Settings,
+    adamw: AdamW,
+    inputs: Inputs<'_>,
     groups: &[Group],
-    buffers: Buffers<'_>,
-    sums: &Accumulator,
+    [params, grads]: [&mut FlatBuffer; 2],
+    [exp_avg, exp_avg_sq]: [&mut FlatBuffer; 2],
 ) -> Result<(f64, Sums)> {
-    let Buffers {
-        params,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-    } = buffers;
-    update.set(settings, groups)?;
-    update.norm_and_scale(grads.home(), Some(sums))?;
+    let settings = Settings {
+        adamw,
+        divisor: inputs.divisor,
+        max_norm: inputs.max_norm,
+    };
+    update.set(&settings, groups)?;
+    update.norm_and_scale(grads.home(), Some(inputs.sums))?;
     let (params, shadow) = params.home_and_rounded_mut();
     let buffers = adamw::cuda::Buffers {
         params,
@@ -87,11 +268,43 @@ pub(super) fn on_gpu(
         shadow,
     };
     update.step(buffers, false)?;
-    let (outcome, sums) = update.read_with(sums)?;
+    let (outcome, sums) = update.read_with(inputs.sums)?;
     Ok((outcome.norm, sums))
+}
+
+/// Divides and clips the gradient if its norm is finite, on the host; returns the norm before that.
+pub(super) fn clip(inputs: &Inputs<'_>, grads: &mut FlatBuffer) -> f64 {
+    let norm = inputs.norm(grads);
+    if norm.is_finite() {
+        let factor = inputs.scale(norm);
+        grads.as_mut_slice().iter_mut().for_each(|g| *g *= factor);
+    }
+    norm
 }
 
 /// torch.nn.utils.clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1.
 pub(super) fn clip_factor(max_norm: Option<f64>, norm: f64) -> f64 {
     max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0))
+}
+
+/// A buffer of the layout as `STATE.NAME` for each trainable tensor.
+pub(super) fn tensors_of<'a>(
+    state: &'a str,
+    buffer: &'a FlatBuffer,
+) -> impl Iterator<Item = (String, TensorData<'a>)> {
+    let tensor = move |(id, segment): (_, &Segment)| {
+        let data = TensorData::from_f32(buffer.get(id), segment.spec.shape.clone());
+        (format!("{state}.{}", segment.spec.name), data)
+    };
+    buffer.layout().by_name().map(tensor)
+}
+
+/// Takes into a buffer what [`tensors_of`] gave.
+pub(super) fn restore(state: &str, buffer: &mut FlatBuffer, tensors: &StateTensors<'_>) {
+    let layout = Arc::clone(buffer.layout());
+    for (id, segment) in layout.by_name() {
+        if let Some(tensor) = tensors.get(&format!("{state}.{}", segment.spec.name)) {
+            bytemuck::cast_slice_mut(buffer.get_mut(id)).copy_from_slice(&tensor.bytes);
+        }
+    }
 }

@@ -13,15 +13,13 @@ impl Trainer {
     /// What a step of that size would fail with, as for want of memory.
     pub fn rehearse(&mut self, sizes: &[BatchSize]) -> Result<()> {
         // Beside others, shapes depend on what they bring.
-        let (Some(update), None) = (&self.on_gpu, &self.seat) else {
+        if !self.options.device.is_cuda() || self.seat.is_some() {
             return Ok(());
-        };
-        update.prepare()?;
+        }
+        self.optimizer.prepare()?;
         self.share_algorithms()?;
         // Where operations find them.
-        for buffer in [&self.params, &self.grads, &self.exp_avg, &self.exp_avg_sq] {
-            let _ = buffer.home();
-        }
+        let _ = (self.params.home(), self.grads.home());
         let mut sizes = sizes.to_vec();
         // Buffers of the longest do for the others.
         sizes.sort_by_key(|size| std::cmp::Reverse((size.tokens, size.label_rows)));

@@ -1,7 +1,7 @@
-//! One optimizer step: gradients of every micro-batch, one reduction, clip, AdamW.
+//! One optimizer step: gradients of every micro-batch, one reduction, clip, the optimizer.
 
 use super::graphs::Graphs;
-use super::optimizer::{self, Buffers};
+use super::optimizer::{self, Inputs, State, StateTensors};
 use super::ranks::{self, Totals};
 use super::together::Seat;
 use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
@@ -9,11 +9,11 @@ use crate::data::{PackedBatch, padded_rows};
 use crate::model::{
     DecoderConfig, Keep, LoadedBase, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource,
 };
+use crate::optimizer::OptimizerChoice;
 use crate::params::{FlatBuffer, ParamLayoutBuilder};
 use crate::process_group::{ProcessGroup, Solo};
 use crate::run_log::StepReport;
 use crate::{Error, Result};
-use ferrotune_kernels::adamw::{self, AdamW};
 use ferrotune_kernels::cuda::GemmTuning;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Workspace};
@@ -31,9 +31,9 @@ pub struct TrainerOptions {
     pub weights: WeightFormat,
     /// Dtype of activations.
     pub activation_dtype: DType,
-    /// AdamW's moments.
-    pub adamw: AdamW,
-    /// Decoupled weight decay of tensors that are decayed.
+    /// The optimizer.
+    pub optimizer: OptimizerChoice,
+    /// Weight decay of tensors that are decayed.
     pub weight_decay: f64,
     /// Label smoothing: the share of each target's probability that is spread evenly over the
     /// vocabulary, in training and evaluation.
@@ -59,18 +59,14 @@ pub struct TrainerOptions {
 }
 
 impl Default for TrainerOptions {
-    /// Transformers' defaults: betas 0.9 and 0.999, eps 1e-8, no decay, clip at 1.0, seed 42.
+    /// Transformers' defaults: AdamW with betas 0.9 and 0.999, eps 1e-8, no decay, clip at 1.0, seed 42.
     fn default() -> Self {
         Self {
             device: Device::Cpu,
             seed: 42,
             weights: DType::F32.into(),
             activation_dtype: DType::F32,
-            adamw: AdamW {
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-            },
+            optimizer: OptimizerChoice::default(),
             weight_decay: 0.0,
             label_smoothing: 0.0,
             neftune_noise_alpha: 0.0,
@@ -106,8 +102,7 @@ pub struct Trainer {
     adapter: Box<dyn Adapter>,
     pub(super) params: FlatBuffer,
     pub(super) grads: FlatBuffer,
-    pub(super) exp_avg: FlatBuffer,
-    pub(super) exp_avg_sq: FlatBuffer,
+    pub(super) optimizer: State,
     /// What the method remembers from step to step.
     method_state: Vec<FlatBuffer>,
     /// Loss and counts of this rank's micro-batches.
@@ -115,8 +110,6 @@ pub struct Trainer {
     pub(super) group: Box<dyn ProcessGroup>,
     pub(super) workspace: Workspace,
     pub(super) graphs: Graphs,
-    /// The optimizer's scalars on a GPU; `None` on a CPU.
-    pub(super) on_gpu: Option<adamw::cuda::Update>,
     pub(super) options: TrainerOptions,
     /// Per layer, how much of the front of `grads` is final once backward has passed it.
     pub(super) layer_ends: Vec<usize>,
@@ -183,10 +176,10 @@ impl Trainer {
         options: TrainerOptions,
     ) -> Self {
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
-        let (grads, exp_avg, exp_avg_sq) = (zeros(), zeros(), zeros());
         Self {
             method_state: adapter.state().iter().map(|_| zeros()).collect(),
-            on_gpu: optimizer::scalars(&options.device, params.layout()),
+            grads: zeros(),
+            optimizer: State::new(&options, params.layout()),
             sums: Accumulator::new(&options.device),
             graphs: Graphs::off(),
             group: Box::new(Solo),
@@ -196,9 +189,6 @@ impl Trainer {
             model,
             adapter,
             params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
             workspace,
             options,
         }
@@ -346,15 +336,14 @@ impl Trainer {
         &self.grads
     }
 
-    /// AdamW's moments, mean and uncentred variance, and what the method keeps, with their names.
+    /// What the optimizer and the method keep from step to step: `STATE.NAME` for each trainable tensor.
     #[must_use]
-    pub fn moments(&self) -> Vec<(&'static str, &FlatBuffer)> {
-        let adamw = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
-        let names = self.adapter.state().iter().copied();
-        adamw
-            .into_iter()
-            .chain(names.zip(&self.method_state))
-            .collect()
+    pub fn state(&self) -> StateTensors<'_> {
+        let mut tensors = self.optimizer.tensors();
+        for (name, buffer) in self.adapter.state().iter().zip(&self.method_state) {
+            tensors.extend(optimizer::tensors_of(name, buffer));
+        }
+        tensors
     }
 
     /// Steps done.
@@ -363,20 +352,18 @@ impl Trainer {
         self.step
     }
 
-    /// Goes on from a checkpoint: parameters and [`Trainer::moments`], in that order, as of `step`.
-    pub fn restore(&mut self, step: u64, params: &FlatBuffer, moments: &[(&str, FlatBuffer)]) {
+    /// Goes on from a checkpoint: parameters and [`Trainer::state`], as of `step`.
+    pub fn restore(&mut self, step: u64, params: &FlatBuffer, state: &StateTensors<'_>) {
         self.step = step;
-        let copy = |to: &mut FlatBuffer, from: &FlatBuffer| {
-            to.as_mut_slice().copy_from_slice(from.as_slice());
-        };
-        copy(&mut self.params, params);
-        let own = [&mut self.exp_avg, &mut self.exp_avg_sq];
-        for (to, (_, from)) in own.into_iter().chain(&mut self.method_state).zip(moments) {
-            copy(to, from);
+        let values = self.params.as_mut_slice();
+        values.copy_from_slice(params.as_slice());
+        self.optimizer.restore(state);
+        for (name, buffer) in self.adapter.state().iter().zip(&mut self.method_state) {
+            optimizer::restore(name, buffer, state);
         }
     }
 
-    /// Makes every rank's parameters, moments and step those of rank 0, which may have restored them.
+    /// Makes every rank's parameters, state and step those of rank 0, which may have restored them.
     ///
     /// # Errors
     /// [`Error::Transient`] if a peer is lost.
@@ -387,8 +374,9 @@ impl Trainer {
         }
         let steps = group.all_gather(&self.step.to_le_bytes())?;
         self.step = bytemuck::pod_read_unaligned(&steps[0]);
-        let buffers = [&mut self.params, &mut self.exp_avg, &mut self.exp_avg_sq];
-        for buffer in buffers.into_iter().chain(&mut self.method_state) {
+        group.broadcast(&mut self.params)?;
+        self.optimizer.follow_first(group)?;
+        for buffer in &mut self.method_state {
             group.broadcast(buffer)?;
         }
         Ok(())
@@ -423,62 +411,29 @@ impl Trainer {
     /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
     /// returns its norm, and this rank's sums.
     fn update(&mut self, lr: f64, count: u64) -> Result<(f64, Sums)> {
-        let mut settings = adamw::cuda::Settings {
-            adamw: self.options.adamw,
+        let mut inputs = Inputs {
             divisor: count as f64,
             max_norm: self.options.max_grad_norm,
+            lr,
+            weight_decay: self.options.weight_decay,
+            step: self.step + 1,
+            sums: &self.sums,
         };
         let mut clipped = None;
         if self.adapter.preconditions() {
-            let norm = optimizer::clip(&settings, &mut self.grads);
+            let norm = optimizer::clip(&inputs, &mut self.grads);
             if !norm.is_finite() {
                 return Ok((norm, self.sums.read()?));
             }
             self.adapter.precondition(&self.params, &mut self.grads)?;
-            (settings.divisor, settings.max_norm, clipped) = (1.0, None, Some(norm));
+            (inputs.divisor, inputs.max_norm, clipped) = (1.0, None, Some(norm));
         }
-        let groups = self.parameter_groups(lr);
-        let buffers = Buffers {
-            params: &mut self.params,
-            grads: &mut self.grads,
-            exp_avg: &mut self.exp_avg,
-            exp_avg_sq: &mut self.exp_avg_sq,
-        };
-        let (norm, sums) = match &mut self.on_gpu {
-            None => {
-                let norm = optimizer::on_host(&settings, &groups, buffers)?;
-                (norm, self.sums.read()?)
-            }
-            Some(update) => optimizer::on_gpu(update, &settings, &groups, buffers, &self.sums)?,
-        };
+        let (norm, sums) = self
+            .optimizer
+            .update(inputs, &mut self.params, &mut self.grads)?;
         // That of the loss, unless what was made of it is not finite.
         let clipped = clipped.filter(|_| norm.is_finite());
         Ok((clipped.unwrap_or(norm), sums))
-    }
-
-    /// Neighbouring segments with the same learning rate and decay as one range.
-    fn parameter_groups(&self, lr: f64) -> Vec<adamw::Group> {
-        let mut groups: Vec<adamw::Group> = Vec::new();
-        for (_, segment) in self.params.layout().physical() {
-            let lr = lr * segment.spec.lr_scale;
-            let weight_decay = if segment.spec.weight_decay {
-                self.options.weight_decay
-            } else {
-                0.0
-            };
-            match groups.last_mut() {
-                Some(last) if last.lr == lr && last.weight_decay == weight_decay => {
-                    last.range.end = segment.range().end;
-                }
-                _ => groups.push(adamw::Group {
-                    range: segment.range(),
-                    lr,
-                    weight_decay,
-                    step: self.step + 1,
-                }),
-            }
-        }
-        groups
     }
 }
 
@@ -490,10 +445,13 @@ fn graphs(model: &Model, group: &dyn ProcessGroup, options: &TrainerOptions) -> 
     }
     let ranks = "ranks sum gradients while backward goes on";
     let in_order = "deterministic_reduction reads every gradient";
+    let on_host = "the optimizer computes on the host";
+    let per_tensor = options.optimizer.is_per_tensor();
     Graphs::new(
         (group.world_size() > 1)
             .then_some(ranks)
             .or_else(|| options.deterministic_reduction.then_some(in_order))
+            .or_else(|| per_tensor.then_some(on_host))
             .or_else(|| model.replay_obstacle()),
     )
 }

@@ -35,7 +35,7 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-pub use blockwise::Blockwise;
+pub use blockwise::{Blockwise, ByteCodec};
 pub use codes::{FP4, NF4, dynamic_map};
 pub(crate) use cpu::INVERSE_127;
 pub use float8::Float8;

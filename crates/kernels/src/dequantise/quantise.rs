@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use rayon::prelude::*;
 
 /// The code nearest to a value.
+#[derive(Clone, Debug)]
 pub(super) struct NearestCode {
     /// Codes in ascending order of what they stand for.
     order: Vec<u8>,
@@ -24,8 +25,20 @@ impl NearestCode {
         Self { order, limits }
     }
 
-    fn of(&self, value: f32) -> u8 {
-        self.order[self.limits.partition_point(|&limit| value > limit)]
+    pub(super) fn of(&self, value: f32) -> u8 {
+        self.order[self.place(value)]
+    }
+
+    /// Where the code for `value` is among all in ascending order.
+    pub(super) fn place(&self, value: f32) -> usize {
+        self.limits.partition_point(|&limit| value > limit)
+    }
+
+    /// [`NearestCode::of`], whose place is `start` or after it.
+    pub(super) fn of_from(&self, value: f32, start: usize) -> u8 {
+        let limits = self.limits[start..].iter();
+        let further = limits.take_while(|&&limit| value > limit).count();
+        self.order[start + further]
     }
 }
 
@@ -47,24 +60,34 @@ pub(super) fn blockwise(
     nearest: &NearestCode,
     zero: u8,
 ) -> (Vec<u8>, Vec<f32>) {
-    let absmax: Vec<f32> = values.par_chunks(block).map(largest).collect();
     let mut codes = vec![0; values.len()];
-    codes
+    let absmax = codes
         .par_chunks_mut(block)
         .zip(values.par_chunks(block))
-        .zip(&absmax)
-        .for_each(|((codes, values), absmax)| {
-            if *absmax == 0.0 {
-                return codes.fill(zero);
-            }
-            let scale = absmax.recip();
-            for (code, value) in codes.iter_mut().zip(values) {
-                // Zero times the reciprocal of a scale that has none must stay zero.
-                let scaled = if *value == 0.0 { 0.0 } else { value * scale };
-                *code = nearest.of(scaled.clamp(-1.0, 1.0));
-            }
-        });
+        .map(|(codes, values)| one_block(values, codes, zero, |value| nearest.of(value)))
+        .collect();
     (codes, absmax)
+}
+
+/// Codes of the values of a block over their largest magnitude, which is returned. All of zeros get `zero`.
+pub(super) fn one_block(
+    values: &[f32],
+    codes: &mut [u8],
+    zero: u8,
+    code_of: impl Fn(f32) -> u8,
+) -> f32 {
+    let absmax = largest(values);
+    if absmax == 0.0 {
+        codes.fill(zero);
+        return absmax;
+    }
+    let scale = absmax.recip();
+    for (code, value) in codes.iter_mut().zip(values) {
+        // Zero times the reciprocal of a scale that has none must stay zero.
+        let scaled = if *value == 0.0 { 0.0 } else { value * scale };
+        *code = code_of(scaled.clamp(-1.0, 1.0));
+    }
+    absmax
 }
 
 /// [`blockwise`], with two codes in a byte; an odd last one is followed by the code of zero.

@@ -1,4 +1,4 @@
-use super::{Absmax, FP4, FourBit, Int8, NF4, dynamic_map};
+use super::{Absmax, Blockwise, ByteCodec, FP4, FourBit, Int8, NF4, dynamic_map};
 use crate::test_support::{DTYPES, Pitched, assert_same_bits, cuda_device, normal};
 use crate::twins::{Place, assert_cuda_matches};
 use crate::{DType, Device, Error, Tensor, View, ViewMut};
@@ -397,4 +397,24 @@ fn what_does_not_fit_is_refused() {
         Err(Error::Shape { .. })
     ));
     assert!(Int8::new([1, 2], vec![0; 2], Vec::new()).is_err());
+}
+
+/// Values of every magnitude, and those beside the middles between entries of the map.
+#[test]
+fn a_codec_finds_the_entries_that_a_search_finds() {
+    for signed in [true, false] {
+        let map = dynamic_map(signed);
+        let middles = map.windows(2).map(|pair| (pair[0] + pair[1]) * 0.5);
+        let beside = middles.flat_map(|middle| [middle.next_down(), middle, middle.next_up()]);
+        let magnitudes = (0..4096_u32).map(|i| f32::from_bits((i << 18) | (i * 7919 % (1 << 18))));
+        let finite = magnitudes.filter(|value| value.abs() <= 1.0);
+        let both = finite.flat_map(|value| [value, -value]);
+        let values: Vec<f32> = beside.chain(both).chain([1.0, 0.0, -0.0]).collect();
+        assert!(values.len() > 8000, "{}", values.len());
+        let block = values.len();
+        let searched = Blockwise::quantise(&values, block, &map).expect("finite");
+        let mut indices = vec![0; block];
+        let absmax = ByteCodec::new(map).encode(&values, &mut indices);
+        assert_eq!((absmax, indices), (1.0, searched.indices));
+    }
 }

@@ -15,7 +15,7 @@ pub(crate) use common::Common;
 pub(crate) use files::tensor_name;
 pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
-pub(crate) use shared::Frozen;
+pub(crate) use shared::{Frozen, Placed};
 
 use crate::files::{Part, Weights};
 use crate::target::{TargetModules, default_target_modules};

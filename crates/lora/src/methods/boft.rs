@@ -8,12 +8,13 @@
 //! `tuners/boft`, which has more than one factor with its CUDA extension only.
 
 use super::cayley::{Rotation, blocks};
-use super::matrix::{elements, tn, update};
+use super::matrix::{device_of, elements, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, hadamard};
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 /// BOFT's configuration.
@@ -129,33 +130,31 @@ impl Butterfly {
             .collect()
     }
 
+    /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
+    fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
+        let n = self.size;
+        let of = |block| -> Vec<f32> {
+            let rotation = Rotation::Cayley.of(&self.skew(params, block), n);
+            rotation.iter().map(|v| *v as f32).collect()
+        };
+        let blocks: Vec<Vec<f32>> = (0..self.count).into_par_iter().map(of).collect();
+        Tensor::from_f32(blocks.concat(), self.count * n, n).to_device(&device_of(beside))
+    }
+
     /// `W R^T`.
     fn rotated(&self, params: &FlatBuffer, weight: View<'_>) -> Result<Tensor> {
-        let n = self.size;
-        let mut out = Tensor::zeros(ferrotune_kernels::DType::F32, weight.rows(), weight.cols());
-        for block in 0..self.count {
-            let columns = block * n..(block + 1) * n;
-            let rotation = Rotation::Cayley.of(&self.skew(params, block), n);
-            let rotation: Vec<f32> = rotation.iter().map(|v| *v as f32).collect();
-            let part = out.view_mut().columns(columns.clone());
-            matmul::nt(
-                part,
-                0.0,
-                1.0,
-                weight.columns(columns),
-                View::from_f32(&rotation, n, n),
-            )?;
-        }
-        Ok(out)
+        let mut rotated = empty(weight, weight.rows(), weight.cols());
+        let rotations = self.rotations(params, weight);
+        block_diagonal::product(rotated.view_mut(), weight, rotations.view())?;
+        Ok(rotated)
     }
 }
 
 impl WeightUpdate for Butterfly {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let rotated = self.rotated(params, weight.as_view())?.to_f32_vec();
-        let (s, cols) = (params.get(self.s), weight.cols());
-        update(weight, |r, c, _| rotated[r * cols + c] * s[r]);
-        Ok(())
+        let rotated = self.rotated(params, weight.as_view())?;
+        let s = param(params, self.s, [weight.rows(), 1], rotated.view());
+        Ok(hadamard::add(weight, 0.0, 1.0, rotated.view(), s)?)
     }
 
     fn backward(
@@ -166,33 +165,25 @@ impl WeightUpdate for Butterfly {
         d_weight: View<'_>,
     ) -> Result<()> {
         let (n, [rows, cols]) = (self.size, weight.shape());
-        let rotated = self.rotated(params, weight)?.to_f32_vec();
-        let mut d = elements(d_weight);
-        let d_s = grads.get_mut(self.s);
-        for ((d_s, d), rotated) in d_s
-            .iter_mut()
-            .zip(d.chunks_exact(cols))
-            .zip(rotated.chunks_exact(cols))
-        {
-            *d_s += d.iter().zip(rotated).map(|(d, r)| d * r).sum::<f32>();
-        }
-        let s = params.get(self.s);
-        d.chunks_exact_mut(cols)
-            .zip(s)
-            .for_each(|(row, s)| row.iter_mut().for_each(|d| *d *= s));
-        let d = View::from_f32(&d, rows, cols);
-        for block in 0..self.count {
-            let columns = block * n..(block + 1) * n;
-            let d_rotation = tn(d.columns(columns.clone()), weight.columns(columns))?;
-            let d_rotation: Vec<f64> = d_rotation
-                .to_f32_vec()
-                .iter()
-                .map(|v| f64::from(*v))
-                .collect();
-            let d_skew = Rotation::Cayley.backward(&self.skew(params, block), &d_rotation, n);
-            let target = &mut grads.get_mut(self.r)[block * n * n..(block + 1) * n * n];
+        let rotated = self.rotated(params, weight)?;
+        let d_s = grad(grads, self.s, [rows, 1], weight);
+        hadamard::add_row_sums(d_s, 1.0, d_weight, rotated.view())?;
+        let mut d = empty(weight, rows, cols);
+        let s = param(params, self.s, [rows, 1], weight);
+        hadamard::add(d.view_mut(), 0.0, 1.0, d_weight, s)?;
+        let mut d_rotations = empty(weight, self.count * n, n);
+        block_diagonal::gradient(d_rotations.view_mut(), d.view(), weight)?;
+        let d_rotations = elements(d_rotations.view());
+        let d_skew = |(block, d): (usize, &[f32])| {
+            let d: Vec<f64> = d.iter().map(|d| f64::from(*d)).collect();
+            Rotation::Cayley.backward(&self.skew(params, block), &d, n)
+        };
+        let blocks = d_rotations.par_chunks_exact(n * n).enumerate();
+        let d_skew: Vec<Vec<f64>> = blocks.map(d_skew).collect();
+        let target = grads.get_mut(self.r).chunks_exact_mut(n * n);
+        for (target, d) in target.zip(&d_skew) {
             for (i, target) in target.iter_mut().enumerate() {
-                *target += (0.5 * (d_skew[i] - d_skew[i % n * n + i / n])) as f32;
+                *target += (0.5 * (d[i] - d[i % n * n + i / n])) as f32;
             }
         }
         Ok(())

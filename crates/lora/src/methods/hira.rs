@@ -6,12 +6,12 @@
 //! Huang et al.: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models"
 //! (2025); PEFT's `tuners/hira`.
 
-use super::matrix::{elements, grad, nn, param, update};
+use super::matrix::{empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{View, ViewMut, matmul};
+use ferrotune_kernels::{View, ViewMut, hadamard, matmul};
 use serde_json::{Map, Value, json};
 
 /// How A and B start.
@@ -120,21 +120,20 @@ struct Update {
 }
 
 impl Update {
-    fn factors<'a>(&self, params: &'a FlatBuffer) -> [View<'a>; 2] {
+    fn factors<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> [View<'a>; 2] {
         let [out, rank, inputs] = self.shape;
         [
-            param(params, self.a, rank, inputs),
-            param(params, self.b, out, rank),
+            param(params, self.a, [rank, inputs], beside),
+            param(params, self.b, [out, rank], beside),
         ]
     }
 }
 
 impl WeightUpdate for Update {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let [a, b] = self.factors(params);
-        let (product, cols) = (nn(b, a)?.to_f32_vec(), weight.cols());
-        update(weight, |r, c, w| w + w * product[r * cols + c]);
-        Ok(())
+        let [a, b] = self.factors(params, weight.as_view());
+        let product = nn(b, a)?;
+        Ok(hadamard::scale(weight, 1.0, product.view())?)
     }
 
     fn backward(
@@ -144,14 +143,12 @@ impl WeightUpdate for Update {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let ([a, b], [out, rank, inputs]) = (self.factors(params), self.shape);
-        let d: Vec<f32> = elements(weight)
-            .iter()
-            .zip(elements(d_weight))
-            .map(|(w, d)| w * d)
-            .collect();
-        let d = View::from_f32(&d, out, inputs);
-        matmul::tn(grad(grads, self.a, rank, inputs), 1.0, 1.0, b, d)?;
-        Ok(matmul::nt(grad(grads, self.b, out, rank), 1.0, 1.0, d, a)?)
+        let ([a, b], [out, rank, inputs]) = (self.factors(params, weight), self.shape);
+        let mut d = empty(weight, out, inputs);
+        hadamard::add(d.view_mut(), 0.0, 1.0, weight, d_weight)?;
+        let d_a = grad(grads, self.a, [rank, inputs], weight);
+        matmul::tn(d_a, 1.0, 1.0, b, d.view())?;
+        let d_b = grad(grads, self.b, [out, rank], weight);
+        Ok(matmul::nt(d_b, 1.0, 1.0, d.view(), a)?)
     }
 }

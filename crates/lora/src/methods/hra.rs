@@ -7,13 +7,12 @@
 //! Yuan et al.: "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
 //! Adaptation" (2024); PEFT's `tuners/hra`.
 
-use super::matrix::elements;
+use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{View, ViewMut};
-use rayon::prelude::*;
+use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
 
 /// HRA's configuration.
@@ -175,24 +174,36 @@ impl Reflections {
     }
 }
 
-/// `row -= 2 (row . u) u`.
-fn reflect(row: &mut [f64], u: &[f64]) {
-    let along = 2.0 * dot(row, u);
-    row.iter_mut().zip(u).for_each(|(r, u)| *r -= along * u);
+/// `W u` `[out, 1]`, with a direction `[1, in]`.
+fn along(weight: View<'_>, u: View<'_>) -> Result<Tensor> {
+    let mut along = empty(weight, weight.rows(), 1);
+    matmul::nt(along.view_mut(), 0.0, 1.0, weight, u)?;
+    Ok(along)
+}
+
+/// `W -= 2 (W u) u^T`: every row reflected.
+fn reflect(weight: &mut Tensor, u: View<'_>) -> Result<()> {
+    let along = along(weight.view(), u)?;
+    Ok(matmul::nn(weight.view_mut(), 1.0, -2.0, along.view(), u)?)
+}
+
+/// Vectors as rows, on the side of `beside`.
+fn rows(vectors: &Vectors, beside: View<'_>) -> Tensor {
+    let values: Vec<f32> = vectors.iter().flatten().map(|v| *v as f32).collect();
+    let inputs = values.len() / vectors.len();
+    Tensor::from_f32(values, vectors.len(), inputs).to_device(&device_of(beside))
 }
 
 impl WeightUpdate for Reflections {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let (directions, _) = self.directions(params);
-        let [rows, cols] = weight.shape();
-        let mut values = elements(weight.as_view());
+        let mut reflected = copy_of(weight.as_view());
+        let directions = rows(&self.directions(params).0, weight.as_view());
         // Orthogonal directions reflect one by one as they do together.
-        values.par_chunks_exact_mut(cols).for_each(|row| {
-            let mut wide: Vec<f64> = row.iter().map(|&w| f64::from(w)).collect();
-            directions.iter().for_each(|u| reflect(&mut wide, u));
-            row.iter_mut().zip(wide).for_each(|(w, v)| *w = v as f32);
-        });
-        weight.copy_from(View::from_f32(&values, rows, cols));
+        for i in 0..self.rank {
+            reflect(&mut reflected, directions.view().row_range(i..i + 1))?;
+        }
+        let mut weight = weight;
+        weight.reborrow().copy_from(reflected.view());
         Ok(())
     }
 
@@ -204,38 +215,26 @@ impl WeightUpdate for Reflections {
         d_weight: View<'_>,
     ) -> Result<()> {
         let (directions, before) = self.directions(params);
-        let cols = weight.cols();
-        let (weight, gradient) = (elements(weight), elements(d_weight));
-        // d/du of -2 (row . u) u: -2 ((row . u) g + (g . u) row), row and g as of that reflection.
-        let rows = weight
-            .par_chunks_exact(cols)
-            .zip(gradient.par_chunks_exact(cols));
-        let per_row: Vec<Vectors> = rows
-            .map(|(row, gradient)| {
-                let mut states: Vectors = vec![row.iter().map(|&w| f64::from(w)).collect()];
-                for u in &directions {
-                    let mut next = states[states.len() - 1].clone();
-                    reflect(&mut next, u);
-                    states.push(next);
-                }
-                let mut g: Vec<f64> = gradient.iter().map(|&g| f64::from(g)).collect();
-                let mut d: Vectors = vec![Vec::new(); directions.len()];
-                for (i, u) in directions.iter().enumerate().rev() {
-                    let (along, back) = (dot(&states[i], u), dot(&g, u));
-                    let terms = g.iter().zip(&states[i]);
-                    d[i] = terms
-                        .map(|(g, row)| -2.0 * (along * g + back * row))
-                        .collect();
-                    reflect(&mut g, u);
-                }
-                d
-            })
-            .collect();
-        let mut d: Vectors = vec![vec![0.0; self.inputs]; self.rank];
-        for row in per_row {
-            for (sum, part) in d.iter_mut().zip(row) {
-                sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
-            }
+        let on_side = rows(&directions, weight);
+        let direction = |i: usize| on_side.view().row_range(i..i + 1);
+        let (mut state, mut gradient) = (copy_of(weight), copy_of(d_weight));
+        for i in 0..self.rank {
+            reflect(&mut state, direction(i))?;
+        }
+        let mut d: Vectors = vec![Vec::new(); self.rank];
+        for i in (0..self.rank).rev() {
+            // A reflection undoes itself.
+            reflect(&mut state, direction(i))?;
+            // d/du of -2 (row . u) u: -2 ((row . u) g + (g . u) row), summed over the rows.
+            let (row_u, g_u) = (
+                along(state.view(), direction(i))?,
+                along(gradient.view(), direction(i))?,
+            );
+            let mut d_u = empty(weight, 1, self.inputs);
+            matmul::tn(d_u.view_mut(), 0.0, -2.0, row_u.view(), gradient.view())?;
+            matmul::tn(d_u.view_mut(), 1.0, -2.0, g_u.view(), state.view())?;
+            d[i] = elements(d_u.view()).into_iter().map(f64::from).collect();
+            reflect(&mut gradient, direction(i))?;
         }
         self.directions_backward(params, grads, &directions, &before, d);
         Ok(())

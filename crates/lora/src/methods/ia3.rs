@@ -6,13 +6,13 @@
 //! Liu et al.: "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 //! Learning" (2022); PEFT's `tuners/ia3`.
 
-use super::matrix::{elements, update};
+use super::matrix::{device_of, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use crate::target::{Expression, TargetModules, is_suffix};
 use ferrotune_core::adapter::{Attachment, CustomLinear, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View, ViewMut};
+use ferrotune_kernels::{Tensor, View, ViewMut, hadamard};
 use serde_json::{Map, Value, json};
 
 const L: &str = "ia3_l";
@@ -154,9 +154,10 @@ struct Outputs(ParamId);
 impl CustomLinear for Outputs {
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
         let [rows, cols] = y.shape();
-        let base = Tensor::from_f32(elements(y.as_view()), rows, cols);
-        let l = params.get(self.0);
-        update(y, |_, c, v| v * l[c]);
+        let mut base = Tensor::empty(&device_of(y.as_view()), y.dtype(), rows, cols);
+        base.view_mut().copy_from(y.as_view());
+        let l = param(params, self.0, [1, cols], y.as_view());
+        hadamard::scale(y, 0.0, l)?;
         Ok(vec![base])
     }
 
@@ -169,17 +170,11 @@ impl CustomLinear for Outputs {
         dy: ViewMut<'_>,
         _: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let (base, gradient) = (saved[0].to_f32_vec(), elements(dy.as_view()));
-        let d_l = grads.get_mut(self.0);
-        let cols = d_l.len();
-        for (gradient, base) in gradient.chunks_exact(cols).zip(base.chunks_exact(cols)) {
-            for (d, (g, b)) in d_l.iter_mut().zip(gradient.iter().zip(base)) {
-                *d += g * b;
-            }
-        }
-        let l = params.get(self.0);
-        update(dy, |_, c, v| v * l[c]);
-        Ok(())
+        let shape = [1, dy.cols()];
+        let d_l = grad(grads, self.0, shape, dy.as_view());
+        hadamard::add_column_sums(d_l, 1.0, dy.as_view(), saved[0].view())?;
+        let l = param(params, self.0, shape, dy.as_view());
+        Ok(hadamard::scale(dy, 0.0, l)?)
     }
 
     fn merge(
@@ -188,12 +183,13 @@ impl CustomLinear for Outputs {
         weight: ViewMut<'_>,
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let l = params.get(self.0);
-        update(weight, |r, _, w| w * l[r]);
+        let out = weight.rows();
         if let Some(bias) = bias {
-            update(bias, |_, c, b| b * l[c]);
+            let l = param(params, self.0, [1, out], bias.as_view());
+            hadamard::scale(bias, 0.0, l)?;
         }
-        Ok(())
+        let l = param(params, self.0, [out, 1], weight.as_view());
+        Ok(hadamard::scale(weight, 0.0, l)?)
     }
 }
 
@@ -203,9 +199,8 @@ struct Inputs(ParamId);
 
 impl WeightUpdate for Inputs {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let l = params.get(self.0);
-        update(weight, |_, c, w| w * l[c]);
-        Ok(())
+        let l = param(params, self.0, [1, weight.cols()], weight.as_view());
+        Ok(hadamard::scale(weight, 0.0, l)?)
     }
 
     fn backward(
@@ -215,14 +210,7 @@ impl WeightUpdate for Inputs {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (weight, gradient) = (elements(weight), elements(d_weight));
-        let d_l = grads.get_mut(self.0);
-        let cols = d_l.len();
-        for (weight, gradient) in weight.chunks_exact(cols).zip(gradient.chunks_exact(cols)) {
-            for (d, (w, g)) in d_l.iter_mut().zip(weight.iter().zip(gradient)) {
-                *d += w * g;
-            }
-        }
-        Ok(())
+        let d_l = grad(grads, self.0, [1, weight.cols()], weight);
+        Ok(hadamard::add_column_sums(d_l, 1.0, weight, d_weight)?)
     }
 }

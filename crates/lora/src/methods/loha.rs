@@ -6,12 +6,12 @@
 //! Hyeon-Woo et al.: "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
 //! Learning" (2021); PEFT's `tuners/loha`.
 
-use super::matrix::{elements, grad, nn, param, update};
+use super::matrix::{empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, hadamard, matmul};
 use serde_json::{Map, Value, json};
 
 /// LoHa's configuration.
@@ -96,26 +96,38 @@ struct Update {
 }
 
 impl Update {
-    fn factors<'a>(&self, params: &'a FlatBuffer, [a, b]: [ParamId; 2]) -> [View<'a>; 2] {
+    fn factors<'a>(
+        &self,
+        params: &'a FlatBuffer,
+        [a, b]: [ParamId; 2],
+        beside: View<'_>,
+    ) -> [View<'a>; 2] {
         let [out, rank, inputs] = self.shape;
-        [param(params, a, out, rank), param(params, b, rank, inputs)]
+        [
+            param(params, a, [out, rank], beside),
+            param(params, b, [rank, inputs], beside),
+        ]
     }
 
-    /// `w1_a w1_b` and `w2_a w2_b`.
-    fn products(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
-        let [first, second] = self.factors.map(|ids| self.factors(params, ids));
-        Ok([nn(first[0], first[1])?, nn(second[0], second[1])?])
+    /// `w1_a w1_b` or `w2_a w2_b`.
+    fn product(&self, params: &FlatBuffer, ids: [ParamId; 2], beside: View<'_>) -> Result<Tensor> {
+        let [a, b] = self.factors(params, ids, beside);
+        nn(a, b)
     }
 }
 
 impl WeightUpdate for Update {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let [first, second] = self.products(params)?.map(|t| t.to_f32_vec());
-        let cols = weight.cols();
-        update(weight, |r, c, w| {
-            w + self.scale * first[r * cols + c] * second[r * cols + c]
-        });
-        Ok(())
+        let [first, second] = self.factors;
+        let first = self.product(params, first, weight.as_view())?;
+        let second = self.product(params, second, weight.as_view())?;
+        Ok(hadamard::add(
+            weight,
+            1.0,
+            self.scale,
+            first.view(),
+            second.view(),
+        )?)
     }
 
     fn backward(
@@ -125,19 +137,16 @@ impl WeightUpdate for Update {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let ([out, rank, inputs], products) = (self.shape, self.products(params)?);
-        let gradient = elements(d_weight);
-        for (ids, other) in self.factors.into_iter().zip(products.iter().rev()) {
-            let other = other.to_f32_vec();
-            let d: Vec<f32> = gradient
-                .iter()
-                .zip(other)
-                .map(|(g, o)| self.scale * g * o)
-                .collect();
-            let d = View::from_f32(&d, out, inputs);
-            let [a, b] = self.factors(params, ids);
-            matmul::nt(grad(grads, ids[0], out, rank), 1.0, 1.0, d, b)?;
-            matmul::tn(grad(grads, ids[1], rank, inputs), 1.0, 1.0, a, d)?;
+        let ([out, rank, inputs], [first, second]) = (self.shape, self.factors);
+        let mut d = empty(d_weight, out, inputs);
+        for (ids, other) in [(first, second), (second, first)] {
+            let other = self.product(params, other, d_weight)?;
+            hadamard::add(d.view_mut(), 0.0, self.scale, d_weight, other.view())?;
+            let [a, b] = self.factors(params, ids, d_weight);
+            let d_a = grad(grads, ids[0], [out, rank], d_weight);
+            matmul::nt(d_a, 1.0, 1.0, d.view(), b)?;
+            let d_b = grad(grads, ids[1], [rank, inputs], d_weight);
+            matmul::tn(d_b, 1.0, 1.0, a, d.view())?;
         }
         Ok(())
     }

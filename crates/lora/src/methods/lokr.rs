@@ -7,12 +7,12 @@
 //! Yeh et al.: "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
 //! (2023); PEFT's `tuners/lokr`, which also decides the shapes.
 
-use super::matrix::{elements, grad, nn, param, update};
+use super::matrix::{copy_of, empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, axpby, kronecker, matmul};
 use serde_json::{Map, Value, json};
 
 /// How the factors start.
@@ -204,20 +204,23 @@ struct Update {
 }
 
 impl Update {
-    /// A factor `[rows, cols]`, row by row.
-    fn factor(&self, params: &FlatBuffer, part: usize) -> Result<Vec<f32>> {
-        let Shape {
-            out, inputs, rank, ..
-        } = self.shape;
+    /// Rows and columns of a factor.
+    fn factor_shape(&self, part: usize) -> [usize; 2] {
+        [self.shape.out[part], self.shape.inputs[part]]
+    }
+
+    /// A factor `[rows, cols]`.
+    fn factor(&self, params: &FlatBuffer, part: usize, beside: View<'_>) -> Result<Tensor> {
+        let ([rows, cols], rank) = (self.factor_shape(part), self.shape.rank);
         match self.factors[part][..] {
-            [a, b] => {
-                let [a, b] = [
-                    param(params, a, out[part], rank),
-                    param(params, b, rank, inputs[part]),
-                ];
-                Ok(nn(a, b)?.to_f32_vec())
+            [a, b] => nn(
+                param(params, a, [rows, rank], beside),
+                param(params, b, [rank, cols], beside),
+            ),
+            _ => {
+                let whole = self.factors[part][0];
+                Ok(copy_of(param(params, whole, [rows, cols], beside)))
             }
-            _ => Ok(params.get(self.factors[part][0]).to_vec()),
         }
     }
 
@@ -227,39 +230,37 @@ impl Update {
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
         part: usize,
-        d: &[f32],
+        d: View<'_>,
     ) -> Result<()> {
-        let Shape {
-            out, inputs, rank, ..
-        } = self.shape;
-        let [rows, cols] = [out[part], inputs[part]];
-        let d = View::from_f32(d, rows, cols);
+        let ([rows, cols], rank) = (self.factor_shape(part), self.shape.rank);
         match self.factors[part][..] {
             [a, b] => {
-                let (a_view, b_view) = (param(params, a, rows, rank), param(params, b, rank, cols));
-                matmul::nt(grad(grads, a, rows, rank), 1.0, 1.0, d, b_view)?;
-                matmul::tn(grad(grads, b, rank, cols), 1.0, 1.0, a_view, d)?;
+                let a_view = param(params, a, [rows, rank], d);
+                let b_view = param(params, b, [rank, cols], d);
+                matmul::nt(grad(grads, a, [rows, rank], d), 1.0, 1.0, d, b_view)?;
+                matmul::tn(grad(grads, b, [rank, cols], d), 1.0, 1.0, a_view, d)?;
             }
-            _ => super::matrix::add(grads.get_mut(self.factors[part][0]), &d.to_f32_vec()),
+            _ => {
+                let whole = grad(grads, self.factors[part][0], [rows, cols], d);
+                axpby::add(1.0, whole, 1.0, d)?;
+            }
         }
         Ok(())
     }
 }
 
+fn second(factor: &Tensor) -> kronecker::Second<'_> {
+    kronecker::Second {
+        matrix: factor.view(),
+        transposed: false,
+    }
+}
+
 impl WeightUpdate for Update {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let (first, second) = (self.factor(params, 0)?, self.factor(params, 1)?);
-        let Shape {
-            out: [_, rows],
-            inputs: [cols_1, cols],
-            ..
-        } = self.shape;
-        update(weight, |r, c, w| {
-            w + self.scale
-                * first[r / rows * cols_1 + c / cols]
-                * second[r % rows * cols + c % cols]
-        });
-        Ok(())
+        let [w1, w2] = [0, 1].map(|part| self.factor(params, part, weight.as_view()));
+        let (w1, w2) = (w1?, w2?);
+        Ok(kronecker::add(weight, self.scale, w1.view(), second(&w2))?)
     }
 
     fn backward(
@@ -269,23 +270,20 @@ impl WeightUpdate for Update {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (first, second) = (self.factor(params, 0)?, self.factor(params, 1)?);
-        let Shape {
-            out: [_, rows],
-            inputs: [cols_1, cols],
-            ..
-        } = self.shape;
-        let (mut d_first, mut d_second) = (vec![0.0; first.len()], vec![0.0; second.len()]);
-        let width = d_weight.cols();
-        for (r, row) in elements(d_weight).chunks_exact(width).enumerate() {
-            for (c, d) in row.iter().enumerate() {
-                let (i, j) = (r / rows * cols_1 + c / cols, r % rows * cols + c % cols);
-                d_first[i] += self.scale * d * second[j];
-                d_second[j] += self.scale * d * first[i];
-            }
-        }
-        self.factor_backward(params, grads, 0, &d_first)?;
-        self.factor_backward(params, grads, 1, &d_second)
+        let zeros = |part| {
+            let [rows, cols] = self.factor_shape(part);
+            let mut zeros = empty(d_weight, rows, cols);
+            zeros.view_mut().fill(0.0);
+            zeros
+        };
+        let mut d = zeros(0);
+        let w2 = self.factor(params, 1, d_weight)?;
+        kronecker::add_first_gradient(d.view_mut(), self.scale, d_weight, second(&w2))?;
+        self.factor_backward(params, grads, 0, d.view())?;
+        let mut d = zeros(1);
+        let w1 = self.factor(params, 0, d_weight)?;
+        kronecker::add_second_gradient(d.view_mut(), false, self.scale, d_weight, w1.view())?;
+        self.factor_backward(params, grads, 1, d.view())
     }
 }
 

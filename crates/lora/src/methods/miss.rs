@@ -8,12 +8,12 @@
 //! Kang et al.: "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"
 //! (2024); PEFT's `tuners/miss`.
 
-use super::matrix::{elements, nn, tn, update};
+use super::matrix::{changed_on_host, elements, empty, grad, nn, on_host, param, tn, update};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{View, ViewMut};
+use ferrotune_kernels::{Tensor, View, ViewMut, kronecker};
 use serde_json::{Map, Value, json};
 
 /// What `init_weights` chooses.
@@ -146,13 +146,25 @@ struct Strip {
     width: usize,
 }
 
+impl Strip {
+    /// Ones, one for each copy of the strip over a weight like this.
+    fn copies(&self, weight: View<'_>) -> Tensor {
+        let [rows, cols] = weight.shape();
+        let mut ones = empty(weight, rows.div_ceil(self.width), cols.div_ceil(self.rank));
+        ones.view_mut().fill(1.0);
+        ones
+    }
+}
+
 impl WeightUpdate for Strip {
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let block = params.get(self.block);
-        update(weight, |r, c, w| {
-            w + block[c % self.rank * self.width + r % self.width]
-        });
-        Ok(())
+        let copies = self.copies(weight.as_view());
+        let shape = [self.rank, self.width];
+        let strip = kronecker::Second {
+            matrix: param(params, self.block, shape, weight.as_view()),
+            transposed: true,
+        };
+        Ok(kronecker::add(weight, 1.0, copies.view(), strip)?)
     }
 
     fn backward(
@@ -162,14 +174,15 @@ impl WeightUpdate for Strip {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let cols = d_weight.cols();
-        let target = grads.get_mut(self.block);
-        for (r, row) in elements(d_weight).chunks_exact(cols).enumerate() {
-            for (c, d) in row.iter().enumerate() {
-                target[c % self.rank * self.width + r % self.width] += d;
-            }
-        }
-        Ok(())
+        let copies = self.copies(d_weight);
+        let d = grad(grads, self.block, [self.rank, self.width], d_weight);
+        Ok(kronecker::add_second_gradient(
+            d,
+            true,
+            1.0,
+            d_weight,
+            copies.view(),
+        )?)
     }
 }
 
@@ -188,7 +201,27 @@ impl Bat {
 }
 
 impl WeightUpdate for Bat {
-    fn apply(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        changed_on_host(weight, |weight| self.apply_on_host(params, weight))
+    }
+
+    fn backward(
+        &self,
+        _: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        on_host(weight, |weight| {
+            on_host(d_weight, |d_weight| {
+                self.backward_on_host(grads, weight, d_weight)
+            })
+        })
+    }
+}
+
+impl Bat {
+    fn apply_on_host(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
         let (n, [rows, cols]) = (self.rank, weight.shape());
         for i in 0..rows / n {
             let b = self.block(params, i);
@@ -206,9 +239,8 @@ impl WeightUpdate for Bat {
         Ok(())
     }
 
-    fn backward(
+    fn backward_on_host(
         &self,
-        _: &FlatBuffer,
         grads: &mut FlatBuffer,
         weight: View<'_>,
         d_weight: View<'_>,

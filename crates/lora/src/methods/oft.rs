@@ -8,12 +8,13 @@
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
 use super::cayley::{Rotation, blocks};
-use super::matrix::tn;
+use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 /// OFT's configuration.
@@ -183,22 +184,16 @@ impl Rotations {
             .collect()
     }
 
-    /// The rotations as f32 matrices, one behind the other.
-    fn rotations(&self, params: &FlatBuffer) -> Vec<Vec<f32>> {
-        let skew = self.skew(params);
-        skew.iter()
-            .map(|s| {
-                self.rotation
-                    .of(s, self.size)
-                    .iter()
-                    .map(|v| *v as f32)
-                    .collect()
-            })
-            .collect()
-    }
-
-    fn row(&self, block: usize) -> usize {
-        if self.shared { 0 } else { block }
+    /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
+    fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
+        let (n, skew) = (self.size, self.skew(params));
+        let of = |s: &Vec<f64>| -> Vec<f32> {
+            let rotation = self.rotation.of(s, n);
+            rotation.iter().map(|v| *v as f32).collect()
+        };
+        let rotations: Vec<Vec<f32>> = skew.par_iter().map(of).collect();
+        let blocks = rotations.concat().repeat(self.count / rotations.len());
+        Tensor::from_f32(blocks, self.count * n, n).to_device(&device_of(beside))
     }
 }
 
@@ -211,17 +206,14 @@ fn project(matrix: &mut [f64], limit: f64) {
 }
 
 impl WeightUpdate for Rotations {
-    fn apply(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
-        let (rotations, n) = (self.rotations(params), self.size);
-        for block in 0..self.count {
-            let columns = block * n..(block + 1) * n;
-            let rotation = View::from_f32(&rotations[self.row(block)], n, n);
-            let mut part = weight.reborrow().columns(columns);
-            let before = part.as_view().to_f32_vec();
-            let before = View::from_f32(&before, part.rows(), n);
-            matmul::nt(part.reborrow(), 0.0, 1.0, before, rotation)?;
-        }
-        Ok(())
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let before = copy_of(weight.as_view());
+        let rotations = self.rotations(params, before.view());
+        Ok(block_diagonal::product(
+            weight,
+            before.view(),
+            rotations.view(),
+        )?)
     }
 
     /// A constraint is a projection of the parameters, whose gradients are taken where they end up.
@@ -233,19 +225,22 @@ impl WeightUpdate for Rotations {
         d_weight: View<'_>,
     ) -> Result<()> {
         let (skew, n) = (self.skew(params), self.size);
+        let mut d = empty(weight, self.count * n, n);
+        block_diagonal::gradient(d.view_mut(), d_weight, weight)?;
         let mut d_rotations = vec![vec![0.0_f64; n * n]; skew.len()];
-        for block in 0..self.count {
-            let columns = block * n..(block + 1) * n;
-            let d = tn(d_weight.columns(columns.clone()), weight.columns(columns))?;
-            let sum = &mut d_rotations[self.row(block)];
-            sum.iter_mut()
-                .zip(d.to_f32_vec())
-                .for_each(|(sum, d)| *sum += f64::from(d));
+        for (block, d) in elements(d.view()).chunks_exact(n * n).enumerate() {
+            // A rotation that all blocks share has the sum of their gradients.
+            let sum = &mut d_rotations[block % skew.len()];
+            let terms = sum.iter_mut().zip(d);
+            terms.for_each(|(sum, d)| *sum += f64::from(*d));
         }
+        let pairs = skew.par_iter().zip(&d_rotations);
+        let d_skew: Vec<Vec<f64>> = pairs
+            .map(|(skew, d)| self.rotation.backward(skew, d, n))
+            .collect();
         let len = n * (n - 1) / 2;
         let target = grads.get_mut(self.weight);
-        for (row, (skew, d)) in skew.iter().zip(&d_rotations).enumerate() {
-            let d = self.rotation.backward(skew, d, n);
+        for (row, d) in d_skew.iter().enumerate() {
             let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
             for ((i, j), target) in pairs.zip(&mut target[row * len..(row + 1) * len]) {
                 *target += (d[i * n + j] - d[j * n + i]) as f32;

@@ -9,12 +9,12 @@
 //! Liao et al.: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
 //! Composability" (2024); PEFT's `tuners/road`.
 
-use super::matrix::elements;
+use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, CustomLinear, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View, ViewMut};
+use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
 use serde_json::{Map, Value, json};
 
 const VARIANTS: [&str; 3] = ["road_1", "road_2", "road_4"];
@@ -137,24 +137,34 @@ impl Rotations {
         (0..self.out).map(of).collect()
     }
 
-    /// A column of outputs, rotated.
-    fn rotate(&self, coefficients: &[[f32; 2]], u: &[f32], y: &mut [f32]) {
-        for (i, (y, [c, s])) in y.iter_mut().zip(coefficients).enumerate() {
-            *y = c * u[i] + s * u[self.pair(i).0];
+    /// What the outputs are multiplied with, or its transpose: the blocks of a block-diagonal matrix below one
+    /// another, `[out, group]`, on the side of `beside`.
+    fn matrix(&self, params: &FlatBuffer, transposed: bool, beside: View<'_>) -> Tensor {
+        let group = 2 * self.half;
+        let mut values = vec![0.0; self.out * group];
+        for (i, [c, s]) in self.coefficients(params).into_iter().enumerate() {
+            let other = self.pair(i).0;
+            values[i * group + i % group] = c;
+            let (row, column) = if transposed { (other, i) } else { (i, other) };
+            values[row * group + column % group] = s;
         }
+        Tensor::from_f32(values, self.out, group).to_device(&device_of(beside))
     }
+}
+
+/// Writes to `y` what it holds times a block-diagonal matrix; returns what it held, f32.
+fn rotate(mut y: ViewMut<'_>, matrix: &Tensor) -> Result<Tensor> {
+    let before = copy_of(y.as_view());
+    let mut rotated = empty(before.view(), y.rows(), y.cols());
+    block_diagonal::product(rotated.view_mut(), before.view(), matrix.view())?;
+    y.reborrow().copy_from(rotated.view());
+    Ok(before)
 }
 
 impl CustomLinear for Rotations {
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
-        let [rows, cols] = y.shape();
-        let (u, coefficients) = (elements(y.as_view()), self.coefficients(params));
-        let mut rotated = vec![0.0; u.len()];
-        for (u, y) in u.chunks_exact(cols).zip(rotated.chunks_exact_mut(cols)) {
-            self.rotate(&coefficients, u, y);
-        }
-        y.copy_from(View::from_f32(&rotated, rows, cols));
-        Ok(vec![Tensor::from_f32(u, rows, cols)])
+        let matrix = self.matrix(params, false, y.as_view());
+        Ok(vec![rotate(y, &matrix)?])
     }
 
     fn backward(
@@ -166,29 +176,16 @@ impl CustomLinear for Rotations {
         dy: ViewMut<'_>,
         _: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let [rows, cols] = dy.shape();
-        let (u, gradient, coefficients) = (
-            saved[0].to_f32_vec(),
-            elements(dy.as_view()),
-            self.coefficients(params),
-        );
-        let mut sums = vec![[0.0_f32; 2]; cols];
-        let mut back = vec![0.0; gradient.len()];
-        for (row, g) in gradient.chunks_exact(cols).enumerate() {
-            let at = row * cols..(row + 1) * cols;
-            let (u, back) = (&u[at.clone()], &mut back[at]);
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let other = self.pair(i).0;
-                sums[0] += g[i] * u[i];
-                sums[1] += g[i] * u[other];
-                back[i] += coefficients[i][0] * g[i];
-                back[other] += coefficients[i][1] * g[i];
-            }
-        }
-        dy.copy_from(View::from_f32(&back, rows, cols));
+        let group = 2 * self.half;
+        let matrix = self.matrix(params, true, dy.as_view());
+        let dy = rotate(dy, &matrix)?;
+        let mut sums = empty(dy.view(), self.out, group);
+        block_diagonal::gradient(sums.view_mut(), dy.view(), saved[0].view())?;
+        let sums = elements(sums.view());
         let (theta, alpha) = (params.get(self.theta), params.get(self.alpha));
-        for (i, [d_c, d_s]) in sums.into_iter().enumerate() {
-            let ([c, s], d_s) = (self.places(i), self.pair(i).1 * d_s);
+        for (i, sums) in sums.chunks_exact(group).enumerate() {
+            let ([c, s], (other, sign)) = (self.places(i), self.pair(i));
+            let (d_c, d_s) = (sums[i % group], sign * sums[other % group]);
             let d_theta = grads.get_mut(self.theta);
             d_theta[c] -= d_c * alpha[c] * theta[c].sin();
             d_theta[s] += d_s * alpha[s] * theta[s].cos();

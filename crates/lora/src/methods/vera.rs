@@ -6,14 +6,14 @@
 //! # Source
 //! Kopiczko et al.: "VeRA: Vector-based Random Matrix Adaptation" (2023); PEFT's `tuners/vera`.
 
-use super::matrix::elements;
+use super::matrix::{empty, grad, param};
 use super::torch_random::TorchRandom;
 use crate::files::Weights;
-use crate::method::{Frozen, Init, Keys, Method, Place, TensorSpec};
+use crate::method::{Frozen, Init, Keys, Method, Place, Placed, TensorSpec};
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View};
+use ferrotune_kernels::{Tensor, View, hadamard};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -122,14 +122,11 @@ impl Method for Vera {
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
-        let part = |tensor: &Tensor, rows: usize, cols: usize| {
-            elements(tensor.view().row_range(0..rows).columns(0..cols))
-        };
         Ok(Attachment::Factors(Box::new(Factors {
             lambda_b: at.ids[0],
             lambda_d: at.ids[1],
-            a: part(&at.frozen.get(A), self.rank, site.in_features),
-            b: part(&at.frozen.get(B), site.out_features, self.rank),
+            a: at.frozen.placed(A),
+            b: at.frozen.placed(B),
             shape: [site.out_features, self.rank, site.in_features],
             dropout: self.dropout,
         })))
@@ -161,12 +158,23 @@ fn read_projections(directory: &std::path::Path) -> Result<[Arc<Tensor>; 2]> {
 struct Factors {
     lambda_b: ParamId,
     lambda_d: ParamId,
-    /// `[r, in]` and `[out, r]`.
-    a: Vec<f32>,
-    b: Vec<f32>,
+    /// `[r, at least in]` and `[at least out, r]`.
+    a: Arc<Placed>,
+    b: Arc<Placed>,
     /// out, r, in.
     shape: [usize; 3],
     dropout: f32,
+}
+
+impl Factors {
+    /// The projections of this linear.
+    fn projections(&self, beside: View<'_>) -> [View<'_>; 2] {
+        let [out, _, inputs] = self.shape;
+        [
+            self.a.beside(beside).columns(0..inputs),
+            self.b.beside(beside).row_range(0..out),
+        ]
+    }
 }
 
 impl LowRankFactors for Factors {
@@ -179,18 +187,15 @@ impl LowRankFactors for Factors {
     }
 
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
-        let [out, rank, inputs] = self.shape;
-        let scaled = |values: &[f32], scales: &[f32], cols: usize| -> Vec<f32> {
-            let rows = values.chunks_exact(cols).zip(scales);
-            rows.flat_map(|(row, scale)| row.iter().map(move |v| v * scale))
-                .collect()
+        let [a, b] = self.projections(params.home());
+        let scaled = |values: View<'_>, id| -> Result<Tensor> {
+            let [rows, cols] = values.shape();
+            let mut scaled = empty(values, rows, cols);
+            let lambda = param(params, id, [rows, 1], values);
+            hadamard::add(scaled.view_mut(), 0.0, 1.0, values, lambda)?;
+            Ok(scaled)
         };
-        let a = scaled(&self.a, params.get(self.lambda_d), inputs);
-        let b = scaled(&self.b, params.get(self.lambda_b), rank);
-        Ok([
-            Tensor::from_f32(a, rank, inputs),
-            Tensor::from_f32(b, out, rank),
-        ])
+        Ok([scaled(a, self.lambda_d)?, scaled(b, self.lambda_b)?])
     }
 
     fn backward(
@@ -200,14 +205,10 @@ impl LowRankFactors for Factors {
         d_a: View<'_>,
         d_b: View<'_>,
     ) -> Result<()> {
-        for (id, gradient, values) in [(self.lambda_d, d_a, &self.a), (self.lambda_b, d_b, &self.b)]
-        {
-            let cols = gradient.cols();
-            let gradient = elements(gradient);
-            let rows = gradient.chunks_exact(cols).zip(values.chunks_exact(cols));
-            for (d, (gradient, values)) in grads.get_mut(id).iter_mut().zip(rows) {
-                *d += gradient.iter().zip(values).map(|(g, v)| g * v).sum::<f32>();
-            }
+        let [a, b] = self.projections(d_a);
+        for (id, d, values) in [(self.lambda_d, d_a, a), (self.lambda_b, d_b, b)] {
+            let d_lambda = grad(grads, id, [d.rows(), 1], d);
+            hadamard::add_row_sums(d_lambda, 1.0, d, values)?;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ mod schedule;
 pub use data::{BadRows, DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
 pub use lora::{InitLoraWeights, LoraArguments, LoraBias, TokenIndices};
 pub use model::{Dtype, ModelArguments, QuantType};
-pub use optimizer::{Optim, OptimizerArguments};
+pub use optimizer::{Optim, OptimArgs, OptimizerArguments};
 pub use output::{IntervalStrategy, OutputArguments, Resume};
 pub use runtime::{CudaGraph, DdpBackend, Device, GemmTuning, RuntimeArguments};
 pub use schedule::ScheduleArguments;

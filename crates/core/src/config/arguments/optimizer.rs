@@ -1,29 +1,120 @@
 use super::source::{OURS, PEFT, TRANSFORMERS, TRL_SFT};
 use crate::config::section::section;
-use crate::config::value::choices;
+use crate::config::value::{KeyValue, yaml_scalar};
+use crate::optimizer::{OPTIMIZERS, OptimizerChoice, OptimizerEntry, Shared, find};
+use ferrotune_kernels::adamw::AdamW;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
-choices! {
-    /// The optimizer. Both names mean the same AdamW here.
-    Optim {
-        /// AdamW.
-        AdamwTorch = "adamw_torch",
-        /// AdamW, Transformers' default name.
-        AdamwTorchFused = "adamw_torch_fused",
+/// The optimizer, by name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Optim(&'static OptimizerEntry);
+
+impl Optim {
+    /// Transformers' default.
+    const DEFAULT: &str = "adamw_torch_fused";
+
+    /// Whether it reads a key with a constant of Adam's.
+    #[must_use]
+    pub fn reads(self, key: &str) -> bool {
+        self.0.reads.contains(&key)
     }
+
+    /// The word for it in a configuration file.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        self.0.name
+    }
+}
+
+impl Default for Optim {
+    fn default() -> Self {
+        let named = OPTIMIZERS.iter().find(|entry| entry.name == Self::DEFAULT);
+        Self(named.unwrap_or(&OPTIMIZERS[0]))
+    }
+}
+
+impl KeyValue for Optim {
+    fn schema() -> Value {
+        let names: Vec<&str> = OPTIMIZERS.iter().map(|entry| entry.name).collect();
+        json!({ "enum": names })
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        find(value.as_str().unwrap_or_default()).map(Self)
+    }
+
+    fn to_value(&self) -> Value {
+        json!(self.0.name)
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        String::parse_text(text)
+    }
+}
+
+/// An optimizer's own arguments: named values, or as Transformers has them one text, `momentum=0.9,nesterov=true`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OptimArgs(pub BTreeMap<String, Value>);
+
+impl KeyValue for OptimArgs {
+    fn schema() -> Value {
+        json!({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::String(text) if !text.trim_start().starts_with('{') => {
+                pairs(text).map(Self).ok_or_else(|| {
+                    "named values such as {momentum: 0.9}, or momentum=0.9,nesterov=true".to_owned()
+                })
+            }
+            other => BTreeMap::from_value(other).map(Self),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        self.0.to_value()
+    }
+
+    fn parse_text(text: &str) -> Result<Value, String> {
+        if text.trim_start().starts_with('{') {
+            return yaml_scalar(text);
+        }
+        Ok(json!(text))
+    }
+}
+
+/// The values of `a=1,b=2`.
+fn pairs(text: &str) -> Option<BTreeMap<String, Value>> {
+    let parts = text
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty());
+    parts
+        .map(|part| {
+            let (key, value) = part.split_once('=')?;
+            let (key, value) = (key.trim(), value.trim());
+            (!key.is_empty() && !value.is_empty()).then(|| (key.to_owned(), json!(value)))
+        })
+        .collect()
 }
 
 section! {
     /// How gradients become an update.
     OptimizerArguments, "optimizer" {
-        /// The optimizer: adamw_torch or adamw_torch_fused, both this engine's AdamW.
-        optim: Optim = Optim::AdamwTorchFused, TRANSFORMERS;
+        /// The optimizer, by Transformers' names and some more; docs/optimizers.md has a table of them.
+        optim: Optim = Optim::default(), TRANSFORMERS;
+        /// The optimizer's own arguments, such as {momentum: 0.9, nesterov: true} or momentum=0.9,nesterov=true.
+        optim_args: OptimArgs = OptimArgs::default(), TRANSFORMERS;
         /// Peak learning rate.
         learning_rate: f64 = 2e-5, TRL_SFT;
-        /// Decoupled weight decay, on every trained weight but biases and norms.
+        /// Weight decay, on every trained weight but biases and norms: decoupled, or where the optimizer has it so a
+        /// part of the gradient.
         weight_decay: f64 = 0.0, TRANSFORMERS;
-        /// Decay of the first moment.
+        /// Decay of the first moment, of optimizers that have such a constant; of Lion the momentum's share of a step.
         adam_beta1: f64 = 0.9, TRANSFORMERS;
-        /// Decay of the second moment.
+        /// Decay of the second moment, of Lion that of the momentum.
         adam_beta2: f64 = 0.999, TRANSFORMERS;
         /// Added to the root of the second moment.
         adam_epsilon: f64 = 1e-8, TRANSFORMERS;
@@ -42,5 +133,20 @@ section! {
         max_grad_norm: f64 = 1.0, TRANSFORMERS;
         /// Micro-batches per optimizer step and rank.
         gradient_accumulation_steps: usize = 1, TRANSFORMERS;
+    }
+}
+
+impl OptimizerArguments {
+    /// The optimizer that these keys describe.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] for an argument that it does not have.
+    pub fn choice(&self) -> crate::Result<OptimizerChoice> {
+        let adam = AdamW {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+        };
+        self.optim.0.build(&Shared { adam }, &self.optim_args.0)
     }
 }

@@ -139,7 +139,8 @@ pub(super) fn layers(
     (layers.collect(), [at(plan.embedding), head, positions])
 }
 
-/// Bytes of the largest weight that a method changes, written out in f32 with its gradient.
+/// Bytes of the largest weight that a method changes, written out in f32 with its gradient and two
+/// matrices of its size that the method makes on the way.
 pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> u64 {
     let changed = attachments
         .iter()
@@ -148,7 +149,7 @@ pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment
     let largest = changed
         .map(|site| site.out_features * site.in_features)
         .max();
-    2 * (largest.unwrap_or(0) * DType::F32.bytes()) as u64
+    4 * (largest.unwrap_or(0) * DType::F32.bytes()) as u64
 }
 
 /// Whether the head's update has a bias, which is one more rank there.

@@ -1,11 +1,11 @@
 //! The update of one linear, and the term of the loss that keeps its vectors orthogonal.
 
-use super::super::matrix::{self, elements};
+use super::super::matrix::{self, elements, grad, param};
 use crate::method::Target;
 use ferrotune_core::Result;
 use ferrotune_core::adapter::LowRankFactors;
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Tensor, View, matmul};
+use ferrotune_kernels::{Tensor, View, axpby, hadamard, matmul};
 
 /// `scale * B (A ⊙ E)`.
 #[derive(Debug)]
@@ -47,15 +47,12 @@ impl LowRankFactors for Triplets {
     }
 
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
-        let [out, rank, inputs] = self.shape;
-        let rows = params.get(self.a).chunks_exact(inputs);
-        let scaled = rows
-            .zip(params.get(self.e))
-            .flat_map(|(row, e)| row.iter().map(move |a| a * e));
-        Ok([
-            Tensor::from_f32(scaled.collect::<Vec<f32>>(), rank, inputs),
-            Tensor::from_f32(params.get(self.b).to_vec(), out, rank),
-        ])
+        let [_, rank, inputs] = self.shape;
+        let a = params.view(self.a);
+        let mut scaled = matrix::empty(a, rank, inputs);
+        let e = param(params, self.e, [rank, 1], a);
+        hadamard::add(scaled.view_mut(), 0.0, 1.0, a, e)?;
+        Ok([scaled, matrix::copy_of(params.view(self.b))])
     }
 
     fn backward(
@@ -65,19 +62,17 @@ impl LowRankFactors for Triplets {
         d_a: View<'_>,
         d_b: View<'_>,
     ) -> Result<()> {
-        let inputs = self.shape[2];
-        let d_scaled = elements(d_a);
-        let rows = || d_scaled.chunks_exact(inputs);
-        let of_a = grads.get_mut(self.a).chunks_exact_mut(inputs);
-        for ((d_a, d), e) in of_a.zip(rows()).zip(params.get(self.e)) {
-            d_a.iter_mut().zip(d).for_each(|(d_a, d)| *d_a += d * e);
-        }
-        let a = params.get(self.a).chunks_exact(inputs);
-        for ((d_e, d), a) in grads.get_mut(self.e).iter_mut().zip(rows()).zip(a) {
-            *d_e += d.iter().zip(a).map(|(d, a)| d * a).sum::<f32>();
-        }
-        matrix::add(grads.get_mut(self.b), &elements(d_b));
-        Ok(())
+        let [out, rank, inputs] = self.shape;
+        let e = param(params, self.e, [rank, 1], d_a);
+        hadamard::add(grad(grads, self.a, [rank, inputs], d_a), 1.0, 1.0, d_a, e)?;
+        let a = param(params, self.a, [rank, inputs], d_a);
+        hadamard::add_row_sums(grad(grads, self.e, [rank, 1], d_a), 1.0, d_a, a)?;
+        Ok(axpby::add(
+            1.0,
+            grad(grads, self.b, [out, rank], d_b),
+            1.0,
+            d_b,
+        )?)
     }
 }
 
@@ -91,16 +86,16 @@ pub(super) fn orthogonality(
 ) -> Result<f64> {
     let (a, b) = (target.ids[0], target.ids[1]);
     let (inputs, out) = (target.site.in_features, target.site.out_features);
-    let mut gram = Tensor::zeros(DType::F32, rank, rank);
-    let vectors = matrix::param(params, a, rank, inputs);
+    let vectors = param(params, a, [rank, inputs], params.home());
+    let mut gram = matrix::empty(vectors, rank, rank);
     matmul::nt(gram.view_mut(), 0.0, 1.0, vectors, vectors)?;
     let (of_a, gram) = away_from_identity(&gram);
-    let d = matrix::grad(grads, a, rank, inputs);
+    let d = grad(grads, a, [rank, inputs], vectors);
     matmul::nn(d, 1.0, slope(of_a, weight), gram.view(), vectors)?;
 
-    let vectors = matrix::param(params, b, out, rank);
+    let vectors = param(params, b, [out, rank], params.home());
     let (of_b, gram) = away_from_identity(&matrix::tn(vectors, vectors)?);
-    let d = matrix::grad(grads, b, out, rank);
+    let d = grad(grads, b, [out, rank], vectors);
     matmul::nn(d, 1.0, slope(of_b, weight), vectors, gram.view())?;
     Ok(of_a + of_b)
 }
@@ -117,7 +112,8 @@ fn away_from_identity(gram: &Tensor) -> (f64, Tensor) {
         .map(|&v| f64::from(v) * f64::from(v))
         .sum::<f64>()
         .sqrt();
-    (norm, Tensor::from_f32(values, rows, cols))
+    let away = Tensor::from_f32(values, rows, cols);
+    (norm, away.to_device(&gram.device()))
 }
 
 /// d|M M^T - I| = 2 (M M^T - I) M / |M M^T - I|; none where the norm has a corner.
