@@ -134,6 +134,9 @@ fn write_nf4(directory: &Path, shape: &Shape) {
 fn codes_and_values_may_be_of_one_model_and_are_noted() {
     let shape = Shape {
         vocab: 256,
+        hidden: 64,
+        intermediate: 128,
+        head_dim: 16,
         ..Shape::default()
     };
     let bench = Workbench::of(&shape, 8);
