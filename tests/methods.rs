@@ -464,10 +464,6 @@ fn mistakes_in_a_configuration_are_named() {
             json!({"peft_type": "LOHA", "module_dropout": 0.1}),
             "module_dropout",
         ),
-        (
-            json!({"peft_type": "OFT", "oft_block_size": 7}),
-            "must divide",
-        ),
         (json!({"peft_type": "OFT", "r": 4}), "one of them must be 0"),
         (
             json!({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}),

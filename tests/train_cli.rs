@@ -11,11 +11,12 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Stdio;
 
-const RESULT: [&str; 10] = [
+const RESULT: [&str; 11] = [
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
     "all_results.json",
+    "base_weights.json",
     "run.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -551,37 +552,6 @@ fn eval_reports_the_loss_that_training_saw() {
     let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");
     let loss = result["eval_loss"].as_f64().expect("a number");
     assert!((loss - first).abs() < 1e-5 * first, "{loss} and {first}");
-}
-
-#[test]
-fn another_base_than_the_adapter_was_trained_on_is_noted_and_no_error() {
-    let bench = trained(&json!({}));
-    let (base, adapter, rows) = (
-        bench.path("base"),
-        bench.path("out"),
-        bench.path("rows.jsonl"),
-    );
-    let other = bench.path("other");
-    common::copy_dir(&base, &other);
-    for (model, noted) in [(&base, false), (&other, true)] {
-        let place = [
-            "--model-name-or-path",
-            text(model),
-            "--adapter",
-            text(&adapter),
-        ];
-        let merged = bench.path(&format!("merged-{noted}"));
-        for command in [
-            vec!["generate", "--prompt", "1+2=?", "--max-new-tokens", "1"],
-            vec!["eval", "--data", text(&rows)],
-            vec!["merge", "--output-dir", text(&merged)],
-        ] {
-            let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(0);
-            let said = finished.stderr.contains("note: the adapter was trained on");
-            assert_eq!(said, noted, "{command:?}: {}", finished.stderr);
-            assert_eq!(finished.stderr.contains(text(&base)), noted, "{command:?}");
-        }
-    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Arguments that `generate` and `eval` share.
 
 use super::Failure;
-use super::base_note::note_other_base;
 use super::quantise::QuantiseArgs;
+use super::same_base::BaseArgs;
 use ferrotune::core::Result;
 use ferrotune::core::config::Device;
 use ferrotune::generate::GenerateOptions;
@@ -21,6 +21,8 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "[NAME=]PLACE")]
     pub(super) adapter: Vec<String>,
     #[command(flatten)]
+    same_base: BaseArgs,
+    #[command(flatten)]
     pub(super) quantise: QuantiseArgs,
     /// Where to compute: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
@@ -33,7 +35,7 @@ impl ModelArgs {
         let adapters = self.adapter.iter().map(|adapter| {
             let (name, place) = named(adapter);
             let directory = hub::adapter(place, "adapter")?;
-            note_other_base(&base, &directory)?;
+            self.same_base.check(&base, &directory)?;
             Ok((name, directory))
         });
         let adapters: Vec<(&str, PathBuf)> = adapters.collect::<Result<_>>()?;

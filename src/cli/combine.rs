@@ -1,8 +1,9 @@
+use super::same_base::BaseArgs;
 use super::{Outcome, print_line};
 use ferrotune::core::{Error, ExitCode};
 use ferrotune::hub;
 use ferrotune::lora::{Arithmetic, Combination, CombineOptions, MajoritySign, combine};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `combine`.
 #[derive(Debug, clap::Args)]
@@ -10,6 +11,8 @@ pub(super) struct Args {
     /// Directory of an adapter or its name on the hub, with its weight behind `=`, 1 by default; given once for each
     #[arg(long, required = true, value_name = "ADAPTER[=WEIGHT]")]
     adapter: Vec<String>,
+    #[command(flatten)]
+    same_base: BaseArgs,
     /// Directory to write
     #[arg(long)]
     output_dir: PathBuf,
@@ -85,6 +88,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         let message = format!("{} is one of the adapters", output.display());
         return Err(Error::config("output_dir", message).into());
     }
+    let places: Vec<&Path> = adapters.iter().map(|(at, _)| at.as_path()).collect();
+    args.same_base.check_together(&places)?;
     let report = combine(&adapters, output, &options)?;
     let (worst, error) = report
         .worst()

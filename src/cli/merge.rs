@@ -1,4 +1,4 @@
-use super::base_note::note_other_base;
+use super::same_base::BaseArgs;
 use super::{Outcome, print_line};
 use ferrotune::core::ExitCode;
 use ferrotune::hub;
@@ -14,6 +14,8 @@ pub(super) struct Args {
     /// Directory of the adapter, or its name on the hub
     #[arg(long)]
     adapter: String,
+    #[command(flatten)]
+    same_base: BaseArgs,
     /// Directory to write
     #[arg(long)]
     output_dir: PathBuf,
@@ -53,7 +55,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     };
     let base = hub::model(&args.model_name_or_path, None, "model_name_or_path")?;
     let adapter = hub::adapter(&args.adapter, "adapter")?;
-    note_other_base(&base, &adapter)?;
+    args.same_base.check(&base, &adapter)?;
     let report = merge(&base, &adapter, &args.output_dir, &options)?;
     let (worst, error) = report
         .worst()

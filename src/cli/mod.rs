@@ -1,7 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
 mod asked;
-mod base_note;
 mod before_nccl;
 mod bench;
 mod chat;
@@ -22,6 +21,7 @@ mod overrides;
 mod parity;
 mod progress;
 mod quantise;
+mod same_base;
 mod several;
 mod stop;
 mod sweep;

@@ -5,15 +5,17 @@ use super::cache::Cache;
 use super::client::{Client, Fault, Listing};
 use super::repository::{Kind, Repository, is_commit};
 use crate::recipe::is_of_split;
+use ferrotune_core::checkpoint::BASE_RECORD;
 use ferrotune_core::io::write_file;
 use ferrotune_core::{Error, Result};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Files of a model or an adapter beside its weights.
-const MODEL_FILES: [&str; 13] = [
+const MODEL_FILES: [&str; 14] = [
     "adapter_config.json",
     "added_tokens.json",
+    BASE_RECORD,
     "chat_template.jinja",
     "config.json",
     "generation_config.json",

@@ -35,7 +35,7 @@ pub use together::{Ended, Together};
 use crate::{device, hub, threads};
 use base_weights::{activation_dtype, weight_format, weights};
 use ferrotune_core::adapter::Adapter;
-use ferrotune_core::checkpoint::{self, Checkpoint};
+use ferrotune_core::checkpoint::{self, BaseRecord, Checkpoint};
 use ferrotune_core::config::{CudaGraph, GemmTuning, Resume, TrainConfig};
 use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{ModelFiles, OutputLock};
@@ -66,6 +66,8 @@ pub struct Recipe {
     pub decoder: DecoderConfig,
     /// Its weights, headers only; `None` starts from random weights.
     pub files: Option<ModelFiles>,
+    /// Which weights these are, for whoever uses the adapter.
+    pub base_weights: Option<BaseRecord>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// Training rows.
@@ -149,7 +151,8 @@ impl Recipe {
         let files = weights(&config, &base, &decoder)?;
         start::require_readable(&config, &base, &decoder, files.as_ref())?;
         let decoder = adapter::decoder(&config, &base, decoder)?;
-        let base_digest = outputs::base_digest(&base, files.as_ref())?;
+        let base_weights = files.as_ref().map(BaseRecord::of).transpose()?;
+        let base_digest = outputs::base_digest(&base, base_weights.as_ref())?;
         let identity = outputs::identity_without_data(&config, &base_digest, place.world_size);
         if place.is_first() {
             resume::check_early(&config, &identity)?;
@@ -184,6 +187,7 @@ impl Recipe {
             base,
             decoder,
             files,
+            base_weights,
             tokenizer,
             dataset,
             eval_dataset,

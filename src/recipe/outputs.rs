@@ -2,11 +2,11 @@
 
 use super::Recipe;
 use ferrotune_core::checkpoint::{
-    self, Checkpoint, OPTIMIZER, RunIdentity, data_digest, sampled_digest, write_optimizer,
+    self, BaseRecord, Checkpoint, OPTIMIZER, RunIdentity, data_digest, write_optimizer,
 };
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::Dataset;
-use ferrotune_core::io::{ModelFiles, blake3_of_bytes, write_file};
+use ferrotune_core::io::{blake3_of_bytes, write_file};
 use ferrotune_core::model_card::{Artifact, ModelCard, PromptStyle};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::run_log::{
@@ -126,24 +126,22 @@ pub(super) fn identity_without_data(
     }
 }
 
-/// Digest of the base: its configuration, and samples of its weights.
+/// Digest of the base: its configuration and its weights.
 ///
 /// # Errors
 /// [`Error::Read`].
-pub(super) fn base_digest(base: &Path, files: Option<&ModelFiles>) -> Result<String> {
+pub(super) fn base_digest(base: &Path, weights: Option<&BaseRecord>) -> Result<String> {
     let path = base.join("config.json");
     let config = match std::fs::read(&path) {
         // A GGUF file has its configuration in itself.
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && files.is_some() => Vec::new(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && weights.is_some() => Vec::new(),
         config => config.map_err(Error::read(&path))?,
     };
-    let mut model = blake3_of_bytes(&config);
-    for file in files.into_iter().flat_map(ModelFiles::shards) {
-        // The header with names, dtypes and shapes is in the first sample.
-        let content = sampled_digest(file.path())?;
-        model = blake3_of_bytes(format!("{model}{content}").as_bytes());
-    }
-    Ok(model)
+    let config = blake3_of_bytes(&config);
+    Ok(match weights {
+        Some(weights) => blake3_of_bytes(format!("{config}{}", weights.blake3).as_bytes()),
+        None => config,
+    })
 }
 
 /// The trained weights with what is needed to load them.
@@ -153,7 +151,9 @@ fn write_trained(recipe: &Recipe, directory: &Path, trainer: &Trainer) -> Result
     for file in recipe.tokenizer.files() {
         copy(file, directory)?;
     }
-    if !recipe.config.lora.use_peft {
+    if recipe.config.lora.use_peft {
+        BaseRecord::write(recipe.base_weights.as_ref(), directory)?;
+    } else {
         write_model_config(recipe, directory)?;
         let generation = recipe.base.join("generation_config.json");
         if generation.is_file() {

@@ -5,6 +5,7 @@
 //! into place. Before a checkpoint is used every byte of it is checked; the step number, never a
 //! file time, decides which one is newest.
 
+mod base_record;
 mod fingerprint;
 mod manifest;
 mod optimizer;
@@ -14,7 +15,8 @@ mod tests;
 
 use crate::io::StagedDir;
 use crate::{Error, Result};
-pub use fingerprint::{data_digest, sampled_digest};
+pub use base_record::{BASE_RECORD, BaseRecord, Likeness};
+pub use fingerprint::data_digest;
 pub use manifest::{FileRecord, MANIFEST, Manifest, RunIdentity};
 pub use optimizer::{OPTIMIZER, read_optimizer, write_optimizer};
 pub use rotation::{latest_valid, list, remove_all, rotate};

@@ -22,6 +22,7 @@ mod staged_dir;
 #[cfg(test)]
 mod tests;
 mod until_closed;
+mod weights_digest;
 
 pub(crate) use atomic::remove_dir;
 pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file, write_file_with};

@@ -261,6 +261,12 @@ impl ModelFiles {
         &self.shards
     }
 
+    /// Every tensor and the file it is in, sorted by name.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (&SafetensorsFile, &str)> {
+        let shard_of = self.shard_of.iter();
+        shard_of.map(|(name, shard)| (&self.shards[*shard], name.as_str()))
+    }
+
     /// [`SafetensorsFile::read_rows_into`] of the shard that has the tensor.
     ///
     /// # Errors

@@ -128,9 +128,14 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Model`] if there is no such tensor or the file shrank.
     pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        self.read_bytes_at(name, 0, self.entry(name)?.bytes)
+    }
+
+    /// `length` bytes of a tensor from its byte `start` on, which it has.
+    pub(super) fn read_bytes_at(&self, name: &str, start: usize, length: usize) -> Result<Vec<u8>> {
         let entry = self.entry(name)?;
-        let mut bytes = vec![0; entry.bytes];
-        read_exact_at(&self.file, &mut bytes, entry.offset)
+        let mut bytes = vec![0; length];
+        read_exact_at(&self.file, &mut bytes, entry.offset + start as u64)
             .map_err(|e| self.read_error(name, e))?;
         Ok(bytes)
     }

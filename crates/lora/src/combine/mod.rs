@@ -19,6 +19,7 @@ pub use sum::{Combination, MajoritySign};
 
 use crate::inspect::read::{Adapter, Factors};
 use crate::{LoraBias, LoraConfig};
+use ferrotune_core::checkpoint::BaseRecord;
 use ferrotune_core::{Error, Result};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -137,7 +138,9 @@ pub fn combine(
         })
         .collect::<Result<_>>()?;
     let combined: BTreeMap<&str, &Pair> = names.iter().map(|n| n.as_str()).zip(&pairs).collect();
+    let base = common_base(adapters)?;
     output::write_combined(&configs, &combined, output)?;
+    BaseRecord::write(base.as_ref(), output)?;
     let module = |(name, pair): (&&String, &Pair)| CombinedModule {
         name: (*name).clone(),
         rank: pair.rank,
@@ -146,6 +149,14 @@ pub fn combine(
     Ok(CombineReport {
         modules: names.iter().zip(&pairs).map(module).collect(),
     })
+}
+
+/// The weights that all adapters say they were trained on; `None` where one says nothing or something else.
+fn common_base(adapters: &[(PathBuf, f64)]) -> Result<Option<BaseRecord>> {
+    let records = adapters.iter().map(|(at, _)| BaseRecord::read(at));
+    let records = records.collect::<Result<Vec<_>>>()?;
+    let first = records.first().cloned().flatten();
+    Ok(first.filter(|first| records.iter().all(|record| record.as_ref() == Some(first))))
 }
 
 impl CombineOptions {

@@ -35,7 +35,23 @@ pub(crate) struct Oft {
 impl Oft {
     /// Size and number of blocks.
     fn blocks(&self, site: &Site) -> Result<[usize; 2]> {
-        blocks(site, ("oft_block_size", self.block_size), ("r", self.rank))
+        let [size, number] = [self.block_size, self.rank].map(|n| divisor(site.in_features, n));
+        blocks(site, ("oft_block_size", size), ("r", number))
+    }
+}
+
+/// The divisor of `inputs` that PEFT takes for `given`: the nearest one, the smaller of two; 0 stays 0.
+fn divisor(inputs: usize, given: usize) -> usize {
+    if given == 0 || inputs == 0 {
+        return given;
+    }
+    let given = given.min(inputs);
+    let divides = |n: &usize| inputs.is_multiple_of(*n);
+    let lower = (1..=given).rev().find(divides).unwrap_or(1);
+    let higher = (given..=inputs).find(divides).unwrap_or(inputs);
+    match given - lower <= higher - given {
+        true => lower,
+        false => higher,
     }
 }
 
@@ -83,6 +99,22 @@ impl Method for Oft {
             0 => format!("OFT r={}", self.rank),
             size => format!("OFT block size {size}"),
         }
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let (key, given) = match self.block_size {
+            0 => ("r", self.rank),
+            size => ("oft_block_size", size),
+        };
+        let changed = |site: &&&Site| divisor(site.in_features, given) != given;
+        if let Some(site) = targets.iter().find(changed) {
+            let (name, inputs) = (&site.name, site.in_features);
+            tracing::warn!(
+                "`{key}` is {given}, which does not divide the {inputs} inputs of `{name}`; as in PEFT it is {} there",
+                divisor(inputs, given)
+            );
+        }
+        Ok(())
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
@@ -247,5 +279,31 @@ impl WeightUpdate for Rotations {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::divisor;
+
+    #[test]
+    fn what_does_not_divide_the_inputs_becomes_what_peft_makes_of_it() {
+        // Inputs, what is given, and PEFT 0.21.2's block_size or r.
+        for (inputs, given, taken) in [
+            (48, 32, 24),
+            (48, 5, 4),
+            (48, 7, 6),
+            (96, 20, 16),
+            (100, 32, 25),
+            (31, 16, 1),
+            (31, 15, 1),
+            (16, 32, 16),
+            (48, 14, 12),
+            (48, 10, 8),
+            (48, 0, 0),
+            (48, 12, 12),
+        ] {
+            assert_eq!(divisor(inputs, given), taken, "{given} of {inputs}");
+        }
     }
 }
