@@ -1,4 +1,4 @@
-use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId};
 use ferrotune_core::config::{
     InitLoraWeights as Init, LoraArguments, LoraBias as Bias, TokenIndices as Tokens, TrainConfig,
 };
@@ -107,6 +107,7 @@ pub(super) fn attach(
         .attach(&sites, &mut builder)
         .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
+    require_ranks(&sites, &attachments).map_err(|e| in_its_names(config, e))?;
     let layout = builder.build()?;
     Ok(Attached {
         trainable: layout.trainable(),
@@ -115,6 +116,27 @@ pub(super) fn attach(
         sites,
         attachments,
     })
+}
+
+/// Refuses a rank above both dimensions of a weight: more is trained than the weight has, for the same updates.
+fn require_ranks(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Result<()> {
+    for (id, attachment) in attachments {
+        let (Attachment::LowRank(LowRank { rank, .. }), Some(site)) = (attachment, sites.get(id.0))
+        else {
+            continue;
+        };
+        let [rows, columns] = [site.out_features, site.in_features];
+        if *rank > rows.max(columns) {
+            let message = format!(
+                "is {rank}, but the weight of `{}` is {rows} x {columns}: no update of it has a rank above {}; take \
+                 a smaller one, or a `rank_pattern` for this module",
+                site.name,
+                rows.min(columns)
+            );
+            return Err(Error::config("r", message));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a `lora_bias` that trains nothing.

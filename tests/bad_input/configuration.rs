@@ -107,11 +107,25 @@ fn faults_of_the_configuration() {
             &["max_length", "max_position_embeddings", "256", "401"],
         ),
         fault(
+            "a rank above the matrix",
+            json!({"lora_r": 33}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_r`",
+                "33",
+                "q_proj",
+                "32 x 32",
+                "above 32",
+                "lora_rank_pattern",
+            ],
+        ),
+        fault(
             "a rank that no machine has the memory for",
             json!({"lora_r": 99_999_999_999_999_u64}),
             untouched,
-            71,
-            &["does not fit", "available", "lora_r"],
+            BAD_CONFIG,
+            &["`lora_r`", "no update of it has a rank above"],
         ),
     ]);
 }
