@@ -124,8 +124,8 @@ fn faults_of_the_configuration() {
             "a rank that no machine has the memory for",
             json!({"lora_r": 99_999_999_999_999_u64}),
             untouched,
-            BAD_CONFIG,
-            &["`lora_r`", "no update of it has a rank above"],
+            71,
+            &["does not fit", "available", "lora_r"],
         ),
     ]);
 }

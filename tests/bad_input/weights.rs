@@ -308,14 +308,16 @@ fn an_adapter_that_does_not_fit_its_base_is_refused() {
             "--adapter",
             text(&adapter),
         ];
-        let finished = ferrotune(&[command.as_slice(), &place].concat()).expect(BAD_INPUT);
-        assert!(
-            finished.stderr.contains(text(&adapter))
-                && finished.stderr.contains("model.layers.0.")
-                && finished.stderr.contains("48"),
-            "{}",
-            finished.stderr
-        );
+        let ask = [command.as_slice(), &place].concat();
+        let other_weights = ["was trained on", text(&base), "--any-base"];
+        let other_shapes = [text(&adapter), "model.layers.0.", "48"];
+        for (switch, says) in [(None, other_weights), (Some("--any-base"), other_shapes)] {
+            let ask: Vec<&str> = ask.iter().copied().chain(switch).collect();
+            let finished = ferrotune(&ask).expect(BAD_INPUT);
+            for part in says {
+                assert!(finished.stderr.contains(part), "{}", finished.stderr);
+            }
+        }
     }
     assert!(!merged.exists());
 }
