@@ -101,7 +101,7 @@ fn a_rank_pattern_that_costs_too_much_is_named() {
     let keys = pairs(&[
         ("use_peft", "true"),
         ("lora_r", "2"),
-        ("lora_rank_pattern", "{q_proj: 4000, v_proj: 1}"),
+        ("lora_rank_pattern", "{q_proj: 128, v_proj: 1}"),
     ]);
     let recipe = prepared(root.path(), &keys);
     let needs = needs(&recipe);
