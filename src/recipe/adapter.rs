@@ -1,4 +1,4 @@
-use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId};
+use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId};
 use ferrotune_core::config::{
     InitLoraWeights as Init, LoraArguments, LoraBias as Bias, TokenIndices as Tokens, TrainConfig,
 };
@@ -120,13 +120,9 @@ pub(super) fn attach(
 
 /// Refuses a rank above both dimensions of a weight: more is trained than the weight has, for the same updates.
 fn require_ranks(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Result<()> {
-    for (id, attachment) in attachments {
-        let (Attachment::LowRank(LowRank { rank, .. }), Some(site)) = (attachment, sites.get(id.0))
-        else {
-            continue;
-        };
+    for (site, rank) in low_ranks(sites, attachments) {
         let [rows, columns] = [site.out_features, site.in_features];
-        if *rank > rows.max(columns) {
+        if rank > rows.max(columns) {
             let message = format!(
                 "is {rank}, but the weight of `{}` is {rows} x {columns}: no update of it has a rank above {}; take \
                  a smaller one, or a `rank_pattern` for this module",
@@ -225,14 +221,21 @@ fn tying_note(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Option<St
     Some(format!("lora_ensure_weight_tying: does nothing, {why}"))
 }
 
+/// The sites of low-rank updates, with their ranks.
+fn low_ranks<'a>(
+    sites: &'a [Site],
+    attachments: &'a [(SiteId, Attachment)],
+) -> impl Iterator<Item = (&'a Site, usize)> {
+    let each = attachments.iter();
+    each.filter_map(|(id, attachment)| match attachment {
+        Attachment::LowRank(update) => Some((sites.get(id.0)?, update.rank)),
+        _ => None,
+    })
+}
+
 /// A rank above the smaller dimension of a weight is legal, and for nothing.
 fn rank_note(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Option<String> {
-    let too_high: Vec<(&Site, usize)> = attachments
-        .iter()
-        .filter_map(|(id, attachment)| match attachment {
-            Attachment::LowRank(update) => Some((sites.get(id.0)?, update.rank)),
-            _ => None,
-        })
+    let too_high: Vec<(&Site, usize)> = low_ranks(sites, attachments)
         .filter(|(site, rank)| *rank > site.in_features.min(site.out_features))
         .collect();
     let (site, rank) = too_high.first()?;

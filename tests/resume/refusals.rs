@@ -3,17 +3,16 @@
 use super::common::{self, Workbench, copy_dir, entries, read};
 use super::{assert_same_result, changes, checkpoints, killed_after, uninterrupted, with};
 use ferrotune::core::checkpoint::Checkpoint;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 
-#[test]
-fn a_resume_with_another_learning_rate_is_refused_by_name() {
+/// A killed run that is to go on with `change`: refused in words with all `parts`, and nothing is lost.
+#[track_caller]
+fn assert_refused(change: &Value, parts: &[&str]) {
     let bench = uninterrupted();
     killed_after(&bench, "other", 4);
-    let finished = bench
-        .train("other", &with(&bench, &json!({"learning_rate": 0.02})))
-        .expect(78);
-    for part in ["learning_rate", "0.01", "0.02", "output_dir"] {
+    let finished = bench.train("other", &with(&bench, change)).expect(78);
+    for part in parts {
         assert!(
             finished.stderr.contains(part),
             "{part}: {}",
@@ -28,24 +27,15 @@ fn a_resume_with_another_learning_rate_is_refused_by_name() {
 }
 
 #[test]
+fn a_resume_with_another_learning_rate_is_refused_by_name() {
+    let parts = ["learning_rate", "0.01", "0.02", "output_dir"];
+    assert_refused(&json!({"learning_rate": 0.02}), &parts);
+}
+
+#[test]
 fn a_resume_with_another_optimizer_is_refused_by_name() {
-    let bench = uninterrupted();
-    killed_after(&bench, "other", 4);
-    let finished = bench
-        .train("other", &with(&bench, &json!({"optim": "lion_8bit"})))
-        .expect(78);
-    for part in ["`optim`", "adamw_torch_fused", "lion_8bit", "output_dir"] {
-        assert!(
-            finished.stderr.contains(part),
-            "{part}: {}",
-            finished.stderr
-        );
-    }
-    assert_eq!(
-        checkpoints(&bench.path("other")).len(),
-        4,
-        "nothing was lost"
-    );
+    let parts = ["`optim`", "adamw_torch_fused", "lion_8bit", "output_dir"];
+    assert_refused(&json!({"optim": "lion_8bit"}), &parts);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use super::factored::{average, matrices, mean, mean_squares, precondition, rms};
+use super::factored::{average, each_matrix, matrix, mean, mean_squares, precondition, rms};
 use super::registry::{Built, Shared};
 use super::{Gradient, Optimizer, OptimizerChoice, StateSpec, StateValues, Step, Tensor};
 use crate::Result;
@@ -86,7 +86,7 @@ impl Adafactor {
         let weight = (step.number as f64).powf(self.decay_rate);
         let eps = self.eps[0];
         let mut out = vec![0.0; grad.values.len()];
-        let Some([_, rows, cols]) = matrices(shape) else {
+        let Some([rows, cols]) = matrix(shape) else {
             let squares = grad.iter().map(|g| f64::from(g) * f64::from(g) + eps);
             let second = state[0].f32_mut();
             average(second, squares, weight);
@@ -95,36 +95,30 @@ impl Adafactor {
             }
             return out;
         };
-        let [of_rows, of_cols, ..] = state else {
-            return out;
-        };
-        let matrices = grad
-            .values
-            .chunks(rows * cols)
-            .zip(out.chunks_mut(rows * cols));
-        let factors = of_rows
-            .f32_mut()
-            .chunks_mut(rows)
-            .zip(of_cols.f32_mut().chunks_mut(cols));
-        for ((values, out), (of_rows, of_cols)) in matrices.zip(factors) {
-            let grad = Gradient { values, ..grad };
-            let [row_means, col_means] = mean_squares(grad, [rows, cols]);
-            average(
-                of_rows,
-                row_means.into_iter().map(|mean| mean + eps),
-                weight,
-            );
-            average(
-                of_cols,
-                col_means.into_iter().map(|mean| mean + eps),
-                weight,
-            );
-            let mean = mean(of_rows) as f32;
-            let row = |value: &f32| (value / mean).sqrt().recip();
-            let row_factors: Vec<f32> = of_rows.iter().map(row).collect();
-            let col_factors: Vec<f32> = of_cols.iter().map(|v| v.sqrt().recip()).collect();
-            precondition(out, grad, [&row_factors, &col_factors], |r, c| r * c);
-        }
+        each_matrix(
+            [rows, cols],
+            &mut out,
+            grad,
+            state,
+            |out, grad, [of_rows, of_cols]| {
+                let [row_means, col_means] = mean_squares(grad, [rows, cols]);
+                average(
+                    of_rows,
+                    row_means.into_iter().map(|mean| mean + eps),
+                    weight,
+                );
+                average(
+                    of_cols,
+                    col_means.into_iter().map(|mean| mean + eps),
+                    weight,
+                );
+                let mean = mean(of_rows) as f32;
+                let row = |value: &f32| (value / mean).sqrt().recip();
+                let row_factors: Vec<f32> = of_rows.iter().map(row).collect();
+                let col_factors: Vec<f32> = of_cols.iter().map(|v| v.sqrt().recip()).collect();
+                precondition(out, grad, [&row_factors, &col_factors], |r, c| r * c);
+            },
+        );
         out
     }
 }

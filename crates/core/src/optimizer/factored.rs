@@ -1,16 +1,39 @@
 //! Second moments of a matrix as one vector for its rows and one for its columns.
 
-use super::Gradient;
+use super::{Gradient, StateValues};
 use rayon::prelude::*;
 
 /// Rows that are summed in one go: sums do not depend on the number of threads.
 const ROWS: usize = 64;
 
-/// How many matrices a tensor of `shape` is, and their rows and columns; `None` for a vector.
-pub(super) fn matrices(shape: &[usize]) -> Option<[usize; 3]> {
+/// Rows and columns of the matrices that a tensor of `shape` is; `None` for a vector.
+pub(super) fn matrix(shape: &[usize]) -> Option<[usize; 2]> {
     match shape {
-        [batch @ .., rows, cols] => Some([batch.iter().product(), *rows, *cols]),
+        [.., rows, cols] => Some([*rows, *cols]),
         _ => None,
+    }
+}
+
+/// Calls `with` for each matrix of a tensor, with its part of `out`, its gradient and its moments of rows and of
+/// columns, the first two of `state`.
+pub(super) fn each_matrix(
+    [rows, cols]: [usize; 2],
+    out: &mut [f32],
+    grad: Gradient<'_>,
+    state: &mut [StateValues],
+    mut with: impl FnMut(&mut [f32], Gradient<'_>, [&mut [f32]; 2]),
+) {
+    let [of_rows, of_cols, ..] = state else {
+        return;
+    };
+    let matrices = grad
+        .values
+        .chunks(rows * cols)
+        .zip(out.chunks_mut(rows * cols));
+    let of_rows = of_rows.f32_mut().chunks_mut(rows);
+    let moments = of_rows.zip(of_cols.f32_mut().chunks_mut(cols));
+    for ((values, out), (of_rows, of_cols)) in matrices.zip(moments) {
+        with(out, Gradient { values, ..grad }, [of_rows, of_cols]);
     }
 }
 

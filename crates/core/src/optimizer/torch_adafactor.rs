@@ -1,4 +1,4 @@
-use super::factored::{average, matrices, mean, mean_squares, precondition, rms};
+use super::factored::{average, each_matrix, matrix, mean, mean_squares, precondition, rms};
 use super::registry::{Built, Shared};
 use super::{Gradient, Optimizer, OptimizerChoice, StateSpec, StateValues, Step, Tensor};
 use crate::Result;
@@ -52,7 +52,7 @@ impl TorchAdafactor {
         let least = (self.eps1 * self.eps1) as f32;
         let inverse_root = |second: f32| second.max(least).sqrt().recip();
         let mut out = vec![0.0; grad.values.len()];
-        let Some([_, rows, cols]) = matrices(shape) else {
+        let Some([rows, cols]) = matrix(shape) else {
             let second = state[0].f32_mut();
             average(
                 second,
@@ -64,26 +64,20 @@ impl TorchAdafactor {
             }
             return out;
         };
-        let [of_rows, of_cols, ..] = state else {
-            return out;
-        };
-        let matrices = grad
-            .values
-            .chunks(rows * cols)
-            .zip(out.chunks_mut(rows * cols));
-        let factors = of_rows
-            .f32_mut()
-            .chunks_mut(rows)
-            .zip(of_cols.f32_mut().chunks_mut(cols));
-        for ((values, out), (of_rows, of_cols)) in matrices.zip(factors) {
-            let grad = Gradient { values, ..grad };
-            let [row_means, col_means] = mean_squares(grad, [rows, cols]);
-            average(of_rows, row_means, weight);
-            average(of_cols, col_means, weight);
-            let mean = mean(of_rows).max(self.eps1) as f32;
-            let relative: Vec<f32> = of_rows.iter().map(|value| value / mean).collect();
-            precondition(out, grad, [&relative, of_cols], |r, c| inverse_root(r * c));
-        }
+        each_matrix(
+            [rows, cols],
+            &mut out,
+            grad,
+            state,
+            |out, grad, [of_rows, of_cols]| {
+                let [row_means, col_means] = mean_squares(grad, [rows, cols]);
+                average(of_rows, row_means, weight);
+                average(of_cols, col_means, weight);
+                let mean = mean(of_rows).max(self.eps1) as f32;
+                let relative: Vec<f32> = of_rows.iter().map(|value| value / mean).collect();
+                precondition(out, grad, [&relative, of_cols], |r, c| inverse_root(r * c));
+            },
+        );
         out
     }
 }

@@ -1,6 +1,6 @@
-use crate::row_blocks::{blocks, rows_per_block};
+use crate::row_blocks::{blocks, rows_per_block, typed};
 use crate::simd::dispatch;
-use crate::{Element, Rows, RowsMut};
+use crate::{Element, Rows, RowsMut, Tensor};
 use rayon::prelude::*;
 
 /// Columns a task of the column sums owns.
@@ -69,11 +69,12 @@ fn products<O, A: Element, B: Element>(
     }
 }
 
-pub(super) fn add<O: Element, A: Element, B: Element>(
+/// [`products`] of whole matrices, in blocks of rows.
+fn all_products<O: Element, A: Element, B: Element>(
     mut out: RowsMut<'_, O>,
-    [beta, alpha]: [f32; 2],
     a: &Operand<'_, A>,
     b: &Operand<'_, B>,
+    with: impl Fn(&mut O, f32) + Sync,
 ) {
     let step = rows_per_block(out.cols());
     let blocks = blocks(&mut out).enumerate();
@@ -82,38 +83,35 @@ pub(super) fn add<O: Element, A: Element, B: Element>(
             #[inline(always)]
             || {
                 for (r, out) in (block * step..).zip(out.rows()) {
-                    products(out, a.row(r), b.row(r), |out, product| {
-                        let old = if beta == 0.0 {
-                            0.0
-                        } else {
-                            beta * out.to_f32()
-                        };
-                        *out = O::from_f32(alpha.mul_add(product, old));
-                    });
+                    products(out, a.row(r), b.row(r), &with);
                 }
             },
         );
     });
 }
 
-pub(super) fn scale<O: Element, B: Element>(
-    mut out: RowsMut<'_, O>,
-    offset: f32,
+pub(super) fn add<O: Element, A: Element, B: Element>(
+    out: RowsMut<'_, O>,
+    [beta, alpha]: [f32; 2],
+    a: &Operand<'_, A>,
     b: &Operand<'_, B>,
 ) {
-    let step = rows_per_block(out.cols());
-    let blocks = blocks(&mut out).enumerate();
-    blocks.for_each(|(block, mut out)| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (r, out) in (block * step..).zip(out.rows()) {
-                    products(out, Row::<B>::Same(1.0), b.row(r), |out, b| {
-                        *out = O::from_f32(out.to_f32() * (offset + b));
-                    });
-                }
-            },
-        );
+    all_products(out, a, b, |out, product| {
+        let old = if beta == 0.0 {
+            0.0
+        } else {
+            beta * out.to_f32()
+        };
+        *out = O::from_f32(alpha.mul_add(product, old));
+    });
+}
+
+pub(super) fn scale<O: Element, B: Element>(out: RowsMut<'_, O>, offset: f32, b: &Operand<'_, B>) {
+    // A single element stands for all.
+    let ones = Tensor::from_f32(vec![1.0], 1, 1);
+    let ones = Operand::<f32>::of(typed(ones.view()));
+    all_products(out, &ones, b, |out, b| {
+        *out = O::from_f32(out.to_f32() * (offset + b));
     });
 }
 
