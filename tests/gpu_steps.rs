@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Shape, Stored, examples, write_model};
+use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{BatchSize, Example, PackedBatch};
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::DecoderConfig;
@@ -15,6 +16,7 @@ use ferrotune::kernels::cuda::CudaDevice;
 use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Device, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +42,8 @@ struct Case {
     dtype: DType,
     rank: usize,
     cuda_graph: bool,
+    max_grad_norm: Option<f64>,
+    frozen_a: bool,
 }
 
 impl Case {
@@ -48,6 +52,8 @@ impl Case {
             dtype: DType::Bf16,
             rank: 8,
             cuda_graph,
+            max_grad_norm: Some(1.0),
+            frozen_a: false,
         }
     }
 
@@ -63,13 +69,19 @@ impl Case {
             target_modules: Some(TargetModules::AllLinear),
             ..LoraConfig::default()
         };
-        let adapter = Box::new(LoraAdapter::new(lora, "llama").expect("valid"));
+        let mut adapter: Box<dyn Adapter> =
+            Box::new(LoraAdapter::new(lora, "llama").expect("valid"));
+        if self.frozen_a {
+            adapter = Box::new(LoraFa::new(adapter));
+        }
         let options = TrainerOptions {
             device: Device::Cuda(Arc::clone(device)),
             weights: self.dtype.into(),
             activation_dtype: self.dtype,
             max_tokens: 200,
             cuda_graph: self.cuda_graph,
+            max_grad_norm: self.max_grad_norm,
+            weight_decay: 0.1,
             ..TrainerOptions::default()
         };
         let config = DecoderConfig::open(base).expect("config");
@@ -176,7 +188,7 @@ fn a_replayed_step_has_the_bits_of_an_issued_one() {
             let case = Case {
                 dtype,
                 rank,
-                cuda_graph,
+                ..Case::new(cuda_graph)
             };
             let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
             let outcome = train(&mut trainer);
@@ -201,6 +213,123 @@ fn a_replayed_step_has_the_bits_of_an_issued_one() {
         };
         assert_eq!(distinct(&replayed.0), STEPS, "each step has its own data");
     }
+}
+
+/// What is trained and what the optimizer remembers, to the bit.
+fn bits(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
+    let params = trainer.params().as_slice();
+    let params = params.iter().flat_map(|value| value.to_le_bytes());
+    let state = trainer.state().into_iter();
+    let state = state.map(|(name, tensor)| (name, tensor.bytes.to_vec()));
+    std::iter::once(("params".to_owned(), params.collect()))
+        .chain(state)
+        .collect()
+}
+
+/// Steps of the first `count` micro-batches each, at learning rates that fall.
+fn train_on(trainer: &mut Trainer, steps: Range<usize>, count: usize) -> Vec<StepReport> {
+    let step = |i: usize| {
+        let lr = 1e-2 / (1 + i) as f64;
+        trainer.step(&batches(i)[..count], lr).expect("step")
+    };
+    steps.map(step).collect()
+}
+
+#[test]
+fn a_recorded_update_has_the_bits_of_an_issued_one() {
+    let base = base();
+    // One and several micro-batches, clipped always, sometimes and never.
+    let cases = [
+        (1, Some(1.0), 1),
+        (1, Some(1e-3), 1),
+        (3, Some(1.0), 4),
+        (3, None, 4),
+    ];
+    for (count, max_grad_norm, expected) in cases {
+        let run = |cuda_graph| {
+            let device = gpu();
+            let case = Case {
+                max_grad_norm,
+                ..Case::new(cuda_graph)
+            };
+            let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
+            trainer.rehearse(&sizes()).expect("rehearses");
+            let mut reports = train_on(&mut trainer, 0..STEPS, count);
+            // Nothing of a shape that came twice is left to be recorded.
+            reports.extend(train_on(&mut trainer, 0..STEPS, count));
+            let before = device.launches();
+            reports.extend(train_on(&mut trainer, 0..1, count));
+            (reports, bits(&trainer), device.launches() - before)
+        };
+        let (issued, issued_bits, _) = run(false);
+        let (recorded, recorded_bits, launches) = run(true);
+        assert_eq!(issued, recorded, "{count} micro-batches, {max_grad_norm:?}");
+        assert!(issued_bits == recorded_bits, "{count}, {max_grad_norm:?}");
+        assert_eq!(launches, expected, "graphs of {count} micro-batches");
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_with_graphs_has_the_bits_of_one_without() {
+    let base = base();
+    let through = |cuda_graph, pause: bool| {
+        let case = Case::new(cuda_graph);
+        let mut trainer = case.trainer(base.path(), &gpu(), Box::new(Solo));
+        train_on(&mut trainer, 0..STEPS, 1);
+        if pause {
+            let mut next = case.trainer(base.path(), &gpu(), Box::new(Solo));
+            // Steps that are forgotten, and graphs that stay.
+            train_on(&mut next, 0..STEPS, 1);
+            next.restore(trainer.steps_done(), trainer.params(), &trainer.state());
+            trainer = next;
+        }
+        let reports = train_on(&mut trainer, 0..STEPS, 1);
+        (reports, bits(&trainer))
+    };
+    assert!(through(false, false) == through(true, true));
+}
+
+#[test]
+fn a_replayed_step_that_is_not_finite_updates_nothing() {
+    let base = base();
+    for count in [1, 3] {
+        let run = |cuda_graph| {
+            let device = gpu();
+            let mut trainer = Case::new(cuda_graph).trainer(base.path(), &device, Box::new(Solo));
+            let same = &batches(0)[..count];
+            for _ in 0..5 {
+                trainer.step(same, 1e-2).expect("step");
+            }
+            trainer.step(same, 1e30).expect("what it makes is finite");
+            let (before, launches) = (bits(&trainer), device.launches());
+            let error = trainer.step(same, 1e-2).expect_err("nothing is finite any more");
+            let launches = device.launches() - launches;
+            assert!(before == bits(&trainer), "an update was made of it");
+            assert_eq!(trainer.steps_done(), 6);
+            (error.to_string(), before, launches)
+        };
+        let (issued, recorded) = (run(false), run(true));
+        assert_eq!(issued.0, recorded.0);
+        assert!(issued.0.contains("at step 7"), "{}", issued.0);
+        assert!(issued.1 == recorded.1);
+        assert_eq!(recorded.2, [1, 4][usize::from(count == 3)]);
+    }
+}
+
+#[test]
+fn what_has_a_say_between_gradient_and_update_has_it_beside_graphs() {
+    let base = base();
+    let run = |cuda_graph| {
+        let device = gpu();
+        let case = Case {
+            frozen_a: true,
+            ..Case::new(cuda_graph)
+        };
+        let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
+        let reports = train_on(&mut trainer, 0..STEPS, 1);
+        (reports, bits(&trainer))
+    };
+    assert!(run(false) == run(true));
 }
 
 #[test]

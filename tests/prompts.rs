@@ -111,10 +111,13 @@ impl Prompted {
         .expect("runs");
         let sums = sums.read().expect("sums");
         assert_eq!(sums.count, self.model.trained_tokens(batch) as u64);
-        let completed = self
-            .method
-            .complete_gradients(&self.params, sums.count as f32, &mut grads);
-        completed.expect("encoders run backward");
+        if self.method.completes_gradients() {
+            let weight = sums.count as f32;
+            let completed = self
+                .method
+                .complete_gradients(&self.params, weight, &mut grads);
+            completed.expect("encoders run backward");
+        }
         (sums.loss, grads)
     }
 

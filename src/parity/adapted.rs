@@ -148,7 +148,9 @@ impl Adapted {
         };
         let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
         let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
-        if let Some(method) = &self.method {
+        if let Some(method) = &self.method
+            && method.completes_gradients()
+        {
             loss += method.complete_gradients(&self.params, 1.0, &mut grads)?;
         }
         Ok(Recomputed {

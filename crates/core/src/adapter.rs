@@ -268,6 +268,11 @@ pub trait Adapter: Debug + Send + Sync {
         &[]
     }
 
+    /// Whether [`Adapter::complete_gradients`] is to be called.
+    fn completes_gradients(&self) -> bool {
+        false
+    }
+
     /// Has the last word on the gradient of a step, once it is summed over all micro-batches and ranks.
     ///
     /// A term of the objective beside the mean loss over the data is returned, and `weight` times its gradient

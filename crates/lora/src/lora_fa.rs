@@ -72,6 +72,10 @@ impl Above for FrozenA {
         Ok(())
     }
 
+    fn completes_gradients(&self) -> bool {
+        true
+    }
+
     /// What is frozen has no gradient, and no part in its norm.
     fn complete_gradients(&self, grads: &mut FlatBuffer) {
         for update in self.updates() {

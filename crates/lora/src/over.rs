@@ -19,6 +19,11 @@ pub trait Above: Debug + Send + Sync + 'static {
         params: &mut ParamLayoutBuilder,
     ) -> Result<()>;
 
+    /// As [`Adapter::completes_gradients`].
+    fn completes_gradients(&self) -> bool {
+        false
+    }
+
     /// Has the last word on the gradient of a step, after the method below.
     fn complete_gradients(&self, grads: &mut FlatBuffer) {
         let _ = grads;
@@ -84,6 +89,10 @@ impl<A: Above> Adapter for Over<A> {
 
     fn state(&self) -> &'static [&'static str] {
         self.method.state()
+    }
+
+    fn completes_gradients(&self) -> bool {
+        self.method.completes_gradients() || self.above.completes_gradients()
     }
 
     fn complete_gradients(

@@ -1,6 +1,7 @@
 //! The gradient of a step: of every micro-batch in turn, then over the ranks.
 
-use super::graphs::Outcome;
+use super::graphs::{Outcome, Recorded};
+use super::optimizer::OnGpu;
 use super::ranks::{self, MicroGradient, Totals};
 use super::step::Trainer;
 use crate::Result;
@@ -54,10 +55,22 @@ impl Trainer {
     /// Adds the gradient of one micro-batch to `grads`. After the last one of a step, what a layer leaves
     /// there is final, and the group hears of it.
     pub(super) fn add_gradient(&mut self, batch: &PackedBatch, is_last: bool) -> Result<()> {
+        self.pass(batch, is_last, false)
+    }
+
+    /// [`Trainer::add_gradient`]; or, as a `whole_step`, with nothing in `grads` and `sums` before and the update after
+    /// it, whose scalars are set.
+    pub(super) fn pass(
+        &mut self,
+        batch: &PackedBatch,
+        is_last: bool,
+        whole_step: bool,
+    ) -> Result<()> {
         let Self {
             model,
             params,
             grads,
+            optimizer,
             sums,
             group,
             workspace,
@@ -78,7 +91,10 @@ impl Trainer {
         let inputs = model.inputs(pass, batch);
         // A replay changes the gradients behind the back of their buffer.
         grads.home_mut();
-        let addresses = [params.addresses(), grads.addresses(), inputs.addresses()].concat();
+        let mut update = optimizer.on_gpu();
+        let moments = update.as_ref().map(OnGpu::addresses).unwrap_or_default();
+        let tables = inputs.addresses();
+        let addresses = [params.addresses(), grads.addresses(), moments, tables].concat();
         let mut begun = 0;
         // What layers after the first trained one leave is final once the last micro-batch has passed.
         let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
@@ -89,20 +105,55 @@ impl Trainer {
             group.reduce_ready(grads, std::mem::replace(&mut begun, end)..end)
         };
         let mut issue = || {
+            if whole_step {
+                grads.zero();
+                sums.clear();
+            }
             let done = &mut layer_done;
-            model.loss_and_gradients_by_layer(pass, params, grads, &inputs, sums, done)
+            model.loss_and_gradients_by_layer(pass, params, grads, &inputs, sums, done)?;
+            match &mut update {
+                Some(update) if whole_step => update.issue(params, grads, sums),
+                _ => Ok(()),
+            }
         };
         let (Device::Cuda(device), Some(generation)) = (&options.device, workspace.generation())
         else {
             return issue();
         };
         let memory = (addresses, generation);
-        match graphs.run(device, inputs.shape(), memory, &mut issue)? {
+        let what = match whole_step {
+            true => Recorded::Step(inputs.shape()),
+            false => Recorded::MicroStep(inputs.shape()),
+        };
+        match graphs.run(device, what, memory, &mut issue)? {
             Outcome::Done => Ok(()),
             Outcome::Refused => {
                 workspace.clear();
                 issue()
             }
+        }
+    }
+
+    /// The update that [`Trainer::pass`] has in a whole step, for steps of several micro-batches.
+    pub(super) fn issue_update(&mut self) -> Result<()> {
+        let Self {
+            params,
+            grads,
+            optimizer,
+            sums,
+            graphs,
+            options,
+            ..
+        } = self;
+        let (Device::Cuda(device), Some(mut update)) = (&options.device, optimizer.on_gpu()) else {
+            return Ok(());
+        };
+        let addresses = [params.addresses(), grads.addresses(), update.addresses()];
+        let memory = (addresses.concat(), 0);
+        let mut issue = || update.issue(params, grads, sums);
+        match graphs.run(device, Recorded::Update, memory, &mut issue)? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused => issue(),
         }
     }
 }

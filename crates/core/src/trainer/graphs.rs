@@ -1,4 +1,4 @@
-//! Micro-steps recorded as CUDA graphs: one call instead of a launch for each kernel.
+//! Micro-steps and updates recorded as CUDA graphs: one call instead of a launch for each kernel.
 
 use crate::model::InputShape;
 use crate::{Error, Result};
@@ -12,7 +12,28 @@ const MOST_GRAPHS: usize = 256;
 /// Addresses, and which buffers the workspace has.
 type Memory = (Vec<u64>, u64);
 
-/// The graphs of a trainer, one for each shape of micro-batch that came twice.
+/// What is recorded as one graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Recorded {
+    /// Forward and backward of one micro-batch.
+    MicroStep(InputShape),
+    /// A whole step of one micro-batch, update included.
+    Step(InputShape),
+    /// The update of a step of several.
+    Update,
+}
+
+impl Recorded {
+    /// Of what; an update has no shape.
+    fn shape(self) -> Option<InputShape> {
+        match self {
+            Self::MicroStep(shape) | Self::Step(shape) => Some(shape),
+            Self::Update => None,
+        }
+    }
+}
+
+/// The graphs of a trainer: one for each shape of micro-batch that came twice, and one of the update.
 ///
 /// The first time a shape is run as it is: modules are loaded, algorithms chosen, buffers allocated. The
 /// second time it is recorded, and replayed from then on. A graph reads and writes the addresses it was
@@ -21,9 +42,16 @@ type Memory = (Vec<u64>, u64);
 pub(super) struct Graphs {
     /// Nothing is recorded.
     off: bool,
+    passes: OnMemory,
+    updates: OnMemory,
+}
+
+/// Graphs that have been recorded with the same addresses.
+#[derive(Debug, Default)]
+struct OnMemory {
     memory: Memory,
-    met: BTreeSet<InputShape>,
-    recorded: BTreeMap<InputShape, Graph>,
+    met: BTreeSet<Option<InputShape>>,
+    recorded: BTreeMap<Recorded, Graph>,
 }
 
 impl Graphs {
@@ -44,41 +72,51 @@ impl Graphs {
         }
     }
 
-    /// Number of graphs at hand.
-    pub(super) fn len(&self) -> usize {
-        self.recorded.len()
+    /// Whether anything is recorded.
+    pub(super) fn are_on(&self) -> bool {
+        !self.off
     }
 
-    /// Runs `body`, which issues the micro-step of `shape` on `memory`, or its graph.
+    /// Number of graphs at hand.
+    pub(super) fn len(&self) -> usize {
+        self.passes.recorded.len() + self.updates.recorded.len()
+    }
+
+    /// Runs `body`, which issues `what` on `memory`, or its graph.
     ///
     /// # Errors
     /// Those of `body`; the first failure of the device.
     pub(super) fn run(
         &mut self,
         device: &Arc<CudaDevice>,
-        shape: InputShape,
+        what: Recorded,
         memory: Memory,
         body: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Outcome> {
         if self.off {
             return body().map(|()| Outcome::Done);
         }
-        if memory != self.memory {
-            self.recorded.clear();
-            self.met.clear();
-            self.memory = memory;
+        let graphs = match what {
+            Recorded::MicroStep(_) | Recorded::Step(_) => &mut self.passes,
+            Recorded::Update => &mut self.updates,
+        };
+        if memory != graphs.memory {
+            *graphs = OnMemory {
+                memory,
+                ..OnMemory::default()
+            };
         }
-        if let Some(graph) = self.recorded.get(&shape) {
+        if let Some(graph) = graphs.recorded.get(&what) {
             graph.launch()?;
             return Ok(Outcome::Done);
         }
-        if self.met.insert(shape) || self.recorded.len() >= MOST_GRAPHS {
+        if graphs.met.insert(what.shape()) || graphs.recorded.len() >= MOST_GRAPHS {
             return body().map(|()| Outcome::Done);
         }
         match device.capture(|| body().map_err(as_refusal))? {
             Captured::Graph(graph) => {
                 graph.launch()?;
-                self.recorded.insert(shape, graph);
+                graphs.recorded.insert(what, graph);
                 Ok(Outcome::Done)
             }
             Captured::Eager { reason } => {
@@ -94,7 +132,7 @@ impl Graphs {
     }
 }
 
-/// How a micro-step was run.
+/// How it was run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Done,

@@ -32,7 +32,7 @@ pub(super) struct Moments {
     exp_avg: FlatBuffer,
     exp_avg_sq: FlatBuffer,
     /// The scalars of a step on a GPU; `None` on a CPU.
-    on_gpu: Option<Update>,
+    scalars: Option<Update>,
 }
 
 /// What an update is made of besides the optimizer.
@@ -112,7 +112,7 @@ impl State {
             adamw,
             exp_avg: zeros(),
             exp_avg_sq: zeros(),
-            on_gpu: scalars(&options.device, layout),
+            scalars: scalars(&options.device, layout),
         }))
     }
 
@@ -122,7 +122,7 @@ impl State {
             return Ok(());
         };
         let _ = (moments.exp_avg.home(), moments.exp_avg_sq.home());
-        match &moments.on_gpu {
+        match &moments.scalars {
             Some(update) => Ok(update.prepare()?),
             None => Ok(()),
         }
@@ -146,6 +146,14 @@ impl State {
                 }
                 Ok((norm, sums))
             }
+        }
+    }
+
+    /// What an update on a GPU does without the host; `None` elsewhere.
+    pub(super) fn on_gpu(&mut self) -> Option<OnGpu<'_>> {
+        match self {
+            Self::AdamW(moments) => moments.on_gpu(),
+            Self::PerTensor(_) => None,
         }
     }
 
@@ -204,18 +212,12 @@ impl Moments {
         params: &mut FlatBuffer,
         grads: &mut FlatBuffer,
     ) -> Result<(f64, Sums)> {
-        let groups = inputs.groups(params.layout());
-        if let Some(update) = &mut self.on_gpu {
-            let moments = [&mut self.exp_avg, &mut self.exp_avg_sq];
-            return on_gpu(
-                update,
-                self.adamw,
-                inputs,
-                &groups,
-                [params, grads],
-                moments,
-            );
+        if let Some(mut update) = self.on_gpu() {
+            update.set(&inputs, params)?;
+            update.issue(params, grads, inputs.sums)?;
+            return update.read();
         }
+        let groups = inputs.groups(params.layout());
         let norm = inputs.norm(grads);
         if norm.is_finite() {
             adamw::step(
@@ -230,6 +232,71 @@ impl Moments {
         }
         Ok((norm, inputs.sums.read()?))
     }
+
+    fn on_gpu(&mut self) -> Option<OnGpu<'_>> {
+        Some(OnGpu {
+            update: self.scalars.as_mut()?,
+            adamw: self.adamw,
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+        })
+    }
+}
+
+/// An update on a GPU with nothing waited for before the end: a step waits for a GPU once. What changes from step
+/// to step is [`OnGpu::set`]; what [`OnGpu::issue`] issues is the same in each, and can be recorded.
+pub(super) struct OnGpu<'a> {
+    update: &'a mut Update,
+    adamw: AdamW,
+    exp_avg: &'a mut FlatBuffer,
+    exp_avg_sq: &'a mut FlatBuffer,
+}
+
+impl OnGpu<'_> {
+    /// Uploads the scalars of a step, and brings to the GPU what it updates. Copies on the host become old.
+    pub(super) fn set(&mut self, inputs: &Inputs<'_>, params: &mut FlatBuffer) -> Result<()> {
+        let settings = Settings {
+            adamw: self.adamw,
+            divisor: inputs.divisor,
+            max_norm: inputs.max_norm,
+        };
+        self.update
+            .set(&settings, &inputs.groups(params.layout()))?;
+        let _ = params.home_and_rounded_mut();
+        let _ = (self.exp_avg.home_mut(), self.exp_avg_sq.home_mut());
+        Ok(())
+    }
+
+    /// Divides, clips and applies the gradient, unless it or the loss is not finite.
+    pub(super) fn issue(
+        &mut self,
+        params: &mut FlatBuffer,
+        grads: &mut FlatBuffer,
+        sums: &Accumulator,
+    ) -> Result<()> {
+        self.update.norm_and_scale(grads.home(), Some(sums))?;
+        let (params, shadow) = params.home_and_rounded_mut();
+        let buffers = adamw::cuda::Buffers {
+            params,
+            grads: grads.home_mut(),
+            m: self.exp_avg.home_mut(),
+            v: self.exp_avg_sq.home_mut(),
+            shadow,
+        };
+        self.update.step(buffers, false)?;
+        Ok(self.update.keep_sums(sums)?)
+    }
+
+    /// The norm of the gradient before it was clipped, and this rank's sums. Waits for the GPU.
+    pub(super) fn read(&self) -> Result<(f64, Sums)> {
+        let (outcome, sums) = self.update.read_with_sums()?;
+        Ok((outcome.norm, sums))
+    }
+
+    /// Where the moments are in the memory of the GPU.
+    pub(super) fn addresses(&self) -> [u64; 2] {
+        [&self.exp_avg, &self.exp_avg_sq].map(|buffer| buffer.addresses()[0])
+    }
 }
 
 /// Room for a step's scalars on a GPU; `None` on a CPU.
@@ -241,35 +308,6 @@ fn scalars(device: &Device, layout: &ParamLayout) -> Option<Update> {
             Some(Update::new(device, layout.len(), segments.max(1)))
         }
     }
-}
-
-/// An update with nothing waited for before the end: a step waits for a GPU once. The loss must be finite too.
-fn on_gpu(
-    update: &mut Update,
-    adamw: AdamW,
-    inputs: Inputs<'_>,
-    groups: &[Group],
-    [params, grads]: [&mut FlatBuffer; 2],
-    [exp_avg, exp_avg_sq]: [&mut FlatBuffer; 2],
-) -> Result<(f64, Sums)> {
-    let settings = Settings {
-        adamw,
-        divisor: inputs.divisor,
-        max_norm: inputs.max_norm,
-    };
-    update.set(&settings, groups)?;
-    update.norm_and_scale(grads.home(), Some(inputs.sums))?;
-    let (params, shadow) = params.home_and_rounded_mut();
-    let buffers = adamw::cuda::Buffers {
-        params,
-        grads: grads.home_mut(),
-        m: exp_avg.home_mut(),
-        v: exp_avg_sq.home_mut(),
-        shadow,
-    };
-    update.step(buffers, false)?;
-    let (outcome, sums) = update.read_with(inputs.sums)?;
-    Ok((outcome.norm, sums))
 }
 
 /// Divides and clips the gradient if its norm is finite, on the host; returns the norm before that.

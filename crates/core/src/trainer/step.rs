@@ -202,47 +202,113 @@ impl Trainer {
     /// # Errors
     /// [`Error::Numeric`] if the loss or the gradient norm is not finite; nothing is updated then.
     pub fn step(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<StepReport> {
-        let reduced = if self.options.deterministic_reduction {
-            Some(self.gradients_in_order(micro_batches)?)
-        } else {
-            self.gradients(micro_batches)?
+        let Updated {
+            totals,
+            trained_tokens,
+            penalty,
+            grad_norm,
+        } = match self.updates_on_its_own() {
+            true => self.recorded_update(micro_batches, lr)?,
+            false => self.issued_update(micro_batches, lr)?,
         };
-        let trained = |batch: &PackedBatch| self.model.trained_tokens(batch) as u64;
-        let tokens = || -> u64 {
-            micro_batches
-                .iter()
-                .map(|batch| batch.tokens() as u64)
-                .sum()
-        };
-        let count = match reduced {
-            Some(totals) => totals.sums.count,
-            None => micro_batches.iter().map(trained).sum(),
-        };
-        check_labels(count, reduced.map_or_else(tokens, |totals| totals.tokens))?;
-        // Rows of one token have no other to predict it from: the mean over none is 0.
-        let divisor = count.max(1);
-        if let Some(totals) = reduced {
-            self.check_finite("loss", totals.sums.loss / divisor as f64)?;
-        }
-        let penalty =
-            self.adapter
-                .complete_gradients(&self.params, divisor as f32, &mut self.grads)?;
-        let (grad_norm, sums) = self.update(lr, divisor)?;
-        let totals = reduced.unwrap_or_else(|| Totals::of(sums, micro_batches));
         let Sums { loss, entropy, .. } = totals.sums;
-        self.check_finite("loss", loss / divisor as f64)?;
+        self.check_finite("loss", loss / divisor(trained_tokens) as f64)?;
         self.check_finite("gradient norm", grad_norm)?;
-        self.finish_step(grad_norm, divisor)?;
+        self.finish_step(grad_norm, divisor(trained_tokens))?;
         Ok(StepReport {
-            loss_sum: loss + penalty * count as f64,
+            loss_sum: loss + penalty * trained_tokens as f64,
             entropy_sum: entropy,
-            trained_tokens: count,
+            trained_tokens,
             correct: totals.sums.correct,
             tokens: totals.tokens,
             sequences: totals.sequences,
             grad_norm,
             learning_rate: lr,
         })
+    }
+
+    /// Gradient and update with whoever has a say between the two.
+    fn issued_update(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<Updated> {
+        let reduced = if self.options.deterministic_reduction {
+            Some(self.gradients_in_order(micro_batches)?)
+        } else {
+            self.gradients(micro_batches)?
+        };
+        let (trained_tokens, tokens) = match reduced {
+            Some(totals) => (totals.sums.count, totals.tokens),
+            None => self.tokens_of(micro_batches),
+        };
+        check_labels(trained_tokens, tokens)?;
+        let divisor = divisor(trained_tokens);
+        if let Some(totals) = reduced {
+            self.check_finite("loss", totals.sums.loss / divisor as f64)?;
+        }
+        let penalty = match self.adapter.completes_gradients() {
+            true => {
+                let weight = divisor as f32;
+                self.adapter
+                    .complete_gradients(&self.params, weight, &mut self.grads)?
+            }
+            false => 0.0,
+        };
+        let (grad_norm, sums) = self.update(lr, divisor)?;
+        Ok(Updated {
+            totals: reduced.unwrap_or_else(|| Totals::of(sums, micro_batches)),
+            trained_tokens,
+            penalty,
+            grad_norm,
+        })
+    }
+
+    /// The same where nobody has: what is issued is one graph, or one for each micro-batch and one for the update.
+    fn recorded_update(&mut self, micro_batches: &[PackedBatch], lr: f64) -> Result<Updated> {
+        let (trained_tokens, tokens) = self.tokens_of(micro_batches);
+        check_labels(trained_tokens, tokens)?;
+        let inputs = inputs(
+            &self.options,
+            &self.sums,
+            self.step,
+            lr,
+            divisor(trained_tokens),
+        );
+        if let Some(mut update) = self.optimizer.on_gpu() {
+            update.set(&inputs, &mut self.params)?;
+        }
+        if let [batch] = micro_batches {
+            self.pass(batch, false, true)?;
+        } else {
+            self.gradients(micro_batches)?;
+            self.issue_update()?;
+        }
+        let (grad_norm, sums) = match self.optimizer.on_gpu() {
+            Some(update) => update.read()?,
+            None => unreachable!("only a GPU updates on its own"),
+        };
+        Ok(Updated {
+            totals: Totals::of(sums, micro_batches),
+            trained_tokens,
+            penalty: 0.0,
+            grad_norm,
+        })
+    }
+
+    /// Whether an update is made of the gradient alone, where that is: by one rank on a GPU.
+    fn updates_on_its_own(&mut self) -> bool {
+        self.graphs.are_on()
+            && !self.adapter.completes_gradients()
+            && !self.adapter.preconditions()
+            && self.optimizer.on_gpu().is_some()
+    }
+
+    /// Trained tokens of this rank's micro-batches, and all.
+    fn tokens_of(&self, micro_batches: &[PackedBatch]) -> (u64, u64) {
+        let trained = |batch: &PackedBatch| self.model.trained_tokens(batch) as u64;
+        let tokens = |batch: &PackedBatch| batch.tokens() as u64;
+        let batches = micro_batches.iter();
+        (
+            batches.clone().map(trained).sum(),
+            batches.map(tokens).sum(),
+        )
     }
 
     /// Lets the method have its say after an update, and counts it.
@@ -411,14 +477,7 @@ impl Trainer {
     /// Clips and applies the gradient of `count` trained tokens, unless it or the loss is not finite;
     /// returns its norm, and this rank's sums.
     fn update(&mut self, lr: f64, count: u64) -> Result<(f64, Sums)> {
-        let mut inputs = Inputs {
-            divisor: count as f64,
-            max_norm: self.options.max_grad_norm,
-            lr,
-            weight_decay: self.options.weight_decay,
-            step: self.step + 1,
-            sums: &self.sums,
-        };
+        let mut inputs = inputs(&self.options, &self.sums, self.step, lr, count);
         let mut clipped = None;
         if self.adapter.preconditions() {
             let norm = optimizer::clip(&inputs, &mut self.grads);
@@ -434,6 +493,39 @@ impl Trainer {
         // That of the loss, unless what was made of it is not finite.
         let clipped = clipped.filter(|_| norm.is_finite());
         Ok((clipped.unwrap_or(norm), sums))
+    }
+}
+
+/// What came of the passes and the update of a step.
+struct Updated {
+    /// Over all ranks.
+    totals: Totals,
+    trained_tokens: u64,
+    /// What the method adds to the mean loss.
+    penalty: f64,
+    grad_norm: f64,
+}
+
+/// What the gradient is divided by. Rows of one token have no other to predict it from: the mean over none is 0.
+fn divisor(trained_tokens: u64) -> u64 {
+    trained_tokens.max(1)
+}
+
+/// What the update after `step` steps is made of.
+fn inputs<'a>(
+    options: &TrainerOptions,
+    sums: &'a Accumulator,
+    step: u64,
+    lr: f64,
+    count: u64,
+) -> Inputs<'a> {
+    Inputs {
+        divisor: count as f64,
+        max_norm: options.max_grad_norm,
+        lr,
+        weight_decay: options.weight_decay,
+        step: step + 1,
+        sums,
     }
 }
 

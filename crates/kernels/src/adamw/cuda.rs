@@ -1,8 +1,8 @@
 //! AdamW on a GPU, without waiting for it.
 //!
 //! What changes from step to step lies in GPU memory ([`Update::set`]), and so does what the GPU
-//! finds out ([`Update::read`]). What is in between, [`Update::norm_and_scale`] and
-//! [`Update::step`], is the same from step to step and can be captured in a graph.
+//! finds out ([`Update::read`]). What is in between, [`Update::norm_and_scale`], [`Update::step`] and
+//! [`Update::keep_sums`], is the same from step to step and can be captured in a graph.
 
 #![expect(
     clippy::needless_pass_by_value,
@@ -191,17 +191,24 @@ impl Update {
         Ok(outcome.into())
     }
 
-    /// [`Update::read`], and the sums of the step in the same answer. Waits for the GPU once.
+    /// Puts the sums of the step where [`Update::read_with_sums`] finds them.
     ///
     /// # Errors
     /// If `sums` are not on this GPU; the first failure of the GPU.
-    pub fn read_with(&self, sums: &Accumulator) -> Result<(Outcome, Sums)> {
-        const OP: &str = "adamw::cuda::read_with";
+    pub fn keep_sums(&mut self, sums: &Accumulator) -> Result<()> {
+        const OP: &str = "adamw::cuda::keep_sums";
         let memory = sums.memory();
         crate::device::common(OP, &[Some(self.device()), memory.map(Memory::device)])?;
         let behind = self.outcome.ptr() + size_of::<DeviceOutcome>() as u64;
         let from = memory.map_or(0, Memory::ptr);
-        self.device().copy(behind, from, size_of::<DeviceSums>())?;
+        self.device().copy(behind, from, size_of::<DeviceSums>())
+    }
+
+    /// [`Update::read`], and in the same answer the sums after [`Update::keep_sums`]. Waits for the GPU once.
+    ///
+    /// # Errors
+    /// The first failure of the GPU.
+    pub fn read_with_sums(&self) -> Result<(Outcome, Sums)> {
         let mut answer = Answer::default();
         let bytes = bytemuck::bytes_of_mut(&mut answer);
         self.device().download(bytes, self.outcome.ptr())?;

@@ -159,6 +159,10 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         self.method.state()
     }
 
+    fn completes_gradients(&self) -> bool {
+        self.method.completes_gradients()
+    }
+
     fn complete_gradients(
         &self,
         params: &FlatBuffer,

@@ -131,6 +131,11 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
         &[]
     }
 
+    /// [`Adapter::completes_gradients`](ferrotune_core::adapter::Adapter::completes_gradients).
+    fn completes_gradients(&self) -> bool {
+        false
+    }
+
     /// [`Adapter::complete_gradients`](ferrotune_core::adapter::Adapter::complete_gradients).
     fn complete_gradients(
         &self,

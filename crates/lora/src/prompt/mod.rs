@@ -143,6 +143,11 @@ impl Adapter for PromptAdapter {
         }
     }
 
+    fn completes_gradients(&self) -> bool {
+        let attached = self.attached.get();
+        attached.is_some_and(|attached| attached.encoder.is_some())
+    }
+
     /// From the gradient of the rows to that of what they are made of.
     fn complete_gradients(
         &self,

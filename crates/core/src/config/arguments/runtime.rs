@@ -56,7 +56,7 @@ section! {
         /// true computes every layer again in the backward pass, whatever memory there is; else a plan
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
-        /// Records the kernels of a micro-step on a GPU and replays them with one call, for each padded length:
+        /// Records the kernels of a step on a GPU and replays them with one call, for each padded length:
         /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
         /// on it.
         cuda_graph: CudaGraph = CudaGraph::Auto, OURS;

@@ -161,6 +161,10 @@ impl Method for AdaLora {
         &importance::STATE
     }
 
+    fn completes_gradients(&self) -> bool {
+        self.orth_reg_weight > 0.0
+    }
+
     /// `orth_reg_weight` times the mean over all A and B of |A A^T - I| and |B^T B - I|, Frobenius.
     fn complete_gradients(
         &self,
@@ -169,9 +173,6 @@ impl Method for AdaLora {
         weight: f32,
         grads: &mut FlatBuffer,
     ) -> Result<f64> {
-        if self.orth_reg_weight == 0.0 {
-            return Ok(0.0);
-        }
         let each = self.orth_reg_weight / (2 * targets.len()) as f64;
         let mut sum = 0.0;
         for target in targets {
