@@ -15,7 +15,8 @@ use ferrotune::dist::Local;
 use ferrotune::kernels::cuda::CudaDevice;
 use ferrotune::kernels::rng::{Stream, key_for};
 use ferrotune::kernels::{DType, Device, host_cuda};
-use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use ferrotune::lora::{LoraAdapter, LoraConfig, LoraFa, PeftConfig, TargetModules};
+use serde_json::{Value, json};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -74,6 +75,16 @@ impl Case {
         if self.frozen_a {
             adapter = Box::new(LoraFa::new(adapter));
         }
+        self.trainer_of(adapter, base, device, group)
+    }
+
+    fn trainer_of(
+        self,
+        adapter: Box<dyn Adapter>,
+        base: &Path,
+        device: &Arc<CudaDevice>,
+        group: Box<dyn ProcessGroup>,
+    ) -> Trainer {
         let options = TrainerOptions {
             device: Device::Cuda(Arc::clone(device)),
             weights: self.dtype.into(),
@@ -302,7 +313,9 @@ fn a_replayed_step_that_is_not_finite_updates_nothing() {
             }
             trainer.step(same, 1e30).expect("what it makes is finite");
             let (before, launches) = (bits(&trainer), device.launches());
-            let error = trainer.step(same, 1e-2).expect_err("nothing is finite any more");
+            let error = trainer
+                .step(same, 1e-2)
+                .expect_err("nothing is finite any more");
             let launches = device.launches() - launches;
             assert!(before == bits(&trainer), "an update was made of it");
             assert_eq!(trainer.steps_done(), 6);
@@ -330,6 +343,98 @@ fn what_has_a_say_between_gradient_and_update_has_it_beside_graphs() {
         (reports, bits(&trainer))
     };
     assert!(run(false) == run(true));
+}
+
+/// A configuration of each method that has kernels for all it computes, and of those that compute on the host.
+fn methods() -> [Vec<Value>; 2] {
+    let with_kernels = json!([
+        {"peft_type": "IA3"},
+        {"peft_type": "VERA", "r": 8, "vera_dropout": 0.1},
+        {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3},
+        {"peft_type": "LOHA", "r": 3},
+        {"peft_type": "LOKR", "r": 2},
+        {"peft_type": "LOKR", "r": 2, "decompose_both": true, "init_weights": "lycoris"},
+        {"peft_type": "HIRA", "r": 4},
+        {"peft_type": "MISS", "r": 8},
+        {"peft_type": "MISS", "r": 8, "mini_r": 4, "init_weights": "mini"},
+    ]);
+    let on_the_host = json!([
+        {"peft_type": "OFT", "oft_block_size": 8},
+        {"peft_type": "BOFT", "boft_block_size": 4},
+        {"peft_type": "HRA", "r": 4},
+        {"peft_type": "ROAD", "group_size": 8},
+        {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
+    ]);
+    [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())
+}
+
+/// Steps of one micro-batch with a method, and how many graphs there are then, by whether they may be recorded.
+fn with_method(base: &Path, keys: &Value, dtype: DType, cuda_graph: bool) -> (Outcome, usize) {
+    let mut object = keys.as_object().expect("an object").clone();
+    object.insert(
+        "target_modules".into(),
+        json!(["k_proj", "v_proj", "down_proj"]),
+    );
+    let config = PeftConfig::from_config("peft_config", &object).expect("a known method");
+    let adapter = config.into_adapter("llama").expect("valid");
+    let device = gpu();
+    let case = Case {
+        dtype,
+        ..Case::new(cuda_graph)
+    };
+    let mut trainer = case.trainer_of(adapter, base, &device, Box::new(Solo));
+    let same = |trainer: &mut Trainer| trainer.step(&batches(0)[..1], 1e-2).expect("step");
+    let mut reports = Vec::new();
+    for step in 0..3 {
+        reports.extend(train_on(&mut trainer, step..step + 1, 1));
+        reports.push(same(&mut trainer));
+    }
+    let allocated = device.allocations();
+    reports.push(same(&mut trainer));
+    let outcome = Outcome {
+        bits: bits(&trainer),
+        reports,
+        allocations: device.allocations() - allocated,
+    };
+    (outcome, trainer.recorded_graphs())
+}
+
+struct Outcome {
+    reports: Vec<StepReport>,
+    bits: Vec<(String, Vec<u8>)>,
+    /// Of a step that is nothing new.
+    allocations: u64,
+}
+
+#[test]
+fn a_method_with_kernels_is_replayed_with_the_bits_of_an_issued_one() {
+    let base = base();
+    let [with_kernels, _] = methods();
+    for keys in &with_kernels {
+        for dtype in [DType::F32, DType::Bf16] {
+            let (issued, none) = with_method(base.path(), keys, dtype, false);
+            let (replayed, graphs) = with_method(base.path(), keys, dtype, true);
+            assert_eq!(none, 0);
+            assert!(graphs >= 1, "{keys} {dtype}: no graph");
+            assert_eq!(issued.reports, replayed.reports, "{keys} {dtype}");
+            assert!(issued.bits == replayed.bits, "{keys} {dtype}: other values");
+            // AdaLoRA's term of the loss has matrices of its own.
+            if keys["peft_type"] != "ADALORA" {
+                assert_eq!(replayed.allocations, 0, "{keys} {dtype}");
+                assert!(issued.allocations > 0, "{keys} {dtype}: nothing to replay");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_method_that_computes_on_the_host_is_issued() {
+    let base = base();
+    let [_, on_the_host] = methods();
+    for keys in &on_the_host {
+        let (_, graphs) = with_method(base.path(), keys, DType::F32, true);
+        assert_eq!(graphs, 0, "{keys}");
+    }
 }
 
 #[test]

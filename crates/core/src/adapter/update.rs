@@ -26,6 +26,12 @@ pub trait LowRankFactors: Debug + Send + Sync {
         0.0
     }
 
+    /// Whether a pass on a GPU brings values to the host, or makes them there, so that it cannot be recorded and
+    /// replayed. A pass that does neither makes its matrices with [`Tensor::temporary`].
+    fn computes_on_host(&self) -> bool {
+        true
+    }
+
     /// A `[rank, in_features]` and B `[out_features, rank]`, f32, at the home of `params` or in host memory.
     ///
     /// # Errors
@@ -47,6 +53,11 @@ pub trait LowRankFactors: Debug + Send + Sync {
 
 /// `y = x f(W)^T + b`: the method gives f and its vector-Jacobian product, the linear does the rest.
 pub trait WeightUpdate: Debug + Send + Sync {
+    /// As [`LowRankFactors::computes_on_host`].
+    fn computes_on_host(&self) -> bool {
+        true
+    }
+
     /// Turns W `[out_features, in_features]`, f32 where the base is or, to be merged, in host memory, into f(W).
     ///
     /// # Errors
@@ -78,6 +89,11 @@ pub trait WeightUpdate: Debug + Send + Sync {
 
 /// A method's own arithmetic on one linear. Parameters and gradients live in the flat buffers.
 pub trait CustomLinear: Debug + Send + Sync {
+    /// As [`LowRankFactors::computes_on_host`].
+    fn computes_on_host(&self) -> bool {
+        true
+    }
+
     /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
     ///
     /// Returns what backward needs; x `[T, in]` need not be in it. The same operands must give the

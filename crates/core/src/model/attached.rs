@@ -293,7 +293,8 @@ impl Part {
             (Some(Attachment::Factors(method)), PartSaved::Factors { s, factors }) => {
                 let update = self.factors_update(run, method.as_ref(), &factors);
                 let zeros = |t: &Tensor| {
-                    let mut gradient = Tensor::empty(&t.device(), DType::F32, t.rows(), t.cols());
+                    let mut gradient =
+                        Tensor::temporary(&t.device(), DType::F32, t.rows(), t.cols());
                     gradient.view_mut().fill(0.0);
                     gradient
                 };
@@ -328,7 +329,12 @@ impl Part {
     pub(crate) fn placed(&self, run: &Run<'_>, tensor: &Tensor) -> Tensor {
         match run.workspace.device() {
             Device::Cpu => tensor.to_dtype(DType::F32),
-            device => tensor.to_dtype(run.dtype).to_device(device),
+            device => {
+                let [rows, cols] = tensor.view().shape();
+                let mut placed = Tensor::temporary(device, run.dtype, rows, cols);
+                placed.view_mut().copy_from(tensor.view());
+                placed
+            }
         }
     }
 

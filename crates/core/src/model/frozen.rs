@@ -147,7 +147,7 @@ impl FrozenWeight {
     pub(crate) fn to_f32(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
         self.with_values(scratch, workspace, |values| {
             let [rows, cols] = values.shape();
-            let mut copy = Tensor::empty(workspace.device(), DType::F32, rows, cols);
+            let mut copy = Tensor::temporary(workspace.device(), DType::F32, rows, cols);
             copy.view_mut().copy_from(values);
             Ok(copy)
         })

@@ -368,9 +368,9 @@ impl Layer {
         ]
     }
 
-    /// Whether a method of its own computes in this layer.
-    pub(crate) fn has_custom(&self) -> bool {
-        self.groups().iter().any(|group| group.has_custom())
+    /// Whether a method computes on the host in this layer.
+    pub(crate) fn computes_on_host(&self) -> bool {
+        self.groups().iter().any(|group| group.computes_on_host())
     }
 
     /// Whether anything in this layer is trained.

@@ -210,11 +210,13 @@ impl LinearGroup {
         Ok(())
     }
 
-    /// Whether a method of its own computes here.
-    pub(crate) fn has_custom(&self) -> bool {
-        let on_host = |attachment: &Attachment| {
-            use Attachment::{Custom, Factors, Weight};
-            matches!(attachment, Custom(_) | Factors(_) | Weight(_))
+    /// Whether a method computes on the host here.
+    pub(crate) fn computes_on_host(&self) -> bool {
+        let on_host = |attachment: &Attachment| match attachment {
+            Attachment::Custom(method) => method.computes_on_host(),
+            Attachment::Factors(method) => method.computes_on_host(),
+            Attachment::Weight(method) => method.computes_on_host(),
+            _ => false,
         };
         let mut attached = self.parts.iter().flat_map(Part::all_attached);
         attached.any(on_host)
@@ -267,7 +269,8 @@ impl LinearGroup {
             (PartWeight::Trained(id), _) => matmul::tn(grads.view_mut(*id), 1.0, 1.0, dy, x)?,
             (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
                 let [rows, cols] = [dy.cols(), x.cols()];
-                let mut gradient = Tensor::empty(run.workspace.device(), DType::F32, rows, cols);
+                let device = run.workspace.device();
+                let mut gradient = Tensor::temporary(device, DType::F32, rows, cols);
                 matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
                 let base = weight.to_f32(self.scratch, run.workspace)?;
                 update.backward(run.params, grads, base.view(), gradient.view())?;

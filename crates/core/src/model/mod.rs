@@ -235,8 +235,8 @@ impl Model {
         if self.config.ropes.iter().any(RopeConfig::depends_on_length) {
             return Some("the angles of RoPE depend on the lengths of documents");
         }
-        let own = self.layers.iter().any(Layer::has_custom);
-        own.then_some("the method makes matrices of its own in each pass")
+        let on_host = self.layers.iter().any(Layer::computes_on_host);
+        on_host.then_some("the method computes a part of each pass on the host")
     }
 
     /// `batch` where the model is, for training and evaluation: on a GPU with padding.

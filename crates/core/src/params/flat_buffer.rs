@@ -3,7 +3,7 @@
 use super::{ParamId, ParamLayout};
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
 use std::borrow::Cow;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A flat buffer of one [`ParamLayout`]: parameters, gradients or moments.
 ///
@@ -21,6 +21,8 @@ pub struct FlatBuffer {
     resident: OnceLock<Tensor>,
     /// The values rounded to bf16, for products of bf16 operands.
     rounded: OnceLock<Tensor>,
+    /// Memory of the GPU whose values became old: graphs know the addresses, so that the next ones go there.
+    old: [Mutex<Option<Tensor>>; 2],
 }
 
 impl Clone for FlatBuffer {
@@ -54,6 +56,7 @@ impl FlatBuffer {
             host: OnceLock::from(vec![0.0; layout.len()]),
             resident: OnceLock::new(),
             rounded: OnceLock::new(),
+            old: Default::default(),
         }
     }
 
@@ -67,6 +70,7 @@ impl FlatBuffer {
     pub fn move_to(&mut self, device: &Device) {
         self.as_mut_slice();
         self.device = device.clone();
+        self.old = Default::default();
     }
 
     /// What lies where.
@@ -123,8 +127,14 @@ impl FlatBuffer {
     /// The whole buffer in host memory, to be written. Alignment gaps must stay zero.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         let _ = self.as_slice();
-        self.resident = OnceLock::new();
-        self.rounded = OnceLock::new();
+        for (copy, old) in [&mut self.resident, &mut self.rounded]
+            .into_iter()
+            .zip(&self.old)
+        {
+            if let Some(tensor) = copy.take() {
+                *lock(old) = Some(tensor);
+            }
+        }
         self.host.get_mut().map_or(&mut [], Vec::as_mut_slice)
     }
 
@@ -152,7 +162,9 @@ impl FlatBuffer {
         }
         self.resident();
         self.host = OnceLock::new();
-        self.rounded = OnceLock::new();
+        if let Some(tensor) = self.rounded.take() {
+            *lock(&self.old[1]) = Some(tensor);
+        }
         match self.resident.get_mut() {
             Some(tensor) => tensor.view_mut(),
             None => unreachable!("the line above has set it"),
@@ -205,12 +217,7 @@ impl FlatBuffer {
     #[must_use]
     pub fn view_as(&self, id: ParamId, dtype: DType) -> View<'_> {
         match (&self.device, dtype) {
-            (Device::Cuda(_), DType::Bf16) => {
-                let rounded = self
-                    .rounded
-                    .get_or_init(|| self.resident().to_dtype(DType::Bf16));
-                self.shaped(rounded.view(), id)
-            }
+            (Device::Cuda(_), DType::Bf16) => self.shaped(self.rounded().view(), id),
             _ => self.view(id),
         }
     }
@@ -263,13 +270,38 @@ impl FlatBuffer {
         [&self.resident, &self.rounded].map(|tensor| tensor.get().map_or(0, |t| t.view().ptr()))
     }
 
+    /// Brings values that the host has written to where they were on the GPU, with their rounded copy if there was
+    /// one: what is replayed finds both there.
+    pub fn bring_home(&self) {
+        if self.device.is_cuda() {
+            self.resident();
+            if lock(&self.old[1]).is_some() {
+                self.rounded();
+            }
+        }
+    }
+
     fn resident(&self) -> &Tensor {
         self.resident.get_or_init(|| {
             let host = View::vector(self.as_slice());
-            let mut tensor = Tensor::empty(&self.device, DType::F32, 1, host.cols());
+            let mut tensor = self.memory(0, DType::F32);
             tensor.view_mut().copy_from(host);
             tensor
         })
+    }
+
+    fn rounded(&self) -> &Tensor {
+        self.rounded.get_or_init(|| {
+            let mut tensor = self.memory(1, DType::Bf16);
+            tensor.view_mut().copy_from(self.resident().view());
+            tensor
+        })
+    }
+
+    /// Memory of the GPU for the values or their rounded copy: that of old ones, if there is any.
+    fn memory(&self, which: usize, dtype: DType) -> Tensor {
+        let old = lock(&self.old[which]).take();
+        old.unwrap_or_else(|| Tensor::empty(&self.device, dtype, 1, self.layout.len()))
     }
 
     fn shaped<'a>(&self, home: View<'a>, id: ParamId) -> View<'a> {
@@ -285,6 +317,11 @@ impl FlatBuffer {
             _ => [1, spec.len()],
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What a panic leaves there is memory or none.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The columns of `values` `[rows, cols]`, one after the other.

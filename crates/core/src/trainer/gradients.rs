@@ -89,6 +89,7 @@ impl Trainer {
             mode,
         };
         let inputs = model.inputs(pass, batch);
+        params.bring_home();
         // A replay changes the gradients behind the back of their buffer.
         grads.home_mut();
         let mut update = optimizer.on_gpu();

@@ -1,5 +1,6 @@
 //! CUDA graphs: a sequence of operations recorded once and replayed with one call.
 
+use super::temporary::Pool;
 use super::{CudaDevice, Handle, lock};
 use crate::error::ErrorKind;
 use crate::{Error, Result};
@@ -14,11 +15,18 @@ pub(super) struct Capture {
     active: AtomicBool,
     /// Memory dropped meanwhile; the graph may still use it, so it is freed with the graph.
     dropped: Mutex<Vec<u64>>,
+    /// Where memory is that is made meanwhile.
+    pool: Mutex<Option<Arc<Pool>>>,
 }
 
 impl Capture {
     pub(super) fn is_active(&self) -> bool {
         self.active.load(Ordering::Acquire)
+    }
+
+    /// Where temporary memory comes from; `None` if nothing is being recorded.
+    pub(super) fn pool(&self) -> Option<Arc<Pool>> {
+        lock(&self.pool).clone()
     }
 
     /// Keeps `ptr` for the graph; false if none is being recorded.
@@ -50,6 +58,8 @@ pub struct Graph {
     device: Arc<CudaDevice>,
     executable: Handle,
     dropped: Vec<u64>,
+    /// Keeps the blocks that it uses.
+    _pool: Option<Arc<Pool>>,
 }
 
 impl fmt::Debug for Graph {
@@ -88,7 +98,7 @@ impl Drop for Graph {
 impl CudaDevice {
     /// Records what `body` issues on this device instead of running it.
     ///
-    /// Allocations, uploads, downloads and waits cannot be recorded. If one of them, or the driver,
+    /// Allocations that are not temporary, uploads, downloads and waits cannot be recorded. If one of them, or the driver,
     /// stands in the way, the answer is [`Captured::Eager`], and the device is as before.
     ///
     /// # Errors
@@ -106,12 +116,14 @@ impl CudaDevice {
         }
     }
 
-    fn begin_capture(&self) -> Result<()> {
+    fn begin_capture(self: &Arc<Self>) -> Result<()> {
+        let pool = self.temporaries.pool(self)?;
         // Other threads may talk to the driver meanwhile.
         let mode = mode::CU_STREAM_CAPTURE_MODE_RELAXED as u32;
         // SAFETY: the stream is open.
         let status = unsafe { (self.driver.capture_begin)(self.stream.0, mode) };
         super::error::driver(self.driver, "starting to record a graph", status)?;
+        *lock(&self.capture.pool) = Some(pool);
         self.capture.active.store(true, Ordering::Release);
         Ok(())
     }
@@ -125,6 +137,7 @@ impl CudaDevice {
             self.capture.active.store(false, Ordering::Release);
             std::mem::take(&mut *dropped)
         };
+        let pool = lock(&self.capture.pool).take();
         let mut prepare = || {
             super::error::driver(self.driver, "recording a graph", status)?;
             // SAFETY: the graph is whole and is destroyed once; the pointer is valid for one handle.
@@ -143,6 +156,7 @@ impl CudaDevice {
             device: Arc::clone(self),
             executable: Handle(executable),
             dropped,
+            _pool: pool,
         })
     }
 

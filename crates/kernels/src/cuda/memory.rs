@@ -1,7 +1,7 @@
 //! Device memory: allocation and freeing in stream order, copies, zero fill.
 
 use super::staging::CHUNK;
-use super::{CudaDevice, error, lock};
+use super::{CudaDevice, error, lock, temporary};
 use crate::{Error, Result};
 use cudarc::driver::sys as cu;
 use std::ffi::c_void;
@@ -14,6 +14,8 @@ pub struct Memory {
     device: Arc<CudaDevice>,
     ptr: u64,
     bytes: usize,
+    /// Where it goes back to, if it is a graph's.
+    pool: Option<Arc<temporary::Pool>>,
 }
 
 impl Memory {
@@ -44,8 +46,11 @@ impl fmt::Debug for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.ptr != 0 && !self.device.capture.defer_free(self.ptr) {
-            self.device.free(self.ptr);
+        match &self.pool {
+            _ if self.ptr == 0 => {}
+            Some(pool) => pool.give(self.bytes, self.ptr),
+            None if self.device.capture.defer_free(self.ptr) => {}
+            None => self.device.free(self.ptr),
         }
     }
 }
@@ -106,6 +111,20 @@ impl CudaDevice {
             device: Arc::clone(self),
             ptr,
             bytes,
+            pool: None,
+        }
+    }
+
+    /// [`CudaDevice::alloc`] for what is written, read and dropped within one pass: it may be recorded.
+    pub fn alloc_temporary(self: &Arc<Self>, bytes: usize) -> Memory {
+        let Some(pool) = self.capture.pool().filter(|_| bytes > 0) else {
+            return self.alloc(bytes);
+        };
+        Memory {
+            device: Arc::clone(self),
+            ptr: self.enter().and_then(|()| pool.take(bytes)).unwrap_or(0),
+            bytes,
+            pool: Some(pool),
         }
     }
 

@@ -21,6 +21,7 @@ mod registry;
 pub(crate) mod rows;
 mod side_stream;
 mod staging;
+mod temporary;
 #[cfg(test)]
 mod tests;
 
@@ -91,6 +92,7 @@ pub struct CudaDevice {
     modules: launch::Modules,
     gemms: gemm::Gemms,
     capture: graph::Capture,
+    temporaries: temporary::Temporaries,
     profile: profile::Profile,
 }
 
@@ -185,6 +187,7 @@ impl CudaDevice {
             modules: launch::Modules::default(),
             gemms: gemm::Gemms::default(),
             capture: graph::Capture::default(),
+            temporaries: temporary::Temporaries::default(),
             profile: profile::Profile::default(),
         })
     }

@@ -202,6 +202,19 @@ impl Buffer {
         }
     }
 
+    /// [`Buffer::new`] for what is written, read and dropped within one pass: it may be recorded in a graph.
+    #[must_use]
+    pub fn temporary(device: &Device, dtype: DType, len: usize) -> Self {
+        match device {
+            Device::Cpu => Self::zeros(dtype, len),
+            Device::Cuda(device) => Self::Cuda(DeviceBuffer {
+                memory: device.alloc_temporary(len * dtype.bytes()),
+                dtype,
+                len,
+            }),
+        }
+    }
+
     /// Element type.
     #[must_use]
     pub fn dtype(&self) -> DType {

@@ -49,6 +49,12 @@ impl Tensor {
         Self::from_buffer(Buffer::new(device, dtype, rows * cols), rows, cols)
     }
 
+    /// [`Tensor::empty`] for what is written, read and dropped within one pass: it may be recorded in a graph.
+    #[must_use]
+    pub fn temporary(device: &Device, dtype: DType, rows: usize, cols: usize) -> Self {
+        Self::from_buffer(Buffer::temporary(device, dtype, rows * cols), rows, cols)
+    }
+
     /// Where the elements are.
     #[must_use]
     pub fn device(&self) -> Device {

@@ -130,6 +130,10 @@ impl Update {
 }
 
 impl WeightUpdate for Update {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let [a, b] = self.factors(params, weight.as_view());
         let product = nn(b, a)?;

@@ -152,9 +152,13 @@ impl Method for Ia3 {
 struct Outputs(ParamId);
 
 impl CustomLinear for Outputs {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
         let [rows, cols] = y.shape();
-        let mut base = Tensor::empty(&device_of(y.as_view()), y.dtype(), rows, cols);
+        let mut base = Tensor::temporary(&device_of(y.as_view()), y.dtype(), rows, cols);
         base.view_mut().copy_from(y.as_view());
         let l = param(params, self.0, [1, cols], y.as_view());
         hadamard::scale(y, 0.0, l)?;
@@ -198,6 +202,10 @@ impl CustomLinear for Outputs {
 struct Inputs(ParamId);
 
 impl WeightUpdate for Inputs {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let l = param(params, self.0, [1, weight.cols()], weight.as_view());
         Ok(hadamard::scale(weight, 0.0, l)?)

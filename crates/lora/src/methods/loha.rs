@@ -117,6 +117,10 @@ impl Update {
 }
 
 impl WeightUpdate for Update {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let [first, second] = self.factors;
         let first = self.product(params, first, weight.as_view())?;

@@ -257,6 +257,10 @@ fn second(factor: &Tensor) -> kronecker::Second<'_> {
 }
 
 impl WeightUpdate for Update {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let [w1, w2] = [0, 1].map(|part| self.factor(params, part, weight.as_view()));
         let (w1, w2) = (w1?, w2?);

@@ -39,9 +39,9 @@ pub(super) fn grad<'a>(
     }
 }
 
-/// A matrix of unspecified contents on the side of `beside`.
+/// A matrix of unspecified contents on the side of `beside`, for one pass.
 pub(super) fn empty(beside: View<'_>, rows: usize, cols: usize) -> Tensor {
-    Tensor::empty(&device_of(beside), DType::F32, rows, cols)
+    Tensor::temporary(&device_of(beside), DType::F32, rows, cols)
 }
 
 /// A copy of `view`.

@@ -157,6 +157,10 @@ impl Strip {
 }
 
 impl WeightUpdate for Strip {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let copies = self.copies(weight.as_view());
         let shape = [self.rank, self.width];

@@ -178,6 +178,10 @@ impl Factors {
 }
 
 impl LowRankFactors for Factors {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn rank(&self) -> usize {
         self.shape[1]
     }

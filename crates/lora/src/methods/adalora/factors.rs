@@ -34,6 +34,10 @@ impl Triplets {
 }
 
 impl LowRankFactors for Triplets {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn rank(&self) -> usize {
         self.shape[1]
     }
