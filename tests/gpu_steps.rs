@@ -5,6 +5,7 @@ mod common;
 
 use common::{Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
+use ferrotune::core::config::{KeyValue, Optim, OptimizerArguments};
 use ferrotune::core::data::{BatchSize, Example, PackedBatch};
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::DecoderConfig;
@@ -45,6 +46,7 @@ struct Case {
     cuda_graph: bool,
     max_grad_norm: Option<f64>,
     frozen_a: bool,
+    optim: &'static str,
 }
 
 impl Case {
@@ -55,6 +57,7 @@ impl Case {
             cuda_graph,
             max_grad_norm: Some(1.0),
             frozen_a: false,
+            optim: "adamw_torch",
         }
     }
 
@@ -85,8 +88,13 @@ impl Case {
         device: &Arc<CudaDevice>,
         group: Box<dyn ProcessGroup>,
     ) -> Trainer {
+        let arguments = OptimizerArguments {
+            optim: Optim::from_value(&json!(self.optim)).expect("an optimizer"),
+            ..OptimizerArguments::default()
+        };
         let options = TrainerOptions {
             device: Device::Cuda(Arc::clone(device)),
+            optimizer: arguments.choice().expect("valid"),
             weights: self.dtype.into(),
             activation_dtype: self.dtype,
             max_tokens: 200,
@@ -164,9 +172,16 @@ fn factors_over_one_input_are_neighbours() {
 #[test]
 fn a_step_allocates_nothing_and_waits_once() {
     let base = base();
-    for cuda_graph in [false, true] {
+    let optims = ["adamw_torch", "adamw_8bit"];
+    for (cuda_graph, optim) in [false, true]
+        .into_iter()
+        .flat_map(|on| optims.map(|o| (on, o)))
+    {
         let device = gpu();
-        let case = Case::new(cuda_graph);
+        let case = Case {
+            optim,
+            ..Case::new(cuda_graph)
+        };
         let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
         trainer.rehearse(&sizes()).expect("rehearses");
         for step in 0..STEPS {
@@ -174,7 +189,7 @@ fn a_step_allocates_nothing_and_waits_once() {
             trainer.step(&batches(step), 1e-2).expect("step");
             let after = (device.allocations(), device.waits());
             let cost = (after.0 - before.0, after.1 - before.1);
-            assert_eq!(cost, (0, 1), "step {step}, graphs {cuda_graph}");
+            assert_eq!(cost, (0, 1), "{optim}, step {step}, graphs {cuda_graph}");
         }
     }
 }
@@ -251,16 +266,21 @@ fn a_recorded_update_has_the_bits_of_an_issued_one() {
     let base = base();
     // One and several micro-batches, clipped always, sometimes and never.
     let cases = [
-        (1, Some(1.0), 1),
-        (1, Some(1e-3), 1),
-        (3, Some(1.0), 4),
-        (3, None, 4),
+        ("adamw_torch", 1, Some(1.0), 1),
+        ("adamw_torch", 1, Some(1e-3), 1),
+        ("adamw_torch", 3, Some(1.0), 4),
+        ("adamw_torch", 3, None, 4),
+        ("adamw_8bit", 1, Some(1.0), 1),
+        ("lion_32bit", 3, None, 4),
     ];
-    for (count, max_grad_norm, expected) in cases {
+    for (optim, count, max_grad_norm, expected) in cases {
         let run = |cuda_graph| {
             let device = gpu();
             let case = Case {
                 max_grad_norm,
+                optim,
+                // Large enough for moments in bytes.
+                rank: if optim == "adamw_8bit" { 128 } else { 8 },
                 ..Case::new(cuda_graph)
             };
             let mut trainer = case.trainer(base.path(), &device, Box::new(Solo));
@@ -274,9 +294,18 @@ fn a_recorded_update_has_the_bits_of_an_issued_one() {
         };
         let (issued, issued_bits, _) = run(false);
         let (recorded, recorded_bits, launches) = run(true);
-        assert_eq!(issued, recorded, "{count} micro-batches, {max_grad_norm:?}");
-        assert!(issued_bits == recorded_bits, "{count}, {max_grad_norm:?}");
-        assert_eq!(launches, expected, "graphs of {count} micro-batches");
+        assert_eq!(
+            issued, recorded,
+            "{optim}, {count} micro-batches, {max_grad_norm:?}"
+        );
+        assert!(
+            issued_bits == recorded_bits,
+            "{optim}, {count}, {max_grad_norm:?}"
+        );
+        assert_eq!(
+            launches, expected,
+            "{optim}: graphs of {count} micro-batches"
+        );
     }
 }
 

@@ -188,9 +188,9 @@ fn a_plan_counts_the_state_of_the_optimizer() {
 }
 
 #[test]
-fn on_a_gpu_the_host_updates_to_the_same_values() {
+fn a_gpu_updates_to_the_values_of_the_host() {
     let base = base();
-    for optim in ["sgd", "adafactor", "adamw_8bit"] {
+    for optim in ["sgd", "adafactor", "adamw_8bit", "lion_8bit"] {
         let run = |device: Device| {
             let mut trainer = trainer(base.path(), optim, device, Box::new(Solo));
             let batch = batch();

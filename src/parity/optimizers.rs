@@ -8,7 +8,10 @@ use ferrotune_core::io::{FileDType, SafetensorsFile};
 use ferrotune_core::optimizer::{OptimizerChoice, Step, TensorStates};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::adamw::{self, Group};
+use ferrotune_kernels::Device;
+use ferrotune_kernels::adamw::cuda::{Settings, Update};
+use ferrotune_kernels::adamw::{self, AdamW, Group};
+use ferrotune_kernels::optimizer::cuda::Buffers;
 use recorded::Recorded;
 use serde_json::Value;
 use std::sync::Arc;
@@ -28,11 +31,17 @@ struct Run {
     grads: FlatBuffer,
     moments: [FlatBuffer; 2],
     states: Option<TensorStates>,
+    /// The scale of gradients on a GPU, if the optimizer computes there.
+    norm: Option<Update>,
     recorded: Recorded,
 }
 
 impl Run {
-    fn new(recorded: Recorded, start: &[(String, Vec<usize>, Vec<f32>)]) -> Result<Self> {
+    fn new(
+        recorded: Recorded,
+        start: &[(String, Vec<usize>, Vec<f32>)],
+        device: &Device,
+    ) -> Result<Self> {
         let mut builder = ParamLayoutBuilder::new();
         let specs = start.iter().enumerate();
         let ids: Vec<_> = specs
@@ -46,12 +55,22 @@ impl Run {
             params.get_mut(id).copy_from_slice(values);
         }
         let states = match &recorded.optimizer {
-            OptimizerChoice::PerTensor(one) => Some(TensorStates::new(Arc::clone(one), &layout)),
+            OptimizerChoice::PerTensor(one) => {
+                Some(TensorStates::new(Arc::clone(one), &layout, device)?)
+            }
             OptimizerChoice::AdamW(_) => None,
         };
+        let norm = match (device, &states) {
+            (Device::Cuda(device), Some(states)) if states.are_on_gpu() => {
+                params.move_to(&Device::Cuda(Arc::clone(device)));
+                Some(Update::new(device, layout.len(), 1))
+            }
+            _ => None,
+        };
         Ok(Self {
+            grads: FlatBuffer::zeros_on(&layout, params.device()),
             params,
-            grads: FlatBuffer::zeros(&layout),
+            norm,
             moments: [FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout)],
             states,
             recorded,
@@ -81,6 +100,22 @@ impl Run {
             weight_decay: self.recorded.weight_decay,
             number,
         };
+        if let (Some(norm), Some(states)) = (&mut self.norm, &mut self.states) {
+            let settings = Settings {
+                adamw: AdamW::default(),
+                divisor: f64::from(scale),
+                max_norm: None,
+            };
+            norm.set(&settings, &[])?;
+            norm.norm_and_scale(self.grads.home(), None)?;
+            states.set(|_| step)?;
+            let buffers = Buffers {
+                params: self.params.home_mut(),
+                grads: self.grads.home(),
+                shadow: None,
+            };
+            return states.issue(norm, buffers);
+        }
         let (params, grads) = (self.params.as_mut_slice(), self.grads.as_slice());
         match (&mut self.states, &self.recorded.optimizer) {
             (Some(states), _) => states.update(params, grads, scale, |_| step),
@@ -115,7 +150,7 @@ pub(super) fn compare(case: &Case) -> Result<Comparison> {
     for recorded in recorded::list(case, "optimizers")? {
         let name = recorded.name.clone();
         let in_bf16 = recorded.in_bf16;
-        let mut run = Run::new(recorded, &start)?;
+        let mut run = Run::new(recorded, &start, &case.device)?;
         let mut compared = 0;
         for step in 1..=steps {
             let gradient = |p: &str| format!("step{}.g{}", step - 1, &p[1..]);
@@ -146,7 +181,7 @@ pub(super) fn compare_eight_bit(case: &Case) -> Result<Comparison> {
     let steps = steps.count() as u64;
     for recorded in recorded::list(case, "ok")? {
         let name = recorded.name.clone();
-        let mut run = Run::new(recorded, &start)?;
+        let mut run = Run::new(recorded, &start, &case.device)?;
         let mut compared = 0;
         for step in 1..=steps {
             run.step(step, &inputs, |_| format!("g{}", step - 1))?;

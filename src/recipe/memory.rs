@@ -149,7 +149,7 @@ impl<'a> Base<'a> {
 fn optimizer_bytes(config: &TrainConfig, layout: &ParamLayout, device: &Device) -> u64 {
     // A configuration that was read has none that cannot be made.
     let optimizer = config.optimizer.choice().unwrap_or_default();
-    if device.is_cuda() && optimizer.is_per_tensor() {
+    if device.is_cuda() && optimizer.needs_host() {
         return 0;
     }
     let scratch = |(_, segment): (_, &Segment)| optimizer.scratch_bytes(&segment.spec.shape);

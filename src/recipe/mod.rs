@@ -518,7 +518,7 @@ impl Recipe {
 
 /// A note where the optimizer does not compute on the device of the run.
 fn where_updated(config: &TrainConfig, device: &Device) -> Result<Option<String>> {
-    let on_host = device.is_cuda() && config.optimizer.choice()?.is_per_tensor();
+    let on_host = device.is_cuda() && config.optimizer.choice()?.needs_host();
     Ok(on_host.then(|| {
         format!(
             "optim: {} keeps its state in host memory and updates there: gradients and values are copied in every step; \

@@ -40,6 +40,7 @@ pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod matmul;
 pub mod noise;
+pub mod optimizer;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;

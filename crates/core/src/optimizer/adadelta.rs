@@ -2,6 +2,7 @@ use super::adam::decay;
 use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Adadelta: steps of the size of the last ones.
 ///
@@ -33,7 +34,8 @@ impl Default for Adadelta {
 }
 
 /// Factors of [`Adadelta`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     rho: [f32; 2],
     eps: f32,
@@ -42,6 +44,7 @@ pub struct Scalars {
 }
 
 impl Rule for Adadelta {
+    const KERNEL: Kernel = Kernel::Adadelta;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

@@ -1,6 +1,7 @@
 use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Adagrad: the gradient over the root of the sum of all its squares.
 ///
@@ -33,7 +34,8 @@ impl Default for Adagrad {
 }
 
 /// Factors of [`Adagrad`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     lr: f32,
     l2: f32,
@@ -42,6 +44,7 @@ pub struct Scalars {
 }
 
 impl Rule for Adagrad {
+    const KERNEL: Kernel = Kernel::Adagrad;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

@@ -3,6 +3,7 @@ use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::Result;
 use crate::kwargs::Kwargs;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Adam, with weight decay as a part of the gradient or, as AdamW, apart from it.
 ///
@@ -26,7 +27,8 @@ pub struct Adam {
 }
 
 /// Factors of [`Adam`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: [f32; 2],
     beta2: [f32; 2],
@@ -57,6 +59,7 @@ pub(super) fn weight_decay(step: Step, decoupled: bool) -> [f32; 2] {
 }
 
 impl Rule for Adam {
+    const KERNEL: Kernel = Kernel::Adam;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

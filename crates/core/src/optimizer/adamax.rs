@@ -3,6 +3,7 @@ use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Adamax: Adam with the largest magnitude in place of the mean square.
 ///
@@ -18,7 +19,8 @@ use ferrotune_kernels::adamw::AdamW;
 pub struct Adamax(pub AdamW);
 
 /// Factors of [`Adamax`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: f32,
     beta2: f32,
@@ -28,6 +30,7 @@ pub struct Scalars {
 }
 
 impl Rule for Adamax {
+    const KERNEL: Kernel = Kernel::Adamax;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

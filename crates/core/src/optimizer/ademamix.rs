@@ -4,6 +4,7 @@ use super::{Moment, Rule, Step};
 use crate::Result;
 use crate::kwargs::Kwargs;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// `AdEMAMix`: `AdamW` with a second, much slower momentum.
 ///
@@ -32,7 +33,8 @@ pub struct AdEmaMix {
 }
 
 /// Factors of [`AdEmaMix`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: [f32; 2],
     beta2: [f32; 2],
@@ -63,6 +65,7 @@ impl AdEmaMix {
 }
 
 impl Rule for AdEmaMix {
+    const KERNEL: Kernel = Kernel::AdEmaMix;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

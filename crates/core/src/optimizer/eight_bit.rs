@@ -1,9 +1,10 @@
 //! Moments as bytes with a scale for every 256 of them.
 
 use super::elementwise::{BLOCK, JOB, MOST_MOMENTS, Moment, Rule, scaled};
-use super::{Elementwise, Optimizer, StateSpec, StateType, StateValues, Step, Tensor};
+use super::{Elementwise, OnGpu, Optimizer, StateSpec, StateType, StateValues, Step, Tensor};
 use crate::Result;
 use ferrotune_kernels::dequantise::{ByteCodec, dynamic_map};
+use ferrotune_kernels::optimizer::{Rule as Kernel, SCALAR_BYTES};
 use rayon::prelude::*;
 
 /// Tensors of fewer elements keep f32 moments, as `min_8bit_size` has it.
@@ -27,6 +28,7 @@ pub enum Lookup {
 #[derive(Debug)]
 pub struct EightBit<R> {
     plain: Elementwise<R>,
+    lookup: Lookup,
     signed: ByteCodec,
     unsigned: ByteCodec,
 }
@@ -40,6 +42,7 @@ impl<R: Rule> EightBit<R> {
         };
         Self {
             plain: Elementwise(rule),
+            lookup,
             signed: codec(true),
             unsigned: codec(false),
         }
@@ -107,6 +110,28 @@ impl<R: Rule> Optimizer for EightBit<R> {
         jobs.into_par_iter()
             .for_each(|job| update_blocks::<R>(&scalars, &codecs, scale, job));
         Ok(())
+    }
+
+    fn on_gpu(&self) -> Option<&dyn OnGpu> {
+        (self.lookup == Lookup::Nearest).then_some(self)
+    }
+}
+
+impl<R: Rule> OnGpu for EightBit<R> {
+    fn kernel(&self) -> Kernel {
+        R::KERNEL
+    }
+
+    fn moments(&self) -> Vec<Moment> {
+        self.plain.moments()
+    }
+
+    fn keeps_bytes(&self, len: usize) -> bool {
+        len >= LEAST
+    }
+
+    fn scalars(&self, step: Step) -> [u8; SCALAR_BYTES] {
+        self.plain.scalars(step)
     }
 }
 

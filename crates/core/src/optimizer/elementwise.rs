@@ -1,7 +1,9 @@
 //! Optimizers that treat every element alike.
 
-use super::{Optimizer, StateSpec, StateValues, Step, Tensor};
+use super::{OnGpu, Optimizer, StateSpec, StateValues, Step, Tensor};
 use crate::Result;
+use bytemuck::Pod;
+use ferrotune_kernels::optimizer::{Rule as Kernel, SCALAR_BYTES};
 use rayon::prelude::*;
 use std::fmt::Debug;
 
@@ -38,8 +40,10 @@ impl Moment {
 
 /// What an optimizer does to each element.
 pub trait Rule: Debug + Send + Sync {
-    /// What is the same for all elements of a tensor in a step.
-    type Scalars: Send + Sync;
+    /// Its kernel on a GPU.
+    const KERNEL: Kernel;
+    /// What is the same for all elements of a tensor in a step; the kernel's struct of the rule has the same fields.
+    type Scalars: Pod + Send + Sync;
 
     /// What is kept of an element, at most three values.
     fn moments(&self) -> Vec<Moment>;
@@ -100,6 +104,30 @@ impl<R: Rule> Optimizer for Elementwise<R> {
             }
         });
         Ok(())
+    }
+
+    fn on_gpu(&self) -> Option<&dyn OnGpu> {
+        Some(self)
+    }
+}
+
+impl<R: Rule> OnGpu for Elementwise<R> {
+    fn kernel(&self) -> Kernel {
+        R::KERNEL
+    }
+
+    fn moments(&self) -> Vec<Moment> {
+        self.0.moments()
+    }
+
+    fn keeps_bytes(&self, _: usize) -> bool {
+        false
+    }
+
+    fn scalars(&self, step: Step) -> [u8; SCALAR_BYTES] {
+        let mut bytes = [0; SCALAR_BYTES];
+        bytes[..size_of::<R::Scalars>()].copy_from_slice(bytemuck::bytes_of(&self.0.scalars(step)));
+        bytes
     }
 }
 

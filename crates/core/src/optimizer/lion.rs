@@ -1,6 +1,7 @@
 use super::adam::decay;
 use super::registry::Shared;
 use super::{Moment, Rule, Step};
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Lion: the sign of an average of momentum and gradient.
 ///
@@ -20,7 +21,8 @@ pub struct Lion {
 }
 
 /// Factors of [`Lion`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: [f32; 2],
     beta2: [f32; 2],
@@ -29,6 +31,7 @@ pub struct Scalars {
 }
 
 impl Rule for Lion {
+    const KERNEL: Kernel = Kernel::Lion;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

@@ -2,7 +2,7 @@
 //!
 //! AdamW is one kernel over the flat buffers, on a CPU or a GPU ([`ferrotune_kernels::adamw`]). Every other is
 //! an [`Optimizer`]: it sees one tensor at a time, in host memory. Those that treat every element alike are a
-//! [`Rule`], of which [`Elementwise`] keeps the moments in f32 and [`EightBit`] as bytes.
+//! [`Rule`], of which [`Elementwise`] keeps the moments in f32 and [`EightBit`] as bytes; they are kernels on a GPU.
 //!
 //! Values and moments are f32; factors that are the same for a whole tensor are computed in f64, as PyTorch
 //! computes them in Python. Results do not depend on the number of threads.
@@ -49,6 +49,7 @@ pub use torch_adafactor::TorchAdafactor;
 
 use crate::Result;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::{Rule as Kernel, SCALAR_BYTES};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -57,7 +58,7 @@ use std::sync::Arc;
 pub enum OptimizerChoice {
     /// One kernel over the flat buffers.
     AdamW(AdamW),
-    /// Tensor by tensor, on the host.
+    /// Tensor by tensor, on the host but for what has a kernel.
     PerTensor(Arc<dyn Optimizer>),
 }
 
@@ -69,8 +70,8 @@ impl OptimizerChoice {
 
     /// Whether it computes on the host, whatever the device.
     #[must_use]
-    pub fn is_per_tensor(&self) -> bool {
-        matches!(self, Self::PerTensor(_))
+    pub fn needs_host(&self) -> bool {
+        matches!(self, Self::PerTensor(optimizer) if optimizer.on_gpu().is_none())
     }
 
     /// Bytes of the state of a tensor of `shape`.
@@ -115,6 +116,26 @@ pub trait Optimizer: Debug + Send + Sync {
         let _ = shape;
         0
     }
+
+    /// How a GPU computes it, with the same state; `None` if that is left to the host.
+    fn on_gpu(&self) -> Option<&dyn OnGpu> {
+        None
+    }
+}
+
+/// An optimizer that treats every element alike, on a GPU ([`ferrotune_kernels::optimizer`]).
+pub trait OnGpu {
+    /// The kernel.
+    fn kernel(&self) -> Kernel;
+
+    /// What is kept of an element; in [`Optimizer::state`], each is one entry in f32, or bytes and their scales.
+    fn moments(&self) -> Vec<Moment>;
+
+    /// Whether moments of a tensor of `len` elements are bytes.
+    fn keeps_bytes(&self, len: usize) -> bool;
+
+    /// What is the same for all elements of a tensor in a step.
+    fn scalars(&self, step: Step) -> [u8; SCALAR_BYTES];
 }
 
 /// A tensor in an update.

@@ -3,6 +3,7 @@ use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 use std::sync::{Mutex, PoisonError};
 
 /// NAdam: Adam that looks ahead along its momentum.
@@ -55,7 +56,8 @@ impl NAdam {
 }
 
 /// Factors of [`NAdam`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: f32,
     beta2: [f32; 2],
@@ -68,6 +70,7 @@ pub struct Scalars {
 }
 
 impl Rule for NAdam {
+    const KERNEL: Kernel = Kernel::NAdam;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {

@@ -3,6 +3,7 @@ use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// `RAdam`: Adam without the second moment while few steps make it uncertain, then scaled by how certain it is.
 ///
@@ -25,19 +26,22 @@ pub struct RAdam {
 }
 
 /// Factors of [`RAdam`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     beta1: f32,
     beta2: [f32; 2],
     eps: f32,
     step_size: f32,
-    /// What the root of the second moment is divided into, once there are steps enough.
-    rectified: Option<f32>,
+    /// Whether there are steps enough for `rectified`, what the root of the second moment is divided into.
+    is_rectified: u32,
+    rectified: f32,
     keep: f32,
     l2: f32,
 }
 
 impl Rule for RAdam {
+    const KERNEL: Kernel = Kernel::RAdam;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {
@@ -60,7 +64,8 @@ impl Rule for RAdam {
             beta2: decay(beta2),
             eps: eps as f32,
             step_size: (step.lr / bias(beta1, step)) as f32,
-            rectified: (length > 5.0).then(rectified),
+            is_rectified: u32::from(length > 5.0),
+            rectified: if length > 5.0 { rectified() } else { 1.0 },
             keep,
             l2,
         }
@@ -75,7 +80,11 @@ impl Rule for RAdam {
             let g = g + s.l2 * *p;
             *m += s.beta1 * (g - *m);
             *v = *v * s.beta2[0] + g * g * s.beta2[1];
-            let factor = s.rectified.map_or(1.0, |root| root / (v.sqrt() + s.eps));
+            let factor = if s.is_rectified == 1 {
+                s.rectified / (v.sqrt() + s.eps)
+            } else {
+                1.0
+            };
             *p = *p * s.keep - *m * s.step_size * factor;
         }
     }

@@ -3,6 +3,7 @@ use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::Result;
 use crate::kwargs::Kwargs;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// RMSprop: the gradient over the root of its mean square.
 ///
@@ -40,17 +41,19 @@ impl Default for RmsProp {
 }
 
 /// Factors of [`RmsProp`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     alpha: [f32; 2],
     eps: f32,
     lr: f32,
     l2: f32,
     momentum: f32,
-    centered: bool,
+    centered: u32,
 }
 
 impl Rule for RmsProp {
+    const KERNEL: Kernel = Kernel::RmsProp;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {
@@ -72,7 +75,7 @@ impl Rule for RmsProp {
             lr: step.lr as f32,
             l2: step.weight_decay as f32,
             momentum: self.momentum as f32,
-            centered: self.centered,
+            centered: u32::from(self.centered),
         }
     }
 
@@ -82,7 +85,7 @@ impl Rule for RmsProp {
         };
         let (mut mean, mut buffer) = match rest {
             [mean, buffer] => (Some(mean), Some(buffer)),
-            [one] if s.centered => (Some(one), None),
+            [one] if s.centered == 1 => (Some(one), None),
             [one] => (None, Some(one)),
             _ => (None, None),
         };

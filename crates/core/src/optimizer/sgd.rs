@@ -1,6 +1,7 @@
 use super::registry::{Built, Shared};
 use super::{Elementwise, Moment, OptimizerChoice, Rule, Step};
 use crate::kwargs::Kwargs;
+use ferrotune_kernels::optimizer::Rule as Kernel;
 
 /// Stochastic gradient descent, with momentum or without.
 ///
@@ -23,16 +24,18 @@ pub struct Sgd {
 }
 
 /// Factors of [`Sgd`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Scalars {
     lr: f32,
     l2: f32,
     momentum: f32,
     fresh: f32,
-    nesterov: bool,
+    nesterov: u32,
 }
 
 impl Rule for Sgd {
+    const KERNEL: Kernel = Kernel::Sgd;
     type Scalars = Scalars;
 
     fn moments(&self) -> Vec<Moment> {
@@ -49,7 +52,7 @@ impl Rule for Sgd {
             l2: step.weight_decay as f32,
             momentum: self.momentum as f32,
             fresh: if first { 1.0 } else { 1.0 - self.dampening } as f32,
-            nesterov: self.nesterov,
+            nesterov: u32::from(self.nesterov),
         }
     }
 
@@ -63,7 +66,11 @@ impl Rule for Sgd {
         for ((p, g), b) in values.iter_mut().zip(grad).zip(buffer.iter_mut()) {
             let g = g + s.l2 * *p;
             *b = *b * s.momentum + g * s.fresh;
-            let direction = if s.nesterov { g + s.momentum * *b } else { *b };
+            let direction = if s.nesterov == 1 {
+                g + s.momentum * *b
+            } else {
+                *b
+            };
             *p -= s.lr * direction;
         }
     }

@@ -1,6 +1,10 @@
 use super::{NOT_HERE, OPTIMIZERS, OptimizerChoice, Shared, Step, TensorStates};
-use crate::params::{FlatBuffer, ParamLayout, ParamLayoutBuilder, ParamSpec};
+use crate::params::{FlatBuffer, ParamLayout, ParamLayoutBuilder, ParamSpec, Segment};
 use ferrotune_kernels::adamw::AdamW;
+use ferrotune_kernels::adamw::cuda::{Settings, Update};
+use ferrotune_kernels::optimizer::cuda::Buffers;
+use ferrotune_kernels::{Device, host_cuda};
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -13,15 +17,12 @@ fn layout() -> Arc<ParamLayout> {
     builder.build().expect("unique names")
 }
 
-fn optimizer(name: &str) -> Option<Arc<dyn super::Optimizer>> {
+fn optimizer(name: &str, args: &BTreeMap<String, Value>) -> Option<Arc<dyn super::Optimizer>> {
     let entry = OPTIMIZERS.iter().find(|entry| entry.name == name)?;
     let shared = Shared {
         adam: AdamW::default(),
     };
-    match entry
-        .build(&shared, &BTreeMap::new())
-        .expect("without arguments")
-    {
+    match entry.build(&shared, args).expect("valid arguments") {
         OptimizerChoice::PerTensor(optimizer) => Some(optimizer),
         OptimizerChoice::AdamW(_) => None,
     }
@@ -31,7 +32,7 @@ fn optimizer(name: &str) -> Option<Arc<dyn super::Optimizer>> {
 fn per_tensor() -> Vec<(&'static str, Arc<dyn super::Optimizer>)> {
     let named = OPTIMIZERS.iter().map(|entry| entry.name);
     named
-        .filter_map(|name| Some((name, optimizer(name)?)))
+        .filter_map(|name| Some((name, optimizer(name, &BTreeMap::new())?)))
         .collect()
 }
 
@@ -93,7 +94,8 @@ fn every_optimizer_descends_to_the_same_bits_on_any_number_of_threads() {
         let run = |threads| {
             in_threads(threads, || {
                 let mut params = start(&layout);
-                let mut states = TensorStates::new(Arc::clone(&optimizer), &layout);
+                let mut states = TensorStates::new(Arc::clone(&optimizer), &layout, &Device::Cpu)
+                    .expect("host memory");
                 steps(&mut states, &mut params, 1..=20);
                 params
             })
@@ -110,11 +112,13 @@ fn every_optimizer_goes_on_from_its_state_to_the_same_bits() {
     let layout = layout();
     for (name, optimizer) in per_tensor() {
         let mut params = start(&layout);
-        let mut states = TensorStates::new(Arc::clone(&optimizer), &layout);
+        let mut states =
+            TensorStates::new(Arc::clone(&optimizer), &layout, &Device::Cpu).expect("host memory");
         steps(&mut states, &mut params, 1..=3);
         let mut continued = params.clone();
-        let mut restored = TensorStates::new(optimizer, &layout);
-        let kept: BTreeMap<_, _> = states.tensors().collect();
+        let mut restored =
+            TensorStates::new(optimizer, &layout, &Device::Cpu).expect("host memory");
+        let kept: BTreeMap<_, _> = states.tensors().into_iter().collect();
         for (tensor, bytes) in restored.bytes_mut() {
             bytes.copy_from_slice(&kept[&tensor].bytes);
         }
@@ -132,12 +136,16 @@ fn state_takes_the_bytes_that_are_planned_for_it() {
         let choice = OptimizerChoice::PerTensor(Arc::clone(&optimizer));
         let segments = layout.physical().map(|(_, segment)| segment);
         let planned: u64 = segments.map(|s| choice.state_bytes(&s.spec.shape)).sum();
-        let states = TensorStates::new(optimizer, &layout);
-        let held: usize = states.tensors().map(|(_, tensor)| tensor.bytes.len()).sum();
+        let states = TensorStates::new(optimizer, &layout, &Device::Cpu).expect("host memory");
+        let held: usize = states
+            .tensors()
+            .iter()
+            .map(|(_, tensor)| tensor.bytes.len())
+            .sum();
         assert_eq!(planned, held as u64, "{name}");
     }
     let bytes = |name| {
-        let optimizer = optimizer(name).expect("no kernel");
+        let optimizer = optimizer(name, &BTreeMap::new()).expect("no kernel");
         OptimizerChoice::PerTensor(optimizer).state_bytes(&[67, 65])
     };
     // Two bytes an element and two scales for each of 18 blocks; of Adafactor a vector for each side.
@@ -155,7 +163,8 @@ fn a_centered_mean_square_below_the_square_of_the_mean_is_no_nan() {
         centered: true,
         ..super::RmsProp::default()
     };
-    let mut states = TensorStates::new(Arc::new(super::Elementwise(rule)), &layout);
+    let mut states = TensorStates::new(Arc::new(super::Elementwise(rule)), &layout, &Device::Cpu)
+        .expect("host memory");
     let mut params = start(&layout);
     // The same in every step: both averages come to the same square, up to rounding.
     let grads: Vec<f32> = (0..layout.len()).map(|i| 0.1 + i as f32 / 7.0).collect();
@@ -250,3 +259,151 @@ const TRANSFORMERS: [&str; 41] = [
     "apollo_adamw_layerwise",
     "stable_adamw",
 ];
+
+/// What [`OPTIMIZERS`] has a kernel for, with arguments that take other ways through it.
+const WITH_KERNELS: [(&str, &[(&str, bool)]); 17] = [
+    ("adam", &[]),
+    ("adam", &[("amsgrad", true)]),
+    ("adamw_8bit", &[]),
+    ("adagrad", &[]),
+    ("adadelta", &[]),
+    ("adamax", &[]),
+    ("ademamix", &[]),
+    ("ademamix_8bit", &[]),
+    ("lion_32bit", &[]),
+    ("lion_8bit", &[]),
+    ("nadam", &[]),
+    ("radam", &[]),
+    ("rmsprop", &[("momentum", true), ("centered", true)]),
+    ("rmsprop", &[("centered", true)]),
+    ("rmsprop_bnb_8bit", &[]),
+    ("sgd", &[]),
+    ("sgd", &[("momentum", true), ("nesterov", true)]),
+];
+
+#[test]
+fn a_gpu_changes_values_and_state_by_the_same_bits() {
+    let device = Device::Cuda(host_cuda::device());
+    let Device::Cuda(cuda) = &device else {
+        unreachable!("a stand-in is one");
+    };
+    for (name, args) in WITH_KERNELS {
+        let what = format!("{name} {args:?}");
+        let value = |(key, value): &(&str, bool)| match *key {
+            "momentum" => ("momentum".to_owned(), json!(0.9)),
+            key => (key.to_owned(), json!(value)),
+        };
+        let optimizer = optimizer(name, &args.iter().map(value).collect()).expect(name);
+        assert!(optimizer.on_gpu().is_some(), "{what}");
+        let layout = layout();
+        let on = |device| TensorStates::new(Arc::clone(&optimizer), &layout, device).expect("room");
+        let (mut ours, mut theirs) = (on(&Device::Cpu), on(&device));
+        let (mut values, mut moved) = (start(&layout), start(&layout));
+        moved.move_to(&device);
+        let mut norm = Update::new(cuda, layout.len(), 1);
+        for number in 1..=7 {
+            // Decay for one tensor, and another rate in every step.
+            let step = |segment: &Segment| Step {
+                lr: 0.01 / number as f64,
+                weight_decay: if segment.spec.name == "matrix" {
+                    0.1
+                } else {
+                    0.0
+                },
+                number,
+            };
+            let mut grads = FlatBuffer::zeros(&layout);
+            let random =
+                (0_u64..).map(|i| ((i * 7919 + number * 104_729) % 1009) as f32 / 50.0 - 10.0);
+            for (g, random) in grads.as_mut_slice().iter_mut().zip(random) {
+                *g = random;
+            }
+            let scale = 0.25_f32;
+            ours.update(values.as_mut_slice(), grads.as_slice(), scale, step)
+                .expect("a step");
+            grads.move_to(&device);
+            let settings = Settings {
+                adamw: AdamW::default(),
+                divisor: 4.0,
+                max_norm: None,
+            };
+            norm.set(&settings, &[]).expect("valid");
+            norm.norm_and_scale(grads.home(), None).expect("a norm");
+            theirs.set(step).expect("room");
+            let buffers = Buffers {
+                params: moved.home_mut(),
+                grads: grads.home(),
+                shadow: None,
+            };
+            theirs.issue(&norm, buffers).expect("a step");
+            // As a checkpoint does, which another run takes.
+            if number == 4 {
+                let kept: Vec<_> = theirs
+                    .tensors()
+                    .into_iter()
+                    .map(|(_, t)| t.bytes.into_owned())
+                    .collect();
+                theirs = on(&device);
+                for ((_, to), from) in theirs.bytes_mut().zip(kept) {
+                    to.copy_from_slice(&from);
+                }
+            }
+            let bits = |buffer: &FlatBuffer| -> Vec<u32> {
+                buffer.as_slice().iter().map(|v| v.to_bits()).collect()
+            };
+            assert!(
+                bits(&values) == bits(&moved),
+                "{what}: values of step {number}"
+            );
+            for ((name, ours), (_, theirs)) in ours.tensors().iter().zip(theirs.tensors()) {
+                assert!(
+                    ours.bytes == theirs.bytes,
+                    "{what}: {name} of step {number}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gpu_changes_nothing_by_what_is_not_finite() {
+    let device = Device::Cuda(host_cuda::device());
+    let Device::Cuda(cuda) = &device else {
+        unreachable!("a stand-in is one");
+    };
+    let (layout, optimizer) = (
+        layout(),
+        optimizer("adamw_8bit", &BTreeMap::new()).expect("known"),
+    );
+    let mut states = TensorStates::new(optimizer, &layout, &device).expect("room");
+    let (mut params, mut grads) = (start(&layout), start(&layout));
+    grads.as_mut_slice()[3] = f32::NAN;
+    params.move_to(&device);
+    grads.move_to(&device);
+    let mut norm = Update::new(cuda, layout.len(), 1);
+    let settings = Settings {
+        adamw: AdamW::default(),
+        divisor: 1.0,
+        max_norm: Some(1.0),
+    };
+    norm.set(&settings, &[]).expect("valid");
+    norm.norm_and_scale(grads.home(), None).expect("a norm");
+    let step = Step {
+        lr: 0.1,
+        weight_decay: 0.1,
+        number: 1,
+    };
+    states.set(|_| step).expect("room");
+    let buffers = Buffers {
+        params: params.home_mut(),
+        grads: grads.home(),
+        shadow: None,
+    };
+    states.issue(&norm, buffers).expect("a step");
+    assert!(params.as_slice() == start(&layout).as_slice());
+    let kept = states.tensors();
+    assert!(
+        kept.iter()
+            .all(|(_, state)| state.bytes.iter().all(|byte| *byte == 0))
+    );
+}

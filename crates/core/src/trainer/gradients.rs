@@ -95,7 +95,13 @@ impl Trainer {
         let mut update = optimizer.on_gpu();
         let moments = update.as_ref().map(OnGpu::addresses).unwrap_or_default();
         let tables = inputs.addresses();
-        let addresses = [params.addresses(), grads.addresses(), moments, tables].concat();
+        let addresses = [
+            &params.addresses()[..],
+            &grads.addresses(),
+            &moments,
+            &tables,
+        ]
+        .concat();
         let mut begun = 0;
         // What layers after the first trained one leave is final once the last micro-batch has passed.
         let mut layer_done = |grads: &mut FlatBuffer, layer: usize| {
@@ -149,7 +155,11 @@ impl Trainer {
         let (Device::Cuda(device), Some(mut update)) = (&options.device, optimizer.on_gpu()) else {
             return Ok(());
         };
-        let addresses = [params.addresses(), grads.addresses(), update.addresses()];
+        let addresses = [
+            &params.addresses()[..],
+            &grads.addresses(),
+            &update.addresses(),
+        ];
         let memory = (addresses.concat(), 0);
         let mut issue = || update.issue(params, grads, sums);
         match graphs.run(device, Recorded::Update, memory, &mut issue)? {

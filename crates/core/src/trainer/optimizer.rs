@@ -10,6 +10,7 @@ use ferrotune_kernels::Device;
 use ferrotune_kernels::adamw::cuda::{Settings, Update};
 use ferrotune_kernels::adamw::{self, AdamW, Group};
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
+use ferrotune_kernels::optimizer;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -21,8 +22,16 @@ pub type StateTensors<'a> = BTreeMap<String, TensorData<'a>>;
 pub(super) enum State {
     /// One kernel over the flat buffers.
     AdamW(Box<Moments>),
-    /// Tensor by tensor on the host, whatever the device.
-    PerTensor(TensorStates),
+    /// Tensor by tensor.
+    PerTensor(Box<PerTensor>),
+}
+
+/// Another optimizer, and what it keeps.
+#[derive(Debug)]
+pub(super) struct PerTensor {
+    states: TensorStates,
+    /// The norm of a step on a GPU, if that computes there.
+    norm: Option<Update>,
 }
 
 /// `AdamW` and its moments.
@@ -100,29 +109,38 @@ impl Inputs<'_> {
 
 impl State {
     /// At step 0.
-    pub(super) fn new(options: &TrainerOptions, layout: &Arc<ParamLayout>) -> Self {
+    pub(super) fn new(options: &TrainerOptions, layout: &Arc<ParamLayout>) -> Result<Self> {
+        let norm = scalars(&options.device, layout);
         let adamw = match &options.optimizer {
             OptimizerChoice::PerTensor(optimizer) => {
-                return Self::PerTensor(TensorStates::new(Arc::clone(optimizer), layout));
+                let states = TensorStates::new(Arc::clone(optimizer), layout, &options.device)?;
+                let norm = norm.filter(|_| states.are_on_gpu());
+                return Ok(Self::PerTensor(Box::new(PerTensor { states, norm })));
             }
             OptimizerChoice::AdamW(adamw) => *adamw,
         };
         let zeros = || FlatBuffer::zeros_on(layout, &options.device);
-        Self::AdamW(Box::new(Moments {
+        Ok(Self::AdamW(Box::new(Moments {
             adamw,
             exp_avg: zeros(),
             exp_avg_sq: zeros(),
-            scalars: scalars(&options.device, layout),
-        }))
+            scalars: norm,
+        })))
     }
 
     /// Loads what an update on a GPU needs, and puts the moments where it finds them.
     pub(super) fn prepare(&self) -> Result<()> {
-        let Self::AdamW(moments) = self else {
-            return Ok(());
+        let norm = match self {
+            Self::AdamW(moments) => {
+                let _ = (moments.exp_avg.home(), moments.exp_avg_sq.home());
+                &moments.scalars
+            }
+            Self::PerTensor(per_tensor) => {
+                per_tensor.states.prepare()?;
+                &per_tensor.norm
+            }
         };
-        let _ = (moments.exp_avg.home(), moments.exp_avg_sq.home());
-        match &moments.scalars {
+        match norm {
             Some(update) => Ok(update.prepare()?),
             None => Ok(()),
         }
@@ -136,24 +154,31 @@ impl State {
         params: &mut FlatBuffer,
         grads: &mut FlatBuffer,
     ) -> Result<(f64, Sums)> {
+        if let Some(mut update) = self.on_gpu() {
+            update.set(&inputs, params)?;
+            update.issue(params, grads, inputs.sums)?;
+            return update.read();
+        }
         match self {
             Self::AdamW(moments) => moments.update(inputs, params, grads),
-            Self::PerTensor(states) => {
-                let (norm, sums) = (inputs.norm(grads), inputs.sums.read()?);
-                if norm.is_finite() && sums.loss.is_finite() {
-                    let (scale, step) = (inputs.scale(norm), |segment: &_| inputs.of(segment));
-                    states.update(params.as_mut_slice(), grads.as_slice(), scale, step)?;
-                }
-                Ok((norm, sums))
-            }
+            Self::PerTensor(per_tensor) => per_tensor.update(inputs, params, grads),
         }
     }
 
     /// What an update on a GPU does without the host; `None` elsewhere.
     pub(super) fn on_gpu(&mut self) -> Option<OnGpu<'_>> {
         match self {
-            Self::AdamW(moments) => moments.on_gpu(),
-            Self::PerTensor(_) => None,
+            Self::AdamW(moments) => Some(OnGpu {
+                norm: moments.scalars.as_mut()?,
+                rule: GpuRule::AdamW {
+                    adamw: moments.adamw,
+                    moments: [&mut moments.exp_avg, &mut moments.exp_avg_sq],
+                },
+            }),
+            Self::PerTensor(per_tensor) => Some(OnGpu {
+                norm: per_tensor.norm.as_mut()?,
+                rule: GpuRule::PerTensor(&mut per_tensor.states),
+            }),
         }
     }
 
@@ -165,7 +190,7 @@ impl State {
                 let exp_avg_sq = tensors_of("exp_avg_sq", &moments.exp_avg_sq);
                 exp_avg.chain(exp_avg_sq).collect()
             }
-            Self::PerTensor(states) => states.tensors().collect(),
+            Self::PerTensor(per_tensor) => per_tensor.states.tensors().into_iter().collect(),
         }
     }
 
@@ -176,8 +201,8 @@ impl State {
                 restore("exp_avg", &mut moments.exp_avg, tensors);
                 restore("exp_avg_sq", &mut moments.exp_avg_sq, tensors);
             }
-            Self::PerTensor(states) => {
-                for (name, bytes) in states.bytes_mut() {
+            Self::PerTensor(per_tensor) => {
+                for (name, bytes) in per_tensor.states.bytes_mut() {
                     if let Some(tensor) = tensors.get(&name) {
                         bytes.copy_from_slice(&tensor.bytes);
                     }
@@ -193,8 +218,8 @@ impl State {
                 group.broadcast(&mut moments.exp_avg)?;
                 group.broadcast(&mut moments.exp_avg_sq)
             }
-            Self::PerTensor(states) => {
-                for (_, bytes) in states.bytes_mut() {
+            Self::PerTensor(per_tensor) => {
+                for (_, bytes) in per_tensor.states.bytes_mut() {
                     let own: &[u8] = if group.rank() == 0 { bytes } else { &[] };
                     let all = group.all_gather(own)?;
                     bytes.copy_from_slice(&all[0]);
@@ -212,11 +237,6 @@ impl Moments {
         params: &mut FlatBuffer,
         grads: &mut FlatBuffer,
     ) -> Result<(f64, Sums)> {
-        if let Some(mut update) = self.on_gpu() {
-            update.set(&inputs, params)?;
-            update.issue(params, grads, inputs.sums)?;
-            return update.read();
-        }
         let groups = inputs.groups(params.layout());
         let norm = inputs.norm(grads);
         if norm.is_finite() {
@@ -232,39 +252,64 @@ impl Moments {
         }
         Ok((norm, inputs.sums.read()?))
     }
+}
 
-    fn on_gpu(&mut self) -> Option<OnGpu<'_>> {
-        Some(OnGpu {
-            update: self.scalars.as_mut()?,
-            adamw: self.adamw,
-            exp_avg: &mut self.exp_avg,
-            exp_avg_sq: &mut self.exp_avg_sq,
-        })
+impl PerTensor {
+    fn update(
+        &mut self,
+        inputs: Inputs<'_>,
+        params: &mut FlatBuffer,
+        grads: &mut FlatBuffer,
+    ) -> Result<(f64, Sums)> {
+        let (norm, sums) = (inputs.norm(grads), inputs.sums.read()?);
+        if norm.is_finite() && sums.loss.is_finite() {
+            let (scale, step) = (inputs.scale(norm), |segment: &_| inputs.of(segment));
+            self.states
+                .update(params.as_mut_slice(), grads.as_slice(), scale, step)?;
+        }
+        Ok((norm, sums))
     }
 }
 
 /// An update on a GPU with nothing waited for before the end: a step waits for a GPU once. What changes from step
 /// to step is [`OnGpu::set`]; what [`OnGpu::issue`] issues is the same in each, and can be recorded.
 pub(super) struct OnGpu<'a> {
-    update: &'a mut Update,
-    adamw: AdamW,
-    exp_avg: &'a mut FlatBuffer,
-    exp_avg_sq: &'a mut FlatBuffer,
+    norm: &'a mut Update,
+    rule: GpuRule<'a>,
+}
+
+/// What is done with a gradient that is divided and clipped.
+enum GpuRule<'a> {
+    AdamW {
+        adamw: AdamW,
+        moments: [&'a mut FlatBuffer; 2],
+    },
+    PerTensor(&'a mut TensorStates),
 }
 
 impl OnGpu<'_> {
     /// Uploads the scalars of a step, and brings to the GPU what it updates. Copies on the host become old.
     pub(super) fn set(&mut self, inputs: &Inputs<'_>, params: &mut FlatBuffer) -> Result<()> {
-        let settings = Settings {
-            adamw: self.adamw,
+        let mut settings = Settings {
+            adamw: AdamW::default(),
             divisor: inputs.divisor,
             max_norm: inputs.max_norm,
         };
-        self.update
-            .set(&settings, &inputs.groups(params.layout()))?;
         let _ = params.home_and_rounded_mut();
-        let _ = (self.exp_avg.home_mut(), self.exp_avg_sq.home_mut());
-        Ok(())
+        match &mut self.rule {
+            GpuRule::AdamW { adamw, moments } => {
+                settings.adamw = *adamw;
+                for moment in moments {
+                    let _ = moment.home_mut();
+                }
+                let groups = inputs.groups(params.layout());
+                Ok(self.norm.set(&settings, &groups)?)
+            }
+            GpuRule::PerTensor(states) => {
+                self.norm.set(&settings, &[])?;
+                states.set(|segment| inputs.of(segment))
+            }
+        }
     }
 
     /// Divides, clips and applies the gradient, unless it or the loss is not finite.
@@ -274,28 +319,47 @@ impl OnGpu<'_> {
         grads: &mut FlatBuffer,
         sums: &Accumulator,
     ) -> Result<()> {
-        self.update.norm_and_scale(grads.home(), Some(sums))?;
+        self.norm.norm_and_scale(grads.home(), Some(sums))?;
         let (params, shadow) = params.home_and_rounded_mut();
-        let buffers = adamw::cuda::Buffers {
-            params,
-            grads: grads.home_mut(),
-            m: self.exp_avg.home_mut(),
-            v: self.exp_avg_sq.home_mut(),
-            shadow,
-        };
-        self.update.step(buffers, false)?;
-        Ok(self.update.keep_sums(sums)?)
+        match &mut self.rule {
+            GpuRule::AdamW { moments, .. } => {
+                let [m, v] = moments;
+                let buffers = adamw::cuda::Buffers {
+                    params,
+                    grads: grads.home_mut(),
+                    m: m.home_mut(),
+                    v: v.home_mut(),
+                    shadow,
+                };
+                self.norm.step(buffers, false)?;
+            }
+            GpuRule::PerTensor(states) => {
+                let grads = grads.home();
+                let buffers = optimizer::cuda::Buffers {
+                    params,
+                    grads,
+                    shadow,
+                };
+                states.issue(self.norm, buffers)?;
+            }
+        }
+        Ok(self.norm.keep_sums(sums)?)
     }
 
     /// The norm of the gradient before it was clipped, and this rank's sums. Waits for the GPU.
     pub(super) fn read(&self) -> Result<(f64, Sums)> {
-        let (outcome, sums) = self.update.read_with_sums()?;
+        let (outcome, sums) = self.norm.read_with_sums()?;
         Ok((outcome.norm, sums))
     }
 
-    /// Where the moments are in the memory of the GPU.
-    pub(super) fn addresses(&self) -> [u64; 2] {
-        [&self.exp_avg, &self.exp_avg_sq].map(|buffer| buffer.addresses()[0])
+    /// Where what it keeps is in the memory of the GPU, as far as it can move.
+    pub(super) fn addresses(&self) -> Vec<u64> {
+        match &self.rule {
+            GpuRule::AdamW { moments, .. } => {
+                moments.iter().map(|buffer| buffer.addresses()[0]).collect()
+            }
+            GpuRule::PerTensor(_) => Vec::new(),
+        }
     }
 }
 

@@ -156,7 +156,7 @@ impl Trainer {
             Device::Cuda(_) => padded_rows(options.max_tokens),
         };
         let workspace = Workspace::on(options.device.clone(), rows);
-        let mut trainer = Self::over(Arc::new(model), workspace, adapter, params, options);
+        let mut trainer = Self::over(Arc::new(model), workspace, adapter, params, options)?;
         trainer.layer_ends = ModelPlan::new(config)
             .layers
             .iter()
@@ -168,18 +168,21 @@ impl Trainer {
     }
 
     /// A trainer of its own, at step 0, over a model that is loaded.
+    ///
+    /// # Errors
+    /// The first failure of the GPU.
     pub(super) fn over(
         model: Arc<Model>,
         workspace: Workspace,
         adapter: Box<dyn Adapter>,
         params: FlatBuffer,
         options: TrainerOptions,
-    ) -> Self {
+    ) -> Result<Self> {
         let zeros = || FlatBuffer::zeros_on(params.layout(), &options.device);
-        Self {
+        Ok(Self {
             method_state: adapter.state().iter().map(|_| zeros()).collect(),
             grads: zeros(),
-            optimizer: State::new(&options, params.layout()),
+            optimizer: State::new(&options, params.layout())?,
             sums: Accumulator::new(&options.device),
             graphs: Graphs::off(),
             group: Box::new(Solo),
@@ -191,7 +194,7 @@ impl Trainer {
             params,
             workspace,
             options,
-        }
+        })
     }
 
     /// One optimizer step over this rank's micro-batches at learning rate `lr`.
@@ -538,12 +541,11 @@ fn graphs(model: &Model, group: &dyn ProcessGroup, options: &TrainerOptions) -> 
     let ranks = "ranks sum gradients while backward goes on";
     let in_order = "deterministic_reduction reads every gradient";
     let on_host = "the optimizer computes on the host";
-    let per_tensor = options.optimizer.is_per_tensor();
     Graphs::new(
         (group.world_size() > 1)
             .then_some(ranks)
             .or_else(|| options.deterministic_reduction.then_some(in_order))
-            .or_else(|| per_tensor.then_some(on_host))
+            .or_else(|| options.optimizer.needs_host().then_some(on_host))
             .or_else(|| model.replay_obstacle()),
     )
 }

@@ -235,12 +235,12 @@ impl Trainer {
         let members = adapters.into_iter().zip(values).enumerate();
         let trainers = members.map(|(number, ((adapter, options), params))| {
             let (model, workspace) = (Arc::clone(&table.model), pool(options.max_tokens));
-            let mut trainer = Self::over(model, workspace, adapter, params, options);
+            let mut trainer = Self::over(model, workspace, adapter, params, options)?;
             let table = Arc::clone(&table);
             trainer.seat = Some(Seat { table, number });
-            trainer
+            Ok(trainer)
         });
-        Ok(trainers.collect())
+        trainers.collect()
     }
 
     /// The gradient of `micro_batches` in `grads`, computed with those of the others at the table.

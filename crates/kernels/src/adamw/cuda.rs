@@ -223,6 +223,11 @@ impl Update {
         self.device().prepare(&MODULE)
     }
 
+    /// Where the GPU finds what [`Update::norm_and_scale`] found out.
+    pub(crate) fn outcome(&self) -> u64 {
+        self.outcome.ptr()
+    }
+
     fn device(&self) -> &Arc<CudaDevice> {
         self.settings.device()
     }

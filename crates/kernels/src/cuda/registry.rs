@@ -26,6 +26,7 @@ static MODULES: &[&Module] = &[
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
     &crate::noise::cuda::MODULE,
+    &crate::optimizer::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,

@@ -45,6 +45,7 @@ pub use ggml::{Ggml, GgmlType};
 pub use grouped::Grouped;
 pub use int8::Int8;
 pub(crate) use int8::Int8Parts;
+pub(crate) use quantise::NearestCode;
 pub use quantised::{QuantFormat, Quantised};
 
 /// Elements of `absmax` that share one value of the nested statistics.

@@ -5,16 +5,16 @@ use rayon::prelude::*;
 
 /// The code nearest to a value.
 #[derive(Clone, Debug)]
-pub(super) struct NearestCode {
+pub(crate) struct NearestCode {
     /// Codes in ascending order of what they stand for.
-    order: Vec<u8>,
+    pub(crate) order: Vec<u8>,
     /// Halfway from each to the next.
-    limits: Vec<f32>,
+    pub(crate) limits: Vec<f32>,
 }
 
 impl NearestCode {
     /// `code[q]` is what `q` stands for; 256 of them at most.
-    pub(super) fn new(code: &[f32]) -> Self {
+    pub(crate) fn new(code: &[f32]) -> Self {
         let mut order: Vec<u8> = (0..=u8::MAX).take(code.len()).collect();
         let value = |q: u8| code[usize::from(q)];
         order.sort_by(|&a, &b| f32::total_cmp(&value(a), &value(b)));
