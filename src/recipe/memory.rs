@@ -224,8 +224,11 @@ pub(super) fn plan(
         return Err(does_not_fit(needs, available, "", &changes));
     }
     let step = base.step(&recipe.config, attached, &recipe.workload);
+    let ahead = |plan| step.ahead_for(plan, available, needs.fixed());
     let planned = step.plan_for(available, needs.fixed());
-    match forced(&recipe.config, &step) {
+    let forced = forced(&recipe.config, &step).map(ahead);
+    let planned = ahead(planned);
+    match forced {
         Some(forced) if forced.extra_compute > planned.extra_compute => {
             let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
             let note = format!(

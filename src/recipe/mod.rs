@@ -444,6 +444,7 @@ impl Recipe {
             max_tokens: self.max_tokens,
             deterministic_reduction: runtime.deterministic_reduction,
             keep: self.activations.keep.clone(),
+            write_ahead: self.activations.write_ahead,
             cuda_graph: runtime.cuda_graph == CudaGraph::Auto,
             gemm_tuning: match runtime.gemm_tuning {
                 GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,

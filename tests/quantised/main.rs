@@ -1,5 +1,6 @@
 //! A base that is held as codes: quantised as it is read, or so in its files.
 
+mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
 mod formats;

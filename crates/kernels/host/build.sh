@@ -49,7 +49,7 @@ library() {
     mv "$out/$name.new" "$out/$name"
 }
 cd "$here"
-library libcuda.so.1 cuda.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp memory.cpp \
+library libcuda.so.1 cuda.cpp lanes.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp memory.cpp \
     runtime.cpp worker.cpp
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp

@@ -14,16 +14,12 @@ using namespace ferrotune_host;
 namespace {
 
 struct Event {
-    std::chrono::steady_clock::time_point at{};
-    bool recorded = false;
-    // What was issued on its stream before it.
-    std::shared_ptr<Progress> progress{};
-    uint64_t after = 0;
+    std::shared_ptr<Mark> mark{};   // where it was recorded last
+    std::weak_ptr<Graph> captured{}; // in which graph, if in one
+    bool in_graph = false;
     Stream* stream = nullptr; // on which it was recorded last
     uint64_t waits = 0;       // of the stream before that
     int queries = 0;          // since then
-
-    bool reached() const { return progress == nullptr || progress->done.load() >= after; }
 };
 
 // A slow device: it has passed what somebody has waited for, or asked for often, and nothing else.
@@ -31,6 +27,10 @@ constexpr int PATIENT_QUERIES = 20;
 
 bool has_passed(const Event* event) {
     return event->stream == nullptr || event->stream->waits > event->waits;
+}
+
+bool reached(const Mark& mark) {
+    return mark.passed && (mark.progress == nullptr || mark.progress->done.load() >= mark.after);
 }
 
 void wait_until(const Progress& progress, uint64_t done) {
@@ -77,29 +77,82 @@ int ready(const Stream* stream) {
     return stream == nullptr ? static_cast<int>(INVALID_HANDLE) : stream->fault.code.load();
 }
 
+// The streams whose work is held back.
+Lanes& held_back() {
+    static Lanes lanes;
+    return lanes;
+}
+
+// Runs what comes before a point that is held back.
+void pass(const Mark& mark) {
+    if (order() != Order::ISSUED) {
+        std::lock_guard lock(lanes_mutex());
+        held_back().pass(mark);
+    }
+    if (mark.progress != nullptr) {
+        wait_until(*mark.progress, mark.after);
+    }
+}
+
+int finish(Stream* stream) {
+    if (order() == Order::ISSUED) {
+        return SUCCESS;
+    }
+    std::lock_guard lock(lanes_mutex());
+    const int code = held_back().finish(stream->lane);
+    if (code != SUCCESS) {
+        int none = SUCCESS;
+        stream->fault.code.compare_exchange_strong(none, code);
+    }
+    return stream->fault.code;
+}
+
+void finish_all() {
+    if (order() != Order::ISSUED) {
+        std::lock_guard lock(lanes_mutex());
+        held_back().finish_each();
+    }
+}
+
 int outside_capture(Stream* stream) {
     if (const int code = ready(stream)) {
         return code;
     }
     if (stream->capture != nullptr) {
-        stream->capture_broken = true;
+        stream->capture->broken = true;
         return CAPTURE_UNSUPPORTED;
     }
     return SUCCESS;
 }
 
 int issue_on(Stream* stream, const char* operation, Work work) {
+    return issue_on(stream, operation, Op{.work = std::move(work)});
+}
+
+int issue_on(Stream* stream, const char* operation, Op op) {
     if (const int code = ready(stream)) {
         return code;
     }
     if (stream->capture != nullptr) {
-        stream->capture->nodes.push_back(std::move(work));
+        stream->capture->nodes.push_back({stream->capture_lane, std::move(op)});
         return SUCCESS;
     }
     if (const int code = injected(operation)) {
         return stream->fault.stick(code);
     }
-    return stream->fault.stick(work());
+    if (order() != Order::ISSUED) {
+        std::lock_guard lock(lanes_mutex());
+        if (op.marks) {
+            op.marks->lane = &stream->lane;
+        }
+        stream->lane.ops.push_back(std::move(op));
+        return SUCCESS;
+    }
+    const int code = op.work ? op.work() : static_cast<int>(SUCCESS);
+    if (op.marks) {
+        op.marks->passed = true;
+    }
+    return stream->fault.stick(code);
 }
 
 int shared_limit() {
@@ -240,10 +293,18 @@ API int cuStreamCreate(Stream** stream, unsigned) {
         return code;
     }
     *stream = new Stream{current};
+    std::lock_guard lock(lanes_mutex());
+    held_back().add(&(*stream)->lane);
     return SUCCESS;
 }
 
+// What is held back ends first.
 API int cuStreamDestroy_v2(Stream* stream) {
+    finish(stream);
+    {
+        std::lock_guard lock(lanes_mutex());
+        held_back().remove(&stream->lane);
+    }
     delete stream;
     return SUCCESS;
 }
@@ -255,18 +316,45 @@ API int cuStreamSynchronize(Stream* stream) {
     if (const int code = injected("sync")) {
         return stream->fault.stick(code);
     }
+    const int code = finish(stream);
     wait_until(*stream->progress, stream->progress->issued);
     stream->waits++;
-    return check_memory(stream->context);
+    const int damage = check_memory(stream->context);
+    return code != SUCCESS ? code : damage;
 }
 
+// To wait for a point of a stream that is recorded is to take part in the recording.
 API int cuStreamWaitEvent(Stream* stream, const Event* event, unsigned) {
-    return issue_on(stream, "event", [=] {
-        if (event->progress != nullptr) {
-            wait_until(*event->progress, event->after);
-        }
+    if (const int code = ready(stream)) {
+        return code;
+    }
+    const std::shared_ptr<Mark> mark = event->mark;
+    if (mark == nullptr) {
         return SUCCESS;
-    });
+    }
+    if (event->in_graph) {
+        const std::shared_ptr<Graph> graph = event->captured.lock();
+        if (graph == nullptr || (stream->capture != nullptr && stream->capture != graph)) {
+            return CAPTURED_EVENT;
+        }
+        if (stream->capture == nullptr) {
+            stream->capture = graph;
+            stream->capture_lane = graph->lanes++;
+            graph->streams.push_back(stream);
+        }
+        return issue_on(stream, "event", Op{.waits = mark});
+    }
+    if (stream->capture != nullptr) {
+        stream->capture->broken = true;
+        return CAPTURE_ISOLATION;
+    }
+    const auto wait = [mark] {
+        if (mark->progress != nullptr) {
+            wait_until(*mark->progress, mark->after);
+        }
+        return static_cast<int>(SUCCESS);
+    };
+    return issue_on(stream, "event", Op{.work = wait, .waits = mark});
 }
 
 API int cuDeviceGetDefaultMemPool(void** pool, int ordinal) {
@@ -291,28 +379,44 @@ API int cuEventDestroy_v2(Event* event) {
 }
 
 API int cuEventRecord(Event* event, Stream* stream) {
-    return issue_on(stream, "event", [=] {
-        event->at = std::chrono::steady_clock::now();
-        event->recorded = true;
-        event->progress = stream->progress;
-        event->after = stream->progress->issued;
-        event->stream = stream;
-        event->waits = stream->waits;
-        event->queries = 0;
-        return SUCCESS;
-    });
+    if (const int code = ready(stream)) {
+        return code;
+    }
+    const auto mark = std::make_shared<Mark>();
+    Op op{.marks = mark};
+    if (stream->capture == nullptr) {
+        Mark* at = mark.get();
+        op.work = [at, stream] {
+            at->at = std::chrono::steady_clock::now();
+            at->progress = stream->progress;
+            at->after = stream->progress->issued;
+            return static_cast<int>(SUCCESS);
+        };
+    }
+    if (const int code = issue_on(stream, "event", std::move(op))) {
+        return code;
+    }
+    *event = {mark, stream->capture, stream->capture != nullptr, stream, stream->waits, 0};
+    return SUCCESS;
 }
 
 API int cuEventQuery(Event* event) {
     if (const int code = ready()) {
         return code;
     }
-    if (!event->reached()) {
+    if (event->in_graph) {
+        return CAPTURED_EVENT;
+    }
+    const bool held = event->mark != nullptr && !event->mark->passed;
+    if (event->mark != nullptr && !held && !reached(*event->mark)) {
         return NOT_READY;
     }
-    if (!has_passed(event)) {
+    if (held || !has_passed(event)) {
         if (++event->queries < PATIENT_QUERIES) {
             return NOT_READY;
+        }
+        if (held) {
+            pass(*event->mark);
         }
         event->stream->waits++;
     }
@@ -320,8 +424,11 @@ API int cuEventQuery(Event* event) {
 }
 
 API int cuEventSynchronize(const Event* event) {
-    if (event->progress != nullptr) {
-        wait_until(*event->progress, event->after);
+    if (event->in_graph) {
+        return CAPTURED_EVENT;
+    }
+    if (event->mark != nullptr) {
+        pass(*event->mark);
     }
     if (const int code = ready()) {
         return code;
@@ -336,10 +443,13 @@ API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
     if (const int code = ready()) {
         return code;
     }
-    if (!from->recorded || !to->recorded) {
+    if (from->mark == nullptr || to->mark == nullptr || from->in_graph || to->in_graph) {
         return INVALID_HANDLE;
     }
-    *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
+    if (!from->mark->passed || !to->mark->passed) {
+        return NOT_READY;
+    }
+    *milliseconds = std::chrono::duration<float, std::milli>(to->mark->at - from->mark->at).count();
     return SUCCESS;
 }
 
@@ -350,8 +460,9 @@ API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int code = injected("capture")) {
         return code;
     }
-    stream->capture = std::make_unique<Graph>();
-    stream->capture_broken = false;
+    stream->capture = std::make_shared<Graph>();
+    stream->capture_lane = 0;
+    stream->capture->streams.push_back(stream);
     return SUCCESS;
 }
 
@@ -359,12 +470,23 @@ API int cuStreamEndCapture(Stream* stream, Graph** graph) {
     if (stream == nullptr || stream->capture == nullptr) {
         return INVALID_VALUE;
     }
-    auto captured = std::move(stream->capture);
+    const std::shared_ptr<Graph> captured = stream->capture;
+    for (Stream* part : captured->streams) {
+        part->capture = nullptr;
+    }
+    captured->streams.clear();
+    *graph = nullptr;
     if (const int code = ready(stream)) {
         return code;
     }
-    *graph = stream->capture_broken ? nullptr : captured.release();
-    return *graph != nullptr ? SUCCESS : CAPTURE_INVALIDATED;
+    if (captured->broken) {
+        return CAPTURE_INVALIDATED;
+    }
+    if (!captured->joined()) {
+        return CAPTURE_UNJOINED;
+    }
+    *graph = new Graph(*captured);
+    return SUCCESS;
 }
 
 API int cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsigned long long) {
@@ -376,17 +498,9 @@ API int cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsi
 }
 
 API int cuGraphLaunch(const Graph* graph, Stream* stream) {
-    return issue_on(stream, "graph", [=] {
-        for (const Work& node : graph->nodes) {
-            const int code = node();
-            if (code != SUCCESS) {
-                return code;
-            }
-            if (stream->fault.code != SUCCESS) {
-                break;
-            }
-        }
-        return static_cast<int>(SUCCESS);
+    // The graph may be destroyed before it has run.
+    return issue_on(stream, "graph", [copy = std::make_shared<Graph>(*graph), stream] {
+        return copy->run([stream] { return stream->fault.code != SUCCESS; });
     });
 }
 

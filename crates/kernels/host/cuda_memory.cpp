@@ -15,6 +15,7 @@ API int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
         return code;
     }
     auto& memory = current->device->memory;
+    finish_all();
     *total = memory.limit();
     *free_bytes = memory.limit() - memory.used();
     return SUCCESS;
@@ -31,6 +32,10 @@ API int cuMemAllocAsync(uint64_t* address, size_t bytes, Stream* stream) {
         return stream->fault.stick(code);
     }
     void* start = stream->context->device->memory.allocate(bytes);
+    if (start == nullptr) {
+        finish_all(); // what is still to be freed
+        start = stream->context->device->memory.allocate(bytes);
+    }
     *address = reinterpret_cast<uint64_t>(start);
     return start != nullptr ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -41,14 +46,23 @@ API int cuMemFreeAsync(uint64_t address, Stream* stream) {
         return INVALID_HANDLE;
     }
     if (stream->capture != nullptr) {
-        stream->capture_broken = true;
+        stream->capture->broken = true;
         return CAPTURE_UNSUPPORTED;
     }
-    if (!stream->context->device->memory.release(pointer(address))) {
-        report("cuMemFreeAsync of an address that was not allocated");
-        return INVALID_VALUE;
+    const auto release = [=]() -> int {
+        if (!stream->context->device->memory.release(pointer(address))) {
+            report("cuMemFreeAsync of an address that was not allocated");
+            return INVALID_VALUE;
+        }
+        return SUCCESS;
+    };
+    if (order() == Order::ISSUED) {
+        const int code = release();
+        return code != SUCCESS ? code : stream->fault.code.load();
     }
-    return stream->fault.code;
+    std::lock_guard lock(lanes_mutex());
+    stream->lane.ops.push_back({.work = release, .frees = true});
+    return SUCCESS;
 }
 
 API int cuMemHostAlloc(void** address, size_t bytes, unsigned) {

@@ -21,6 +21,9 @@ for mode in plain asan; do
         cat "$out/$mode/log" >&2
         exit 1
     }
+    for order in late early; do
+        ASAN_OPTIONS=detect_leaks=0 FERROTUNE_HOST_STREAMS=$order "$out/$mode/selftest" "${files[@]}"
+    done
 done
 
 for kernel in out_of_bounds_1 shared_out_of_bounds_1; do

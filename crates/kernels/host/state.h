@@ -1,6 +1,7 @@
 // What the files of libcuda.so.1 share: contexts, streams, and how a call is checked and issued.
 #pragma once
 
+#include "lanes.h"
 #include "memory.h"
 
 #include <atomic>
@@ -33,6 +34,9 @@ enum Code : int {
     LAUNCH_FAILED = 719,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
+    CAPTURE_UNJOINED = 904,
+    CAPTURE_ISOLATION = 905,
+    CAPTURED_EVENT = 907,
     UNKNOWN = 999,
 };
 
@@ -60,24 +64,14 @@ struct Device {
     Device(int ordinal, size_t memory_limit) : ordinal(ordinal), memory(memory_limit) {}
 };
 
-using Work = std::function<int()>;
-
-struct Graph {
-    std::vector<Work> nodes;
-};
-
-// Work of a stream that goes on after the call that issued it, counted.
-struct Progress {
-    std::atomic<uint64_t> issued{0}, done{0};
-};
-
 // A fault of its work sticks to a stream alone. On a GPU it takes the whole process; here a test may
 // break its own device while others use theirs.
 struct Stream {
     Context* context;
     Fault fault{};
-    std::unique_ptr<Graph> capture{};
-    bool capture_broken = false;
+    std::shared_ptr<Graph> capture{}; // what is recorded, if it takes part in that
+    size_t capture_lane = 0;
+    Lane lane{};
     std::shared_ptr<Progress> progress = std::make_shared<Progress>();
     uint64_t waits = 0; // times somebody has waited for what was issued
 };
@@ -102,8 +96,13 @@ int ready();
 int ready(const Stream* stream);
 // A call that waits or allocates breaks a capture.
 int outside_capture(Stream* stream);
-// Runs `work`, or records it while the stream is captured.
+// Runs `work`, or records it while the stream is captured, or holds it back (`Order`).
 int issue_on(Stream* stream, const char* operation, Work work);
+// The same for what also is a point of the stream, or waits for one.
+int issue_on(Stream* stream, const char* operation, Op op);
+// Runs everything that is held back on a stream, or on all. Returns the first failure of it.
+int finish(Stream* stream);
+void finish_all();
 
 inline bool on_device(const Stream* stream, const void* address, size_t bytes) {
     return stream->context->device->memory.holds(address, bytes);

@@ -224,6 +224,8 @@ fn trainer(
         },
         activation_dtype: args.dtype.kernel(),
         max_tokens,
+        // One after the other, so that each has its own time.
+        write_ahead: !args.profile,
         cuda_graph: !args.profile,
         gemm_tuning: match args.gemm_tuning {
             Tuning::Heuristic => GemmTuning::Heuristic,

@@ -143,14 +143,13 @@ impl FrozenWeight {
         }
     }
 
-    /// A copy of the values where they are held, f32.
-    pub(crate) fn to_f32(&self, scratch: Scratch, workspace: &Workspace) -> Result<Tensor> {
-        self.with_values(scratch, workspace, |values| {
-            let [rows, cols] = values.shape();
-            let mut copy = Tensor::temporary(workspace.device(), DType::F32, rows, cols);
-            copy.view_mut().copy_from(values);
-            Ok(copy)
-        })
+    /// Whether its values are written out for each product.
+    pub(crate) fn is_written_out(&self) -> bool {
+        match self {
+            Self::Dense(_) => false,
+            Self::Augmented(weight) => weight.codes().is_some(),
+            Self::Codes(_) | Self::Stacked(_) => true,
+        }
     }
 
     /// Bits of a code where `rows` are codes.

@@ -3,6 +3,7 @@
 //! Forward of a part: `y = x W^T + b`, then its attachment. Backward computes no gradient of a
 //! frozen weight: only `dx = dy W` and what the attachments train.
 
+use super::ahead::Wanted;
 use super::attached::Norms;
 pub(crate) use super::attached::PartSaved;
 use super::frozen::{FrozenWeight, Scratch};
@@ -18,6 +19,8 @@ use std::sync::Arc;
 /// One or more linears over one input.
 #[derive(Debug)]
 pub(crate) struct LinearGroup {
+    /// Its place among the groups of all layers, four of each.
+    pub(crate) index: usize,
     pub(crate) in_features: usize,
     pub(crate) parts: Vec<Part>,
     /// All frozen weights as one matrix `[out, in]`, if no part trains its own. Copies of a layer share it.
@@ -70,6 +73,17 @@ enum BaseWeight<'a> {
     Trained(ParamId),
     /// W that a method changes.
     Changed(&'a Part, &'a FrozenWeight, &'a dyn WeightUpdate),
+}
+
+/// A matrix of a group that is held as codes and written out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Matrix {
+    /// Of all its linears.
+    Group,
+    /// The same between margins with the factors of low-rank updates.
+    Augmented,
+    /// Of one linear.
+    Part(usize),
 }
 
 /// What the products with a weight make.
@@ -272,12 +286,106 @@ impl LinearGroup {
                 let device = run.workspace.device();
                 let mut gradient = Tensor::temporary(device, DType::F32, rows, cols);
                 matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
-                let base = weight.to_f32(self.scratch, run.workspace)?;
+                let base = self.to_f32(run, weight)?;
                 update.backward(run.params, grads, base.view(), gradient.view())?;
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// Calls `product` with the values of `weight`, one of this group.
+    fn with_values<R>(
+        &self,
+        run: &Run<'_>,
+        weight: &FrozenWeight,
+        product: impl FnOnce(View<'_>) -> Result<R>,
+    ) -> Result<R> {
+        match (&run.ahead, self.matrix_of(weight)) {
+            (Some(ahead), Some(matrix)) => {
+                let wanted = Wanted {
+                    group: self.index,
+                    matrix,
+                };
+                ahead.with(run, wanted, |values| product(values.view()))
+            }
+            _ => weight.with_values(self.scratch, run.workspace, product),
+        }
+    }
+
+    /// A copy of the values of `weight`, one of this group, f32.
+    fn to_f32(&self, run: &Run<'_>, weight: &FrozenWeight) -> Result<Tensor> {
+        self.with_values(run, weight, |values| {
+            let [rows, cols] = values.shape();
+            let mut copy = Tensor::temporary(run.workspace.device(), DType::F32, rows, cols);
+            copy.view_mut().copy_from(values);
+            Ok(copy)
+        })
+    }
+
+    /// Which matrix of this group `weight` is, if it is written out for products.
+    fn matrix_of(&self, weight: &FrozenWeight) -> Option<Matrix> {
+        if !matches!(weight, FrozenWeight::Codes(_) | FrozenWeight::Stacked(_)) {
+            return None;
+        }
+        if self.frozen.is_some() {
+            return Some(Matrix::Group);
+        }
+        let is_it = |part: &Part| match &part.weight {
+            PartWeight::Alone(own) => std::ptr::eq(own.as_ref(), weight),
+            _ => false,
+        };
+        self.parts.iter().position(is_it).map(Matrix::Part)
+    }
+
+    /// The weight that is `matrix`.
+    fn weight_of(&self, matrix: Matrix) -> Option<&FrozenWeight> {
+        match matrix {
+            Matrix::Group | Matrix::Augmented => self.frozen.as_deref(),
+            Matrix::Part(part) => match &self.parts[part].weight {
+                PartWeight::Alone(weight) => Some(weight),
+                _ => None,
+            },
+        }
+    }
+
+    /// Its shape as it is written out.
+    pub(crate) fn shape_of(&self, matrix: Matrix) -> [usize; 2] {
+        let shape = self.weight_of(matrix).map_or([0, 0], FrozenWeight::shape);
+        match matrix {
+            Matrix::Augmented => shape.map(|length| length + self.room()),
+            _ => shape,
+        }
+    }
+
+    /// Writes it to `to`, of that shape.
+    pub(crate) fn write_out(&self, run: &Run<'_>, matrix: Matrix, to: ViewMut<'_>) -> Result<()> {
+        match (matrix, self.weight_of(matrix)) {
+            (Matrix::Augmented, Some(FrozenWeight::Augmented(weight))) => {
+                self.write_augmented(run, weight, to)
+            }
+            (_, Some(weight)) => weight.write(to),
+            (_, None) => Ok(()),
+        }
+    }
+
+    /// Whether products with it read a matrix that is written out for them.
+    pub(crate) fn is_written_out(&self) -> bool {
+        self.held().any(FrozenWeight::is_written_out)
+    }
+
+    /// Whether its format has a product of its own.
+    pub(crate) fn has_own_product(&self) -> bool {
+        self.held().any(FrozenWeight::has_own_product)
+    }
+
+    /// Its frozen matrices.
+    fn held(&self) -> impl Iterator<Item = &FrozenWeight> {
+        let alone = self.parts.iter().filter_map(|part| match &part.weight {
+            PartWeight::Alone(weight) => Some(weight),
+            _ => None,
+        });
+        self.frozen.iter().chain(alone).map(Arc::as_ref)
     }
 
     /// The weights whose products make the base output, with their columns of it.
@@ -307,12 +415,11 @@ impl LinearGroup {
         base: BaseWeight<'_>,
         product: impl FnOnce(View<'_>) -> Result<()>,
     ) -> Result<()> {
-        let (scratch, workspace) = (self.scratch, run.workspace);
         match base {
-            BaseWeight::Frozen(weight) => weight.with_values(scratch, workspace, product),
+            BaseWeight::Frozen(weight) => self.with_values(run, weight, product),
             BaseWeight::Trained(id) => product(run.params.view_as(id, run.dtype)),
             BaseWeight::Changed(part, weight, update) => {
-                let mut values = weight.to_f32(scratch, workspace)?;
+                let mut values = self.to_f32(run, weight)?;
                 match of {
                     Product::Output => update.apply(run.params, values.view_mut())?,
                     Product::InputGradient => {

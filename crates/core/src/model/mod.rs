@@ -4,6 +4,7 @@
 //! weights. Trainable values live outside, in a [`FlatBuffer`]; the model is immutable.
 
 mod activation;
+mod ahead;
 mod angles;
 mod attached;
 mod base;
@@ -57,12 +58,14 @@ use crate::Result;
 use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};
 use crate::data::PackedBatch;
 use crate::params::FlatBuffer;
+use ahead::{Ahead, WriteAhead};
 use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, axpby};
 use head::Head;
 use invocation::Invocation;
 use layer::Layer;
+use linear::LinearGroup;
 use norm::{Norm, Normed};
 use positions::Positions;
 use prompt::EmbeddedPrompt;
@@ -91,6 +94,8 @@ pub struct Model {
     label_smoothing: f32,
     neftune_noise_alpha: f32,
     angles: AngleTable,
+    /// In training, where that is wanted.
+    write_ahead: Option<WriteAhead>,
 }
 
 /// What forward keeps for backward.
@@ -211,6 +216,23 @@ impl Model {
         self.keep = keep.take(self.layers.len()).collect();
     }
 
+    /// Whether training writes weights that are held as codes out while the product before theirs runs, for which it
+    /// takes a second scratch matrix ([`ActivationPlan::write_ahead`]). Without effect where no weight is written out,
+    /// on a CPU, and for `LLM.int8()`, which has a product of its own. Results do not depend on it.
+    ///
+    /// # Errors
+    /// The first failure of the GPU.
+    pub fn set_write_ahead(&mut self, wanted: bool) -> Result<()> {
+        let groups = || self.layers.iter().flat_map(Layer::groups);
+        let can = groups().any(LinearGroup::is_written_out)
+            && !groups().any(LinearGroup::has_own_product);
+        self.write_ahead = match &self.device {
+            Device::Cuda(device) if wanted && can => Some(WriteAhead::new(device)?),
+            _ => None,
+        };
+        Ok(())
+    }
+
     /// Adds the losses of the trained tokens of `batch` to `sums`, and their gradient to `grads`.
     ///
     /// `params`, `grads` and `sums` live on the device of the model. Nothing waits for a GPU.
@@ -271,7 +293,10 @@ impl Model {
         sums: &mut Accumulator,
         layer_done: &mut LayerDone<'_>,
     ) -> Result<()> {
-        let run = Run::new(params, pass, inputs)?;
+        let mut run = Run::new(params, pass, inputs)?;
+        if let Some(ahead) = &self.write_ahead {
+            run.ahead = Some(Ahead::new(ahead, &self.layers, pass.workspace)?);
+        }
         let mut layers = Vec::with_capacity(self.layers.len());
         let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
         let stream = Stream { x, statistics };

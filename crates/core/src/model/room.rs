@@ -1,8 +1,9 @@
 //! Room beside matrices, in which a linear and its low-rank updates become one product
 //! (`ferrotune_kernels::augmented_linear`).
 
+use super::ahead::Wanted;
 use super::frozen::{FrozenWeight, Scratch};
-use super::linear::{LinearGroup, Part, PartSaved};
+use super::linear::{LinearGroup, Matrix, Part, PartSaved};
 use super::run::Run;
 use super::{DecoderConfig, LayerPlan, ModelPlan};
 use crate::Result;
@@ -197,41 +198,6 @@ impl Augmented {
             Held::Codes(codes) => codes.replace_rows(rows, from),
         }
     }
-
-    /// Calls `product` with W~, the factors of `updates` in its margins.
-    fn with_weight<R>(
-        &self,
-        run: &Run<'_>,
-        (scratch, pass): (Scratch, Pass),
-        updates: &[Update<'_>],
-        product: impl FnOnce(&Weight<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let (room, [out, inputs]) = (self.room, self.shape);
-        match &self.held {
-            Held::Values(values) => {
-                let mut values = lock(values);
-                // Those of the forward pass are still there.
-                if pass == Pass::Forward {
-                    place(run, updates, values.view_mut(), room)?;
-                }
-                product(&Weight::new(values.view(), room)?)
-            }
-            Held::Codes(codes) => {
-                scratch.lend(run.workspace, [out + room, inputs + room], |values| {
-                    let (own, margin) = (0..inputs, inputs..inputs + room);
-                    codes.write(values.view_mut().row_range(0..out).columns(own))?;
-                    values
-                        .view_mut()
-                        .row_range(0..out)
-                        .columns(margin)
-                        .fill(0.0);
-                    values.view_mut().row_range(out..out + room).fill(0.0);
-                    place(run, updates, values.view_mut(), room)?;
-                    product(&Weight::new(values.view(), room)?)
-                })
-            }
-        }
-    }
 }
 
 fn lock(values: &Mutex<Tensor>) -> MutexGuard<'_, Tensor> {
@@ -246,6 +212,55 @@ impl LinearGroup {
     /// Columns that its input, and the gradient of its output, have room for beside theirs.
     pub(crate) fn room(&self) -> usize {
         self.augmented().map_or(0, |weight| weight.room)
+    }
+
+    /// Calls `product` with W~, the factors of `updates` in its margins.
+    fn with_weight<R>(
+        &self,
+        run: &Run<'_>,
+        (weight, pass): (&Augmented, Pass),
+        updates: &[Update<'_>],
+        product: impl FnOnce(&Weight<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let room = weight.room;
+        if let Held::Values(values) = &weight.held {
+            let mut values = lock(values);
+            // Those of the forward pass are still there.
+            if pass == Pass::Forward {
+                place(run, updates, values.view_mut(), room)?;
+            }
+            return product(&Weight::new(values.view(), room)?);
+        }
+        if let Some(ahead) = &run.ahead {
+            let wanted = Wanted {
+                group: self.index,
+                matrix: Matrix::Augmented,
+            };
+            return ahead.with(run, wanted, |values| {
+                product(&Weight::new(values.view(), room)?)
+            });
+        }
+        let shape = self.shape_of(Matrix::Augmented);
+        self.scratch.lend(run.workspace, shape, |values| {
+            self.write_augmented(run, weight, values.view_mut())?;
+            product(&Weight::new(values.view(), room)?)
+        })
+    }
+
+    /// Writes what `weight`, which is this group's, stands for to `to` `[out + R, in + R]`, with the factors in the
+    /// margins.
+    pub(super) fn write_augmented(
+        &self,
+        run: &Run<'_>,
+        weight: &Augmented,
+        mut to: ViewMut<'_>,
+    ) -> Result<()> {
+        let (room, [out, inputs]) = (weight.room, weight.shape);
+        let (own, margin) = (0..inputs, inputs..inputs + room);
+        weight.write(to.reborrow().row_range(0..out).columns(own))?;
+        to.reborrow().row_range(0..out).columns(margin).fill(0.0);
+        to.reborrow().row_range(out..out + room).fill(0.0);
+        place(run, &self.updates(), to, room)
     }
 
     fn updates(&self) -> Vec<Update<'_>> {
@@ -282,7 +297,7 @@ impl LinearGroup {
             }
             augmented_linear::copy(x.reborrow().columns(beside.clone()), s.view())?;
         }
-        weight.with_weight(run, (self.scratch, Pass::Forward), &updates, |weight| {
+        self.with_weight(run, (weight, Pass::Forward), &updates, |weight| {
             if !apart {
                 augmented_linear::down(x.reborrow(), weight)?;
                 augmented_linear::copy(s.view_mut(), x.as_view().columns(beside))?;
@@ -335,7 +350,7 @@ impl LinearGroup {
         dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
         let updates = self.updates();
-        weight.with_weight(run, (self.scratch, Pass::Backward), &updates, |weight| {
+        self.with_weight(run, (weight, Pass::Backward), &updates, |weight| {
             augmented_linear::up_backward(dy.reborrow(), weight)?;
             for (part, update, ranks) in &updates {
                 let first = self.out_features() + ranks.start;

@@ -1,5 +1,6 @@
 //! What one pass over a micro-batch carries besides activations.
 
+use super::ahead::Ahead;
 use super::inputs::Inputs;
 use crate::Result;
 use crate::params::FlatBuffer;
@@ -48,6 +49,8 @@ pub(crate) struct Run<'a> {
     /// Those that share the pass, each with the rows that follow on those of the one before; none in a pass of
     /// one adapter.
     pub(crate) members: Vec<Member<'a>>,
+    /// What writes weights ahead of their products, in a pass that does.
+    pub(crate) ahead: Option<Ahead<'a>>,
 }
 
 /// One of several adapters in a pass over the same base.
@@ -83,6 +86,7 @@ impl<'a> Run<'a> {
                 .collect::<Result<_>>()?,
             mode: pass.mode,
             members: Vec::new(),
+            ahead: None,
         })
     }
 

@@ -100,6 +100,7 @@ impl Builder<'_> {
             label_smoothing: 0.0,
             neftune_noise_alpha: 0.0,
             angles: AngleTable::default(),
+            write_ahead: None,
             layers,
             norm,
             head,
@@ -112,17 +113,17 @@ impl Builder<'_> {
         let [beside_qkv, beside_o, beside_gate_up, beside_down] = rooms;
         Ok(Layer {
             input_norm: self.norm(layer.input_norm)?.with_room(beside_qkv),
-            qkv: self.linears(&layer.qkv, beside_qkv, scratch)?,
+            qkv: self.linears(4 * index, &layer.qkv, beside_qkv, scratch)?,
             qk_norms: self.qk_norms(index, layer)?,
-            o: self.linears(&[layer.o], beside_o, scratch)?,
+            o: self.linears(4 * index + 1, &[layer.o], beside_o, scratch)?,
             attention_residual: self.residual(layer.attention_norm)?,
             mlp_norm: self.norm(layer.mlp_norm)?.with_room(beside_gate_up),
-            gate_up: self.linears(&layer.gate_up, beside_gate_up, scratch)?,
+            gate_up: self.linears(4 * index + 2, &layer.gate_up, beside_gate_up, scratch)?,
             activation: Activation {
                 function: config.activation,
                 gated: config.gated_mlp,
             },
-            down: self.linears(&[layer.down], beside_down, scratch)?,
+            down: self.linears(4 * index + 3, &[layer.down], beside_down, scratch)?,
             mlp_residual: self.residual(layer.mlp_output_norm)?,
             attention: attention::Config {
                 heads: config.heads,
@@ -170,7 +171,14 @@ impl Builder<'_> {
         }))
     }
 
-    fn linears(&mut self, ids: &[SiteId], room: usize, scratch: Scratch) -> Result<LinearGroup> {
+    /// The group number `index`.
+    fn linears(
+        &mut self,
+        index: usize,
+        ids: &[SiteId],
+        room: usize,
+        scratch: Scratch,
+    ) -> Result<LinearGroup> {
         let plan = self.plan;
         let apart = |b: &Self, id: SiteId| {
             use Attachment::{TrainBase, Weight};
@@ -207,6 +215,7 @@ impl Builder<'_> {
             });
         }
         Ok(LinearGroup {
+            index,
             in_features: plan.site(ids[0]).in_features,
             parts,
             frozen,

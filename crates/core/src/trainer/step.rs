@@ -51,6 +51,9 @@ pub struct TrainerOptions {
     /// What each layer keeps for its backward; layers without a policy keep everything. Memory and
     /// speed depend on it, results do not.
     pub keep: Vec<Keep>,
+    /// On a GPU, writes weights that are held as codes out while the product before theirs runs
+    /// ([`Model::set_write_ahead`]). Memory and speed depend on it, results do not.
+    pub write_ahead: bool,
     /// On a GPU, records the micro-step of each shape as a graph and replays it, where that can be done.
     /// Speed depends on it, results do not. No other thread may use the device during a step then.
     pub cuda_graph: bool,
@@ -74,6 +77,7 @@ impl Default for TrainerOptions {
             max_tokens: 0,
             deterministic_reduction: false,
             keep: Vec::new(),
+            write_ahead: false,
             cuda_graph: true,
             gemm_tuning: GemmTuning::Heuristic,
         }
@@ -142,6 +146,7 @@ impl Trainer {
             options.weights.clone(),
         )?;
         model.set_keep(&options.keep);
+        model.set_write_ahead(options.write_ahead)?;
         model.set_label_smoothing(options.label_smoothing);
         model.set_neftune_noise_alpha(options.neftune_noise_alpha);
         adapter.init(&mut params, options.seed)?;

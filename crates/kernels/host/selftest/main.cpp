@@ -107,6 +107,7 @@ struct Array {
     }
     explicit Array(const std::vector<T>& values) : Array(values.size()) {
         CHECK(cuMemcpyHtoDAsync_v2(at, values.data(), count * sizeof(T), gpu.stream) == 0);
+        CHECK(cuStreamSynchronize(gpu.stream) == 0); // until then the values must stay
     }
     ~Array() { cuMemFreeAsync(at, gpu.stream); }
     Array(const Array&) = delete;
@@ -379,6 +380,91 @@ void graphs() {
     CHECK(cuStreamSynchronize(gpu.stream) == 0);
 }
 
+// A second stream, and a point of either.
+struct Side {
+    void *stream = nullptr, *event = nullptr;
+    Side() {
+        CHECK(cuStreamCreate(&stream, 1) == 0);
+        CHECK(cuEventCreate(&event, 0) == 0);
+    }
+    ~Side() {
+        CHECK(cuEventDestroy_v2(event) == 0);
+        CHECK(cuStreamDestroy_v2(stream) == 0);
+    }
+    // `then` goes on behind what is on `first`.
+    void order(void* first, void* then) {
+        CHECK(cuEventRecord(event, first) == 0);
+        CHECK(cuStreamWaitEvent(then, event, 0) == 0);
+    }
+};
+
+// Runs `body`, or what is recorded of it.
+void issued_or_recorded(bool recorded, const std::function<void()>& body) {
+    if (!recorded) {
+        return body();
+    }
+    void *graph, *executable;
+    CHECK(cuStreamBeginCapture_v2(gpu.stream, 2) == 0);
+    body();
+    CHECK(cuStreamEndCapture(gpu.stream, &graph) == 0);
+    CHECK(cuGraphInstantiateWithFlags(&executable, graph, 0) == 0);
+    CHECK(cuGraphDestroy(graph) == 0);
+    CHECK(cuGraphLaunch(executable, gpu.stream) == 0);
+    CHECK(cuGraphExecDestroy(executable) == 0);
+}
+
+// What is written on one stream and read on the other: `late` forgets a wait of the reader, `early` one of the
+// writer, where work is held back in that order.
+void streams(const std::string& mode) {
+    const bool late = mode == "late", early = mode == "early";
+    for (const bool recorded : {false, true}) {
+        for (const bool waits : {true, false}) {
+            Array<f32> x(std::vector<f32>(64, 5)), y(std::vector<f32>(64, 9));
+            Side side;
+            issued_or_recorded(recorded, [&] {
+                side.order(gpu.stream, side.stream);
+                CHECK(cuMemsetD8Async(x.at, 0, 256, side.stream) == 0);
+                if (waits) {
+                    side.order(side.stream, gpu.stream);
+                }
+                CHECK(cuMemcpyDtoDAsync_v2(y.at, x.at, 256, gpu.stream) == 0);
+                side.order(side.stream, gpu.stream);
+            });
+            CHECK(y.values() == std::vector<f32>(64, !waits && late ? 5 : 0));
+        }
+        for (const bool waits : {true, false}) {
+            Array<f32> x(std::vector<f32>(64, 5)), y(std::vector<f32>(64, 9));
+            Side side;
+            issued_or_recorded(recorded, [&] {
+                side.order(gpu.stream, side.stream);
+                CHECK(gpu.launch("add_one_1", 1, 64, 0, Values{x.ptr(), x.ptr(), 64}) == 0);
+                CHECK(cuMemcpyDtoDAsync_v2(y.at, x.at, 256, gpu.stream) == 0);
+                if (waits) {
+                    side.order(gpu.stream, side.stream);
+                }
+                CHECK(cuMemsetD8Async(x.at, 0, 256, side.stream) == 0);
+                side.order(side.stream, gpu.stream);
+            });
+            CHECK(y.values() == std::vector<f32>(64, !waits && early ? 1 : 6));
+            CHECK(x.values() == std::vector<f32>(64, !waits && early ? 1 : 0));
+        }
+    }
+    // A recording holds all that takes part in it, and nothing else.
+    Side side, other;
+    Array<f32> x(1);
+    void* graph;
+    CHECK(cuEventRecord(other.event, other.stream) == 0);
+    CHECK(cuStreamBeginCapture_v2(gpu.stream, 2) == 0);
+    side.order(gpu.stream, side.stream);
+    CHECK(cuEventQuery(side.event) == 907);
+    CHECK(cuMemsetD8Async(x.at, 0, 4, side.stream) == 0);
+    CHECK(cuStreamEndCapture(gpu.stream, &graph) == 904);
+    CHECK(cuStreamBeginCapture_v2(gpu.stream, 2) == 0);
+    CHECK(cuStreamWaitEvent(gpu.stream, other.event, 0) == 905);
+    CHECK(cuStreamEndCapture(gpu.stream, &graph) == CAPTURE_INVALIDATED);
+    CHECK(cuStreamSynchronize(gpu.stream) == 0);
+}
+
 struct Shape {
     bool a_transposed, b_transposed, bf16_in, bf16_out;
     size_t m, n, k;
@@ -502,6 +588,12 @@ int main(int argc, char** argv) {
     if (crash) {
         Array<f32> ten(10);
         CHECK(gpu.launch(name.c_str(), 1, 32, 40, Values{nullptr, ten.ptr(), 10}) == 0);
+        return 0;
+    }
+    const char* held_back = getenv("FERROTUNE_HOST_STREAMS");
+    streams(held_back != nullptr ? held_back : "");
+    if (held_back != nullptr) {
+        printf("self test: streams held back, %s\n", held_back);
         return 0;
     }
     memory();

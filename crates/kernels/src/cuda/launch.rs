@@ -141,7 +141,7 @@ impl CudaDevice {
                 1,
                 1,
                 grid.shared,
-                self.stream.0,
+                self.current().0,
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

@@ -130,6 +130,7 @@ impl CudaDevice {
 
     pub(super) fn try_alloc(&self, bytes: usize) -> Result<u64> {
         self.enter()?;
+        self.on_own_stream("allocation")?;
         if self.capture.is_active() {
             return self.record(Err(Error::Invalid {
                 op: "cuda::alloc",
@@ -275,7 +276,8 @@ impl CudaDevice {
             return Ok(());
         }
         // SAFETY: the caller vouches for both ranges.
-        let status = unsafe { (self.driver.copy_on_device_async)(dst, src, bytes, self.stream.0) };
+        let status =
+            unsafe { (self.driver.copy_on_device_async)(dst, src, bytes, self.current().0) };
         self.done("copying on the GPU", status)?;
         self.mark(|| "copy".to_owned())
     }
@@ -305,7 +307,7 @@ impl CudaDevice {
             return Ok(());
         }
         // SAFETY: the caller vouches for the range.
-        let status = unsafe { (self.driver.fill_bytes_async)(dst, 0, bytes, self.stream.0) };
+        let status = unsafe { (self.driver.fill_bytes_async)(dst, 0, bytes, self.current().0) };
         self.done("filling with zeros", status)?;
         self.mark(|| "zeros".to_owned())
     }
@@ -334,12 +336,14 @@ impl CudaDevice {
         };
         // SAFETY: extents of host memory are checked by the callers, who also wait; device ranges
         // are vouched for by theirs.
-        let status = unsafe { (self.driver.copy_2d_async)(&copy, self.stream.0) };
+        let status = unsafe { (self.driver.copy_2d_async)(&copy, self.current().0) };
         self.done("copying a matrix", status)?;
         self.mark(|| "copy of a matrix".to_owned())
     }
 
+    /// Whether something goes from or to the host: not while a graph is captured, nor on a side stream.
     fn not_capturing(&self, what: &str) -> Result<()> {
+        self.on_own_stream(what)?;
         if self.capture.is_active() {
             return self.record(Err(Error::Invalid {
                 op: "cuda",

@@ -54,7 +54,8 @@ impl CudaDevice {
 
     /// Notes that something called `name` was just launched.
     pub(super) fn mark(&self, name: impl FnOnce() -> String) -> Result<()> {
-        if !self.profile.active.load(Ordering::Acquire) || self.capture.is_active() {
+        let active = self.profile.active.load(Ordering::Acquire);
+        if !active || self.capture.is_active() || self.current() != self.stream {
             return Ok(());
         }
         let mut event: Raw = std::ptr::null_mut();

@@ -1,12 +1,18 @@
-//! A second stream beside the one of operations, for libraries that bring their own kernels, and the
-//! events that order the two.
+//! A second stream beside the one of operations, for libraries that bring their own kernels and for what is written
+//! ahead of its use, and the events that order the two.
 
 use super::{CudaDevice, Handle};
-use crate::Result;
+use crate::{Error, Result};
 use cudarc::driver::sys as cu;
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
+
+thread_local! {
+    /// Where this thread issues operations, if that is a side stream, and of which device.
+    static ISSUED_ON: Cell<Option<(*const CudaDevice, Handle)>> = const { Cell::new(None) };
+}
 
 /// A stream beside the one on which the operations of this crate run. What is issued here runs at the
 /// same time as those, in its own order.
@@ -67,6 +73,40 @@ impl CudaDevice {
         self.event_on(self.stream)
     }
 
+    /// Operations issued from now on run after `event`.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.wait_on(self.stream, event)
+    }
+
+    /// Where kernels, copies and fills of this thread go.
+    pub(super) fn current(&self) -> Handle {
+        match ISSUED_ON.get() {
+            Some((device, stream)) if std::ptr::eq(device, self) => stream,
+            _ => self.stream,
+        }
+    }
+
+    /// Refuses what belongs to the stream of operations while this thread issues on another.
+    pub(super) fn on_own_stream(&self, what: &str) -> Result<()> {
+        if self.current() == self.stream {
+            return Ok(());
+        }
+        self.record(Err(Error::Invalid {
+            op: "cuda",
+            message: format!("no {what} on a side stream"),
+        }))
+    }
+
+    fn wait_on(&self, stream: Handle, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: event and stream are open; an event may be destroyed while a stream waits for it.
+        let status = unsafe { (self.driver.stream_wait_event)(stream.0, event.event.0, 0) };
+        self.done("ordering two streams", status)
+    }
+
     fn event_on(self: &Arc<Self>, stream: Handle) -> Result<Event> {
         self.enter()?;
         let mut event = std::ptr::null_mut();
@@ -103,11 +143,22 @@ impl SideStream {
     /// # Errors
     /// The first failure of the device.
     pub fn wait(&self, event: &Event) -> Result<()> {
-        self.device.enter()?;
-        // SAFETY: event and stream are open; an event may be destroyed while a stream waits for it.
-        let status =
-            unsafe { (self.device.driver.stream_wait_event)(self.stream.0, event.event.0, 0) };
-        self.device.done("ordering two streams", status)
+        self.device.wait_on(self.stream, event)
+    }
+
+    /// Calls `body`, whose kernels, copies within the device and fills run here. It neither allocates nor multiplies
+    /// matrices, nor touches host memory.
+    pub fn issue<R>(&self, body: impl FnOnce() -> R) -> R {
+        /// Puts back what was there, also behind a panic.
+        struct Before(Option<(*const CudaDevice, Handle)>);
+        impl Drop for Before {
+            fn drop(&mut self) {
+                ISSUED_ON.set(self.0);
+            }
+        }
+        let here = (Arc::as_ptr(&self.device), self.stream);
+        let _before = Before(ISSUED_ON.replace(Some(here)));
+        body()
     }
 
     /// The point after everything issued here so far.

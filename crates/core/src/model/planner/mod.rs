@@ -23,6 +23,8 @@ const MOST_TRIED: usize = 128;
 /// One part in so many of the memory stays free: for what else the machine does, and for pieces too
 /// small to use.
 const RESERVE: u64 = 32;
+/// Bytes of a scratch below which writing ahead costs more in launches than it hides.
+const SMALLEST_AHEAD: u64 = 4 << 20;
 /// Bytes of ids, positions, counters of random draws, label rows and targets per token.
 const INDEX_BYTES: usize = 24;
 
@@ -129,6 +131,9 @@ pub struct ActivationPlan {
     pub bytes: StepBytes,
     /// Floating point operations done again, as a share of those of the step without.
     pub extra_compute: f64,
+    /// Whether weights that are held as codes are written out ahead of their products, into a second scratch that
+    /// is counted.
+    pub write_ahead: bool,
 }
 
 impl StepShape {
@@ -250,7 +255,32 @@ impl StepShape {
                 other: self.other_bytes(),
             },
             extra_compute: again.sum::<f64>() / step.max(1.0),
+            write_ahead: false,
         }
+    }
+
+    /// `plan` with weights written out ahead of their products, if the second scratch finds room beside it in the
+    /// memory that [`StepShape::plan_for`] is given. To keep more of a layer comes first: computing it again takes
+    /// longer than what this saves.
+    #[must_use]
+    pub fn ahead_for(&self, plan: ActivationPlan, available: u64, taken: u64) -> ActivationPlan {
+        let usable = (available - available / RESERVE).saturating_sub(taken);
+        let with = self.ahead(plan.clone());
+        match with.bytes.total() <= usable {
+            true => with,
+            false => plan,
+        }
+    }
+
+    /// `plan` with weights written out ahead of their products, whatever that takes; without where it makes no
+    /// difference, or they are small.
+    #[must_use]
+    pub fn ahead(&self, mut plan: ActivationPlan) -> ActivationPlan {
+        if self.on_gpu && !self.int8 && self.scratch >= SMALLEST_AHEAD {
+            plan.write_ahead = true;
+            plan.bytes.working = plan.bytes.working.saturating_add(self.scratch);
+        }
+        plan
     }
 
     /// The plan for a machine with `available` bytes, of which `taken` are weights and trained values.

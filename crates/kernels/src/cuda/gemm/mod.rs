@@ -132,6 +132,7 @@ impl CudaDevice {
     /// If the inputs differ in dtype, or a bf16 result of f32 inputs is wanted; without libcublasLt;
     /// the first failure of the device.
     pub(crate) fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.on_own_stream("product")?;
         self.enter()?;
         if gemm.m == 0 || gemm.n == 0 {
             return Ok(());
