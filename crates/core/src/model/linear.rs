@@ -5,13 +5,14 @@
 
 use super::attached::Norms;
 pub(crate) use super::attached::PartSaved;
+use super::changed::Changed;
 use super::frozen::{FrozenWeight, Scratch};
 use super::room::{Augmented, Wide};
 use super::run::Run;
 use crate::Result;
-use crate::adapter::{Attachment, WeightUpdate};
+use crate::adapter::Attachment;
 use crate::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{DType, Tensor, View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -68,15 +69,7 @@ pub(crate) enum PartBias {
 enum BaseWeight<'a> {
     Frozen(&'a FrozenWeight),
     Trained(ParamId),
-    /// W that a method changes.
-    Changed(&'a Part, &'a FrozenWeight, &'a dyn WeightUpdate),
-}
-
-/// What the products with a weight make.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Product {
-    Output,
-    InputGradient,
+    Changed(Changed<'a>),
 }
 
 impl LinearGroup {
@@ -138,7 +131,11 @@ impl LinearGroup {
                 weight.product(run, self.scratch, x, y)?;
                 continue;
             }
-            self.with_base(run, Product::Output, base, |weight| {
+            if let BaseWeight::Changed(changed) = base {
+                changed.forward(run, x, y)?;
+                continue;
+            }
+            self.with_base(run, base, |weight| {
                 norms.add(self, run, columns, weight)?;
                 Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
             })?;
@@ -184,9 +181,14 @@ impl LinearGroup {
             let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
             for (columns, base) in self.base_weights() {
                 let dy = base_dy.columns(columns);
-                self.with_base(run, Product::InputGradient, base, |weight| {
-                    Ok(matmul::nn(dx.reborrow(), beta, 1.0, dy, weight)?)
-                })?;
+                match base {
+                    BaseWeight::Changed(changed) => {
+                        changed.input_gradient(run, dy, beta, dx.reborrow())?;
+                    }
+                    base => self.with_base(run, base, |weight| {
+                        Ok(matmul::nn(dx.reborrow(), beta, 1.0, dy, weight)?)
+                    })?,
+                }
                 beta = 1.0;
             }
         }
@@ -265,19 +267,26 @@ impl LinearGroup {
         x: View<'_>,
         dy: View<'_>,
     ) -> Result<()> {
-        match (&part.weight, &part.attachment) {
-            (PartWeight::Trained(id), _) => matmul::tn(grads.view_mut(*id), 1.0, 1.0, dy, x)?,
-            (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
-                let [rows, cols] = [dy.cols(), x.cols()];
-                let device = run.workspace.device();
-                let mut gradient = Tensor::temporary(device, DType::F32, rows, cols);
-                matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
-                let base = weight.to_f32(self.scratch, run.workspace)?;
-                update.backward(run.params, grads, base.view(), gradient.view())?;
-            }
-            _ => {}
+        if let PartWeight::Trained(id) = part.weight {
+            matmul::tn(grads.view_mut(id), 1.0, 1.0, dy, x)?;
         }
-        Ok(())
+        match self.changed(part) {
+            Some(changed) => changed.parameter_gradients(run, grads, x, dy),
+            None => Ok(()),
+        }
+    }
+
+    /// The weight of a part, if a method changes it.
+    fn changed<'a>(&'a self, part: &'a Part) -> Option<Changed<'a>> {
+        match (&part.weight, &part.attachment) {
+            (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => Some(Changed {
+                part,
+                weight,
+                update: update.as_ref(),
+                scratch: self.scratch,
+            }),
+            _ => None,
+        }
     }
 
     /// The weights whose products make the base output, with their columns of it.
@@ -286,11 +295,9 @@ impl LinearGroup {
             return vec![(0..self.out_features(), BaseWeight::Frozen(weight))];
         }
         let parts = self.parts.iter().filter_map(|part| {
-            let weight = match (&part.weight, &part.attachment) {
+            let weight = match (&part.weight, self.changed(part)) {
                 (PartWeight::Trained(id), _) => BaseWeight::Trained(*id),
-                (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
-                    BaseWeight::Changed(part, weight, update.as_ref())
-                }
+                (_, Some(changed)) => BaseWeight::Changed(changed),
                 (PartWeight::Alone(weight), _) => BaseWeight::Frozen(weight),
                 (PartWeight::InGroup, _) => return None,
             };
@@ -303,24 +310,13 @@ impl LinearGroup {
     fn with_base(
         &self,
         run: &Run<'_>,
-        of: Product,
         base: BaseWeight<'_>,
         product: impl FnOnce(View<'_>) -> Result<()>,
     ) -> Result<()> {
-        let (scratch, workspace) = (self.scratch, run.workspace);
         match base {
-            BaseWeight::Frozen(weight) => weight.with_values(scratch, workspace, product),
+            BaseWeight::Frozen(weight) => weight.with_values(self.scratch, run.workspace, product),
             BaseWeight::Trained(id) => product(run.params.view_as(id, run.dtype)),
-            BaseWeight::Changed(part, weight, update) => {
-                let mut values = weight.to_f32(scratch, workspace)?;
-                match of {
-                    Product::Output => update.apply(run.params, values.view_mut())?,
-                    Product::InputGradient => {
-                        update.apply_for_input_gradient(run.params, values.view_mut())?;
-                    }
-                }
-                product(part.placed(run, &values).view())
-            }
+            BaseWeight::Changed(changed) => changed.with_values(run, product),
         }
     }
 }

@@ -7,6 +7,7 @@ mod activation;
 mod angles;
 mod attached;
 mod base;
+mod changed;
 mod column_norms;
 mod config;
 mod decode;

@@ -43,6 +43,11 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Whether a run asks for the method, and not a file that PEFT may have made.
+    pub(crate) fn are_asked(&self) -> bool {
+        matches!(self.source, Source::Config(_))
+    }
+
     /// Whether PEFT's known faults are wanted too.
     pub(crate) fn as_peft(&self) -> bool {
         matches!(self.source, Source::FileAsPeft(_))
@@ -104,10 +109,10 @@ impl<'a> Keys<'a> {
     }
 
     /// A probability in `[0, 1)`.
-    pub(crate) fn probability(&mut self, key: &'static str) -> Result<f32> {
+    pub(crate) fn probability(&mut self, key: &'static str) -> Result<f64> {
         let p = self.number(key, 0.0)?;
         if (0.0..1.0).contains(&p) {
-            return Ok(p as f32);
+            return Ok(p);
         }
         Err(self.error(key, format!("is {p}, expected a probability in [0, 1)")))
     }
@@ -159,18 +164,6 @@ impl<'a> Keys<'a> {
             key,
             format!("is {value}: this feature of the method is not supported, and ignoring it would give a different model"),
         ))
-    }
-
-    /// Refuses a feature of training alone where it is asked for and not there. A file may say that it was on: the
-    /// model that it holds is the same.
-    pub(crate) fn training_only(&mut self, key: &'static str) -> Result<()> {
-        match self.source {
-            Source::Config(_) => self.require_off(key),
-            Source::File(_) | Source::FileAsPeft(_) => {
-                self.ignore(&[key]);
-                Ok(())
-            }
-        }
     }
 
     /// Keys that say nothing about the arithmetic.

@@ -1,6 +1,6 @@
 //! HiRA: the weight times one plus a low-rank matrix, element by element.
 //!
-//! `W' = W + W ⊙ (B A)`.
+//! `W' = W + W ⊙ (B A)`, with dropout `y = x W^T + dropout(x) (W ⊙ (B A))^T`.
 //!
 //! # Source
 //! Huang et al.: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models"
@@ -29,6 +29,7 @@ enum Start {
 #[derive(Clone, Debug)]
 pub(crate) struct Hira {
     rank: Patterned<usize>,
+    dropout: f64,
     start: Start,
 }
 
@@ -36,7 +37,6 @@ impl Method for Hira {
     const PEFT_TYPE: &'static str = "HIRA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("hira_dropout")?;
         let start = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Start::Kaiming,
             Some(Value::Bool(false)) => Start::Random,
@@ -50,6 +50,7 @@ impl Method for Hira {
         };
         Ok(Self {
             rank: keys.patterned("r", 32, "rank_pattern")?,
+            dropout: keys.probability("hira_dropout")?,
             start,
         })
     }
@@ -63,7 +64,7 @@ impl Method for Hira {
             Start::Random => json!(false),
         };
         keys.insert("init_weights".into(), start);
-        keys.insert("hira_dropout".into(), json!(0.0));
+        keys.insert("hira_dropout".into(), json!(self.dropout));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 
@@ -106,6 +107,7 @@ impl Method for Hira {
             a: at.ids[0],
             b: at.ids[1],
             shape,
+            dropout: self.dropout as f32,
         })))
     }
 }
@@ -117,6 +119,7 @@ struct Update {
     b: ParamId,
     /// out, rank, in.
     shape: [usize; 3],
+    dropout: f32,
 }
 
 impl Update {
@@ -138,6 +141,10 @@ impl WeightUpdate for Update {
         let [a, b] = self.factors(params, weight.as_view());
         let product = nn(b, a)?;
         Ok(hadamard::scale(weight, 1.0, product.view())?)
+    }
+
+    fn dropout(&self) -> f32 {
+        self.dropout
     }
 
     fn backward(

@@ -29,7 +29,7 @@ pub(crate) struct VbLora {
     vectors: usize,
     length: usize,
     topk: usize,
-    dropout: f32,
+    dropout: f64,
     bank_bound: f64,
     logits_std: f64,
     /// Whether files hold the chosen vectors and their weights in the place of logits.
@@ -147,7 +147,7 @@ impl Method for VbLora {
             vectors: self.vectors,
             length: self.length,
             topk: self.topk,
-            dropout: self.dropout,
+            dropout: self.dropout as f32,
         })))
     }
 }

@@ -62,7 +62,7 @@ const IGNORED: [&str; 8] = [
 pub(crate) struct AdaLora {
     init_r: usize,
     alpha: f64,
-    dropout: f32,
+    dropout: f64,
     init_weights: bool,
     orth_reg_weight: f64,
     /// Smoothing of sensitivity and of its uncertainty.
@@ -149,7 +149,7 @@ impl Method for AdaLora {
             at.ids,
             [site.out_features, self.init_r, site.in_features],
             self.scale(),
-            self.dropout,
+            self.dropout as f32,
         ))))
     }
 
