@@ -59,8 +59,8 @@ impl Method for Delora {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
-        self.rank.require_used(&names)?;
-        self.lambda.require_used(&names)
+        self.lambda.require_used(&names)?;
+        self.rank.require_ranks(targets)
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {

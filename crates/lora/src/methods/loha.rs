@@ -54,8 +54,8 @@ impl Method for Loha {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
-        self.rank.require_used(&names)?;
-        self.alpha.require_used(&names)
+        self.alpha.require_used(&names)?;
+        self.rank.require_ranks(targets)
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {

@@ -12,9 +12,9 @@ use super::cayley::{Rotation, blocks, identity};
 use super::dropout::left_out;
 use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
-use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
 use rayon::prelude::*;
@@ -33,6 +33,8 @@ pub(crate) struct Oft {
     neumann: bool,
     terms: usize,
     dropout: f64,
+    /// Whether a run asks for it.
+    asked: bool,
     init_weights: bool,
 }
 
@@ -88,6 +90,7 @@ impl Method for Oft {
             neumann: keys.boolean("use_cayley_neumann", true)?,
             terms: keys.positive("num_cayley_neumann_terms", 5)?,
             dropout,
+            asked: keys.are_asked(),
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -118,6 +121,15 @@ impl Method for Oft {
             0 => ("r", self.rank),
             size => ("oft_block_size", size),
         };
+        for site in targets.iter().filter(|_| self.asked) {
+            if self.blocks(site)?[0] == 1 {
+                let (name, inputs) = (&site.name, site.in_features);
+                let message = format!(
+                    "is {given}, which makes blocks of one of the {inputs} inputs of `{name}`, and they rotate nothing"
+                );
+                return Err(Error::config(key, message));
+            }
+        }
         let changed = |site: &&&Site| divisor(site.in_features, given) != given;
         if let Some(site) = targets.iter().find(changed) {
             let (name, inputs) = (&site.name, site.in_features);

@@ -1,6 +1,6 @@
 use crate::PeftConfig;
 use crate::files::CONFIG_FILE;
-use crate::testing::{copy_of, edit_config, llama_sites};
+use crate::testing::{copy_of, edit_config, edit_tensors, llama_sites};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Adapter, Attachment, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
@@ -67,6 +67,109 @@ fn dropout_that_would_do_nothing_is_an_error() {
         let error = asked(&keys).expect_err("refused").to_string();
         assert!(error.contains("_dropout"), "{error}");
     }
+}
+
+/// q is 32 x 32, v 16 x 32.
+#[test]
+fn a_rank_above_a_weight_is_refused_where_it_is_asked_for() {
+    for (keys, part) in [
+        (
+            json!({"peft_type": "LOHA", "r": 33}),
+            "`r`: is 33, but the weight of",
+        ),
+        (
+            json!({"peft_type": "LOHA", "r": 4, "rank_pattern": {"v_proj": 33}}),
+            "v_proj` is 16 x 32",
+        ),
+        (
+            json!({"peft_type": "HIRA", "r": 33}),
+            "or a `rank_pattern` for this module",
+        ),
+        (
+            json!({"peft_type": "DELORA", "r": 33}),
+            "or a `rank_pattern` for this module",
+        ),
+        (
+            json!({"peft_type": "VBLORA", "r": 33, "vector_length": 8}),
+            "take a smaller one",
+        ),
+        (
+            json!({"peft_type": "ADALORA", "init_r": 33}),
+            "`init_r`: is 33, but the weight of",
+        ),
+        (json!({"peft_type": "HRA", "r": 33}), "32 inputs"),
+        (
+            json!({"peft_type": "OFT", "oft_block_size": 0, "r": 33}),
+            "rotate nothing",
+        ),
+    ] {
+        let mut keys = keys;
+        keys["target_modules"] = json!(["q_proj", "v_proj"]);
+        let error = asked(&keys).expect_err("refused").to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    // As in PEFT: full factors, random directions of which any number is another, blocks of the nearest size.
+    for keys in [
+        json!({"peft_type": "LOKR", "r": 1000}),
+        json!({"peft_type": "VERA", "r": 100}),
+        json!({"peft_type": "RANDLORA", "r": 100}),
+        json!({"peft_type": "OFT", "oft_block_size": 100}),
+        json!({"peft_type": "HRA", "r": 32}),
+        json!({"peft_type": "LOHA", "r": 32}),
+    ] {
+        let mut keys = keys;
+        keys["target_modules"] = json!(["q_proj", "v_proj"]);
+        asked(&keys).expect("attaches");
+    }
+}
+
+#[test]
+fn an_adapter_of_peft_loads_whatever_its_rank() {
+    let factors = |directory: &Path, rank: usize| {
+        edit_tensors(directory, |tensors| {
+            for (name, (shape, values)) in tensors {
+                let axis = usize::from(!name.ends_with("_b") && !name.ends_with("_A"));
+                shape[axis] = rank;
+                *values = vec![0.25; shape[0] * shape[1]];
+            }
+        });
+        edit_config(directory, "r", json!(rank));
+    };
+    for case in ["loha", "hira", "hra"] {
+        let copy = copy_of(case);
+        factors(copy.path(), 90);
+        let (_, params) = loaded(copy.path()).expect(case);
+        assert!(params.as_slice().contains(&0.25));
+    }
+    // Blocks of one input, as PEFT makes them of more blocks than inputs.
+    let copy = copy_of("oft");
+    edit_config(copy.path(), "r", json!(100));
+    edit_config(copy.path(), "oft_block_size", json!(0));
+    edit_tensors(copy.path(), |tensors| {
+        for (name, (shape, values)) in tensors {
+            let inputs = if name.contains("down_proj") { 64 } else { 32 };
+            (*shape, *values) = (vec![inputs, 0], Vec::new());
+        }
+    });
+    loaded(copy.path()).expect("oft");
+}
+
+/// PEFT 0.21.2 gives every module the rank `r` and writes the pattern all the same.
+#[test]
+fn ranks_of_hira_are_those_of_its_file() {
+    let copy = copy_of("hira");
+    let (_, before) = loaded(copy.path()).expect("fixture");
+    edit_config(
+        copy.path(),
+        "rank_pattern",
+        json!({"v_proj": 2, "nothing": 3}),
+    );
+    let (adapter, params) = loaded(copy.path()).expect("as PEFT reads it");
+    assert_eq!(params.as_slice(), before.as_slice());
+    let again = tempfile::tempdir().expect("temporary directory");
+    adapter.save(&params, again.path()).expect("saved");
+    let (_, again) = loaded(again.path()).expect("ours");
+    assert_eq!(again.as_slice(), before.as_slice());
 }
 
 /// The updates of the first target over many steps, on average and one by one.
