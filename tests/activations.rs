@@ -14,7 +14,8 @@ use ferrotune::core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::linear_cross_entropy::Accumulator;
 use ferrotune::kernels::{DType, Device, Tensor, View, ViewMut, Workspace, host_cuda};
-use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
+use ferrotune::lora::{LoraAdapter, LoraConfig, PeftConfig, TargetModules};
+use serde_json::{Value, json};
 use std::path::Path;
 
 const SEED: u64 = 3;
@@ -40,6 +41,13 @@ fn lora_with_dropout() -> Box<dyn Adapter> {
         ..LoraConfig::default()
     };
     Box::new(LoraAdapter::new(config, "llama").expect("valid"))
+}
+
+fn method(mut keys: Value) -> Box<dyn Adapter> {
+    keys["target_modules"] = json!("all-linear");
+    let object = keys.as_object().expect("an object");
+    let config = PeftConfig::from_config("peft_config", object).expect("a known method");
+    config.into_adapter("llama").expect("valid")
 }
 
 fn lora_on_later_layers() -> Box<dyn Adapter> {
@@ -328,6 +336,19 @@ fn lora_with_dropout_has_the_same_bits_whatever_is_kept() {
 #[test]
 fn lora_with_dropout_has_the_same_bits_whatever_is_kept_on_a_gpu() {
     assert_same_bits(&gpu(), lora_with_dropout);
+}
+
+#[test]
+fn methods_with_dropout_have_the_same_bits_whatever_is_kept() {
+    let methods: [fn() -> Box<dyn Adapter>; 3] = [
+        || method(json!({"peft_type": "HIRA", "r": 3, "hira_dropout": 0.3})),
+        || method(json!({"peft_type": "DELORA", "r": 3, "module_dropout": 0.3})),
+        || method(json!({"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3, "module_dropout": 0.3})),
+    ];
+    for method in methods {
+        assert_same_bits(&Device::Cpu, method);
+    }
+    assert_same_bits(&gpu(), methods[0]);
 }
 
 #[test]

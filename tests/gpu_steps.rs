@@ -383,8 +383,8 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "LOHA", "r": 3},
         {"peft_type": "LOKR", "r": 2},
         {"peft_type": "LOKR", "r": 2, "decompose_both": true, "init_weights": "lycoris"},
-        {"peft_type": "HIRA", "r": 4},
-        {"peft_type": "MISS", "r": 8},
+        {"peft_type": "HIRA", "r": 4, "hira_dropout": 0.3},
+        {"peft_type": "MISS", "r": 8, "miss_dropout": 0.3},
         {"peft_type": "MISS", "r": 8, "mini_r": 4, "init_weights": "mini"},
     ]);
     let on_the_host = json!([
@@ -393,6 +393,7 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "HRA", "r": 4},
         {"peft_type": "ROAD", "group_size": 8},
         {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
+        {"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3},
     ]);
     [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())
 }

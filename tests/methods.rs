@@ -461,7 +461,7 @@ fn mistakes_in_a_configuration_are_named() {
             "lycoris",
         ),
         (
-            json!({"peft_type": "LOHA", "module_dropout": 0.1}),
+            json!({"peft_type": "LOHA", "module_dropout": 1.0}),
             "module_dropout",
         ),
         (json!({"peft_type": "OFT", "r": 4}), "one of them must be 0"),

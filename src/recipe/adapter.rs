@@ -8,7 +8,7 @@ use ferrotune_core::params::{ParamLayout, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use ferrotune_lora::{
     ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
-    PeftConfig, Start, TargetModules, TokenIndices,
+    PeftConfig, Start, TargetModules, TokenIndices, require_rank,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -118,21 +118,11 @@ pub(super) fn attach(
     })
 }
 
-/// Refuses a rank above both dimensions of a weight: more is trained than the weight has, for the same updates.
+/// Refuses a LoRA's rank above both dimensions of a weight; other methods look at their own.
 fn require_ranks(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Result<()> {
-    for (site, rank) in low_ranks(sites, attachments) {
-        let [rows, columns] = [site.out_features, site.in_features];
-        if rank > rows.max(columns) {
-            let message = format!(
-                "is {rank}, but the weight of `{}` is {rows} x {columns}: no update of it has a rank above {}; take \
-                 a smaller one, or a `rank_pattern` for this module",
-                site.name,
-                rows.min(columns)
-            );
-            return Err(Error::config("r", message));
-        }
-    }
-    Ok(())
+    let others = ", or a `rank_pattern` for this module";
+    let mut ranks = low_ranks(sites, attachments);
+    ranks.try_for_each(|(site, rank)| require_rank("r", site, rank, others))
 }
 
 /// Refuses a `lora_bias` that trains nothing.

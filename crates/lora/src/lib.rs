@@ -51,6 +51,7 @@
 mod base_copies;
 mod combine;
 mod files;
+mod fit;
 pub mod inspect;
 pub mod lora;
 mod lora_fa;
@@ -72,6 +73,7 @@ pub use base_copies::AdapterBase;
 pub use combine::{
     Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
 };
+pub use fit::require_rank;
 pub use lora::{
     CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraAdapter, LoraBias,
     LoraConfig, LoraGaConfig, Observation, Scale, Start, TokenIndices,

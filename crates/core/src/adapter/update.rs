@@ -8,6 +8,7 @@
 
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
+use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut};
 use std::fmt::Debug;
 
@@ -52,6 +53,8 @@ pub trait LowRankFactors: Debug + Send + Sync {
 }
 
 /// `y = x f(W)^T + b`: the method gives f and its vector-Jacobian product, the linear does the rest.
+///
+/// With [`WeightUpdate::dropout`], training computes `y = x W^T + dropout(x) (f(W) - W)^T + b`.
 pub trait WeightUpdate: Debug + Send + Sync {
     /// As [`LowRankFactors::computes_on_host`].
     fn computes_on_host(&self) -> bool {
@@ -63,6 +66,18 @@ pub trait WeightUpdate: Debug + Send + Sync {
     /// # Errors
     /// If a kernel refuses its arguments.
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()>;
+
+    /// Probability that an element of x is dropped before the change of W, in training.
+    fn dropout(&self) -> f32 {
+        0.0
+    }
+
+    /// The update as it is in one optimizer step, for methods that leave out parts of it in training. `draws` are
+    /// those of the step and the site: the same for every micro-batch, forward and backward.
+    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+        let _ = draws;
+        None
+    }
 
     /// Turns W into what the gradient of x is computed with: f(W), but for comparisons with software that
     /// computes another.

@@ -6,11 +6,12 @@
 use super::ahead::Wanted;
 use super::attached::Norms;
 pub(crate) use super::attached::PartSaved;
+use super::changed::Changed;
 use super::frozen::{FrozenWeight, Scratch};
 use super::room::{Augmented, Wide};
 use super::run::Run;
 use crate::Result;
-use crate::adapter::{Attachment, WeightUpdate};
+use crate::adapter::Attachment;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
@@ -71,8 +72,7 @@ pub(crate) enum PartBias {
 enum BaseWeight<'a> {
     Frozen(&'a FrozenWeight),
     Trained(ParamId),
-    /// W that a method changes.
-    Changed(&'a Part, &'a FrozenWeight, &'a dyn WeightUpdate),
+    Changed(Changed<'a>),
 }
 
 /// A matrix of a group that is held as codes and written out.
@@ -84,13 +84,6 @@ pub(crate) enum Matrix {
     Augmented,
     /// Of one linear.
     Part(usize),
-}
-
-/// What the products with a weight make.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Product {
-    Output,
-    InputGradient,
 }
 
 impl LinearGroup {
@@ -152,7 +145,11 @@ impl LinearGroup {
                 weight.product(run, self.scratch, x, y)?;
                 continue;
             }
-            self.with_base(run, Product::Output, base, |weight| {
+            if let BaseWeight::Changed(changed) = base {
+                changed.forward(run, x, y)?;
+                continue;
+            }
+            self.with_base(run, base, |weight| {
                 norms.add(self, run, columns, weight)?;
                 Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
             })?;
@@ -198,9 +195,14 @@ impl LinearGroup {
             let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
             for (columns, base) in self.base_weights() {
                 let dy = base_dy.columns(columns);
-                self.with_base(run, Product::InputGradient, base, |weight| {
-                    Ok(matmul::nn(dx.reborrow(), beta, 1.0, dy, weight)?)
-                })?;
+                match base {
+                    BaseWeight::Changed(changed) => {
+                        changed.input_gradient(run, dy, beta, dx.reborrow())?;
+                    }
+                    base => self.with_base(run, base, |weight| {
+                        Ok(matmul::nn(dx.reborrow(), beta, 1.0, dy, weight)?)
+                    })?,
+                }
                 beta = 1.0;
             }
         }
@@ -279,23 +281,30 @@ impl LinearGroup {
         x: View<'_>,
         dy: View<'_>,
     ) -> Result<()> {
-        match (&part.weight, &part.attachment) {
-            (PartWeight::Trained(id), _) => matmul::tn(grads.view_mut(*id), 1.0, 1.0, dy, x)?,
-            (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
-                let [rows, cols] = [dy.cols(), x.cols()];
-                let device = run.workspace.device();
-                let mut gradient = Tensor::temporary(device, DType::F32, rows, cols);
-                matmul::tn(gradient.view_mut(), 0.0, 1.0, dy, x)?;
-                let base = self.to_f32(run, weight)?;
-                update.backward(run.params, grads, base.view(), gradient.view())?;
-            }
-            _ => {}
+        if let PartWeight::Trained(id) = part.weight {
+            matmul::tn(grads.view_mut(id), 1.0, 1.0, dy, x)?;
         }
-        Ok(())
+        match self.changed(part) {
+            Some(changed) => changed.parameter_gradients(run, grads, x, dy),
+            None => Ok(()),
+        }
+    }
+
+    /// The weight of a part, if a method changes it.
+    fn changed<'a>(&'a self, part: &'a Part) -> Option<Changed<'a>> {
+        match (&part.weight, &part.attachment) {
+            (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => Some(Changed {
+                part,
+                weight,
+                update: update.as_ref(),
+                group: self,
+            }),
+            _ => None,
+        }
     }
 
     /// Calls `product` with the values of `weight`, one of this group.
-    fn with_values<R>(
+    pub(super) fn with_values<R>(
         &self,
         run: &Run<'_>,
         weight: &FrozenWeight,
@@ -314,7 +323,7 @@ impl LinearGroup {
     }
 
     /// A copy of the values of `weight`, one of this group, f32.
-    fn to_f32(&self, run: &Run<'_>, weight: &FrozenWeight) -> Result<Tensor> {
+    pub(super) fn to_f32(&self, run: &Run<'_>, weight: &FrozenWeight) -> Result<Tensor> {
         self.with_values(run, weight, |values| {
             let [rows, cols] = values.shape();
             let mut copy = Tensor::temporary(run.workspace.device(), DType::F32, rows, cols);
@@ -394,11 +403,9 @@ impl LinearGroup {
             return vec![(0..self.out_features(), BaseWeight::Frozen(weight))];
         }
         let parts = self.parts.iter().filter_map(|part| {
-            let weight = match (&part.weight, &part.attachment) {
+            let weight = match (&part.weight, self.changed(part)) {
                 (PartWeight::Trained(id), _) => BaseWeight::Trained(*id),
-                (PartWeight::Alone(weight), Some(Attachment::Weight(update))) => {
-                    BaseWeight::Changed(part, weight, update.as_ref())
-                }
+                (_, Some(changed)) => BaseWeight::Changed(changed),
                 (PartWeight::Alone(weight), _) => BaseWeight::Frozen(weight),
                 (PartWeight::InGroup, _) => return None,
             };
@@ -411,23 +418,13 @@ impl LinearGroup {
     fn with_base(
         &self,
         run: &Run<'_>,
-        of: Product,
         base: BaseWeight<'_>,
         product: impl FnOnce(View<'_>) -> Result<()>,
     ) -> Result<()> {
         match base {
             BaseWeight::Frozen(weight) => self.with_values(run, weight, product),
             BaseWeight::Trained(id) => product(run.params.view_as(id, run.dtype)),
-            BaseWeight::Changed(part, weight, update) => {
-                let mut values = self.to_f32(run, weight)?;
-                match of {
-                    Product::Output => update.apply(run.params, values.view_mut())?,
-                    Product::InputGradient => {
-                        update.apply_for_input_gradient(run.params, values.view_mut())?;
-                    }
-                }
-                product(part.placed(run, &values).view())
-            }
+            BaseWeight::Changed(changed) => changed.with_values(run, product),
         }
     }
 }

@@ -8,6 +8,7 @@ mod ahead;
 mod angles;
 mod attached;
 mod base;
+mod changed;
 mod column_norms;
 mod config;
 mod decode;

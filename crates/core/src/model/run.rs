@@ -13,8 +13,8 @@ use std::ops::Range;
 pub enum Mode {
     /// No dropout, no noise.
     Eval,
-    /// Dropout with masks drawn from `(seed, step, site, document, position, column)`, and noise on embeddings, if
-    /// the model has it.
+    /// Dropout with masks drawn from `(seed, step, site, document, position, column)`, or from `(seed, step, site)` for
+    /// parts of an update, and noise on embeddings, if the model has it.
     Train {
         /// Seed of the run.
         seed: u64,
@@ -139,7 +139,18 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The mask of a low-rank update's dropout with probability `p` at site `site`, if one applies.
+    /// What is drawn once per step at site `site`, if draws happen: which parts of an update are left out.
+    pub(crate) fn draws(&self, site: usize) -> Option<rng::Stream> {
+        match self.mode {
+            Mode::Train { seed, step } => {
+                let site = rng::mix(rng::key_for(seed, "dropout of parts"), site as u64);
+                Some(rng::Stream::new(rng::mix(site, step)))
+            }
+            Mode::Eval => None,
+        }
+    }
+
+    /// The mask of an update's dropout of inputs with probability `p` at site `site`, if one applies.
     pub(crate) fn dropout(&self, site: usize, p: f32) -> Option<(dropout::Key, &Indices<'a>)> {
         match self.mode {
             Mode::Train { seed, .. } if p > 0.0 => {

@@ -1,7 +1,9 @@
 //! Reading the object of an `adapter_config.json`, key by key.
 
+use crate::fit::require_rank;
 use crate::target::{ExcludeModules, PatternMap, Patterns, TargetModules};
 use crate::unknown_key;
+use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
@@ -41,6 +43,11 @@ impl<'a> Keys<'a> {
             Source::File(path) | Source::FileAsPeft(path) => path.parent(),
             Source::Config(_) => None,
         }
+    }
+
+    /// Whether a run asks for the method, and not a file that PEFT may have made.
+    pub(crate) fn are_asked(&self) -> bool {
+        matches!(self.source, Source::Config(_))
     }
 
     /// Whether PEFT's known faults are wanted too.
@@ -104,10 +111,10 @@ impl<'a> Keys<'a> {
     }
 
     /// A probability in `[0, 1)`.
-    pub(crate) fn probability(&mut self, key: &'static str) -> Result<f32> {
+    pub(crate) fn probability(&mut self, key: &'static str) -> Result<f64> {
         let p = self.number(key, 0.0)?;
         if (0.0..1.0).contains(&p) {
-            return Ok(p as f32);
+            return Ok(p);
         }
         Err(self.error(key, format!("is {p}, expected a probability in [0, 1)")))
     }
@@ -159,18 +166,6 @@ impl<'a> Keys<'a> {
             key,
             format!("is {value}: this feature of the method is not supported, and ignoring it would give a different model"),
         ))
-    }
-
-    /// Refuses a feature of training alone where it is asked for and not there. A file may say that it was on: the
-    /// model that it holds is the same.
-    pub(crate) fn training_only(&mut self, key: &'static str) -> Result<()> {
-        match self.source {
-            Source::Config(_) => self.require_off(key),
-            Source::File(_) | Source::FileAsPeft(_) => {
-                self.ignore(&[key]);
-                Ok(())
-            }
-        }
     }
 
     /// Keys that say nothing about the arithmetic.
@@ -255,7 +250,8 @@ impl<'a> Keys<'a> {
         }
         Ok(Patterned {
             default,
-            key: pattern_key,
+            keys: [key, pattern_key],
+            asked: self.are_asked(),
             pattern,
         })
     }
@@ -271,7 +267,8 @@ impl<'a> Keys<'a> {
         let pattern = self.pattern(pattern_key, Self::as_number)?;
         Ok(Patterned {
             default,
-            key: pattern_key,
+            keys: [key, pattern_key],
+            asked: self.are_asked(),
             pattern,
         })
     }
@@ -316,7 +313,10 @@ impl<'a> Keys<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Patterned<T> {
     pub(crate) default: T,
-    key: &'static str,
+    /// Of the default, and of the pattern.
+    keys: [&'static str; 2],
+    /// Whether a run asks for it.
+    asked: bool,
     pub(crate) pattern: PatternMap<T>,
 }
 
@@ -326,13 +326,25 @@ impl<T: Copy> Patterned<T> {
     /// # Errors
     /// [`Error::Config`] if a pattern is no regular expression.
     pub(crate) fn of(&self, module: &str) -> Result<T> {
-        let patterns = Patterns::compile(self.key, &self.pattern)?;
+        let patterns = Patterns::compile(self.keys[1], &self.pattern)?;
         Ok(patterns.value(module)?.unwrap_or(self.default))
     }
 
     /// Refuses a pattern that matches none of `modules`.
     pub(crate) fn require_used(&self, modules: &[&str]) -> Result<()> {
-        Patterns::compile(self.key, &self.pattern)?.require_all_used(modules)
+        Patterns::compile(self.keys[1], &self.pattern)?.require_all_used(modules)
+    }
+}
+
+impl Patterned<usize> {
+    /// Refuses a rank that a run asks for above both dimensions of a target, and a pattern that matches none.
+    pub(crate) fn require_ranks(&self, targets: &[&Site]) -> Result<()> {
+        let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
+        self.require_used(&names)?;
+        let [key, pattern] = self.keys;
+        let others = format!(", or a `{pattern}` for this module");
+        let mut asked = targets.iter().filter(|_| self.asked);
+        asked.try_for_each(|site| require_rank(key, site, self.of(&site.name)?, &others))
     }
 }
 

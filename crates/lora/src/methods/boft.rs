@@ -1,18 +1,20 @@
 //! BOFT with one butterfly factor: inputs rotated in blocks, outputs scaled.
 //!
 //! `W' = s ⊙ (W R^T)`, R block-diagonal with the Cayley transforms of the skew parts of
-//! `boft_R [1, blocks, b, b]`, s `[out, 1]`.
+//! `boft_R [1, blocks, b, b]`, s `[out, 1]`. Dropout puts the identity in the place of some of them.
 //!
 //! # Source
 //! Liu et al.: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (2023); PEFT's
 //! `tuners/boft`, which has more than one factor with its CUDA extension only.
 
-use super::cayley::{Rotation, blocks};
+use super::cayley::{Rotation, blocks, identity};
+use super::dropout::left_out;
 use super::matrix::{device_of, elements, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, hadamard};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -23,6 +25,7 @@ pub(crate) struct Boft {
     /// 0 where the number of blocks is given.
     block_size: usize,
     block_num: usize,
+    dropout: f64,
     init_weights: bool,
 }
 
@@ -41,7 +44,6 @@ impl Method for Boft {
     const PEFT_TYPE: &'static str = "BOFT";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("boft_dropout")?;
         let factor = keys.positive("boft_n_butterfly_factor", 1)?;
         if factor > 1 {
             return Err(keys.error(
@@ -62,6 +64,7 @@ impl Method for Boft {
         Ok(Self {
             block_size,
             block_num,
+            dropout: keys.probability("boft_dropout")?,
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -70,7 +73,7 @@ impl Method for Boft {
         keys.insert("boft_block_size".into(), json!(self.block_size));
         keys.insert("boft_block_num".into(), json!(self.block_num));
         keys.insert("boft_n_butterfly_factor".into(), json!(1));
-        keys.insert("boft_dropout".into(), json!(0.0));
+        keys.insert("boft_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
         keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
@@ -107,17 +110,22 @@ impl Method for Boft {
             s: at.ids[1],
             size,
             count,
+            dropout: self.dropout,
+            left_out: vec![false; count],
         })))
     }
 }
 
 /// BOFT on one linear.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Butterfly {
     r: ParamId,
     s: ParamId,
     size: usize,
     count: usize,
+    dropout: f64,
+    /// Blocks that do not rotate.
+    left_out: Vec<bool>,
 }
 
 impl Butterfly {
@@ -133,8 +141,11 @@ impl Butterfly {
     /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
     fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
         let n = self.size;
-        let of = |block| -> Vec<f32> {
-            let rotation = Rotation::Cayley.of(&self.skew(params, block), n);
+        let of = |block: usize| -> Vec<f32> {
+            let rotation = match self.left_out[block] {
+                true => identity(n),
+                false => Rotation::Cayley.of(&self.skew(params, block), n),
+            };
             rotation.iter().map(|v| *v as f32).collect()
         };
         let blocks: Vec<Vec<f32>> = (0..self.count).into_par_iter().map(of).collect();
@@ -151,6 +162,14 @@ impl Butterfly {
 }
 
 impl WeightUpdate for Butterfly {
+    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+        let left_out = left_out(self.dropout, self.count, draws)?;
+        Some(Box::new(Self {
+            left_out,
+            ..self.clone()
+        }))
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let rotated = self.rotated(params, weight.as_view())?;
         let s = param(params, self.s, [weight.rows(), 1], rotated.view());
@@ -181,7 +200,8 @@ impl WeightUpdate for Butterfly {
         let blocks = d_rotations.par_chunks_exact(n * n).enumerate();
         let d_skew: Vec<Vec<f64>> = blocks.map(d_skew).collect();
         let target = grads.get_mut(self.r).chunks_exact_mut(n * n);
-        for (target, d) in target.zip(&d_skew) {
+        let rotating = target.zip(&d_skew).zip(&self.left_out);
+        for ((target, d), _) in rotating.filter(|(_, left_out)| !**left_out) {
             for (i, target) in target.iter_mut().enumerate() {
                 *target += (0.5 * (d[i] - d[i % n * n + i / n])) as f32;
             }

@@ -33,7 +33,7 @@ pub(super) fn blocks(
 /// A square matrix, row by row.
 pub(super) type Square = Vec<f64>;
 
-fn identity(n: usize) -> Square {
+pub(super) fn identity(n: usize) -> Square {
     (0..n * n)
         .map(|i| f64::from(u8::from(i / n == i % n)))
         .collect()

@@ -23,6 +23,8 @@ const LEAST: f32 = 1e-4;
 pub(crate) struct Delora {
     rank: Patterned<usize>,
     lambda: Patterned<f64>,
+    /// `module_dropout`, which drops elements of the input.
+    dropout: f64,
     init_weights: bool,
 }
 
@@ -30,10 +32,10 @@ impl Method for Delora {
     const PEFT_TYPE: &'static str = "DELORA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("module_dropout")?;
         Ok(Self {
             rank: keys.patterned("r", 8, "rank_pattern")?,
             lambda: keys.patterned_number("delora_lambda", 15.0, "lambda_pattern")?,
+            dropout: keys.probability("module_dropout")?,
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -43,7 +45,7 @@ impl Method for Delora {
         keys.insert("rank_pattern".into(), self.rank.to_json());
         keys.insert("delora_lambda".into(), json!(self.lambda.default));
         keys.insert("lambda_pattern".into(), self.lambda.to_json());
-        keys.insert("module_dropout".into(), json!(0.0));
+        keys.insert("module_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
         keys.insert("bias".into(), json!("none"));
     }
@@ -57,8 +59,8 @@ impl Method for Delora {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
-        self.rank.require_used(&names)?;
-        self.lambda.require_used(&names)
+        self.lambda.require_used(&names)?;
+        self.rank.require_ranks(targets)
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
@@ -108,6 +110,7 @@ impl Method for Delora {
                 self.rank.of(&site.name)?,
                 site.in_features,
             ],
+            dropout: self.dropout as f32,
         })))
     }
 }
@@ -121,6 +124,7 @@ struct Bounded {
     norms: ParamId,
     /// out, rank, in.
     shape: [usize; 3],
+    dropout: f32,
 }
 
 /// Norms of the rows of A and of the columns of B, as they are divided by.
@@ -161,6 +165,10 @@ impl Bounded {
 impl LowRankFactors for Bounded {
     fn rank(&self) -> usize {
         self.shape[1]
+    }
+
+    fn dropout(&self) -> f32 {
+        self.dropout
     }
 
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {

@@ -1,18 +1,23 @@
 //! HiRA: the weight times one plus a low-rank matrix, element by element.
 //!
-//! `W' = W + W ⊙ (B A)`.
+//! `W' = W + W ⊙ (B A)`, with dropout `y = x W^T + dropout(x) (W ⊙ (B A))^T`.
 //!
 //! # Source
 //! Huang et al.: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models"
 //! (2025); PEFT's `tuners/hira`.
 
 use super::matrix::{empty, grad, nn, param};
-use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
+use crate::files::Weights;
+use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec, tensor_name};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{View, ViewMut, hadamard, matmul};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+const A: &str = "hira_A";
 
 /// How A and B start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,14 +34,32 @@ enum Start {
 #[derive(Clone, Debug)]
 pub(crate) struct Hira {
     rank: Patterned<usize>,
+    /// Ranks as the adapter's file has them, by the name of A: PEFT 0.21.2 ignores `rank_pattern`, so the file knows.
+    stored: Option<BTreeMap<String, usize>>,
+    dropout: f64,
     start: Start,
+}
+
+impl Hira {
+    fn rank(&self, site: &Site) -> Result<usize> {
+        let name = tensor_name(&site.name, A);
+        let stored = self.stored.as_ref().and_then(|ranks| ranks.get(&name));
+        stored.map_or_else(|| self.rank.of(&site.name), |rank| Ok(*rank))
+    }
+}
+
+fn stored_ranks(directory: &Path) -> Result<BTreeMap<String, usize>> {
+    let weights = Weights::open(directory)?;
+    let names = weights.file.names().filter(|name| name.ends_with(A));
+    let rank = |name: &str| weights.file.meta(name)?.shape.first().copied();
+    let ranks = names.filter_map(|name| Some((name.to_owned(), rank(name)?)));
+    Ok(ranks.collect())
 }
 
 impl Method for Hira {
     const PEFT_TYPE: &'static str = "HIRA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("hira_dropout")?;
         let start = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Start::Kaiming,
             Some(Value::Bool(false)) => Start::Random,
@@ -50,6 +73,8 @@ impl Method for Hira {
         };
         Ok(Self {
             rank: keys.patterned("r", 32, "rank_pattern")?,
+            stored: keys.directory().map(stored_ranks).transpose()?,
+            dropout: keys.probability("hira_dropout")?,
             start,
         })
     }
@@ -63,7 +88,7 @@ impl Method for Hira {
             Start::Random => json!(false),
         };
         keys.insert("init_weights".into(), start);
-        keys.insert("hira_dropout".into(), json!(0.0));
+        keys.insert("hira_dropout".into(), json!(self.dropout));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 
@@ -72,14 +97,21 @@ impl Method for Hira {
     }
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
-        let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
-        self.rank.require_used(&names)
+        if self.stored.is_some() {
+            return Ok(());
+        }
+        if !self.rank.pattern.is_empty() {
+            tracing::warn!(
+                "PEFT 0.21.2 ignores HiRA's `rank_pattern`, and does not load adapters that were trained with one"
+            );
+        }
+        self.rank.require_ranks(targets)
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
-        let rank = self.rank.of(&site.name)?;
+        let rank = self.rank(site)?;
         Ok(vec![
-            TensorSpec::new("hira_A", [rank, site.in_features]),
+            TensorSpec::new(A, [rank, site.in_features]),
             TensorSpec::new("hira_B", [site.out_features, rank]),
         ])
     }
@@ -100,12 +132,13 @@ impl Method for Hira {
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
-        let rank = self.rank.of(&site.name)?;
+        let rank = self.rank(site)?;
         let shape = [site.out_features, rank, site.in_features];
         Ok(Attachment::Weight(Box::new(Update {
             a: at.ids[0],
             b: at.ids[1],
             shape,
+            dropout: self.dropout as f32,
         })))
     }
 }
@@ -117,6 +150,7 @@ struct Update {
     b: ParamId,
     /// out, rank, in.
     shape: [usize; 3],
+    dropout: f32,
 }
 
 impl Update {
@@ -138,6 +172,10 @@ impl WeightUpdate for Update {
         let [a, b] = self.factors(params, weight.as_view());
         let product = nn(b, a)?;
         Ok(hadamard::scale(weight, 1.0, product.view())?)
+    }
+
+    fn dropout(&self) -> f32 {
+        self.dropout
     }
 
     fn backward(

@@ -9,9 +9,9 @@
 
 use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
-use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
 
@@ -19,6 +19,8 @@ use serde_json::{Map, Value, json};
 #[derive(Clone, Debug)]
 pub(crate) struct Hra {
     rank: usize,
+    /// Whether a run asks for it.
+    asked: bool,
     orthogonal: bool,
     init_weights: bool,
 }
@@ -29,6 +31,7 @@ impl Method for Hra {
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         Ok(Self {
             rank: keys.positive("r", 8)?,
+            asked: keys.are_asked(),
             orthogonal: keys.boolean("apply_GS", false)?,
             init_weights: keys.boolean("init_weights", true)?,
         })
@@ -43,6 +46,22 @@ impl Method for Hra {
 
     fn describe(&self) -> String {
         format!("HRA r={}", self.rank)
+    }
+
+    /// Refuses more reflections than inputs, which PEFT computes without `apply_GS`: they do what fewer do, and of more
+    /// orthogonal directions there are none.
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let rank = self.rank;
+        let more = |site: &&&Site| (self.asked || self.orthogonal) && rank > site.in_features;
+        let Some(site) = targets.iter().find(more) else {
+            return Ok(());
+        };
+        let (name, inputs) = (&site.name, site.in_features);
+        let message = format!(
+            "is {rank}, but `{name}` has {inputs} inputs: more reflections than that do nothing that fewer do not; \
+             take at most {inputs}"
+        );
+        Err(Error::config("r", message))
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {

@@ -1,16 +1,19 @@
 //! LoHa: the elementwise product of two low-rank matrices.
 //!
-//! `W' = W + alpha / r * (w1_a w1_b) ⊙ (w2_a w2_b)`.
+//! `W' = W + alpha / r * (w1_a w1_b) ⊙ (w2_a w2_b)`. `rank_dropout` leaves rows of the sum's second part out, and
+//! the others grow by as much.
 //!
 //! # Source
 //! Hyeon-Woo et al.: "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
 //! Learning" (2021); PEFT's `tuners/loha`.
 
+use super::dropout::SumDropout;
 use super::matrix::{empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut, hadamard, matmul};
 use serde_json::{Map, Value, json};
 
@@ -19,6 +22,7 @@ use serde_json::{Map, Value, json};
 pub(crate) struct Loha {
     rank: Patterned<usize>,
     alpha: Patterned<f64>,
+    dropout: SumDropout,
     init_weights: bool,
 }
 
@@ -26,13 +30,11 @@ impl Method for Loha {
     const PEFT_TYPE: &'static str = "LOHA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        for key in ["rank_dropout", "module_dropout"] {
-            keys.training_only(key)?;
-        }
         keys.require_off("use_effective_conv2d")?;
         Ok(Self {
             rank: keys.patterned("r", 8, "rank_pattern")?,
             alpha: keys.patterned_number("alpha", 8.0, "alpha_pattern")?,
+            dropout: SumDropout::read(keys, true)?,
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -42,6 +44,7 @@ impl Method for Loha {
         keys.insert("alpha".into(), json!(self.alpha.default));
         keys.insert("rank_pattern".into(), self.rank.to_json());
         keys.insert("alpha_pattern".into(), self.alpha.to_json());
+        self.dropout.write(keys);
         keys.insert("init_weights".into(), json!(self.init_weights));
     }
 
@@ -51,8 +54,8 @@ impl Method for Loha {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
-        self.rank.require_used(&names)?;
-        self.alpha.require_used(&names)
+        self.alpha.require_used(&names)?;
+        self.rank.require_ranks(targets)
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
@@ -82,6 +85,7 @@ impl Method for Loha {
             factors: [[at.ids[0], at.ids[1]], [at.ids[2], at.ids[3]]],
             shape: [site.out_features, rank, site.in_features],
             scale: (self.alpha.of(&site.name)? / rank as f64) as f32,
+            dropout: self.dropout,
         })))
     }
 }
@@ -93,6 +97,7 @@ struct Update {
     /// out, rank, in.
     shape: [usize; 3],
     scale: f32,
+    dropout: SumDropout,
 }
 
 impl Update {
@@ -118,7 +123,7 @@ impl Update {
 
 impl WeightUpdate for Update {
     fn computes_on_host(&self) -> bool {
-        false
+        self.dropout.is_on()
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
@@ -132,6 +137,10 @@ impl WeightUpdate for Update {
             first.view(),
             second.view(),
         )?)
+    }
+
+    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+        self.dropout.drawn(self, self.shape[0], draws)
     }
 
     fn backward(

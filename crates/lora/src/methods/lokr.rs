@@ -1,17 +1,19 @@
 //! LoKr: a Kronecker product of two small matrices, each of which may be low-rank itself.
 //!
 //! `W' = W + alpha / r * kron(w1, w2)`, w1 `[out_1, in_1]`, w2 `[out_2, in_2]`, with
-//! `out = out_1 out_2` and `in = in_1 in_2`.
+//! `out = out_1 out_2` and `in = in_1 in_2`. `rank_dropout` leaves rows of the product out.
 //!
 //! # Source
 //! Yeh et al.: "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
 //! (2023); PEFT's `tuners/lokr`, which also decides the shapes.
 
+use super::dropout::SumDropout;
 use super::matrix::{copy_of, empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut, axpby, kronecker, matmul};
 use serde_json::{Map, Value, json};
 
@@ -33,6 +35,7 @@ pub(crate) struct Lokr {
     decompose_both: bool,
     /// `None` for a factor near the square root.
     decompose_factor: Option<usize>,
+    dropout: SumDropout,
     start: Start,
 }
 
@@ -89,9 +92,6 @@ impl Method for Lokr {
     const PEFT_TYPE: &'static str = "LOKR";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        for key in ["rank_dropout", "module_dropout", "rank_dropout_scale"] {
-            keys.training_only(key)?;
-        }
         keys.require_off("use_effective_conv2d")?;
         let start = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Start::ZeroFirst,
@@ -114,11 +114,13 @@ impl Method for Lokr {
                 ));
             }
         };
+        let scaled = keys.boolean("rank_dropout_scale", false)?;
         Ok(Self {
             rank: keys.patterned("r", 8, "rank_pattern")?,
             alpha: keys.patterned_number("alpha", 8.0, "alpha_pattern")?,
             decompose_both: keys.boolean("decompose_both", false)?,
             decompose_factor,
+            dropout: SumDropout::read(keys, scaled)?,
             start,
         })
     }
@@ -133,6 +135,8 @@ impl Method for Lokr {
             .decompose_factor
             .map_or(json!(-1), |factor| json!(factor));
         keys.insert("decompose_factor".into(), factor);
+        self.dropout.write(keys);
+        keys.insert("rank_dropout_scale".into(), json!(self.dropout.scaled));
         let start = match self.start {
             Start::ZeroFirst => json!(true),
             Start::ZeroSecond => json!("lycoris"),
@@ -190,6 +194,7 @@ impl Method for Lokr {
             factors: [at.ids[..first].to_vec(), at.ids[first..].to_vec()],
             shape,
             scale: (self.alpha.of(&site.name)? / shape.rank as f64) as f32,
+            dropout: self.dropout,
         })))
     }
 }
@@ -201,6 +206,7 @@ struct Update {
     factors: [Vec<ParamId>; 2],
     shape: Shape,
     scale: f32,
+    dropout: SumDropout,
 }
 
 impl Update {
@@ -258,13 +264,18 @@ fn second(factor: &Tensor) -> kronecker::Second<'_> {
 
 impl WeightUpdate for Update {
     fn computes_on_host(&self) -> bool {
-        false
+        self.dropout.is_on()
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let [w1, w2] = [0, 1].map(|part| self.factor(params, part, weight.as_view()));
         let (w1, w2) = (w1?, w2?);
         Ok(kronecker::add(weight, self.scale, w1.view(), second(&w2))?)
+    }
+
+    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+        let rows = self.shape.out.iter().product();
+        self.dropout.drawn(self, rows, draws)
     }
 
     fn backward(

@@ -31,6 +31,7 @@ enum Variant {
 pub(crate) struct Miss {
     rank: usize,
     mini_rank: usize,
+    dropout: f64,
     variant: Variant,
 }
 
@@ -71,7 +72,6 @@ impl Method for Miss {
     const PEFT_TYPE: &'static str = "MISS";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("miss_dropout")?;
         let variant = match keys.get("init_weights") {
             None | Some(Value::Bool(true)) => Variant::Plain,
             Some(Value::Bool(false)) => Variant::Random,
@@ -84,9 +84,16 @@ impl Method for Miss {
                 ));
             }
         };
+        let dropout = keys.probability("miss_dropout")?;
+        if variant == Variant::Bat && dropout > 0.0 && keys.are_asked() {
+            let message =
+                format!("is {dropout}: \"bat\" has no dropout, in PEFT either; leave it out");
+            return Err(keys.error("miss_dropout", message));
+        }
         Ok(Self {
             rank: keys.positive("r", 64)?,
             mini_rank: keys.positive("mini_r", 1)?,
+            dropout,
             variant,
         })
     }
@@ -101,7 +108,7 @@ impl Method for Miss {
             Variant::Mini => json!("mini"),
         };
         keys.insert("init_weights".into(), variant);
-        keys.insert("miss_dropout".into(), json!(0.0));
+        keys.insert("miss_dropout".into(), json!(self.dropout));
         keys.insert("bias".into(), json!("none"));
     }
 
@@ -133,6 +140,7 @@ impl Method for Miss {
                 block,
                 rank,
                 width: self.width(site),
+                dropout: self.dropout as f32,
             }),
         }))
     }
@@ -144,6 +152,7 @@ struct Strip {
     block: ParamId,
     rank: usize,
     width: usize,
+    dropout: f32,
 }
 
 impl Strip {
@@ -169,6 +178,10 @@ impl WeightUpdate for Strip {
             transposed: true,
         };
         Ok(kronecker::add(weight, 1.0, copies.view(), strip)?)
+    }
+
+    fn dropout(&self) -> f32 {
+        self.dropout
     }
 
     fn backward(

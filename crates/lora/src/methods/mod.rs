@@ -5,6 +5,7 @@ mod boft;
 mod c3a;
 mod cayley;
 mod delora;
+mod dropout;
 mod fourierft;
 mod hira;
 mod hra;
@@ -56,32 +57,4 @@ pub(crate) const METHODS: &[(&str, Configure)] = &[
 ];
 
 #[cfg(test)]
-mod tests {
-    use crate::PeftConfig;
-    use crate::testing::{copy_of, edit_config};
-    use serde_json::json;
-
-    #[test]
-    fn dropout_of_training_alone_is_refused_there_and_read_elsewhere() {
-        for (case, key) in [
-            ("boft", "boft_dropout"),
-            ("delora", "module_dropout"),
-            ("hira", "hira_dropout"),
-            ("loha", "rank_dropout"),
-            ("lokr", "module_dropout"),
-            ("miss", "miss_dropout"),
-            ("oft", "module_dropout"),
-            ("randlora", "randlora_dropout"),
-        ] {
-            let copy = copy_of(case);
-            edit_config(copy.path(), key, json!(0.1));
-            // PEFT sets it for GPT-2.
-            edit_config(copy.path(), "fan_in_fan_out", json!(true));
-            PeftConfig::load(copy.path()).expect(case);
-            let asked = json!({"peft_type": case.to_uppercase(), key: 0.1});
-            let asked = asked.as_object().expect("an object");
-            let error = PeftConfig::from_config("peft_config", asked).expect_err(case);
-            assert!(error.to_string().contains(key), "{error}");
-        }
-    }
-}
+mod tests;

@@ -1,18 +1,21 @@
 //! OFT: inputs rotated in blocks, by rotations that are trained.
 //!
 //! `W' = W R^T`, R block-diagonal, each block a rotation made of a skew-symmetric matrix whose upper
-//! triangle is a row of `oft_R.weight [blocks, b (b - 1) / 2]`.
+//! triangle is a row of `oft_R.weight [blocks, b (b - 1) / 2]`. Dropout puts the identity in the place of some of
+//! them, as PEFT says it does; PEFT 0.21.2 makes a module for it and never calls that.
 //!
 //! # Source
 //! Qiu et al.: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (2023) and "Orthogonal
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
-use super::cayley::{Rotation, blocks};
+use super::cayley::{Rotation, blocks, identity};
+use super::dropout::left_out;
 use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
-use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
+use ferrotune_core::{Error, Result};
+use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -29,6 +32,9 @@ pub(crate) struct Oft {
     block_share: bool,
     neumann: bool,
     terms: usize,
+    dropout: f64,
+    /// Whether a run asks for it.
+    asked: bool,
     init_weights: bool,
 }
 
@@ -59,7 +65,6 @@ impl Method for Oft {
     const PEFT_TYPE: &'static str = "OFT";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("module_dropout")?;
         let (rank, block_size) = (keys.integer("r", 0)?, keys.integer("oft_block_size", 32)?);
         if (rank == 0) == (block_size == 0) {
             return Err(keys.error(
@@ -67,15 +72,25 @@ impl Method for Oft {
                 format!("is {block_size} and `r` is {rank}: one of them must be 0"),
             ));
         }
+        let block_share = keys.boolean("block_share", false)?;
+        let dropout = keys.probability("module_dropout")?;
+        if block_share && dropout > 0.0 && keys.are_asked() {
+            let message = format!(
+                "is {dropout}, and with `block_share` there is one rotation and none to leave out; leave one of them out"
+            );
+            return Err(keys.error("module_dropout", message));
+        }
         let (coft, eps) = (keys.boolean("coft", false)?, keys.number("eps", 6e-5)?);
         Ok(Self {
             rank,
             block_size,
             constraint: coft.then_some(eps),
             eps,
-            block_share: keys.boolean("block_share", false)?,
+            block_share,
             neumann: keys.boolean("use_cayley_neumann", true)?,
             terms: keys.positive("num_cayley_neumann_terms", 5)?,
+            dropout,
+            asked: keys.are_asked(),
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -89,7 +104,7 @@ impl Method for Oft {
         keys.insert("use_cayley_neumann".into(), json!(self.neumann));
         keys.insert("num_cayley_neumann_terms".into(), json!(self.terms));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("module_dropout".into(), json!(0.0));
+        keys.insert("module_dropout".into(), json!(self.dropout));
         keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
@@ -106,6 +121,15 @@ impl Method for Oft {
             0 => ("r", self.rank),
             size => ("oft_block_size", size),
         };
+        for site in targets.iter().filter(|_| self.asked) {
+            if self.blocks(site)?[0] == 1 {
+                let (name, inputs) = (&site.name, site.in_features);
+                let message = format!(
+                    "is {given}, which makes blocks of one of the {inputs} inputs of `{name}`, and they rotate nothing"
+                );
+                return Err(Error::config(key, message));
+            }
+        }
         let changed = |site: &&&Site| divisor(site.in_features, given) != given;
         if let Some(site) = targets.iter().find(changed) {
             let (name, inputs) = (&site.name, site.in_features);
@@ -172,6 +196,8 @@ impl Method for Oft {
             size,
             count,
             shared: self.block_share,
+            dropout: self.dropout,
+            left_out: vec![false; count],
             constraint: self.constraint,
             rotation: if self.neumann {
                 Rotation::Neumann(self.terms)
@@ -183,12 +209,15 @@ impl Method for Oft {
 }
 
 /// OFT on one linear.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Rotations {
     weight: ParamId,
     size: usize,
     count: usize,
     shared: bool,
+    dropout: f64,
+    /// Blocks that do not rotate; none where all share a rotation.
+    left_out: Vec<bool>,
     constraint: Option<f64>,
     rotation: Rotation,
 }
@@ -219,11 +248,14 @@ impl Rotations {
     /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
     fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
         let (n, skew) = (self.size, self.skew(params));
-        let of = |s: &Vec<f64>| -> Vec<f32> {
-            let rotation = self.rotation.of(s, n);
+        let of = |(s, left_out): (&Vec<f64>, &bool)| -> Vec<f32> {
+            let rotation = match left_out {
+                true => identity(n),
+                false => self.rotation.of(s, n),
+            };
             rotation.iter().map(|v| *v as f32).collect()
         };
-        let rotations: Vec<Vec<f32>> = skew.par_iter().map(of).collect();
+        let rotations: Vec<Vec<f32>> = skew.par_iter().zip(&self.left_out).map(of).collect();
         let blocks = rotations.concat().repeat(self.count / rotations.len());
         Tensor::from_f32(blocks, self.count * n, n).to_device(&device_of(beside))
     }
@@ -238,6 +270,17 @@ fn project(matrix: &mut [f64], limit: f64) {
 }
 
 impl WeightUpdate for Rotations {
+    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+        if self.shared {
+            return None;
+        }
+        let left_out = left_out(self.dropout, self.count, draws)?;
+        Some(Box::new(Self {
+            left_out,
+            ..self.clone()
+        }))
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let before = copy_of(weight.as_view());
         let rotations = self.rotations(params, before.view());
@@ -272,7 +315,8 @@ impl WeightUpdate for Rotations {
             .collect();
         let len = n * (n - 1) / 2;
         let target = grads.get_mut(self.weight);
-        for (row, d) in d_skew.iter().enumerate() {
+        let rows = d_skew.iter().enumerate();
+        for (row, d) in rows.filter(|(row, _)| !self.left_out[*row]) {
             let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
             for ((i, j), target) in pairs.zip(&mut target[row * len..(row + 1) * len]) {
                 *target += (d[i * n + j] - d[j * n + i]) as f32;

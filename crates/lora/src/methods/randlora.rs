@@ -42,6 +42,7 @@ pub(crate) struct RandLora {
     alpha: f64,
     key: u64,
     density: Density,
+    dropout: f64,
     init_weights: bool,
     /// From the file of the adapter.
     projections: Option<[Arc<Tensor>; 2]>,
@@ -57,7 +58,6 @@ impl Method for RandLora {
     const PEFT_TYPE: &'static str = "RANDLORA";
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        keys.training_only("randlora_dropout")?;
         let rank = keys.positive("r", 32)?;
         let density = match (
             keys.boolean("sparse", false)?,
@@ -80,6 +80,7 @@ impl Method for RandLora {
             alpha: keys.number("randlora_alpha", 640.0)?,
             key: keys.integer("projection_prng_key", 0)? as u64,
             density,
+            dropout: keys.probability("randlora_dropout")?,
             init_weights: keys.boolean("init_weights", true)?,
             projections,
         })
@@ -95,7 +96,7 @@ impl Method for RandLora {
             "very_sparse".into(),
             json!(self.density == Density::VerySparse),
         );
-        keys.insert("randlora_dropout".into(), json!(0.0));
+        keys.insert("randlora_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
         keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
@@ -184,6 +185,7 @@ impl Method for RandLora {
             min,
             transposed: site.out_features < site.in_features,
             scale: (self.alpha / rank as f64) as f32,
+            dropout: self.dropout as f32,
         })))
     }
 }
@@ -258,6 +260,7 @@ struct Bases {
     min: usize,
     transposed: bool,
     scale: f32,
+    dropout: f32,
 }
 
 impl Bases {
@@ -302,6 +305,10 @@ impl WeightUpdate for Bases {
             update(weight, |r, c, w| w + sum[r * min + c]);
         }
         Ok(())
+    }
+
+    fn dropout(&self) -> f32 {
+        self.dropout
     }
 
     fn backward(

@@ -9,6 +9,7 @@
 
 use super::matrix::elements;
 use crate::files::Weights;
+use crate::fit::require_rank;
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
@@ -26,10 +27,12 @@ const NOT_CHOSEN: f32 = -1e30;
 #[derive(Clone, Debug)]
 pub(crate) struct VbLora {
     rank: usize,
+    /// Whether a run asks for it.
+    asked: bool,
     vectors: usize,
     length: usize,
     topk: usize,
-    dropout: f32,
+    dropout: f64,
     bank_bound: f64,
     logits_std: f64,
     /// Whether files hold the chosen vectors and their weights in the place of logits.
@@ -58,6 +61,7 @@ impl Method for VbLora {
         }
         Ok(Self {
             rank: keys.positive("r", 4)?,
+            asked: keys.are_asked(),
             vectors,
             length: keys.positive("vector_length", 256)?,
             topk,
@@ -86,6 +90,11 @@ impl Method for VbLora {
             "VB-LoRA r={} with {} vectors of {}",
             self.rank, self.vectors, self.length
         )
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let mut asked = targets.iter().filter(|_| self.asked);
+        asked.try_for_each(|site| require_rank("r", site, self.rank, ""))
     }
 
     fn shared(&self) -> Vec<TensorSpec> {
@@ -147,7 +156,7 @@ impl Method for VbLora {
             vectors: self.vectors,
             length: self.length,
             topk: self.topk,
-            dropout: self.dropout,
+            dropout: self.dropout as f32,
         })))
     }
 }

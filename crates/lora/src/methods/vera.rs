@@ -26,7 +26,7 @@ pub(crate) struct Vera {
     rank: usize,
     key: u64,
     save_projection: bool,
-    dropout: f32,
+    dropout: f64,
     d_initial: f64,
     init_weights: bool,
     /// From the file of the adapter, where it has them.
@@ -128,7 +128,7 @@ impl Method for Vera {
             a: at.frozen.placed(A),
             b: at.frozen.placed(B),
             shape: [site.out_features, self.rank, site.in_features],
-            dropout: self.dropout,
+            dropout: self.dropout as f32,
         })))
     }
 }

@@ -93,9 +93,16 @@ pub(super) struct PartShape {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Method {
     Frozen,
-    LowRank { rank: usize, dropout: bool },
+    LowRank {
+        rank: usize,
+        dropout: bool,
+    },
     TrainBase,
     TrainBias,
+    /// A weight that a method changes.
+    Changed {
+        dropout: bool,
+    },
     Custom,
 }
 
@@ -190,7 +197,10 @@ fn method(attachment: &Attachment) -> Method {
             rank: method.rank(),
             dropout: method.dropout() > 0.0,
         },
-        Attachment::Custom(_) | Attachment::Weight(_) => Method::Custom,
+        Attachment::Weight(update) => Method::Changed {
+            dropout: update.dropout() > 0.0,
+        },
+        Attachment::Custom(_) => Method::Custom,
     }
 }
 

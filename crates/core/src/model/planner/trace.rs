@@ -3,7 +3,7 @@
 
 use super::StepShape;
 use super::pool::{Pool, Slot, row_bytes};
-use super::shape::{GroupShape, LayerShape, Method, NormShape};
+use super::shape::{GroupShape, LayerShape, Method, NormShape, PartShape};
 use crate::model::{Keep, QkNorm};
 use ferrotune_kernels::{DType, Workspace};
 
@@ -406,6 +406,7 @@ impl Trace<'_> {
             }
             return kept;
         }
+        self.changed(group);
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
                 kept.push(self.pool.take(self.shape.factors, self.aligned(rank)));
@@ -415,6 +416,14 @@ impl Trace<'_> {
             }
         }
         kept
+    }
+
+    /// Inputs, or their gradient, of the change of a weight, where some are dropped.
+    fn changed(&mut self, group: &GroupShape) {
+        let changed = |part: &PartShape| part.method == Method::Changed { dropout: true };
+        if group.parts.iter().any(changed) {
+            self.pool.pass(self.shape.activations, group.in_features);
+        }
     }
 
     /// Buffers of a group's backward, without those that its parts kept.
@@ -428,6 +437,7 @@ impl Trace<'_> {
         }
         let custom = group.parts.iter().any(|p| p.method == Method::Custom);
         let base_dy = custom.then(|| self.pool.take(act, group.out_features));
+        self.changed(group);
         for part in &group.parts {
             if let Method::LowRank { rank, dropout } = part.method {
                 let ds = self.pool.take(self.shape.factors, self.aligned(rank));

@@ -80,7 +80,7 @@ impl LowRankFactors for Triplets {
     }
 }
 
-/// |A A^T - I| + |B^T B - I| of one module; adds `weight` times the gradient to `grads`.
+/// |A A^T - I| + |B^T B - I| of one module, over the vectors it has; adds `weight` times the gradient to `grads`.
 pub(super) fn orthogonality(
     target: &Target,
     rank: usize,
@@ -104,13 +104,14 @@ pub(super) fn orthogonality(
     Ok(of_a + of_b)
 }
 
-/// `G - I` and its norm.
+/// `G - I` and its norm. A rank that was cut before has vectors of zeros, and counts for nothing: PEFT has none there.
 fn away_from_identity(gram: &Tensor) -> (f64, Tensor) {
     let [rows, cols] = gram.view().shape();
     let mut values = elements(gram.view());
-    for i in 0..rows {
-        values[i * cols + i] -= 1.0;
-    }
+    let on_diagonal = values.iter_mut().step_by(cols + 1).take(rows);
+    on_diagonal
+        .filter(|square| **square > 0.0)
+        .for_each(|square| *square -= 1.0);
     let norm = values
         .iter()
         .map(|&v| f64::from(v) * f64::from(v))

@@ -17,6 +17,7 @@ mod rank_pattern;
 mod tests;
 
 use crate::files::Part;
+use crate::fit::require_rank;
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use crate::target::{TargetModules, default_target_modules};
 use budget::Budget;
@@ -61,8 +62,10 @@ const IGNORED: [&str; 8] = [
 #[derive(Clone, Debug)]
 pub(crate) struct AdaLora {
     init_r: usize,
+    /// Whether a run asks for it.
+    asked: bool,
     alpha: f64,
-    dropout: f32,
+    dropout: f64,
     init_weights: bool,
     orth_reg_weight: f64,
     /// Smoothing of sensitivity and of its uncertainty.
@@ -93,6 +96,7 @@ impl Method for AdaLora {
         rank_pattern::check(keys, init_r)?;
         Ok(Self {
             init_r,
+            asked: keys.are_asked(),
             alpha: keys.number("lora_alpha", 8.0)?,
             dropout: keys.probability("lora_dropout")?,
             init_weights: keys.boolean("init_lora_weights", true)?,
@@ -128,6 +132,11 @@ impl Method for AdaLora {
         default_target_modules(model_type).filter(|_| !NONE.contains(&model_type))
     }
 
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let mut asked = targets.iter().filter(|_| self.asked);
+        asked.try_for_each(|site| require_rank("init_r", site, self.init_r, ""))
+    }
+
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
         Ok(vec![
             TensorSpec::new("lora_A", [self.init_r, site.in_features]),
@@ -149,7 +158,7 @@ impl Method for AdaLora {
             at.ids,
             [site.out_features, self.init_r, site.in_features],
             self.scale(),
-            self.dropout,
+            self.dropout as f32,
         ))))
     }
 

@@ -1,5 +1,8 @@
 use super::budget::{Budget, Left};
 use crate::method::{Keys, Source};
+use crate::testing::{golden, llama_sites};
+use ferrotune_core::io::SafetensorsFile;
+use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use serde_json::{Value, json};
 
 fn budget(object: &Value) -> Budget {
@@ -38,4 +41,49 @@ fn a_schedule_without_a_length_takes_the_runs() {
     let mut long = budget(&json!({"target_r": 2, "total_step": 100}));
     let error = long.plan_steps(9).expect_err("longer than the run");
     assert!(error.to_string().contains("leave it out"), "{error}");
+}
+
+/// What PEFT was recorded to compute for an adapter that it had saved with fewer ranks; one module has none left.
+#[test]
+fn ranks_that_were_cut_before_count_for_nothing_in_the_term_of_the_loss() {
+    let directory = golden("adalora_allocation/final_adapter");
+    let adapter = crate::load(&directory, "llama").expect("fixture");
+    let mut builder = ParamLayoutBuilder::new();
+    adapter
+        .attach(&llama_sites(2), &mut builder)
+        .expect("attaches");
+    let mut params = FlatBuffer::zeros(&builder.build().expect("unique names"));
+    adapter.load(&mut params, &directory).expect("fixture");
+    let mut grads = FlatBuffer::zeros(params.layout());
+    let term = adapter.complete_gradients(&params, 1.0, &mut grads);
+    let term = term.expect("computed");
+
+    let file = golden("../../adalora_continued/expected.safetensors");
+    let recorded = SafetensorsFile::open(file).expect("fixture");
+    let expected = f64::from(recorded.read_f32("term").expect("f32")[0]);
+    assert!(
+        (term - expected).abs() < 1e-5 * expected,
+        "{term} {expected}"
+    );
+    for (id, segment) in grads.layout().by_name() {
+        let theirs = recorded.read_f32(&segment.spec.name).expect("f32");
+        let scale = theirs.iter().fold(0.0_f32, |most, g| most.max(g.abs()));
+        // What PEFT has not is zero here.
+        let ours = params.get(id).iter().zip(grads.get(id));
+        let (there, gone): (Vec<_>, Vec<_>) = ours.partition(|(value, _)| **value != 0.0);
+        assert!(
+            gone.iter().all(|(_, g)| **g == 0.0),
+            "{}",
+            segment.spec.name
+        );
+        assert_eq!(there.len(), theirs.len(), "{}", segment.spec.name);
+        for ((_, ours), theirs) in there.iter().zip(&theirs) {
+            let error = (**ours - theirs).abs();
+            assert!(
+                error <= 1e-4 * scale,
+                "{}: {ours} {theirs}",
+                segment.spec.name
+            );
+        }
+    }
 }
