@@ -21,7 +21,7 @@ use std::time::Duration;
 /// Rank of the adapters: factors of 128 x 32 are large enough for moments in bytes.
 const RANK: usize = 128;
 /// Large enough for moments in bytes, 256 x 32, in a run where a rank may not be above its matrix.
-const LARGE: [&str; 1] = ["embed_tokens"];
+const LARGE: [&str; 1] = ["lm_head"];
 /// What products on a GPU leave of f32, which three steps carry on.
 const DEVICES: f64 = 1e-4;
 

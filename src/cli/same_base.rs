@@ -1,7 +1,7 @@
 //! An adapter belongs to the weights it was trained on.
 
 use super::print_note;
-use ferrotune::core::checkpoint::{BaseRecord, Likeness};
+use ferrotune::core::checkpoint::{BASE_RECORD, BaseRecord, Likeness};
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::{Error, Result};
 use ferrotune::lora::PeftConfig;
@@ -63,8 +63,8 @@ impl BaseArgs {
             Likeness::Same => {}
             Likeness::Other if !self.any_base => {
                 let message = format!(
-                    "{trained}, and {used}: on other weights its answers mean nothing. Give the base that it was trained \
-                     on, or pass --any-base if you mean it"
+                    "{trained} ({BASE_RECORD} beside it says so), and {used}: on other weights its answers mean nothing. \
+                     Give the base that it was trained on, or pass --any-base if you mean it"
                 );
                 return Err(Error::adapter(adapter, message));
             }

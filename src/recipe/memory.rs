@@ -22,7 +22,7 @@ const ROUNDED_BYTES: u64 = 2;
 
 /// Bytes that the optimizer keeps of the tensors of `layout`, in memory and in a checkpoint.
 pub(super) fn state_bytes(optimizer: &OptimizerChoice, layout: &ParamLayout) -> u64 {
-    let of = |(_, segment): (_, &Segment)| optimizer.state_bytes(&segment.spec.shape);
+    let of = |(_, segment): (_, &Segment)| optimizer.state_bytes_of(&segment.spec);
     layout.physical().map(of).sum()
 }
 

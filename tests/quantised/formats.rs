@@ -252,6 +252,12 @@ fn states_that_do_not_fit_are_refused() {
         (lose("gptq4", "qzeros"), ["qzeros", "missing"]),
         (lose("gptq4", "qweight"), ["qweight", "missing"]),
         (
+            said_of("gptq4", &json!({"desc_act": true}), |tensors| {
+                drop(tensors.remove(&part("g_idx")).expect("there"));
+            }),
+            ["g_idx", "`desc_act`"],
+        ),
+        (
             set("gptq4", "g_idx", 8, &[9, 0, 0, 0]),
             ["input 2", "group 9 of 3"],
         ),

@@ -185,6 +185,20 @@ fn a_scale_that_is_no_number_is_named_and_codes_say_nothing_of_the_values() {
 }
 
 #[test]
+fn a_value_that_has_no_code_is_named_with_its_tensor() {
+    const Q: &str = "model.layers.0.self_attn.q_proj.weight";
+    let bench = Workbench::new(4);
+    change_tensors(&bench.path("base"), |tensors| {
+        let bytes = tensors.get_mut(Q).expect("there").bytes.to_mut();
+        bytes[12..16].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    for key in ["load_in_4bit", "load_in_8bit", "load_in_fp8"] {
+        let refused = bench.train("out", &json!({key: true})).expect(BAD_INPUT);
+        said(&refused, &[Q, "NaN at element 3", "model.safetensors"]);
+    }
+}
+
+#[test]
 fn weights_in_4_bits_are_not_trained() {
     let bench = Workbench::new(4);
     let full = json!({"use_peft": false});

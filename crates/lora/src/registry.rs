@@ -297,6 +297,9 @@ fn unknown(peft_type: &str, supported: &[&str]) -> String {
             "is {peft_type}: this method of PEFT is not supported yet; supported: {list}"
         );
     }
-    let near = suggest::did_you_mean(peft_type, supported.iter().copied());
+    let near = match peft_type {
+        "BONE" => "; earlier versions of PEFT called MISS so: write that".to_owned(),
+        _ => suggest::did_you_mean(&peft_type.to_uppercase(), supported.iter().copied()),
+    };
     format!("is \"{peft_type}\", which is no method of PEFT{near}; supported: {list}")
 }

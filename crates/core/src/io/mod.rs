@@ -28,6 +28,7 @@ pub(crate) use atomic::remove_dir;
 pub use atomic::{holds_set_aside, probe_writable, remove_stale, write_file, write_file_with};
 pub use digest::{blake3_of_bytes, blake3_of_file, blake3_of_files};
 pub use file_name::safe_file_name;
+pub(crate) use model_files::is_buffer;
 pub use model_files::{ModelFiles, find_pickle};
 pub use output_lock::OutputLock;
 pub(crate) use position::read_exact_at;

@@ -33,6 +33,12 @@ pub struct ModelFiles {
     quantised: QuantisedWeights,
 }
 
+/// Whether a tensor of a checkpoint is a buffer that no model reads: frequencies that old ones keep, GPT-2's causal masks.
+pub(crate) fn is_buffer(name: &str) -> bool {
+    let buffers = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+    buffers.iter().any(|buffer| name.ends_with(buffer))
+}
+
 impl ModelFiles {
     /// Opens `model.safetensors`, or else the shards that `model.safetensors.index.json` names, or else the one
     /// GGUF file, and checks every header.

@@ -1,15 +1,20 @@
 //! A digest of the weights of a model, cheap enough for the start of every command.
 
 use super::convert::is_float;
-use super::{ModelFiles, SafetensorsFile};
+use super::{ModelFiles, SafetensorsFile, is_buffer};
 use crate::Result;
 use rayon::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes of a block.
 const BLOCK_BYTES: usize = 8 << 10;
 /// Blocks of a tensor, the first at its start and the last at its end.
 const BLOCKS: usize = 4;
+/// What may stand before all names but that of the head.
+const ROOTS: [&str; 2] = ["model.", "transformer."];
+/// The head, and the tables that it may be a copy of, without root.
+const HEAD: &str = "lm_head.weight";
+const TABLES: [&str; 2] = ["embed_tokens.weight", "wte.weight"];
 
 impl ModelFiles {
     /// BLAKE3, in hexadecimal, over names, dtypes, shapes and samples of the bytes of all tensors.
@@ -17,15 +22,28 @@ impl ModelFiles {
     /// The samples are 4 blocks of 8 KiB of each tensor, evenly spaced; a tensor of up to 32 KiB is read as a whole: 10
     /// MB of a model of 8 billion parameters. Training changes every value of a weight, so other weights of the same
     /// shapes are told apart; a change of single values between the samples is not seen. How tensors are spread over
-    /// files does not matter, nor does what lies beside them.
+    /// files does not matter, nor does what lies beside them: buffers that no model reads, the `model.` or
+    /// `transformer.` before names, a head that is stored although it is the table of embeddings.
     ///
     /// # Errors
     /// [`crate::Error::Model`] if a file shrank.
     pub fn weights_digest(&self) -> Result<String> {
-        let names: Vec<(&SafetensorsFile, &str)> = self.tensors().collect();
-        let sums = names.into_par_iter().map(|(file, name)| digest(file, name));
+        let tensors: Vec<_> = self
+            .tensors()
+            .filter(|(_, name)| !is_buffer(name))
+            .collect();
+        let sums = tensors.into_par_iter().map(|(file, name)| {
+            let root = ROOTS.iter().find_map(|root| name.strip_prefix(root));
+            Ok((root.unwrap_or(name), digest(file, name)?))
+        });
+        let mut sums: BTreeMap<&str, blake3::Hash> = sums.collect::<Result<_>>()?;
+        let head = sums.get(HEAD);
+        if head.is_some() && TABLES.iter().any(|table| sums.get(table) == head) {
+            sums.remove(HEAD);
+        }
         let mut hasher = blake3::Hasher::new();
-        for sum in sums.collect::<Result<Vec<_>>>()? {
+        for (name, sum) in sums {
+            hasher.update(format!("{name} ").as_bytes());
             hasher.update(sum.as_bytes());
         }
         Ok(hasher.finalize().to_hex().to_string())
@@ -36,7 +54,8 @@ impl ModelFiles {
     #[must_use]
     pub fn weights_format(&self) -> String {
         if let Some(name) = self.quantisation() {
-            return name.to_owned();
+            let nested = self.names().any(|name| name.ends_with(".nested_absmax"));
+            return format!("{name}{}", if nested { " of nested scales" } else { "" });
         }
         let metas = self.tensors().filter_map(|(file, name)| file.meta(name));
         let floats = metas.filter(|meta| is_float(meta.dtype));
@@ -49,7 +68,7 @@ impl ModelFiles {
 fn digest(file: &SafetensorsFile, name: &str) -> Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
     let meta = file.meta(name);
-    hasher.update(format!("{name} {:?} ", meta.map(|m| (m.dtype, &m.shape))).as_bytes());
+    hasher.update(format!("{:?} ", meta.map(|m| (m.dtype, &m.shape))).as_bytes());
     for (start, bytes) in blocks(file.bytes_of(name).unwrap_or(0)) {
         hasher.update(&file.read_bytes_at(name, start, bytes)?);
     }
@@ -121,6 +140,32 @@ mod tests {
         let values = renamed.remove("a").expect("there");
         renamed.insert("c".into(), values);
         assert_ne!(before, digest_of(&renamed));
+    }
+
+    #[test]
+    fn what_no_model_reads_and_the_root_of_names_change_nothing() {
+        let table: Vec<f32> = (0..9).map(|i| i as f32).collect();
+        let tensors = Tensors::from([
+            ("model.embed_tokens.weight".into(), table.clone()),
+            ("model.layers.0.w".into(), vec![1.0]),
+        ]);
+        let before = digest_of(&tensors);
+        let with = |name: &str, values: &[f32]| {
+            let mut more = tensors.clone();
+            more.insert(name.into(), values.to_vec());
+            digest_of(&more)
+        };
+        assert_eq!(before, with("lm_head.weight", &table));
+        assert_eq!(
+            before,
+            with("model.layers.0.self_attn.rotary_emb.inv_freq", &[0.5])
+        );
+        assert_ne!(before, with("lm_head.weight", &table[..8]));
+        assert_ne!(before, with("model.layers.1.w", &[1.0]));
+        let bare = tensors
+            .iter()
+            .map(|(name, values)| (name["model.".len()..].into(), values.clone()));
+        assert_eq!(before, digest_of(&bare.collect()));
     }
 
     #[test]

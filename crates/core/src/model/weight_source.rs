@@ -2,7 +2,7 @@
 
 use super::plan::ModelPlan;
 use crate::adapter::SiteKind;
-use crate::io::{ModelFiles, SafetensorsFile};
+use crate::io::{ModelFiles, SafetensorsFile, is_buffer};
 use crate::{Error, Result, suggest};
 use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, rng};
@@ -23,6 +23,12 @@ pub trait WeightSource {
     /// # Errors
     /// If it cannot be read.
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()>;
+
+    /// The file that tensor `name` is read from; empty if there is none.
+    fn place(&self, name: &str) -> &Path {
+        let _ = name;
+        Path::new("")
+    }
 
     /// Whether linears multiply what it has as bytes (`LLM.int8()`).
     fn multiplies_bytes(&self) -> bool {
@@ -115,6 +121,10 @@ impl WeightSource for ModelFiles {
         Ok(())
     }
 
+    fn place(&self, name: &str) -> &Path {
+        self.file_of(name)
+    }
+
     fn multiplies_bytes(&self) -> bool {
         self.quantisation() == Some("int8")
     }
@@ -173,12 +183,8 @@ fn check_tensors(
         }
     }
     let wanted = |name: &str| expected.iter().any(|(n, _)| n == name);
-    // Old checkpoints keep a buffer of frequencies; a tied head may be stored once more.
-    // GPT-2's keep their causal mask.
-    let buffers = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
-    let ignorable = |name: &str| {
-        buffers.iter().any(|buffer| name.ends_with(buffer)) || name == "lm_head.weight"
-    };
+    // A tied head may be stored once more.
+    let ignorable = |name: &str| is_buffer(name) || name == "lm_head.weight";
     match found.keys().find(|name| !wanted(name) && !ignorable(name)) {
         None => Ok(()),
         Some(extra) => Err(Error::model(

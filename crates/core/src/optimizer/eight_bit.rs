@@ -112,6 +112,11 @@ impl<R: Rule> Optimizer for EightBit<R> {
         Ok(())
     }
 
+    /// As Transformers' Trainer tells bitsandbytes to.
+    fn for_tables(&self) -> Option<&dyn Optimizer> {
+        Some(&self.plain)
+    }
+
     fn on_gpu(&self) -> Option<&dyn OnGpu> {
         (self.lookup == Lookup::Nearest).then_some(self)
     }

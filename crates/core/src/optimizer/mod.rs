@@ -48,6 +48,7 @@ pub use state::TensorStates;
 pub use torch_adafactor::TorchAdafactor;
 
 use crate::Result;
+use crate::params::ParamSpec;
 use ferrotune_kernels::adamw::AdamW;
 use ferrotune_kernels::optimizer::{Rule as Kernel, SCALAR_BYTES};
 use std::fmt::Debug;
@@ -80,6 +81,18 @@ impl OptimizerChoice {
         match self {
             Self::AdamW(_) => 8 * shape.iter().product::<usize>() as u64,
             Self::PerTensor(optimizer) => optimizer.state(shape).iter().map(StateSpec::bytes).sum(),
+        }
+    }
+
+    /// Bytes of the state of a tensor.
+    #[must_use]
+    pub fn state_bytes_of(&self, spec: &ParamSpec) -> u64 {
+        match self {
+            Self::AdamW(_) => self.state_bytes(&spec.shape),
+            Self::PerTensor(optimizer) => {
+                let state = for_tensor(optimizer.as_ref(), spec).state(&spec.shape);
+                state.iter().map(StateSpec::bytes).sum()
+            }
         }
     }
 
@@ -117,10 +130,21 @@ pub trait Optimizer: Debug + Send + Sync {
         0
     }
 
+    /// The same with state in f32, for tables of embeddings; `None` if it is the same for them.
+    fn for_tables(&self) -> Option<&dyn Optimizer> {
+        None
+    }
+
     /// How a GPU computes it, with the same state; `None` if that is left to the host.
     fn on_gpu(&self) -> Option<&dyn OnGpu> {
         None
     }
+}
+
+/// What updates a tensor of `spec`, where `optimizer` is asked for.
+fn for_tensor<'a>(optimizer: &'a dyn Optimizer, spec: &ParamSpec) -> &'a dyn Optimizer {
+    let for_tables = optimizer.for_tables().filter(|_| spec.is_table());
+    for_tables.unwrap_or(optimizer)
 }
 
 /// An optimizer that treats every element alike, on a GPU ([`ferrotune_kernels::optimizer`]).

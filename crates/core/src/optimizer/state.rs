@@ -1,6 +1,6 @@
 //! The state of an optimizer over all trainable tensors.
 
-use super::{Gradient, Optimizer, StateSpec, StateType, StateValues, Step, Tensor};
+use super::{Gradient, Optimizer, StateSpec, StateType, StateValues, Step, Tensor, for_tensor};
 use crate::Result;
 use crate::io::{FileDType, TensorData};
 use crate::params::{ParamLayout, Segment};
@@ -55,7 +55,7 @@ impl TensorStates {
         device: &Device,
     ) -> Result<Self> {
         let kept = |segment: &Segment| {
-            let specs = optimizer.state(&segment.spec.shape);
+            let specs = for_tensor(optimizer.as_ref(), &segment.spec).state(&segment.spec.shape);
             let values = specs.iter().map(StateValues::zeros).collect();
             Kept { specs, values }
         };
@@ -69,7 +69,7 @@ impl TensorStates {
                 let signed: Vec<bool> = moments.map(|moment| moment.signed).collect();
                 let tensors = layout.physical().map(|(_, segment)| optimizer::Tensor {
                     elements: segment.range(),
-                    bytes: kernel.keeps_bytes(segment.range().len()),
+                    bytes: kernel.keeps_bytes(segment.range().len()) && !segment.spec.is_table(),
                 });
                 let tensors: Vec<_> = tensors.collect();
                 Some(Gpu {
@@ -171,11 +171,11 @@ impl TensorStates {
                 values,
                 grad,
             };
-            jobs.push((tensor, &mut kept.values, step(segment)));
+            let optimizer = for_tensor(self.optimizer.as_ref(), &segment.spec);
+            jobs.push((optimizer, tensor, &mut kept.values, step(segment)));
         }
-        let optimizer = self.optimizer.as_ref();
         jobs.into_par_iter()
-            .try_for_each(|(tensor, state, step)| optimizer.update(tensor, state, step))
+            .try_for_each(|(optimizer, tensor, state, step)| optimizer.update(tensor, state, step))
     }
 
     /// The state as files have it: `STATE.NAME` for each trainable tensor.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 fn layout() -> Arc<ParamLayout> {
     let mut builder = ParamLayoutBuilder::new();
     builder.add(ParamSpec::new("matrix", [67, 65], 0));
+    builder.add(ParamSpec::new("embed_tokens.weight", [70, 65], 0));
     builder.add(ParamSpec::new("stack", [2, 3, 5], 1));
     builder.add(ParamSpec::new("vector", [7], 2));
     builder.build().expect("unique names")
@@ -135,7 +136,7 @@ fn state_takes_the_bytes_that_are_planned_for_it() {
     for (name, optimizer) in per_tensor() {
         let choice = OptimizerChoice::PerTensor(Arc::clone(&optimizer));
         let segments = layout.physical().map(|(_, segment)| segment);
-        let planned: u64 = segments.map(|s| choice.state_bytes(&s.spec.shape)).sum();
+        let planned: u64 = segments.map(|s| choice.state_bytes_of(&s.spec)).sum();
         let states = TensorStates::new(optimizer, &layout, &Device::Cpu).expect("host memory");
         let held: usize = states
             .tensors()

@@ -48,7 +48,8 @@ pub struct ParamSpec {
 impl ParamSpec {
     /// A tensor of adapter 0 at the run's learning rate.
     ///
-    /// Weight decay applies unless the name matches Transformers' exemptions (`bias`, `norm`).
+    /// Weight decay applies unless the name is that of a bias or of a norm (`norm`, GPT-2's `ln_1`, `ln_2` and `ln_f`),
+    /// which Transformers exempts.
     pub fn new(
         name: impl Into<String>,
         shape: impl Into<Vec<usize>>,
@@ -56,7 +57,9 @@ impl ParamSpec {
     ) -> Self {
         let name = name.into();
         let lower = name.to_lowercase();
-        let weight_decay = !(lower.contains("bias") || lower.contains("norm"));
+        let weight_decay = !(lower.contains("bias")
+            || lower.contains("norm")
+            || lower.split('.').any(|part| part.starts_with("ln_")));
         Self {
             name,
             shape: shape.into(),
@@ -68,6 +71,19 @@ impl ParamSpec {
             transposed: false,
             also: None,
         }
+    }
+
+    /// Whether it is a table of embeddings, an `nn.Embedding` of PyTorch.
+    #[must_use]
+    pub fn is_table(&self) -> bool {
+        let tables = [
+            "embed_tokens.weight",
+            "wte.weight",
+            "wpe.weight",
+            "embedding.weight",
+            "prompt_embeddings",
+        ];
+        tables.iter().any(|table| self.name.ends_with(table))
     }
 
     /// The same, for a matrix that files hold transposed.
@@ -330,6 +346,7 @@ mod tests {
     fn norms_and_biases_are_not_decayed() {
         assert!(!ParamSpec::new("model.norm.weight", [1], 0).weight_decay);
         assert!(!ParamSpec::new("q_proj.bias", [1], 0).weight_decay);
+        assert!(!ParamSpec::new("transformer.h.0.ln_1.weight", [1], 0).weight_decay);
         assert!(ParamSpec::new("q_proj.lora_A.weight", [1], 0).weight_decay);
     }
 }

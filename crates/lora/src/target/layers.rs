@@ -76,27 +76,21 @@ impl<'a> Layers<'a> {
         Ok(None)
     }
 
-    /// Refuses a pattern that stands before the layer of none of the `targeted` modules, and a wanted layer
-    /// that holds none of them.
+    /// Refuses patterns of which none stands before the layer of a `targeted` module, and a wanted layer that holds
+    /// none of them. Among several, some may be for other architectures.
     pub(super) fn require_all_used(&self, targeted: &[&str], sites: &[Site]) -> Result<()> {
-        for (source, expression) in self.sources.iter().zip(&self.expressions) {
-            let mut used = false;
-            for name in targeted {
-                used = used || expression.layer(name)?.is_some();
-            }
-            if !used {
-                return Err(Error::config(
-                    "layers_pattern",
-                    format!(
-                        "`{source}` stands before the number of no layer; here {} does",
-                        before_numbers(sites)
-                    ),
-                ));
-            }
-        }
         let mut existing = BTreeSet::new();
         for name in targeted {
             existing.extend(self.index(name)?);
+        }
+        if let (Some(source), true) = (self.sources.first(), existing.is_empty()) {
+            return Err(Error::config(
+                "layers_pattern",
+                format!(
+                    "`{source}` stands before the number of no layer; here {} does",
+                    before_numbers(sites)
+                ),
+            ));
         }
         match self.wanted.iter().find(|layer| !existing.contains(layer)) {
             None => Ok(()),

@@ -127,7 +127,8 @@ fn an_exclusion_that_matches_nothing_is_an_error() {
 fn layers_to_transform_filters_ends_but_not_whole_paths() {
     let targets = list(&["q_proj", EXACT_Q]);
     let pattern = ["layers".to_owned()];
-    for layers_pattern in [&[][..], &pattern[..]] {
+    let of_many = ["h".to_owned(), "layers".to_owned()];
+    for layers_pattern in [&[][..], &pattern[..], &of_many[..]] {
         let selection = Selection {
             layers_to_transform: Some(&[2]),
             layers_pattern,

@@ -95,7 +95,10 @@ fn pairs(text: &str) -> Option<BTreeMap<String, Value>> {
         .map(|part| {
             let (key, value) = part.split_once('=')?;
             let (key, value) = (key.trim(), value.trim());
-            (!key.is_empty() && !value.is_empty()).then(|| (key.to_owned(), json!(value)))
+            let read = serde_json::from_str::<Value>(value).ok();
+            let scalar = read.filter(|v| v.is_number() || v.is_boolean());
+            let value = scalar.unwrap_or_else(|| json!(value));
+            (!key.is_empty()).then(|| (key.to_owned(), value))
         })
         .collect()
 }

@@ -1,5 +1,5 @@
 use super::{MINIMAL, fault};
-use crate::config::TrainConfig;
+use crate::config::{KeyValue, TrainConfig};
 
 #[test]
 fn an_argument_that_an_optimizer_does_not_have_is_an_error_with_those_it_has() {
@@ -45,6 +45,13 @@ fn arguments_of_the_optimizer_are_a_text_or_a_mapping() {
         "{built:?}"
     );
     assert!(built.iter().all(|one| *one == built[0]), "{built:?}");
+    // A run that was begun with one goes on with the other.
+    let [text, mapping] = [texts[0], texts[1]].map(|args| {
+        let text = format!("{MINIMAL}optim: sgd\n{args}\n");
+        let config = TrainConfig::from_yaml(&text, "run.yaml", &[]).expect("valid");
+        config.optimizer.optim_args.to_value()
+    });
+    assert_eq!(text, mapping);
 }
 
 #[test]

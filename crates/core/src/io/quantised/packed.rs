@@ -5,7 +5,7 @@
 //! | `MODULE.qweight` | i32 `[in * bits / 32, out]`, along the input, lowest bits first | i32 `[in, out / 8]`, along the output, in the order 0 2 4 6 1 3 5 7 |
 //! | `MODULE.qzeros` | i32 `[groups, out * bits / 32]`, less 1 but in `gptq_v2` | i32 `[groups, out / 8]`, packed alike |
 //! | `MODULE.scales` | floats `[groups, out]` | the same |
-//! | `MODULE.g_idx` | i32 `[in]`, the group of each column; without it, `group_size` in a row | |
+//! | `MODULE.g_idx` | i32 `[in]`, the group of each column; without it and `desc_act`, `group_size` in a row | |
 //!
 //! # Source
 //! AutoGPTQ and GPTQModel (`qlinear`), AutoAWQ (`WQLinear_GEMM`).
@@ -32,6 +32,8 @@ struct Scheme {
     bits: usize,
     /// Columns of a group; `None` for all.
     group_size: Option<usize>,
+    /// Whether columns are in groups in an order of their own, which only `g_idx` knows.
+    desc_act: bool,
     /// What is added to a zero.
     zero_offset: u16,
 }
@@ -142,6 +144,7 @@ impl Scheme {
             awq,
             bits,
             group_size,
+            desc_act: settings.get("desc_act").and_then(Value::as_bool) == Some(true),
             zero_offset,
         })
     }
@@ -204,6 +207,10 @@ impl PackedState {
                 name(GROUPS),
                 index.dtype,
                 index.shape
+            )),
+            None if scheme.desc_act && groups > 1 => Err(format!(
+                "tensor `{}` is missing: `desc_act` says that inputs are in groups in an order of their own",
+                name(GROUPS)
             )),
             _ => Ok(Self {
                 shape: [rows, cols],
