@@ -137,6 +137,21 @@ fn configurations() -> Vec<(Value, Start)> {
             ),
             Nothing,
         ),
+        // Beside parts of the base that are trained as a whole, one of them a target too.
+        (
+            of(
+                "VERA",
+                json!({"r": 8, "modules_to_save": ["lm_head", "norm", "1.mlp.down_proj"]}),
+            ),
+            Nothing,
+        ),
+        (
+            of(
+                "OFT",
+                json!({"oft_block_size": 8, "modules_to_save": ["embed_tokens"], "bias": "all"}),
+            ),
+            Nothing,
+        ),
     ]
 }
 
@@ -435,7 +450,7 @@ fn mistakes_in_a_configuration_are_named() {
             json!({"peft_type": "VERA", "vera_dropout": 1.5}),
             "probability",
         ),
-        (json!({"peft_type": "VERA", "bias": "all"}), "not supported"),
+        (json!({"peft_type": "VERA", "bias": "vera"}), "vera_only"),
         (
             json!({"peft_type": "VERA", "target_modules": ["q_prog"]}),
             "q_proj",

@@ -91,6 +91,12 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
             json!({"peft_config": {"peft_type": "LN_TUNING"}, "learning_rate": 5e-2}),
         ),
         (
+            "ln_tuning_saved",
+            biased.clone(),
+            json!({"peft_config": {"peft_type": "LN_TUNING", "modules_to_save": ["embed_tokens", "model.norm"]},
+                   "learning_rate": 5e-2}),
+        ),
+        (
             "trainable_tokens",
             biased.clone(),
             json!({"peft_config": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 3, 10, 11, 12]},
@@ -108,7 +114,61 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         let changes = json!({"peft_config": method, "learning_rate": 2e-2});
         variants.push((name, biased.clone(), changes));
     }
+    for (name, keys) in beside_methods() {
+        let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
+        let keys = keys.as_object().expect("an object").clone();
+        method.as_object_mut().expect("an object").extend(keys);
+        let changes = json!({"peft_config": method, "learning_rate": 2e-2});
+        for tied in [false, true] {
+            let shape = Shape {
+                tied,
+                ..biased.clone()
+            };
+            let name = format!("{name}{}", if tied { "_tied" } else { "" });
+            variants.push((name.leak(), shape, changes.clone()));
+        }
+    }
     variants
+}
+
+/// Methods beside LoRA, with parts of the base that are trained beside them.
+fn beside_methods() -> Vec<(&'static str, Value)> {
+    vec![
+        (
+            "adalora_saved",
+            json!({"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5,
+                   "modules_to_save": ["embed_tokens"], "ensure_weight_tying": true, "bias": "lora_only"}),
+        ),
+        (
+            "boft_bias",
+            json!({"peft_type": "BOFT", "boft_block_size": 4, "bias": "all", "modules_to_save": ["lm_head"]}),
+        ),
+        (
+            "ia3_saved",
+            json!({"peft_type": "IA3", "modules_to_save": ["lm_head", "norm", "1.mlp"]}),
+        ),
+        (
+            "lokr_saved",
+            json!({"peft_type": "LOKR", "r": 2, "modules_to_save": ["embed_tokens", "o_proj"]}),
+        ),
+        (
+            "miss_bias",
+            json!({"peft_type": "MISS", "r": 8, "bias": "MiSS_only"}),
+        ),
+        (
+            "road_saved",
+            json!({"peft_type": "ROAD", "group_size": 8, "modules_to_save": ["v_proj", "norm"]}),
+        ),
+        (
+            "vblora_bias",
+            json!({"peft_type": "VBLORA", "r": 2, "vector_length": 8, "num_vectors": 12, "bias": "all",
+                   "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ),
+        (
+            "vera_saved",
+            json!({"peft_type": "VERA", "r": 8, "bias": "vera_only", "modules_to_save": ["lm_head", "down_proj"]}),
+        ),
+    ]
 }
 
 /// Methods beside LoRA. On linears with biases, which some scale and others do not.

@@ -11,9 +11,9 @@
 mod tests;
 
 use crate::files::Weights;
-use crate::lora::names;
 use crate::merge::round;
 use crate::modules::{EMBEDDINGS, HEADS};
+use crate::names;
 use crate::target::{last_segment, nearest_end};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::io::ModelFiles;

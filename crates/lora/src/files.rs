@@ -1,7 +1,9 @@
 //! The two files of an adapter, as PEFT writes and reads them.
 
 use ferrotune_core::io::{self, FileDType, SafetensorsFile, TensorData};
+use ferrotune_core::params::{FlatBuffer, ParamId, ParamSpec};
 use ferrotune_core::{Error, Result, suggest};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +32,30 @@ pub(crate) fn write_tensors(
     std::fs::create_dir_all(directory).map_err(Error::write(directory))?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     io::write_safetensors(&directory.join(WEIGHTS_FILE), tensors, &metadata)
+}
+
+/// The tensors of a file that hold one parameter, f32: under both its names where it has two.
+pub(crate) fn of_parameter(
+    params: &FlatBuffer,
+    id: ParamId,
+) -> impl Iterator<Item = (String, TensorData<'_>)> {
+    let ParamSpec {
+        name, also, shape, ..
+    } = &params.layout().segment(id).spec;
+    let data = TensorData {
+        dtype: FileDType::F32,
+        shape: params.layout().segment(id).spec.file_shape(),
+        bytes: match params.file_values(id) {
+            Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+            Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+        },
+    };
+    // PEFT misses either name of what two modules share.
+    let also = also.clone().map(|also| {
+        let data = TensorData::from_f32(params.get(id), shape.clone());
+        (also, data)
+    });
+    std::iter::once((name.clone(), data)).chain(also)
 }
 
 /// The weights file, open.

@@ -49,6 +49,7 @@
 #![warn(clippy::print_stdout)]
 
 mod base_copies;
+mod beside;
 mod combine;
 mod files;
 mod fit;
@@ -60,6 +61,7 @@ pub mod merge;
 mod method;
 mod methods;
 mod modules;
+mod names;
 mod over;
 mod parts;
 mod prompt;

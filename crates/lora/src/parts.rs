@@ -6,9 +6,10 @@
 //! `TRAINABLE_TOKENS`.
 
 use crate::PeftConfig;
+use crate::beside::{Biases, Whole};
 use crate::files::CONFIG_FILE;
-use crate::lora::names::{self, Part};
 use crate::lora::{LoraConfig, TokenIndices, read_tensors, tokens, write_tensors};
+use crate::names::{self, Part};
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId, SiteKind};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder, ParamSpec};
@@ -68,7 +69,9 @@ impl PartsConfig {
             },
             _ => return Ok(None),
         };
-        if let Some(saved) = common.get("modules_to_save").filter(|v| !v.is_null()) {
+        // PEFT's trainable tokens have no such key.
+        let saved = common.get("modules_to_save").filter(|v| !v.is_null());
+        if let Some(saved) = saved.filter(|_| kind != Kind::Norms) {
             let message = format!("`modules_to_save` is {saved}: not supported with {peft_type}");
             return Err(Error::adapter(path, message));
         }
@@ -86,7 +89,12 @@ impl PartsConfig {
         object: &Map<String, Value>,
     ) -> Result<Option<Self>> {
         let known: &[&str] = match peft_type {
-            "LN_TUNING" => &["peft_type", "target_modules", "exclude_modules"],
+            "LN_TUNING" => &[
+                "peft_type",
+                "target_modules",
+                "exclude_modules",
+                "modules_to_save",
+            ],
             "TRAINABLE_TOKENS" => &[
                 "peft_type",
                 "target_modules",
@@ -166,6 +174,9 @@ impl PartsConfig {
             Some(ExcludeModules::Regex(source)) => keys["exclude_modules"] = json!(source),
             Some(ExcludeModules::List(names)) => keys["exclude_modules"] = json!(names),
         }
+        if !self.common.modules_to_save.is_empty() {
+            keys["modules_to_save"] = json!(self.common.modules_to_save);
+        }
         if let Kind::Rows { indices, from_base } = &self.kind {
             keys["token_indices"] = json!(indices);
             keys["init_weights"] = json!(from_base);
@@ -244,11 +255,15 @@ impl Adapter for PartsAdapter {
         match (&self.config.kind, targets) {
             (Kind::Norms, targets) => {
                 let none = TargetModules::List(Vec::new());
-                let norms = self.select(sites, targets.unwrap_or(&none))?;
-                norms
-                    .into_iter()
-                    .map(|site| train_norm(site, params))
-                    .collect()
+                let whole = Whole::of(self.config.common.wanted(), sites)?;
+                let mut norms = self.select(sites, targets.unwrap_or(&none))?;
+                whole.leave_out(&mut norms);
+                whole.require_some(&norms)?;
+                let adapted = norms.iter().map(|site| site.id).collect();
+                let trained = norms.into_iter().map(|site| train_norm(site, params));
+                let mut attachments: Vec<_> = trained.collect::<Result<_>>()?;
+                attachments.extend(whole.attach(Biases::None, &adapted, params));
+                Ok(attachments)
             }
             (Kind::Rows { indices, .. }, targets) => {
                 let tokens = match targets {

@@ -2,12 +2,13 @@
 
 mod absent;
 
+use crate::beside::tied;
 use crate::files::CONFIG_FILE;
-use crate::lora::names;
 use crate::lora::tokens::counting;
-use crate::lora::{LoraAdapter, LoraConfig, tied};
+use crate::lora::{LoraAdapter, LoraConfig};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
+use crate::names;
 use crate::parts::{PartsAdapter, PartsConfig};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::{Error, Result, suggest};
@@ -93,8 +94,14 @@ impl PeftConfig {
         };
         match peft_type {
             "LORA" => {
-                let config = LoraConfig::from_json(&path, &object)?;
-                tied::with_head(config, directory).map(Self::Lora)
+                let mut config = LoraConfig::from_json(&path, &object)?;
+                tied::with_head(
+                    config.ensure_weight_tying,
+                    &mut config.modules_to_save,
+                    &mut config.target_modules,
+                    directory,
+                )?;
+                Ok(Self::Lora(config))
             }
             other => match METHODS.iter().find(|(name, _)| *name == other) {
                 Some((_, configure)) => {

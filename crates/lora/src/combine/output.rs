@@ -3,8 +3,8 @@
 use super::Pair;
 use crate::LoraConfig;
 use crate::files::write;
-use crate::lora::names::{self, Part};
 use crate::modules::EMBEDDINGS;
+use crate::names::{self, Part};
 use crate::target::TargetModules;
 use ferrotune_core::Result;
 use ferrotune_core::io::TensorData;

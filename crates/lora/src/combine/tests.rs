@@ -1,7 +1,7 @@
 use super::{Combination, CombineOptions, MajoritySign, combine};
 use crate::files::CONFIG_FILE;
 use crate::inspect::read::Adapter;
-use crate::lora::names::{self, Part};
+use crate::names::{self, Part};
 use ferrotune_core::io::TensorData;
 use ferrotune_kernels::rng::{Stream, key_for};
 use serde_json::{Value, json};

@@ -2,7 +2,7 @@
 
 use crate::LoraConfig;
 use crate::files::{CONFIG_FILE, Weights};
-use crate::lora::names::{self, Part};
+use crate::names::{self, Part};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;

@@ -3,13 +3,12 @@
 #[cfg(test)]
 mod tests;
 
-use super::config::LoraBias;
-use super::names::{self, Part};
-use super::tied::{self, Kept, Pair};
-use super::{LoraConfig, TokenIndices, files, saved, tokens};
+use super::{LoraConfig, TokenIndices, files, tokens};
+use crate::beside::{Whole, tied, vector};
+use crate::names::{self, Part};
 use crate::target::{self, Target, TargetModules};
 use ferrotune_core::adapter::{Attachment, LowRank, Magnitude, Site, SiteId, SiteKind};
-use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
+use ferrotune_core::params::{ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeSet;
 
@@ -22,9 +21,8 @@ pub(super) fn attach(
 ) -> Result<Vec<(SiteId, Attachment)>> {
     require_stack(&config.layer_replication, sites)?;
     let mut attachments = Vec::new();
-    let tied = Pair::of(config, sites)?;
-    let saved = saved_sites(config, sites, tied.as_ref())?;
-    let (targets, head) = targets(config, of_file, sites, &saved, tied.as_ref())?;
+    let whole = Whole::of(config.wanted(), sites)?;
+    let (targets, head) = targets(config, of_file, sites, &whole)?;
     for target in &targets {
         require_adaptable(config, target.site)?;
         require_startable(config, target)?;
@@ -37,11 +35,7 @@ pub(super) fn attach(
             attachments.push((head.site.id, Attachment::LowRank(low_rank)));
         }
     }
-    let kept_whole = tied.is_some_and(|pair| pair.kept == Kept::Whole);
-    for site in &saved {
-        let sharing = head_of(sites, site).filter(|_| kept_whole);
-        attachments.push((site.id, train(site, sharing, params)));
-    }
+    attachments.extend(whole.declare(params));
     let taken: BTreeSet<SiteId> = attachments.iter().map(|(id, _)| *id).collect();
     if let Some(indices) = &config.trainable_token_indices {
         let key = "trainable_token_indices";
@@ -52,20 +46,10 @@ pub(super) fn attach(
             attachments.push((rows.site.id, tokens::declare(rows, Part::TokenRows, params)));
         }
     }
-    for head in saved.iter().filter_map(|site| head_of(sites, site)) {
-        if !kept_whole && !attachments.iter().any(|(id, _)| *id == head.id) {
-            attachments.push((head.id, Attachment::KeepBase));
-        }
-    }
-    let adapted: BTreeSet<SiteId> = targets.iter().map(|target| target.site.id).collect();
-    let whole: BTreeSet<SiteId> = saved.iter().map(|site| site.id).collect();
-    for site in sites.iter().filter(|s| s.bias && !whole.contains(&s.id)) {
-        let is_adapted = adapted.contains(&site.id);
-        let part = match (config.bias, is_adapted) {
-            (LoraBias::None, _) | (LoraBias::LoraOnly, false) => continue,
-            (_, true) => Part::AdaptedBias,
-            (LoraBias::All, false) => Part::Bias,
-        };
+    let taken = attachments.iter().map(|(id, _)| *id).collect();
+    attachments.extend(whole.kept_heads(&taken));
+    let adapted = targets.iter().map(|target| target.site.id).collect();
+    for (site, part) in whole.biases(config.bias.of_base(), &adapted) {
         require_unshared(config, site)?;
         attachments.push((site.id, Attachment::TrainBias(vector(site, part, params))));
     }
@@ -73,11 +57,6 @@ pub(super) fn attach(
         attachments.push(invocation(tokens, sites)?);
     }
     Ok(attachments)
-}
-
-/// The head that is tied to `table`.
-fn head_of<'a>(sites: &'a [Site], table: &Site) -> Option<&'a Site> {
-    sites.iter().find(|other| other.tied_to == Some(table.id))
 }
 
 /// The tokens that call updates up, at the embedding that knows them.
@@ -137,48 +116,19 @@ fn require_unshared(config: &LoraConfig, site: &Site) -> Result<()> {
     ))
 }
 
-/// The sites trained as a whole; of a pair that stays tied, the embedding stands for both.
-fn saved_sites<'a>(
-    config: &LoraConfig,
-    sites: &'a [Site],
-    tied: Option<&Pair<'a>>,
-) -> Result<Vec<&'a Site>> {
-    let mut saved = saved::sites(sites, &config.modules_to_save)?;
-    if let Some(pair) = tied.filter(|pair| pair.kept == Kept::Whole) {
-        pair.move_whole(&mut saved);
-    }
-    Ok(saved)
-}
-
 /// What is adapted, which is nothing that is trained as a whole, and the head that follows its embedding.
 fn targets<'a>(
     config: &LoraConfig,
     of_file: bool,
     sites: &'a [Site],
-    saved: &[&Site],
-    tied: Option<&Pair<'a>>,
+    whole: &Whole<'a>,
 ) -> Result<(Vec<Target<'a>>, Option<Target<'a>>)> {
     let selection = config.selection()?;
     let mut selected = target::select(sites, &selection)?;
-    let stands_whole = |site: &Site| {
-        let embedding = tied.map(|pair| pair.embedding.id);
-        let is_whole = Some(site.id) == embedding && saved.iter().any(|whole| whole.id == site.id);
-        is_whole || saved::shadows(&config.modules_to_save, &site.name)
-    };
-    selected.retain(|site| !stands_whole(site));
-    let head = tied.and_then(|pair| pair.move_update(config, &mut selected));
-    if selected.is_empty() {
-        let whole = config
-            .modules_to_save
-            .iter()
-            .map(|name| format!("`{name}`"));
-        let whole = whole.collect::<Vec<_>>().join(", ");
-        let message = format!(
-            "names only what `modules_to_save` trains as a whole ({whole}), so nothing is left to adapt; take it \
-             out of one of them"
-        );
-        return Err(Error::config("target_modules", message));
-    }
+    whole.leave_out(&mut selected);
+    let pair = whole.pair.as_ref();
+    let head = pair.and_then(|pair| pair.move_update(config, &mut selected));
+    whole.require_some(&selected)?;
     let named = || selected.iter().copied().chain(head);
     let names: Vec<&str> = named().map(|site| site.name.as_str()).collect();
     let values = config.rank_and_alpha().resolve(&names)?;
@@ -195,7 +145,7 @@ fn targets<'a>(
     if *selection.target_modules == TargetModules::AllLinear {
         files::require_expressible(sites, &targets)?;
     }
-    if let Some(pair) = tied {
+    if let Some(pair) = pair {
         pair.require_possible(config, &targets)?;
     }
     Ok((targets, head))
@@ -272,22 +222,6 @@ fn declare(
     }
 }
 
-/// Declares weight and bias of a site that is trained as a whole, and whose weight is also that of `sharing`.
-fn train(site: &Site, sharing: Option<&Site>, params: &mut ParamLayoutBuilder) -> Attachment {
-    let shape = match site.kind {
-        SiteKind::Norm => vec![site.out_features],
-        SiteKind::Linear | SiteKind::Embedding => vec![site.out_features, site.in_features],
-    };
-    let name = names::tensor(&site.name, Part::Weight);
-    let mut weight = ParamSpec::new(name, shape, site.execution_order);
-    weight.transposed = site.stored_transposed;
-    weight.also = sharing.map(|site| names::tensor(&site.name, Part::Weight));
-    Attachment::TrainBase {
-        weight: params.add(weight),
-        bias: site.bias.then(|| vector(site, Part::Bias, params)),
-    }
-}
-
 /// Declares DoRA's norms, one per feature of the output.
 fn magnitude(site: &Site, params: &mut ParamLayoutBuilder) -> Magnitude {
     match site.kind {
@@ -300,15 +234,6 @@ fn magnitude(site: &Site, params: &mut ParamLayoutBuilder) -> Magnitude {
             Magnitude::OfRows(vector(site, Part::Magnitude, params))
         }
     }
-}
-
-fn vector(site: &Site, part: Part, params: &mut ParamLayoutBuilder) -> ParamId {
-    let name = names::tensor(&site.name, part);
-    params.add(ParamSpec::new(
-        name,
-        [site.out_features],
-        site.execution_order,
-    ))
 }
 
 /// Refuses targets whose weight or input a start cannot be made of.

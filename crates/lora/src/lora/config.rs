@@ -6,6 +6,7 @@ mod tests;
 mod write;
 
 use super::{InitLoraWeights, TokenIndices};
+use crate::beside::{Biases, Wanted};
 use crate::target::{
     ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
 };
@@ -31,6 +32,15 @@ impl LoraBias {
             Self::None => "none",
             Self::All => "all",
             Self::LoraOnly => "lora_only",
+        }
+    }
+
+    /// The same, whatever the method.
+    pub(crate) fn of_base(self) -> Biases {
+        match self {
+            Self::None => Biases::None,
+            Self::All => Biases::All,
+            Self::LoraOnly => Biases::Adapted,
         }
     }
 }
@@ -241,6 +251,15 @@ impl LoraConfig {
             })?);
         }
         Ok(self)
+    }
+
+    /// What it says of modules that are trained as a whole.
+    pub(crate) fn wanted(&self) -> Wanted<'_> {
+        Wanted {
+            modules_to_save: &self.modules_to_save,
+            keeps_tied: self.ensure_weight_tying,
+            target_modules: self.target_modules.as_ref(),
+        }
     }
 
     /// The part that decides where; `target_modules` must be known.

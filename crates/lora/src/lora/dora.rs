@@ -5,7 +5,7 @@
 //! `DoraEmbeddingLayer`.
 
 use super::LoraConfig;
-use super::names::{self, Part};
+use crate::names::{self, Part};
 use ferrotune_core::adapter::BaseWeights;
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};

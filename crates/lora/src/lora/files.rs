@@ -3,19 +3,18 @@
 #[cfg(test)]
 mod tests;
 
-use super::names::{self, Part};
 use super::tokens::counting;
 use super::{InitLoraWeights, LoraConfig, Start, TokenIndices, convert};
 use crate::PeftConfig;
 use crate::base_copies::OwnNames;
+use crate::beside::{differ, repeated};
 use crate::files::{self, CONFIG_FILE, Weights};
-use crate::modules::{EMBEDDINGS, HEADS};
+use crate::names::{self, Part};
 use crate::target::{Target, TargetModules, last_segment};
 use ferrotune_core::adapter::Site;
-use ferrotune_core::io::{self, FileDType, TensorData};
+use ferrotune_core::io;
 use ferrotune_core::params::{FlatBuffer, ParamSpec, Segment};
 use ferrotune_core::{Error, Result};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -36,26 +35,8 @@ pub(super) fn save(config: &LoraConfig, params: &FlatBuffer, directory: &Path) -
 /// Writes every tensor of `params` that is an adapter's, f32, under PEFT's names.
 pub(crate) fn write_tensors(params: &FlatBuffer, directory: &Path) -> Result<()> {
     let mut tensors = BTreeMap::new();
-    for (id, segment) in lora_segments(params) {
-        let ParamSpec {
-            name, also, shape, ..
-        } = &segment.spec;
-        let data = TensorData {
-            dtype: FileDType::F32,
-            shape: segment.spec.file_shape(),
-            bytes: match params.file_values(id) {
-                Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
-                Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
-            },
-        };
-        tensors.insert(name.clone(), data);
-        // PEFT misses either name of what two modules share.
-        if let Some(also) = also {
-            tensors.insert(
-                also.clone(),
-                TensorData::from_f32(params.get(id), shape.clone()),
-            );
-        }
+    for (id, _) in lora_segments(params) {
+        tensors.extend(files::of_parameter(params, id));
     }
     files::write_tensors(directory, &tensors)
 }
@@ -231,9 +212,9 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
         .map(|(_, segment)| segment.spec.name.clone())
         .collect();
     let own = OwnNames::of(&layout);
-    let twin = |name: &str| twin(name, &expected, shares.tied);
+    let repeated: BTreeMap<_, _> = repeated(&file, &expected, &own, shares.tied).collect();
     file.require_same_names(&expected, |name| {
-        own.are_beside_copy(name) || twin(name).is_some()
+        own.are_beside_copy(name) || repeated.contains_key(name)
     })?;
     for (id, segment) in layout.by_name() {
         if Part::of(&segment.spec.name).is_some() {
@@ -244,9 +225,7 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
             params.set_file_values(id, &values);
         }
     }
-    let is_repeated = |name: &&str| !expected.contains(*name) && !own.are_beside_copy(name);
-    let copies = file.file.names().filter(is_repeated);
-    for (name, twin) in copies.filter_map(|name| Some((name, twin(name)?))) {
+    for (name, twin) in repeated {
         let id = layout.find(&twin);
         let own = id.map_or(&[][..], |id| params.get(id));
         let repeated = match (id, &shares.tokens) {
@@ -257,8 +236,7 @@ fn read_all(params: &mut FlatBuffer, directory: &Path, shares: &Shares) -> Resul
             _ => file.read_flat(name, own.len())?,
         };
         if repeated != own {
-            let message = format!("`{name}` and `{twin}` differ, but are one parameter");
-            return Err(Error::adapter(&file.path, message));
+            return Err(differ(&file, name, &twin));
         }
     }
     Ok(())
@@ -282,32 +260,6 @@ fn read_rows(
     let values = file.read(name, &[ids.len(), width])?;
     let rows = counting(ids).flat_map(|at| &values[at * width..(at + 1) * width]);
     Ok(rows.copied().collect())
-}
-
-/// The expected tensor that `name` repeats: of a head that is `tied`, or has the same trained rows, the embedding's; of
-/// a module trained as a whole, what PEFT saves of it once more.
-fn twin(name: &str, expected: &BTreeSet<String>, tied: bool) -> Option<String> {
-    let (module, part) = names::parse(name)?;
-    if let Some(saved) = names::without(module, names::SAVED) {
-        // Inside of a module, the name of the adapter stays.
-        let unnamed = names::without(&saved, "default");
-        let saved = names::tensor(&unnamed.unwrap_or(saved), part);
-        let is_own = expected.contains(&saved);
-        return is_own
-            .then(|| saved.clone())
-            .or_else(|| twin(&saved, expected, tied));
-    }
-    let of = match part {
-        Part::A => Part::EmbeddingB,
-        Part::B => Part::EmbeddingA,
-        Part::Weight | Part::TokenRows | Part::TokenRowsAlone => part,
-        _ => return None,
-    };
-    let is_table = |other: &str| EMBEDDINGS.contains(&last_segment(other));
-    let twin = |other: &&String| names::parse(other).is_some_and(|(m, p)| p == of && is_table(m));
-    let shares = tied || part.is_rows();
-    let is_head = shares && HEADS.contains(&last_segment(module));
-    expected.iter().find(twin).filter(|_| is_head).cloned()
 }
 
 fn lora_segments(

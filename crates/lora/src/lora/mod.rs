@@ -15,11 +15,8 @@ mod convert;
 mod dora;
 mod files;
 pub(crate) mod init;
-pub(crate) mod names;
-pub(crate) mod saved;
 #[cfg(test)]
 mod tests;
-pub(crate) mod tied;
 pub(crate) mod tokens;
 
 pub use config::{LoraBias, LoraConfig};
@@ -30,12 +27,12 @@ pub use init::{
 };
 pub use tokens::TokenIndices;
 
+use crate::names::Part;
 use crate::target::last_segment;
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId};
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
-use names::Part;
 use std::path::Path;
 use std::sync::OnceLock;
 

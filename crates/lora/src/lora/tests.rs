@@ -1,5 +1,5 @@
-use super::names::{self, Part};
 use super::{InitLoraWeights, LoraAdapter, LoraConfig};
+use crate::names::{self, Part};
 use crate::testing::{adapter, attach, list, llama_sites};
 use ferrotune_core::adapter::{Adapter, LowRank};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};

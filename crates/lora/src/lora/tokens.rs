@@ -6,7 +6,7 @@ use ferrotune_core::params::{ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use std::collections::BTreeMap;
 
-use super::names::{self, Part};
+use crate::names::{self, Part};
 
 /// `trainable_token_indices`, once it is given.
 #[derive(Clone, Debug, PartialEq, Eq)]

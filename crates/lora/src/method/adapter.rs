@@ -26,7 +26,7 @@ pub(crate) fn configure<M: Method>(
     object: &Map<String, Value>,
 ) -> Result<Box<dyn Configured>> {
     let mut keys = Keys::new(source, object);
-    let common = Common::read(&mut keys)?;
+    let common = Common::read::<M>(&mut keys)?;
     let method = M::read(&mut keys)?;
     keys.finish()?;
     Ok(Box::new(MethodAdapter {
@@ -51,6 +51,8 @@ pub(super) struct Attached {
     /// The ends of the paths of the targets, sorted.
     pub(super) names: Vec<String>,
     pub(super) targets: Vec<Target>,
+    /// Names of the parameters that are parts of the base.
+    pub(super) of_base: BTreeSet<String>,
 }
 
 impl<M: Method> Configured for MethodAdapter<M> {
@@ -82,7 +84,8 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>> {
-        let targets = self.common.select(sites)?;
+        let whole = self.common.whole(sites)?;
+        let targets = self.common.select(sites, &whole)?;
         for site in &targets {
             require_linear::<M>(site)?;
         }
@@ -109,28 +112,33 @@ impl<M: Method> Adapter for MethodAdapter<M> {
             })
         });
         let targets: Vec<Target> = targets.collect::<Result<_>>()?;
+        let own = params.specs_mut().len();
+        let adapted = targets.iter().map(|target| target.site.id).collect();
+        let beside = whole.attach(self.common.bias, &adapted, params);
+        let of_base = params.specs_mut()[own..].iter().map(|s| s.name.clone());
+        let of_base = of_base.collect();
         let attached = self
             .attached
-            .get_or_init(|| Attached::new(frozen, targets.clone()));
-        targets
-            .iter()
-            .map(|target| {
-                let place = Place {
-                    ids: &target.ids,
-                    shared: &shared,
-                    frozen: &attached.frozen,
-                };
-                let attachment = self.method.attach(&target.site, &place)?;
-                Ok((target.site.id, attachment))
-            })
-            .collect()
+            .get_or_init(|| Attached::new(frozen, targets.clone(), of_base));
+        let attachments = targets.iter().map(|target| {
+            let place = Place {
+                ids: &target.ids,
+                shared: &shared,
+                frozen: &attached.frozen,
+            };
+            let attachment = self.method.attach(&target.site, &place)?;
+            Ok((target.site.id, attachment))
+        });
+        attachments.chain(beside.into_iter().map(Ok)).collect()
     }
 
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
         let layout = params.layout().clone();
         for (_, segment) in layout.by_name() {
             let (name, shape) = (&segment.spec.name, &segment.spec.shape);
-            self.method.init(name, shape).fill(params, name, seed);
+            if !self.is_of_base(name) {
+                self.method.init(name, shape).fill(params, name, seed);
+            }
         }
         Ok(())
     }
@@ -199,7 +207,13 @@ impl<M: Method> Adapter for MethodAdapter<M> {
     }
 
     fn load(&self, params: &mut FlatBuffer, directory: &Path) -> Result<()> {
-        files::load(&self.method, self.attached.get(), params, directory)
+        files::load(
+            &self.method,
+            &self.common,
+            self.attached.get(),
+            params,
+            directory,
+        )
     }
 
     fn describe(&self) -> String {
@@ -222,6 +236,12 @@ impl<M: Method> MethodAdapter<M> {
         Ok(ids.collect())
     }
 
+    /// Whether a parameter is a part of the base, whose values it starts from.
+    fn is_of_base(&self, name: &str) -> bool {
+        let attached = self.attached.get();
+        attached.is_some_and(|attached| attached.of_base.contains(name))
+    }
+
     /// What is adapted; nothing before the adapter is attached.
     fn targets(&self) -> &[Target] {
         self.attached
@@ -231,7 +251,7 @@ impl<M: Method> MethodAdapter<M> {
 }
 
 impl Attached {
-    fn new(frozen: Frozen, targets: Vec<Target>) -> Self {
+    fn new(frozen: Frozen, targets: Vec<Target>, of_base: BTreeSet<String>) -> Self {
         let ends = targets
             .iter()
             .filter_map(|target| target.site.name.rsplit('.').next());
@@ -240,6 +260,7 @@ impl Attached {
             frozen,
             names: names.into_iter().collect(),
             targets,
+            of_base,
         }
     }
 }

@@ -3,7 +3,8 @@
 use super::adapter::Attached;
 use super::{Common, Method};
 use crate::base_copies::OwnNames;
-use crate::files::{CONFIG_FILE, Weights, write};
+use crate::beside::{differ, repeated};
+use crate::files::{CONFIG_FILE, Weights, of_parameter, write};
 use crate::target::TargetModules;
 use ferrotune_core::io::{FileDType, TensorData};
 use ferrotune_core::params::FlatBuffer;
@@ -37,13 +38,14 @@ pub(super) fn save<M: Method>(
     let parts = method.parts(&attached.targets, params);
     for (id, segment) in params.layout().by_name() {
         let (name, shape) = (&segment.spec.name, &segment.spec.shape);
-        let data = match parts.get(name) {
-            None => TensorData::from_f32(params.get(id), shape.clone()),
-            Some(part) => TensorData {
-                dtype: FileDType::F32,
-                shape: part.shape(shape),
-                bytes: Cow::Owned(bytemuck::cast_slice(&part.take(params.get(id), shape)).to_vec()),
-            },
+        let Some(part) = parts.get(name) else {
+            tensors.extend(of_parameter(params, id));
+            continue;
+        };
+        let data = TensorData {
+            dtype: FileDType::F32,
+            shape: part.shape(shape),
+            bytes: Cow::Owned(bytemuck::cast_slice(&part.take(params.get(id), shape)).to_vec()),
         };
         tensors.insert(name.clone(), data);
     }
@@ -62,7 +64,7 @@ pub(super) fn save<M: Method>(
         common.target_modules = Some(TargetModules::List(attached.names.clone()));
     }
     let mut keys = Map::new();
-    common.write(M::PEFT_TYPE, &mut keys);
+    common.write::<M>(&mut keys);
     method.write(&mut keys);
     method.write_parts(&parts, &mut keys);
     let sorted: BTreeMap<String, Value> = keys.into_iter().collect();
@@ -70,22 +72,28 @@ pub(super) fn save<M: Method>(
     write(directory, &tensors, &format!("{:#}", Value::Object(object)))
 }
 
-/// Reads every tensor of the method, strictly. Frozen ones must be those of this run, which are known
-/// once the adapter is attached.
+/// Reads every tensor of the method, strictly. Frozen ones must be those of this run, which are known once the adapter
+/// is attached.
 pub(super) fn load<M: Method>(
     method: &M,
+    common: &Common,
     attached: Option<&Attached>,
     params: &mut FlatBuffer,
     directory: &Path,
 ) -> Result<()> {
     let file = Weights::open(directory)?.with_parts(method.read_parts(directory)?);
     let layout = params.layout().clone();
-    let own = layout.by_name();
-    let mut expected: BTreeSet<String> = own
-        .flat_map(|(_, segment)| method.stored_as(&segment.spec.name))
+    let none = BTreeSet::new();
+    let of_base = attached.map_or(&none, |attached| &attached.of_base);
+    let mut expected: BTreeSet<String> = layout
+        .by_name()
+        .map(|(_, segment)| segment.spec.name.as_str())
+        .filter(|name| !of_base.contains(*name))
+        .flat_map(|name| method.stored_as(name))
         .collect();
     let saved = method.saved_frozen();
     expected.extend(saved.iter().map(|ending| shared_name(ending)));
+    expected.extend(of_base.iter().cloned());
     // PEFT repeats a shared tensor under each module that uses it.
     let copies = |name: &str| {
         saved
@@ -93,16 +101,42 @@ pub(super) fn load<M: Method>(
             .any(|ending| name.starts_with(MODULE_PREFIX) && name.ends_with(&format!(".{ending}")))
     };
     let own = OwnNames::of(&layout);
-    file.require_same_names(&expected, |name| copies(name) || own.are_beside_copy(name))?;
+    let tied = common.ensure_weight_tying;
+    let repeated: BTreeMap<_, _> = repeated(&file, of_base, &own, tied)
+        .filter(|(name, _)| !expected.contains(*name))
+        .collect();
+    file.require_same_names(&expected, |name| {
+        copies(name) || own.are_beside_copy(name) || repeated.contains_key(name)
+    })?;
     for (id, segment) in layout.by_name() {
-        let (name, shape) = (&segment.spec.name, &segment.spec.shape);
-        let values = method.read_tensor(&file, name, shape)?;
-        params.get_mut(id).copy_from_slice(&values);
+        let name = &segment.spec.name;
+        let values = match of_base.contains(name) {
+            true => file.read(name, &segment.spec.file_shape())?,
+            false => method.read_tensor(&file, name, &segment.spec.shape)?,
+        };
+        params.set_file_values(id, &values);
     }
-    for (attached, ending) in attached
-        .into_iter()
-        .flat_map(|a| saved.iter().map(move |e| (a, e)))
-    {
+    for (name, twin) in &repeated {
+        let shape = file.file.meta(twin).map(|meta| meta.shape.clone());
+        let shape = shape.unwrap_or_default();
+        if file.read(name, &shape)? != file.read(twin, &shape)? {
+            return Err(differ(&file, name, twin));
+        }
+    }
+    match attached {
+        Some(attached) => require_same_frozen(method, attached, &file, directory),
+        None => Ok(()),
+    }
+}
+
+/// Refuses frozen tensors of `file` that are not those of this run.
+fn require_same_frozen<M: Method>(
+    method: &M,
+    attached: &Attached,
+    file: &Weights,
+    directory: &Path,
+) -> Result<()> {
+    for ending in method.saved_frozen() {
         let (name, tensor) = (shared_name(ending), attached.frozen.get(ending));
         if file.read_flat(&name, tensor.rows() * tensor.cols())? != tensor.to_f32_vec() {
             return Err(Error::adapter(

@@ -9,6 +9,8 @@ mod files;
 mod init;
 mod keys;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use adapter::{Configured, configure};
 pub(crate) use common::Common;
@@ -59,6 +61,12 @@ impl TensorSpec {
 pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
     /// `peft_type` in `adapter_config.json`.
     const PEFT_TYPE: &'static str;
+
+    /// What `bias` calls the biases of the targets, such as `vera_only`; `None` where PEFT has no such key.
+    const BIAS: Option<&'static str> = None;
+
+    /// Whether PEFT has `ensure_weight_tying`.
+    const TIES: bool = false;
 
     /// Reads the method's own keys; absent ones take PEFT's defaults.
     fn read(keys: &mut Keys<'_>) -> Result<Self>;

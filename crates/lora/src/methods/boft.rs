@@ -42,6 +42,7 @@ impl Boft {
 
 impl Method for Boft {
     const PEFT_TYPE: &'static str = "BOFT";
+    const BIAS: Option<&'static str> = Some("boft_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let factor = keys.positive("boft_n_butterfly_factor", 1)?;
@@ -75,7 +76,6 @@ impl Method for Boft {
         keys.insert("boft_n_butterfly_factor".into(), json!(1));
         keys.insert("boft_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

@@ -33,6 +33,7 @@ pub(crate) struct C3a {
 
 impl Method for C3a {
     const PEFT_TYPE: &'static str = "C3A";
+    const BIAS: Option<&'static str> = Some("c3a_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let start = match keys.get("init_weights") {
@@ -64,7 +65,6 @@ impl Method for C3a {
             Start::Xavier => json!("xavier_uniform"),
         };
         keys.insert("init_weights".into(), start);
-        keys.insert("bias".into(), json!("none"));
     }
 
     fn describe(&self) -> String {

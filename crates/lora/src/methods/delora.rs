@@ -30,6 +30,7 @@ pub(crate) struct Delora {
 
 impl Method for Delora {
     const PEFT_TYPE: &'static str = "DELORA";
+    const BIAS: Option<&'static str> = Some("delora_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         Ok(Self {
@@ -47,7 +48,6 @@ impl Method for Delora {
         keys.insert("lambda_pattern".into(), self.lambda.to_json());
         keys.insert("module_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
     }
 
     fn describe(&self) -> String {

@@ -28,6 +28,7 @@ pub(crate) struct FourierFt {
 
 impl Method for FourierFt {
     const PEFT_TYPE: &'static str = "FOURIERFT";
+    const BIAS: Option<&'static str> = Some("fourierft_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         Ok(Self {
@@ -44,7 +45,6 @@ impl Method for FourierFt {
         keys.insert("scaling".into(), json!(self.scaling));
         keys.insert("random_loc_seed".into(), json!(self.seed));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

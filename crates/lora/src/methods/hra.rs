@@ -27,6 +27,7 @@ pub(crate) struct Hra {
 
 impl Method for Hra {
     const PEFT_TYPE: &'static str = "HRA";
+    const BIAS: Option<&'static str> = Some("hra_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         Ok(Self {
@@ -41,7 +42,6 @@ impl Method for Hra {
         keys.insert("r".into(), json!(self.rank));
         keys.insert("apply_GS".into(), json!(self.orthogonal));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
     }
 
     fn describe(&self) -> String {

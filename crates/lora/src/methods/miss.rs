@@ -70,6 +70,7 @@ impl Miss {
 
 impl Method for Miss {
     const PEFT_TYPE: &'static str = "MISS";
+    const BIAS: Option<&'static str> = Some("MiSS_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let variant = match keys.get("init_weights") {
@@ -109,7 +110,6 @@ impl Method for Miss {
         };
         keys.insert("init_weights".into(), variant);
         keys.insert("miss_dropout".into(), json!(self.dropout));
-        keys.insert("bias".into(), json!("none"));
     }
 
     fn describe(&self) -> String {

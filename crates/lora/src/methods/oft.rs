@@ -63,6 +63,7 @@ fn divisor(inputs: usize, given: usize) -> usize {
 
 impl Method for Oft {
     const PEFT_TYPE: &'static str = "OFT";
+    const BIAS: Option<&'static str> = Some("oft_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let (rank, block_size) = (keys.integer("r", 0)?, keys.integer("oft_block_size", 32)?);
@@ -105,7 +106,6 @@ impl Method for Oft {
         keys.insert("num_cayley_neumann_terms".into(), json!(self.terms));
         keys.insert("init_weights".into(), json!(self.init_weights));
         keys.insert("module_dropout".into(), json!(self.dropout));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

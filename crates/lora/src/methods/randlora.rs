@@ -56,6 +56,7 @@ fn dimensions(site: &Site) -> [usize; 2] {
 
 impl Method for RandLora {
     const PEFT_TYPE: &'static str = "RANDLORA";
+    const BIAS: Option<&'static str> = Some("randlora_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let rank = keys.positive("r", 32)?;
@@ -98,7 +99,6 @@ impl Method for RandLora {
         );
         keys.insert("randlora_dropout".into(), json!(self.dropout));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

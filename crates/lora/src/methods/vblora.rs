@@ -41,6 +41,7 @@ pub(crate) struct VbLora {
 
 impl Method for VbLora {
     const PEFT_TYPE: &'static str = "VBLORA";
+    const BIAS: Option<&'static str> = Some("vblora_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let only_topk = keys.boolean("save_only_topk_weights", false)?;
@@ -81,7 +82,6 @@ impl Method for VbLora {
         keys.insert("init_vector_bank_bound".into(), json!(self.bank_bound));
         keys.insert("init_logits_std".into(), json!(self.logits_std));
         keys.insert("save_only_topk_weights".into(), json!(false));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

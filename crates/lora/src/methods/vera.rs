@@ -35,6 +35,7 @@ pub(crate) struct Vera {
 
 impl Method for Vera {
     const PEFT_TYPE: &'static str = "VERA";
+    const BIAS: Option<&'static str> = Some("vera_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let save_projection = keys.boolean("save_projection", true)?;
@@ -60,7 +61,6 @@ impl Method for Vera {
         keys.insert("vera_dropout".into(), json!(self.dropout));
         keys.insert("d_initial".into(), json!(self.d_initial));
         keys.insert("init_weights".into(), json!(self.init_weights));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
     }
 

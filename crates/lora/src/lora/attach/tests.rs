@@ -310,7 +310,7 @@ fn only_names_that_peft_knows_keep_a_pair_tied() {
             target_modules,
             ..LoraConfig::default()
         };
-        let kept = super::super::tied::kept(&config).expect("an expression");
+        let kept = crate::beside::tied::kept(config.wanted()).expect("an expression");
         assert_eq!(kept.is_some(), tied, "{:?}", config.target_modules);
     }
 }

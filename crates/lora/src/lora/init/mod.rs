@@ -28,7 +28,7 @@ pub use start::Start;
 pub(super) use start::rank_dimension;
 
 use super::LoraConfig;
-use super::names::{self, Part};
+use crate::names::{self, Part};
 use ferrotune_core::adapter::{BaseWeights, SiteId};
 use ferrotune_core::params::{FlatBuffer, ParamLayout};
 use ferrotune_core::{Error, Result};

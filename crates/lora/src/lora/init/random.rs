@@ -1,7 +1,7 @@
 //! Random starts: pure functions of the seed and the parameter's name.
 
-use super::super::names::{self, Part};
 use super::InitLoraWeights;
+use crate::names::{self, Part};
 use ferrotune_core::params::{FlatBuffer, ParamId, Segment};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::{Stream, key_for};

@@ -1,9 +1,9 @@
 //! The factors that a run starts from.
 
 use super::super::LoraConfig;
-use super::super::names::{self, Part};
 use super::{Linear, linears, site};
 use crate::files::Weights;
+use crate::names::{self, Part};
 use ferrotune_core::adapter::BaseWeights;
 use ferrotune_core::params::{FlatBuffer, ParamLayout, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};

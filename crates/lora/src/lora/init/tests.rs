@@ -1,7 +1,7 @@
 use super::super::convert;
-use super::super::names::{self, Part};
 use super::{InitLoraWeights, Start};
 use crate::LoraConfig;
+use crate::names::{self, Part};
 use crate::testing::{adapter, attach, list};
 use ferrotune_core::adapter::Adapter;
 use ferrotune_core::params::FlatBuffer;

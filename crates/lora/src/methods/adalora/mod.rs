@@ -47,9 +47,8 @@ const WITHOUT: [&str; 14] = [
     "velora_config",
 ];
 /// Keys that change nothing.
-const IGNORED: [&str; 8] = [
+const IGNORED: [&str; 7] = [
     "arrow_config",
-    "ensure_weight_tying",
     "kasa_config",
     "megatron_config",
     "megatron_core",
@@ -75,6 +74,8 @@ pub(crate) struct AdaLora {
 
 impl Method for AdaLora {
     const PEFT_TYPE: &'static str = "ADALORA";
+    const BIAS: Option<&'static str> = Some("lora_only");
+    const TIES: bool = true;
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         keys.ignore(&IGNORED);
@@ -114,7 +115,6 @@ impl Method for AdaLora {
         keys.insert("orth_reg_weight".into(), json!(self.orth_reg_weight));
         keys.insert("beta1".into(), json!(self.betas[0]));
         keys.insert("beta2".into(), json!(self.betas[1]));
-        keys.insert("bias".into(), json!("none"));
         keys.insert("fan_in_fan_out".into(), json!(false));
         self.budget.write(keys);
     }

@@ -1,9 +1,10 @@
 //! `ensure_weight_tying`: an input embedding and a head that share a weight, and keep sharing it.
 
-use super::LoraConfig;
-use super::names::{self, Part};
+use super::Wanted;
 use crate::files::Weights;
+use crate::lora::LoraConfig;
 use crate::modules::EMBEDDINGS;
+use crate::names::{self, Part};
 use crate::target::{Expression, Target, TargetModules, last_segment};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
@@ -15,29 +16,29 @@ const TIED: [&str; 2] = ["embed_tokens", HEAD];
 
 /// How the pair stays one weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kept {
+pub(crate) enum Kept {
     /// It is trained as a whole.
     Whole,
     /// Both have one update.
     Updates,
 }
 
-/// What `config` keeps tied, if anything: `modules_to_save` comes before `target_modules`.
+/// What is kept tied as `wanted`, if anything: `modules_to_save` comes before `target_modules`.
 ///
 /// # Errors
 /// [`Error::Config`] if `target_modules` is no regular expression.
 ///
 /// # Source
 /// PEFT's `_check_tied_modules`.
-pub(super) fn kept(config: &LoraConfig) -> Result<Option<Kept>> {
+pub(crate) fn kept(wanted: Wanted<'_>) -> Result<Option<Kept>> {
     let named = |name: &String| TIED.contains(&last_segment(name));
-    if !config.ensure_weight_tying {
+    if !wanted.keeps_tied {
         return Ok(None);
     }
-    if config.modules_to_save.iter().any(named) {
+    if wanted.modules_to_save.iter().any(named) {
         return Ok(Some(Kept::Whole));
     }
-    let updates = match &config.target_modules {
+    let updates = match wanted.target_modules {
         None | Some(TargetModules::AllLinear) => false,
         Some(TargetModules::List(names)) => names.iter().any(named),
         Some(TargetModules::Regex(source)) => {
@@ -49,20 +50,20 @@ pub(super) fn kept(config: &LoraConfig) -> Result<Option<Kept>> {
 }
 
 /// The input embedding and the head that shares its weight.
-pub(super) struct Pair<'a> {
-    pub(super) embedding: &'a Site,
-    pub(super) head: &'a Site,
-    pub(super) kept: Kept,
+pub(crate) struct Pair<'a> {
+    pub(crate) embedding: &'a Site,
+    pub(crate) head: &'a Site,
+    pub(crate) kept: Kept,
 }
 
 impl<'a> Pair<'a> {
     /// What stays tied on a model of `sites`.
-    pub(super) fn of(config: &LoraConfig, sites: &'a [Site]) -> Result<Option<Self>> {
+    pub(super) fn of(wanted: Wanted<'_>, sites: &'a [Site]) -> Result<Option<Self>> {
         let pair = sites.iter().find_map(|head| {
             let embedding = sites.iter().find(|site| Some(site.id) == head.tied_to)?;
             Some((embedding, head))
         });
-        let kept = kept(config)?.zip(pair);
+        let kept = kept(wanted)?.zip(pair);
         Ok(kept.map(|(kept, (embedding, head))| Self {
             embedding,
             head,
@@ -85,7 +86,7 @@ impl<'a> Pair<'a> {
     /// Where one of the pair is adapted, the embedding is, and the head follows, by its own alpha and rank as
     /// far as the scale goes: returns it. A whole path, which PEFT takes the embedding's for, passes any filter
     /// of layers.
-    pub(super) fn move_update(
+    pub(crate) fn move_update(
         &self,
         config: &LoraConfig,
         targets: &mut Vec<&'a Site>,
@@ -100,7 +101,7 @@ impl<'a> Pair<'a> {
     }
 
     /// Refuses an update of the head where the pair is trained as a whole, and DoRA's norms of both.
-    pub(super) fn require_possible(
+    pub(crate) fn require_possible(
         &self,
         config: &LoraConfig,
         targets: &[Target<'_>],
@@ -123,18 +124,29 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// The configuration of the adapter in `directory`, as it was trained. PEFT's file names the embedding alone where the
-/// pair stayed tied; where PEFT would not know that one for it again, the head's own tensors tell.
+/// Completes what the configuration of the adapter in `directory` says, as it was trained. PEFT's file names the
+/// embedding alone where the pair stayed tied; where PEFT would not know that one for it again, the head's own tensors
+/// tell.
 ///
 /// # Errors
 /// As [`kept`].
-pub(crate) fn with_head(mut config: LoraConfig, directory: &Path) -> Result<LoraConfig> {
-    if !config.ensure_weight_tying || kept(&config)?.is_some() {
-        return Ok(config);
+pub(crate) fn with_head(
+    keeps_tied: bool,
+    modules_to_save: &mut Vec<String>,
+    target_modules: &mut Option<TargetModules>,
+    directory: &Path,
+) -> Result<()> {
+    let wanted = Wanted {
+        modules_to_save,
+        keeps_tied,
+        target_modules: target_modules.as_ref(),
+    };
+    if !keeps_tied || kept(wanted)?.is_some() {
+        return Ok(());
     }
     // What is wrong with the file is said where its tensors are wanted.
     let Ok(weights) = Weights::open(directory) else {
-        return Ok(config);
+        return Ok(());
     };
     // Without the embedding, it is a copy of the base's, and so it is where copies show what is trained and it is not.
     let has = |part, named: &[String]| {
@@ -149,18 +161,18 @@ pub(crate) fn with_head(mut config: LoraConfig, directory: &Path) -> Result<Lora
         .collect();
     let of_head = format!(".{HEAD}.{}.", names::ORIGINAL);
     let is_trained = originals.is_empty() || originals.iter().any(|name| name.contains(&of_head));
-    if is_trained && has(Part::Weight, &config.modules_to_save) {
-        config.modules_to_save.push(HEAD.into());
-    } else if let Some(TargetModules::List(names)) = &mut config.target_modules
+    if is_trained && has(Part::Weight, modules_to_save) {
+        modules_to_save.push(HEAD.into());
+    } else if let Some(TargetModules::List(names)) = target_modules
         && has(Part::A, names)
     {
         names.push(HEAD.into());
     }
-    Ok(config)
+    Ok(())
 }
 
 /// The name under which files have a factor of the embedding's update once more, for the head.
-pub(super) fn twin_of(head: &Site, part: Part) -> Option<String> {
+pub(crate) fn twin_of(head: &Site, part: Part) -> Option<String> {
     let twin = match part {
         Part::EmbeddingB => Part::A,
         Part::EmbeddingA => Part::B,
