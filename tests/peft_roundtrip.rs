@@ -85,20 +85,28 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
             biased.clone(),
             json!({"lora_target_modules": "all-linear", "alora_invocation_tokens": [3]}),
         ),
+    ];
+    variants.extend(of_peft_config(&biased));
+    variants
+}
+
+/// What `peft_config` asks for, on `base`.
+fn of_peft_config(base: &Shape) -> Vec<(&'static str, Shape, Value)> {
+    let mut variants = vec![
         (
             "ln_tuning",
-            biased.clone(),
+            base.clone(),
             json!({"peft_config": {"peft_type": "LN_TUNING"}, "learning_rate": 5e-2}),
         ),
         (
             "ln_tuning_saved",
-            biased.clone(),
+            base.clone(),
             json!({"peft_config": {"peft_type": "LN_TUNING", "modules_to_save": ["embed_tokens", "model.norm"]},
                    "learning_rate": 5e-2}),
         ),
         (
             "trainable_tokens",
-            biased.clone(),
+            base.clone(),
             json!({"peft_config": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 3, 10, 11, 12]},
                    "learning_rate": 1.0}),
         ),
@@ -112,7 +120,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         let keys = keys.as_object().expect("an object").clone();
         method.as_object_mut().expect("an object").extend(keys);
         let changes = json!({"peft_config": method, "learning_rate": 2e-2});
-        variants.push((name, biased.clone(), changes));
+        variants.push((name, base.clone(), changes));
     }
     for (name, keys) in beside_methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
@@ -122,7 +130,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         for tied in [false, true] {
             let shape = Shape {
                 tied,
-                ..biased.clone()
+                ..base.clone()
             };
             let name = format!("{name}{}", if tied { "_tied" } else { "" });
             variants.push((name.leak(), shape, changes.clone()));

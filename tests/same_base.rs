@@ -148,7 +148,7 @@ fn codes_and_values_may_be_of_one_model_and_are_noted() {
         .train("over_codes", &json!({"model_name_or_path": codes}))
         .expect(0);
     let [over_values, over_codes] = ["over_values", "over_codes"].map(|name| bench.path(name));
-    assert_eq!(record(&over_codes)["format"], "nf4");
+    assert_eq!(record(&over_codes)["format"], "nf4 of nested scales");
     for (base, adapter, formats) in [
         (&bench.path("base"), &over_codes, ["nf4", "F32"]),
         (&codes, &over_values, ["F32", "nf4"]),

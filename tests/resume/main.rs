@@ -145,7 +145,7 @@ fn a_resumed_run_equals_the_uninterrupted_one_with_other_optimizers() {
         write_model(&bench.path("base"), &shape, Stored::F32, 1);
         let changes = with(
             &bench,
-            &json!({"optim": optim, "lora_modules_to_save": ["embed_tokens"], "learning_rate": 1e-3}),
+            &json!({"optim": optim, "lora_modules_to_save": ["lm_head"], "learning_rate": 1e-3}),
         );
         bench.train("whole", &changes).expect(0);
         let output = killed_after(&bench, "killed", 5);

@@ -24,6 +24,7 @@ pub(super) struct Changed<'a> {
 }
 
 /// What a product makes.
+#[derive(Clone, Copy)]
 enum Product {
     Output,
     InputGradient,

@@ -182,7 +182,7 @@ impl TensorStates {
     ///
     /// From a GPU it is copied; after a failure of the device, which its next operation reports, it is NaN.
     pub fn tensors(&self) -> Vec<(String, TensorData<'_>)> {
-        let mut copied = self.from_gpu().into_iter().flatten();
+        let mut copied = self.copied().into_iter().flatten();
         let each = self.layout.physical().zip(&self.tensors);
         let tensors = each.flat_map(|((_, segment), kept)| {
             let states = kept.specs.iter().zip(&kept.values);
@@ -206,7 +206,7 @@ impl TensorStates {
     }
 
     /// The bytes of each state, if the GPU alone has them.
-    fn from_gpu(&self) -> Option<Vec<Vec<u8>>> {
+    fn copied(&self) -> Option<Vec<Vec<u8>>> {
         let gpu = self.gpu.as_ref().filter(|gpu| gpu.newest == Side::Gpu)?;
         let bytes = gpu.states.download();
         let bytes = bytes.unwrap_or_else(|_| vec![u8::MAX; gpu.states.bytes()]);
@@ -216,7 +216,7 @@ impl TensorStates {
 
     /// The same, to be written.
     pub fn bytes_mut(&mut self) -> impl Iterator<Item = (String, &mut [u8])> {
-        if let Some(copied) = self.from_gpu() {
+        if let Some(copied) = self.copied() {
             let values = self.tensors.iter_mut().flat_map(|kept| &mut kept.values);
             for (to, from) in values.zip(copied) {
                 to.as_bytes_mut().copy_from_slice(&from);
