@@ -121,6 +121,20 @@ fn faults_of_the_configuration() {
             ],
         ),
         fault(
+            "a rank of another method above the matrix",
+            json!({"use_peft": true, "peft_config": {"peft_type": "LOHA", "r": 33, "target_modules": ["q_proj"]}}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`peft_config.r`",
+                "33",
+                "q_proj",
+                "32 x 32",
+                "above 32",
+                "yaml:",
+            ],
+        ),
+        fault(
             "a rank that no machine has the memory for",
             json!({"lora_r": 99_999_999_999_999_u64}),
             untouched,
