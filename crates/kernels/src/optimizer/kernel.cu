@@ -165,8 +165,8 @@ struct RmsProp {
         }
         f32 direction = g / (sqrtf(fmaxf(variance, 0.0f)) + eps);
         if (moments == 2 + centered) {
-            f32& buffer = centered ? m[2] : m[1];
-            direction = buffer = mul(buffer, momentum) + direction;
+            direction = mul(centered ? m[2] : m[1], momentum) + direction;
+            (centered ? m[2] : m[1]) = direction;
         }
         p = p - mul(lr, direction);
     }
@@ -177,11 +177,12 @@ struct Sgd {
     u32 nesterov;
     DEVICE void update(f32& p, f32 g, f32* m, u32 moments) const {
         g = g + mul(l2, p);
-        if (moments > 0) {
-            m[0] = mul(m[0], momentum) + mul(g, fresh);
-            g = nesterov ? g + mul(momentum, m[0]) : m[0];
+        if (moments == 0) {
+            p = p - mul(lr, g);
+            return;
         }
-        p = p - mul(lr, g);
+        m[0] = mul(m[0], momentum) + mul(g, fresh);
+        p = p - mul(lr, nesterov ? g + mul(momentum, m[0]) : m[0]);
     }
 };
 
