@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 const RECORD: &str = "base_weights.json";
 const BAD_INPUT: i32 = 65;
+/// What 4 bits with scales in 8 are called.
+const NESTED: &str = "nf4 of nested scales";
 
 /// A bench with an adapter in `out` and its only checkpoint.
 fn trained() -> Workbench {
@@ -148,10 +150,10 @@ fn codes_and_values_may_be_of_one_model_and_are_noted() {
         .train("over_codes", &json!({"model_name_or_path": codes}))
         .expect(0);
     let [over_values, over_codes] = ["over_values", "over_codes"].map(|name| bench.path(name));
-    assert_eq!(record(&over_codes)["format"], "nf4 of nested scales");
+    assert_eq!(record(&over_codes)["format"], NESTED);
     for (base, adapter, formats) in [
-        (&bench.path("base"), &over_codes, ["nf4", "F32"]),
-        (&codes, &over_values, ["F32", "nf4"]),
+        (&bench.path("base"), &over_codes, [NESTED, "F32"]),
+        (&codes, &over_values, ["F32", NESTED]),
         (&halves, &over_values, ["F32", "BF16"]),
     ] {
         // Codes are not merged into.

@@ -198,3 +198,21 @@ fn the_threshold_is_that_of_the_checkpoint() {
     write_json(&path, &config);
     assert_eq!(threshold(), QuantFormat::Int8 { threshold: 3.5 });
 }
+
+/// A change of a weight is added to the product of its bytes: one of nothing changes nothing.
+#[test]
+fn a_weight_that_is_not_changed_yet_multiplies_as_bytes() {
+    let bench = saved(CASE);
+    let loss = |adapter: &[&str]| {
+        let (base, rows) = (bench.path("base"), bench.path("rows.jsonl"));
+        let place = ["--model_name_or_path", text(&base), "--data", text(&rows)];
+        ferrotune(&[&["eval"], &place[..], adapter].concat())
+            .expect(0)
+            .stdout
+    };
+    let before = loss(&[]);
+    let loha = json!({"peft_type": "LOHA", "r": 3, "target_modules": ["q_proj", "gate_proj"]});
+    let changes = json!({"peft_config": loha, "learning_rate": 0, "max_steps": 1});
+    bench.train("out", &changes).expect(0);
+    assert_eq!(loss(&["--adapter", text(&bench.path("out"))]), before);
+}

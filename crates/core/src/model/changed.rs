@@ -3,6 +3,7 @@
 //! ```text
 //! y = x f(W)^T                                    as a rule
 //! y = x W^T + dropout(x) (f(W) - W)^T             in training, where the method drops inputs of the change
+//! y = int8(x, W) + x (f(W) - W)^T                 where W is bytes that have a product of their own
 //! ```
 
 use super::frozen::FrozenWeight;
@@ -36,16 +37,23 @@ type Mask<'a> = (Key, &'a Indices<'a>);
 impl Changed<'_> {
     /// Writes `y` `[T, out]` from `x` `[T, in]`.
     pub(super) fn forward(&self, run: &Run<'_>, x: View<'_>, mut y: ViewMut<'_>) -> Result<()> {
-        let Some(mask) = self.mask(run) else {
+        let (mask, bytes) = (self.mask(run), self.weight.has_own_product());
+        if mask.is_none() && !bytes {
             return self.with_values(run, |weight| Ok(matmul::nt(y, 0.0, 1.0, x, weight)?));
-        };
-        self.with_base(run, |weight| {
-            Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
-        })?;
+        }
+        if bytes {
+            (self.weight).product(run, self.group.scratch, x, y.reborrow())?;
+        } else {
+            self.with_base(run, |weight| {
+                Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
+            })?;
+        }
         let change = self.change(run)?;
-        with_dropped(run, mask, x, |x| {
-            Ok(matmul::nt(y, 1.0, 1.0, x, change.view())?)
-        })
+        let add = |x: View<'_>| Ok(matmul::nt(y, 1.0, 1.0, x, change.view())?);
+        match mask {
+            None => add(x),
+            Some(mask) => with_dropped(run, mask, x, add),
+        }
     }
 
     /// Writes, or with a `beta` of 1 adds, the gradient of x to `dx` `[T, in]`, from that of y.

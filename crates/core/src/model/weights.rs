@@ -302,7 +302,8 @@ impl Builder<'_> {
                 let flat = values.to_f32_vec();
                 if let Some(at) = flat.iter().position(|value| !value.is_finite()) {
                     let message = format!(
-                        "tensor `{name}` holds {} at element {at}, which has no code; it needs finite values to be quantised,                          so get the file again, or name the module in llm_int8_skip_modules",
+                        "tensor `{name}` holds {} at element {at}, which has no code; get the file \
+                         again, or name the module in llm_int8_skip_modules",
                         flat[at]
                     );
                     return Err(Error::model(self.source.place(&name), message));

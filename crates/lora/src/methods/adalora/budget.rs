@@ -31,7 +31,8 @@ pub(super) enum Left {
 impl Budget {
     pub(super) fn read(keys: &mut Keys<'_>, init_r: usize) -> Result<Self> {
         let target_r = keys.integer("target_r", 8)?;
-        if target_r > init_r {
+        // PEFT saves such a file where its default of 8 was left as it was and nothing was cut.
+        if target_r > init_r && keys.are_asked() {
             return Err(keys.error(
                 "target_r",
                 format!("is {target_r}, more than init_r, {init_r}: ranks are only cut"),
@@ -41,7 +42,7 @@ impl Budget {
         let total = keys.positive("total_step", 1)? as u64;
         let budget = Self {
             init_r,
-            target_r,
+            target_r: target_r.min(init_r),
             tinit: keys.integer("tinit", 0)? as u64,
             tfinal: keys.integer("tfinal", 0)? as u64,
             interval: keys.positive("deltaT", 1)? as u64,

@@ -43,6 +43,19 @@ fn a_schedule_without_a_length_takes_the_runs() {
     assert!(error.to_string().contains("leave it out"), "{error}");
 }
 
+/// PEFT saves it where nothing was cut.
+#[test]
+fn a_target_above_the_ranks_is_refused_where_a_run_asks_for_it_alone() {
+    let copy = crate::testing::copy_of("adalora");
+    crate::testing::edit_config(copy.path(), "target_r", json!(99));
+    crate::PeftConfig::load(copy.path()).expect("as PEFT");
+    let asked = json!({"peft_type": "ADALORA", "target_r": 99});
+    let error =
+        crate::PeftConfig::from_config("peft_config", asked.as_object().expect("an object"));
+    let error = error.expect_err("nothing to cut").to_string();
+    assert!(error.contains("target_r"), "{error}");
+}
+
 /// What PEFT was recorded to compute for an adapter that it had saved with fewer ranks; one module has none left.
 #[test]
 fn ranks_that_were_cut_before_count_for_nothing_in_the_term_of_the_loss() {
