@@ -109,7 +109,7 @@ fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tens
     let (workspace, [out, rank]) = (run.workspace, [weight.rows(), low_rank.rank]);
     let [a, b] = [low_rank.a, low_rank.b].map(|id| run.params.view_as(id, run.dtype));
     let mut cross = workspace.take(DType::F32, rank, out);
-    dora::cross(a, weight, cross.view_mut())?;
+    matmul::nt(cross.view_mut(), 0.0, 1.0, a, weight)?;
     let mut gram = workspace.take(b.dtype(), rank, rank);
     matmul::nt(gram.view_mut(), 0.0, 1.0, a, a)?;
     let mut spread = workspace.take(DType::F32, rank, out);

@@ -14,7 +14,6 @@
 //! PEFT's `DoraLinearLayer`.
 
 mod cpu;
-mod cross;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
@@ -24,7 +23,7 @@ mod tests;
 use crate::device::common;
 use crate::error::check_shape;
 use crate::tensor::with_dtype;
-use crate::{Result, View, ViewMut, matmul};
+use crate::{Result, View, ViewMut};
 
 /// What the norms are made of.
 #[derive(Clone, Copy, Debug)]
@@ -39,27 +38,6 @@ pub struct Operands<'a> {
     pub spread: View<'a>,
     /// Factor of the update.
     pub scale: f32,
-}
-
-/// Writes `a [R, in] weight [out, in]^T` to `cross [R, out]`, f32; `a` and `weight` are f32 or bf16.
-///
-/// # Errors
-/// If a shape or dtype does not fit; the first failure of the GPU.
-pub fn cross(a: View<'_>, weight: View<'_>, cross: ViewMut<'_>) -> Result<()> {
-    const OP: &str = "dora::cross";
-    let ([rank, inputs], out) = (a.shape(), weight.rows());
-    check_shape(OP, "W", [out, inputs], weight.shape())?;
-    check_shape(OP, "cross", [rank, out], cross.shape())?;
-    if common(OP, &[a.device(), weight.device(), cross.device()])?.is_some() {
-        return matmul::nt(cross, 0.0, 1.0, a, weight);
-    }
-    let cross = cross.contiguous(OP, "cross")?;
-    with_dtype!(a.dtype(), A => with_dtype!(weight.dtype(), W => {
-        if let (Some(a), Some(weight)) = (a.typed::<A>(), weight.typed::<W>()) {
-            cross::cross(&a, &weight, cross);
-        }
-    }));
-    Ok(())
 }
 
 /// Writes n to `norms [1, out]`, f32.
