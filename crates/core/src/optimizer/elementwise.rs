@@ -9,8 +9,8 @@ use std::fmt::Debug;
 
 /// Elements of a job: enough to outweigh handing it to a thread.
 pub(super) const JOB: usize = 1 << 14;
-/// Elements that are updated at once; their gradients lie on the stack.
-pub(super) const BLOCK: usize = 256;
+/// Elements that are updated at once, whose gradients lie on the stack; and moments of a rule, at most.
+pub(super) use ferrotune_kernels::optimizer::{BLOCK, MOST_MOMENTS};
 
 /// A value that is kept for every element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,9 +59,6 @@ pub trait Rule: Debug + Send + Sync {
         moments: &mut [&mut [f32]],
     );
 }
-
-/// Moments of a rule, at most.
-pub(super) const MOST_MOMENTS: usize = 3;
 
 /// A [`Rule`] with moments in f32.
 #[derive(Clone, Debug)]

@@ -80,7 +80,7 @@ impl OptimizerChoice {
     pub fn state_bytes(&self, shape: &[usize]) -> u64 {
         match self {
             Self::AdamW(_) => 8 * shape.iter().product::<usize>() as u64,
-            Self::PerTensor(optimizer) => optimizer.state(shape).iter().map(StateSpec::bytes).sum(),
+            Self::PerTensor(optimizer) => bytes_of(&optimizer.state(shape)),
         }
     }
 
@@ -90,8 +90,7 @@ impl OptimizerChoice {
         match self {
             Self::AdamW(_) => self.state_bytes(&spec.shape),
             Self::PerTensor(optimizer) => {
-                let state = for_tensor(optimizer.as_ref(), spec).state(&spec.shape);
-                state.iter().map(StateSpec::bytes).sum()
+                bytes_of(&for_tensor(optimizer.as_ref(), spec).state(&spec.shape))
             }
         }
     }
@@ -139,6 +138,10 @@ pub trait Optimizer: Debug + Send + Sync {
     fn on_gpu(&self) -> Option<&dyn OnGpu> {
         None
     }
+}
+
+fn bytes_of(state: &[StateSpec]) -> u64 {
+    state.iter().map(StateSpec::bytes).sum()
 }
 
 /// What updates a tensor of `spec`, where `optimizer` is asked for.
