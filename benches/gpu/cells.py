@@ -40,10 +40,13 @@ WORKLOADS = [
 TRIALS = ("tiny", "tiny-mixed")
 
 OURS = "ferrotune"
+# The same with variables set, beside the first while these are not the default.
+OURS_WITH = {"ferrotune_wgmma": {"FERROTUNE_ATTENTION": "wgmma"}}
 ROOFLINE = "roofline"
 # Label of every side in the tables; peers are variants of ../peers/peft_step.py.
 SIDES = {
     OURS: "ferrotune",
+    "ferrotune_wgmma": "ferrotune, attention by wgmma",
     "bf16_adapters": "peft, adapters in bf16, no checkpointing",
     "compiled": "the same under torch.compile",
     ROOFLINE: "bare products and SDPA in a CUDA graph",
@@ -53,7 +56,7 @@ SIDES = {
     "unsloth": "Unsloth, its defaults",
     "unsloth_style": "a substitute in Unsloth's style; says nothing of Unsloth",
 }
-FIRST = (OURS, "bf16_adapters", "compiled", ROOFLINE)
+FIRST = (OURS, *OURS_WITH, "bf16_adapters", "compiled", ROOFLINE)
 THEN = ("eager", "trl_defaults", "liger", "unsloth", "unsloth_style")
 FIRST_WORKLOADS = 3
 
@@ -127,5 +130,5 @@ def measurable(workload, side):
         return not workload.mixed
     # Quantised peers need bitsandbytes, which peft_step.py does not load: QLoRA is held against our LoRA.
     if workload.options:
-        return side == OURS
+        return side == OURS or side in OURS_WITH
     return not (workload.dropout and side == "unsloth_style")

@@ -97,20 +97,24 @@ def dry_run(args, cells):
 def run(args, cell):
     """One process; its report with what was seen of the GPU meanwhile, or why there is none."""
     lacking = [option for option in cell.workload.options if option not in bench_help(args)]
-    if cell.side == plan.OURS and lacking:
+    if is_ours(cell) and lacking:
         return {"status": f"`ferrotune bench` has no {lacking[0]}"}
     log = args.work / "log.txt"
     try:
         case = make_case(args, cell.workload, log)
     except RuntimeError as error:
         return {"status": f"failed: {error}"}
-    environment = record.with_cuda_libraries(os.environ)
+    environment = record.with_cuda_libraries(os.environ) | plan.OURS_WITH.get(cell.side, {})
     with Sampler() as sampler:
         code, output, seconds = run_limited(command(args, cell, case), args.limit, log, env=environment)
     if code != 0:
         return {"status": NO_RESULT.get(code, f"failed: exit code {code}"), "seconds": seconds}
     result = {"status": "done", "seconds": seconds, "seen": sampler.summary(), **record.first_json(output)}
     return result | {"tokens_per_step": real_tokens(case, cell.workload.batch)}
+
+
+def is_ours(cell):
+    return cell.side == plan.OURS or cell.side in plan.OURS_WITH
 
 
 def bench_help(args):
@@ -125,7 +129,7 @@ def command(args, cell, case):
         return [sys.executable, HERE / "roofline.py", *shape, *steps]
     files = ["--model", model_folder(args, w), "--adapter", case / "adapter", "--rows", case / "rows.jsonl"]
     common = [*files, "--batch", w.batch, *steps]
-    if cell.side == plan.OURS:
+    if is_ours(cell):
         return [args.binary, "bench", "--json", *common, *w.options]
     return [sys.executable, PEERS / "peft_step.py", *common, "--variant", cell.side]
 

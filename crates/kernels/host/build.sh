@@ -34,7 +34,7 @@ if [[ -f $out/stamp && $(<"$out/stamp") == "$stamp" ]]; then
     exit 0
 fi
 rm -f "$out/stamp"
-cp "$here/shim.h" "$out/shim.h"
+cp "$here/shim.h" "$here/wgmma.h" "$out"
 
 # library NAME SOURCES...: compiled aside and renamed, for processes that have the old one open.
 library() {
@@ -50,7 +50,7 @@ library() {
 }
 cd "$here"
 library libcuda.so.1 cuda.cpp lanes.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp memory.cpp \
-    runtime.cpp worker.cpp
+    runtime.cpp worker.cpp wgmma.cpp
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp
 library libnccl.so.2 nccl.cpp "$out/libcuda.so.1"

@@ -59,7 +59,7 @@ int check_memory(Context* context) {
 namespace ferrotune_host {
 
 std::vector<std::unique_ptr<Device>> devices;
-int capability[2] = {8, 0};
+int capability[2] = {9, 0};
 thread_local Context* current = nullptr;
 
 int ready() {

@@ -265,13 +265,17 @@ void Worker::prepare(const Launch& launch, u32 block) {
         fibers_.push_back(std::make_unique<Fiber>());
         fibers_.back()->stack = new_stack();
     }
+    // Behind static variables it starts on 16 bytes and no more.
+    constexpr size_t PAGE = 1024, OFFSET = 16;
     void* dynamic = nullptr;
-    if (posix_memalign(&dynamic, 16, launch.shared + MARGIN) != 0) {
+    if (posix_memalign(&dynamic, PAGE, OFFSET + launch.shared + MARGIN) != 0) {
         abort();
     }
     dynamic_.reset(static_cast<u8*>(dynamic));
-    memset(dynamic, POISON, launch.shared);
-    memset(dynamic_.get() + launch.shared, MARGIN_BYTE, MARGIN);
+    shared_ = dynamic_.get() + OFFSET;
+    memset(dynamic, POISON, OFFSET + launch.shared);
+    memset(shared_ + launch.shared, MARGIN_BYTE, MARGIN);
+    unfenced_.assign(launch.shared / 16 + 1, 0);
     poison_shared();
     const HostIndex at = {block % launch.grid[0], block / launch.grid[0] % launch.grid[1],
                           block / launch.grid[0] / launch.grid[1]};
@@ -281,11 +285,12 @@ void Worker::prepare(const Launch& launch, u32 block) {
                       at,
                       {launch.threads, 1, 1},
                       {launch.grid[0], launch.grid[1], launch.grid[2]},
-                      dynamic_.get()};
+                      shared_};
         fiber.state = State::ready;
         fiber.index = i;
         fiber.group = 0;
         fiber.copies.clear();
+        fiber.unfenced.clear();
         fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
         ASAN_UNPOISON_MEMORY_REGION(fiber.stack, STACK); // an ended block left its frames
@@ -297,11 +302,47 @@ void Worker::prepare(const Launch& launch, u32 block) {
 
 void Worker::check_margin() {
     for (size_t i = launch_->shared; i < launch_->shared + MARGIN; i++) {
-        if (dynamic_.get()[i] != MARGIN_BYTE) {
+        if (shared_[i] != MARGIN_BYTE) {
             error_ = "wrote past its " + std::to_string(launch_->shared) +
                      " bytes of dynamic shared memory";
             return;
         }
+    }
+}
+
+void Worker::check_products() {
+    for (const Warp& warp : warps_) {
+        if (!warp.products.pending.empty()) {
+            error_ = "wgmma: a warp ended without waiting for its products";
+        }
+    }
+}
+
+void Worker::wrote_shared(const void* to) {
+    const u64 at = reinterpret_cast<u64>(to) - reinterpret_cast<u64>(shared_);
+    if (at < launch_->shared) {
+        unfenced_[at / 16] = current->index + 1;
+        current->unfenced.push_back(static_cast<u32>(at / 16));
+    }
+}
+
+void Worker::fence_async_shared() {
+    for (u32 chunk : current->unfenced) {
+        if (unfenced_[chunk] == current->index + 1) {
+            unfenced_[chunk] = 0;
+        }
+    }
+    current->unfenced.clear();
+}
+
+void Worker::check_async_read(u64 address) {
+    const u64 at = address - reinterpret_cast<u64>(shared_);
+    if (at >= launch_->shared) {
+        fail("wgmma reads outside of dynamic shared memory");
+    }
+    if (unfenced_[at / 16] != 0) {
+        fail("wgmma reads what thread " + std::to_string(unfenced_[at / 16] - 1) +
+             " copied without fence_async_shared behind its wait");
     }
 }
 
@@ -318,10 +359,15 @@ std::string Worker::run_block(const Launch& launch, const ThreadLocals& locals, 
     current = nullptr;
     next();
     if (error_.empty()) {
+        check_products();
+    }
+    if (error_.empty()) {
         check_margin();
     }
     return error_;
 }
+
+Worker* current_worker() { return worker; }
 
 } // namespace ferrotune_host
 
@@ -362,6 +408,7 @@ void ferrotune_host_cp_async_wait(u32 groups) {
         }
         memset(copy.to, 0, 16);
         memcpy(copy.to, copy.from, copy.valid);
+        worker->wrote_shared(copy.to);
         done++;
     }
     fiber->copies.erase(fiber->copies.begin(), fiber->copies.begin() + static_cast<long>(done));

@@ -35,6 +35,7 @@ impl Build {
         let pairs: Vec<(&'static Module, &String)> = modules()
             .iter()
             .flat_map(|&module| architectures.iter().map(move |arch| (module, arch)))
+            .filter(|(module, arch)| module.is_for(arch))
             .collect();
         let modules: Result<Vec<Built>> = pairs
             .into_par_iter()

@@ -57,7 +57,8 @@ fn print_module(
     origins: &[Option<Origin>],
 ) -> Result<()> {
     let mut line = module.name.to_owned();
-    for (arch, origin) in architectures.iter().zip(origins) {
+    let of_arch = architectures.iter().zip(origins);
+    for (arch, origin) in of_arch.filter(|(arch, _)| module.is_for(arch)) {
         line += &format!("  {arch}: {}", kind(origin.as_ref()));
     }
     print_line(line)?;
@@ -88,7 +89,8 @@ fn kind(origin: Option<&Origin>) -> &'static str {
 
 fn as_value(module: &Module, architectures: &[String], origins: &[Option<Origin>]) -> Value {
     let mut cubins = Map::new();
-    for (arch, origin) in architectures.iter().zip(origins) {
+    let of_arch = architectures.iter().zip(origins);
+    for (arch, origin) in of_arch.filter(|(arch, _)| module.is_for(arch)) {
         let path = origin.as_ref().map(|origin| {
             let (Origin::Folder(path) | Origin::Cache(path)) = origin;
             path

@@ -12,6 +12,9 @@ use std::path::Path;
 /// Registers are given to threads in units of this many, so growth within a unit costs nothing.
 const REGISTER_UNIT: u32 = 8;
 
+/// What ptxas says of products that cannot be under way together.
+const SERIALIZED: &str = "wgmma.mma_async instructions are serialized";
+
 const RULE: &str = "As compiled; written by `ferrotune kernels --write`. Registers may grow to the \
     next multiple of 8, the unit they are allocated in. Bytes of spills (stores and loads), stack and \
     static shared memory may not grow, and a hot kernel spills nothing.";
@@ -27,8 +30,8 @@ pub(super) struct Table {
     modules: BTreeMap<String, BTreeMap<String, Recorded>>,
 }
 
-/// One kernel; each list has a value per architecture of the table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// One kernel; each list has a value per architecture of the table, zeros where there is no such kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Recorded {
     /// Whether it may not spill at all. True unless a person wrote false.
@@ -40,11 +43,28 @@ struct Recorded {
 }
 
 impl Recorded {
-    fn push(&mut self, kernel: &KernelResources) {
-        self.registers.push(kernel.registers);
-        self.spills.push(spills(kernel));
-        self.stack.push(kernel.stack);
-        self.shared.push(kernel.shared);
+    /// Of no architecture of `count`: zeros.
+    fn new(hot: bool, count: usize) -> Self {
+        let none = || vec![0; count];
+        Self {
+            hot,
+            registers: none(),
+            spills: none(),
+            stack: none(),
+            shared: none(),
+        }
+    }
+
+    fn set(&mut self, column: usize, kernel: &KernelResources) {
+        self.registers[column] = kernel.registers;
+        self.spills[column] = spills(kernel);
+        self.stack[column] = kernel.stack;
+        self.shared[column] = kernel.shared;
+    }
+
+    /// Whether there is such a kernel for this architecture.
+    fn exists(&self, column: usize) -> bool {
+        self.registers[column] > 0
     }
 }
 
@@ -96,14 +116,18 @@ impl Table {
         let arch = &build.architectures[at];
         let mut left: Vec<(&str, &str)> = Vec::new();
         for (module, kernels) in &self.modules {
-            left.extend(
-                kernels
-                    .keys()
-                    .map(|kernel| (module.as_str(), kernel.as_str())),
-            );
+            let there = kernels
+                .iter()
+                .filter(|(_, recorded)| recorded.exists(column));
+            left.extend(there.map(|(kernel, _)| (module.as_str(), kernel.as_str())));
         }
         for built in build.modules.iter().filter(|built| built.arch == *arch) {
             let module = built.module.name;
+            // Products of warpgroups that wait for each other are right and slow, and no register says so.
+            let mut lines = built.compiled.log.lines();
+            if let Some(line) = lines.find(|line| line.contains(SERIALIZED)) {
+                found.push(format!("{module} on {arch}: {}", line.trim()));
+            }
             for name in built.module.kernels() {
                 if !built.compiled.resources.iter().any(|k| k.kernel == name) {
                     found.push(format!(
@@ -185,17 +209,19 @@ pub(super) fn write(path: &Path, build: &Build) -> Result<()> {
 
 fn record(build: &Build, before: &Table) -> BTreeMap<String, BTreeMap<String, Recorded>> {
     let mut modules: BTreeMap<String, BTreeMap<String, Recorded>> = BTreeMap::new();
+    let architectures = &build.architectures;
     for built in &build.modules {
+        let column = architectures.iter().position(|arch| *arch == built.arch);
         let module = modules.entry(built.module.name.to_owned()).or_default();
         for kernel in &built.compiled.resources {
             let known = before.modules.get(built.module.name);
             let known = known.and_then(|module| module.get(&kernel.kernel));
             let entry = module.entry(kernel.kernel.clone());
-            let recorded = entry.or_insert_with(|| Recorded {
-                hot: known.is_none_or(|known| known.hot),
-                ..Recorded::default()
-            });
-            recorded.push(kernel);
+            let hot = known.is_none_or(|known| known.hot);
+            let recorded = entry.or_insert_with(|| Recorded::new(hot, architectures.len()));
+            if let Some(column) = column {
+                recorded.set(column, kernel);
+            }
         }
     }
     modules

@@ -10,7 +10,8 @@ const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
 fn build() -> Build {
     let pairs = modules()
         .iter()
-        .flat_map(|&module| ARCHITECTURES.map(|arch| (module, arch)));
+        .flat_map(|&module| ARCHITECTURES.map(|arch| (module, arch)))
+        .filter(|(module, arch)| module.is_for(arch));
     let built = pairs.map(|(module, arch)| Built {
         module,
         arch: arch.to_owned(),
@@ -69,6 +70,21 @@ fn what_was_written_holds_and_growth_within_a_unit_of_registers_too() {
     assert_eq!(violations(&path, &build), Vec::<String>::new());
     first(&mut build).0.registers = 32;
     assert_eq!(violations(&path, &build), Vec::<String>::new());
+}
+
+#[test]
+fn products_that_wait_for_each_other_are_named() {
+    let (_folder, path) = table(|text| text);
+    let mut build = build();
+    build.modules[1].compiled.log =
+        "ptxas info : (C7515) wgmma.mma_async instructions are serialized due to it".into();
+    let module = build.modules[1].module.name;
+    let found = violations(&path, &build);
+    let start = format!("{module} on sm_90a: ptxas info : (C7515) wgmma.mma_async");
+    assert!(
+        found.len() == 1 && found[0].starts_with(&start),
+        "{found:?}"
+    );
 }
 
 /// Makes a kernel another one.

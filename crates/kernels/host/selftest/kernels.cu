@@ -1,5 +1,6 @@
 // Kernels of the self test: right ones, and wrong ones that must be caught.
 #include "reduce.cuh"
+#include "wgmma.cuh"
 
 struct Tile {
     const bf16* a; // [16][16], or its transpose
@@ -242,3 +243,60 @@ DEVICE void shared_out_of_bounds(const Values& p) {
     }
 }
 KERNEL(shared_out_of_bounds_1, 32, Values, shared_out_of_bounds)
+
+// `rows` rows of `columns` elements, in blocks of 64 columns, as wgmma_operand has them.
+DEVICE void load_swizzled(bf16* shared, const bf16* from, u32 rows, u32 columns) {
+    for (u32 at = threadIdx.x; at < rows * columns / 8; at += blockDim.x) {
+        const u32 row = at / (columns / 8), chunk = at % (columns / 8);
+        cp_async_16(shared + (chunk / 8 * rows + row) * 64 + (chunk % 8 ^ row % 8) * 8, from + at * 8, 16);
+    }
+}
+
+// A product of a warpgroup. `wrong` leaves something out: 1 the fence of shared memory, 2 that of registers,
+// 3 the wait, 4 the alignment.
+struct Group {
+    const bf16* a; // [64][64]
+    const bf16* b; // [96][64], or [64][128]
+    f32* d;        // [64][96], or [64][128]
+    u32 wrong, unused;
+};
+
+template <bool A_IN_REGISTERS>
+DEVICE void group_product(const Group& p) {
+    constexpr u32 N = A_IN_REGISTERS ? 128 : 96;
+    u8* const start = dynamic_shared<u8>();
+    bf16* const a = reinterpret_cast<bf16*>(start + (0u - shared_address(start)) % 1024u + (p.wrong == 4 ? 512 : 0));
+    bf16* const b = a + 64 * 64;
+    load_swizzled(a, p.a, 64, 64);
+    load_swizzled(b, p.b, A_IN_REGISTERS ? 64 : 96, A_IN_REGISTERS ? 128 : 64);
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (p.wrong != 1) fence_async_shared();
+    __syncthreads();
+    f32 d[N / 8][4];
+    for (auto& tile : d) {
+        for (f32& value : tile) value = 1.0f;
+    }
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + g;
+    const auto pair = [&](u32 r, u32 k) {
+        return p.a[r * 64 + k].bits | static_cast<u32>(p.a[r * 64 + k + 1].bits) << 16;
+    };
+    if (p.wrong != 2) wgmma_fence();
+    for (u32 k = 0; k < 4; k++) {
+        if constexpr (A_IN_REGISTERS) {
+            const u32 left[4] = {pair(row, k * 16 + 2 * t), pair(row + 8, k * 16 + 2 * t),
+                                 pair(row, k * 16 + 2 * t + 8), pair(row + 8, k * 16 + 2 * t + 8)};
+            wgmma_registers(d, left, wgmma_operand(b + k * 16 * 64, 64 * 128, 1024));
+        } else {
+            wgmma_shared<false>(d, wgmma_operand(a + k * 16, 16, 1024), wgmma_operand(b + k * 16, 16, 1024));
+        }
+    }
+    wgmma_commit();
+    if (p.wrong != 3) wgmma_wait<0>();
+    wgmma_settle(d);
+    for (u32 i = 0; i < N / 2; i++) {
+        p.d[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + 2 * t + i % 2] = d[i / 4][i % 4];
+    }
+}
+KERNEL(group_shared_1, 128, Group, group_product<false>)
+KERNEL(group_registers_1, 128, Group, group_product<true>)

@@ -120,6 +120,12 @@ struct Array {
     }
 };
 
+struct Group {
+    const bf16* a;
+    const bf16* b;
+    f32* d;
+    u32 wrong, unused;
+};
 struct Tile {
     const bf16* a;
     const bf16* b;
@@ -156,6 +162,8 @@ std::vector<bf16> as_bf16(const std::vector<f32>& values, size_t rows, size_t co
     return out;
 }
 
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
 // Every path to the tensor cores against the plain product of integers, which is exact.
 void fragments() {
     const std::vector<f32> a = integers(16 * 16, 1), b = integers(8 * 16, 2);
@@ -178,6 +186,35 @@ void fragments() {
         Array<f32> d(16 * 8);
         CHECK(gpu.launch(c.name, 1, 32, (16 * 16 + 8 * 16) * 2, Tile{da.ptr(), db.ptr(), d.ptr()}) == 0);
         CHECK(d.values() == want);
+    }
+}
+
+// Products of a warpgroup against the plain ones, and what must be caught.
+void warpgroups() {
+    const std::vector<f32> a = integers(64 * 64, 6), b = integers(64 * 128, 7);
+    Array<bf16> da(as_bf16(a, 64, 64, false)), db(as_bf16(b, 64, 128, false));
+    for (const bool in_registers : {false, true}) {
+        const int columns = in_registers ? 128 : 96;
+        const char* name = in_registers ? "group_registers_1" : "group_shared_1";
+        std::vector<f32> want(64 * columns, 1);
+        for (int i = 0; i < 64; i++) {
+            for (int j = 0; j < columns; j++) {
+                for (int k = 0; k < 64; k++) {
+                    want[i * columns + j] += a[i * 64 + k] * (in_registers ? b[k * 128 + j] : b[j * 64 + k]);
+                }
+            }
+        }
+        Array<f32> d(64 * columns);
+        const auto group = [&](u32 wrong) { return Group{da.ptr(), db.ptr(), d.ptr(), wrong, 0}; };
+        for (int seed = 0; seed < 20; seed++) {
+            set_seed(seed);
+            CHECK(gpu.launch(name, 1, 128, 32 << 10, group(0)) == 0);
+            CHECK(d.values() == want);
+        }
+        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(1)), "without fence_async_shared"));
+        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(2)), "without wgmma_fence"));
+        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(3)), "without waiting for its products"));
+        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(4)), "512 bytes behind a multiple of 1024"));
     }
 }
 
@@ -268,8 +305,6 @@ void shared_memory_and_copies() {
         CHECK(turns[i] == in[63 - i] && turns[64 + i] == in[64 + i]);
     }
 }
-
-bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 void wrong_kernels_are_caught() {
     const std::vector<f32> in = integers(64, 4);
@@ -598,6 +633,7 @@ int main(int argc, char** argv) {
     }
     memory();
     fragments();
+    warpgroups();
     reductions();
     shuffles();
     conversions();

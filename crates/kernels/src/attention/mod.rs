@@ -24,16 +24,22 @@
 //! the factor `1 - tanh(s / c)^2`.
 //!
 //! On a GPU a head is at most 256 wide. If every matrix is bf16 the products run on tensor cores, and
-//! `P` and `dS` are rounded to bf16 for them.
+//! `P` and `dS` are rounded to bf16 for them. On compute capability 9.0 and with `FERROTUNE_ATTENTION=wgmma`
+//! these are products of warpgroups, for heads of up to 64 and of 97 to 128.
 //!
 //! # Source
-//! Vaswani et al. (2017); Dao: "FlashAttention-2" (2023) for the backward from `lse`; grouped heads
+//! Vaswani et al. (2017); Dao: "FlashAttention-2" (2023) for the backward from `lse`; Shah et al.:
+//! "FlashAttention-3" (2024) for
+//! products that are under way while the exponentials of the next tile are computed; grouped heads
 //! and window as in transformers' Llama and Mistral; softcap as in its Gemma 2.
 
 mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+pub(crate) use cuda::with_each;
 
 use crate::device::common;
 use crate::error::{check_len, check_shape};

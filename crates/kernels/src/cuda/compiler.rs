@@ -35,6 +35,7 @@ pub(super) static HEADERS: &[(&str, &str)] = &[
     ("spans.cuh", include_str!("include/spans.cuh")),
     ("columns.cuh", include_str!("include/columns.cuh")),
     ("convert.cuh", include_str!("include/convert.cuh")),
+    ("wgmma.cuh", include_str!("include/wgmma.cuh")),
 ];
 
 /// Flags of every compilation, beside the architecture.

@@ -1,7 +1,7 @@
 //! Every module of kernels, for what compiles or lists them all.
 
 use super::Module;
-use crate::attention::cuda::MODULES as ATTENTION;
+use crate::attention::cuda::{HOPPER_MODULES as HOPPER_ATTENTION, MODULES as ATTENTION};
 
 /// One line per module, by operation.
 static MODULES: &[&Module] = &[
@@ -11,6 +11,8 @@ static MODULES: &[&Module] = &[
     &ATTENTION[1].1,
     &ATTENTION[2].1,
     &ATTENTION[3].1,
+    &HOPPER_ATTENTION[0].1,
+    &HOPPER_ATTENTION[1].1,
     &crate::augmented_linear::cuda::MODULE,
     &crate::axpby::cuda::MODULE,
     &crate::bias::cuda::MODULE,
@@ -39,6 +41,18 @@ pub fn modules() -> &'static [&'static Module] {
 }
 
 impl Module {
+    /// The one architecture it is for, where its source has a line `// only ARCHITECTURE`.
+    fn only(&self) -> Option<&'static str> {
+        let mut lines = self.source.lines();
+        lines.find_map(|line| line.strip_prefix("// only "))
+    }
+
+    /// Whether it compiles for `arch`, like `sm_90a`.
+    #[must_use]
+    pub fn is_for(&self, arch: &str) -> bool {
+        self.only().is_none_or(|only| only == arch)
+    }
+
     /// The names of the kernels, in the order of the source.
     pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
         self.source.lines().filter_map(|line| {

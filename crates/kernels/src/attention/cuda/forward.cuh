@@ -28,10 +28,16 @@ struct Softmax {
         for (u32 r = 0; r < Engine::ROWS; ++r) max[r] = -infinity(), sum[r] = 0.0f;
     }
 
-    // Replaces scores by 2^(factor score - max), and scales `sums` to a new maximum.
-    DEVICE void add(typename Engine::Scores& scores, f32 factor, typename Engine::Sums& sums) {
-        f32 shrink[Engine::ROWS];
-        bool shrinks = false;
+    // What sums of older tiles are to be multiplied by.
+    struct Shrink {
+        f32 by[Engine::ROWS];
+        bool any;
+    };
+
+    // Replaces scores by 2^(factor score - max).
+    DEVICE Shrink add(typename Engine::Scores& scores, f32 factor) {
+        Shrink shrink;
+        shrink.any = false;
 #pragma unroll
         for (u32 r = 0; r < Engine::ROWS; ++r) {
             f32 next = scores.at(r, 0);
@@ -39,12 +45,12 @@ struct Softmax {
             for (u32 i = 1; i < Engine::COLUMNS; ++i) next = fmaxf(next, scores.at(r, i));
             next = Engine::row_max(next) * factor;
             const bool grows = next > max[r] + SLACK;
-            shrink[r] = grows ? fast_exp2(max[r] - next) : 1.0f;
+            shrink.by[r] = grows ? fast_exp2(max[r] - next) : 1.0f;
             max[r] = grows ? next : max[r];
-            shrinks |= grows;
+            shrink.any |= grows;
             // A row that has seen no key yet: every power is 0, not NaN.
             const f32 base = max[r] == -infinity() ? 0.0f : max[r];
-            sum[r] *= shrink[r];
+            sum[r] *= shrink.by[r];
 #pragma unroll
             for (u32 i = 0; i < Engine::COLUMNS; i += 2) {
                 scores.at(r, i) = fast_exp2(fmaf(scores.at(r, i), factor, -base));
@@ -52,14 +58,43 @@ struct Softmax {
                 sum[r] += scores.at(r, i) + scores.at(r, i + 1);
             }
         }
-        if (!shrinks) return;
+        return shrink;
+    }
+
+    static DEVICE void scale(typename Engine::Sums& sums, const Shrink& shrink) {
+        if (!shrink.any) return;
 #pragma unroll
         for (u32 r = 0; r < Engine::ROWS; ++r) {
 #pragma unroll
-            for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= shrink[r];
+            for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= shrink.by[r];
+        }
+    }
+
+    // Makes sums means, and writes the log-sum-exp of `block`'s rows.
+    DEVICE void finish(const Attention& p, typename Engine::Sums& sums, const Block& block, u32 head) const {
+#pragma unroll
+        for (u32 r = 0; r < Engine::ROWS; ++r) {
+            const f32 total = Engine::row_sum(sum[r]);
+            const f32 norm = 1.0f / total;
+#pragma unroll
+            for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= norm;
+            const u32 row = Engine::row(r);
+            if (Engine::is_leader() && row < block.rows) {
+                p.lse[static_cast<u64>(block.row + row) * p.heads + head] = max[r] * LN2 + logf(total);
+            }
         }
     }
 };
+
+// Zeros of a head in rows that belong to no sequence, by COUNT threads.
+template <u32 COUNT>
+DEVICE void clear_outputs(const Attention& p, u32 row, u32 rows, u32 head) {
+    const u32 width = p.head_dim, column = head * width;
+    for (u32 at = threadIdx.x; at < rows * width; at += COUNT) {
+        Any::store(p.out, row + at / width, column + at % width, {0.0f});
+    }
+    for (u32 r = threadIdx.x; r < rows; r += COUNT) p.lse[static_cast<u64>(row + r) * p.heads + head] = 0.0f;
+}
 
 // Keys and values that stream past a block of queries: two tiles of each.
 template <typename Engine>
@@ -81,13 +116,7 @@ DEVICE void forward(const Attention& p) {
     const u32 head = blockIdx.x, width = p.head_dim;
     const u32 column = head * width, kv_column = head / (p.heads / p.kv_heads) * width;
     if (block.end == 0) {
-        const u32 rows = minimum(block.rows, M);
-        for (u32 at = threadIdx.x; at < rows * width; at += THREADS) {
-            Any::store(p.out, block.row + at / width, column + at % width, {0.0f});
-        }
-        for (u32 row = threadIdx.x; row < rows; row += THREADS) {
-            p.lse[static_cast<u64>(block.row + row) * p.heads + head] = 0.0f;
-        }
+        clear_outputs<THREADS>(p, block.row, minimum(block.rows, M), head);
         return;
     }
     auto* shared = dynamic_shared<typename Engine::Element>();
@@ -126,21 +155,11 @@ DEVICE void forward(const Attention& p) {
         Engine::multiply_transposed(scores, queries, stream.tile(stage, 0));
         cap_scores<Engine>(p, scores);
         mask<Engine, false>(p, scores, block.position, tile * N);
-        softmax.add(scores, factor, sums);
+        softmax.scale(sums, softmax.add(scores, factor));
         Engine::multiply(sums, scores, stream.tile(stage, 1));
         if (tile == block.begin) break;
     }
 
-#pragma unroll
-    for (u32 r = 0; r < Engine::ROWS; ++r) {
-        const f32 sum = Engine::row_sum(softmax.sum[r]);
-        const f32 norm = 1.0f / sum;
-#pragma unroll
-        for (u32 i = 0; i < Engine::WIDE; ++i) sums.at(r, i) *= norm;
-        const u32 row = Engine::row(r);
-        if (Engine::is_leader() && row < block.rows) {
-            p.lse[static_cast<u64>(block.row + row) * p.heads + head] = softmax.max[r] * LN2 + logf(sum);
-        }
-    }
+    softmax.finish(p, sums, block, head);
     Engine::store(p, sums, q, p.out, block.row, block.rows, column);
 }

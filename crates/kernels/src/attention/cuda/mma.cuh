@@ -35,6 +35,61 @@ DEVICE void clear(MmaFragment<M, N>& fragment) {
     }
 }
 
+// Fills TILE_ROWS rows of a tile with the rows of `m` from `row`, at most `rows`, and its columns from
+// `column`; zeros elsewhere. Each of `COUNT` threads does its part, which ends with its next cp_async_wait.
+template <u32 TILE_ROWS, u32 COUNT, typename Tile>
+DEVICE void load_rows(const Attention& p, u32 thread, Tile tile, const Matrix& m, u32 row, u32 rows, u32 column) {
+    const bf16* from = row_of<const bf16>(m, row) + column;
+    const u32 width = p.head_dim;
+    if (p.packed) {
+#pragma unroll 2
+        for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += COUNT) {
+            if (TILE_ROWS * CHUNKS % COUNT != 0 && start + thread >= TILE_ROWS * CHUNKS) break;
+            const u32 r = (start + thread) / CHUNKS, c = (start + thread) % CHUNKS;
+            const bool inside = r < rows && c * CHUNK < width;
+            cp_async_16(tile.chunk(r, c), inside ? from + r * m.pitch + c * CHUNK : from, inside ? 16 : 0);
+        }
+    } else {
+#pragma unroll 1
+        for (u32 at = thread; at < TILE_ROWS * WIDTH; at += COUNT) {
+            const u32 r = at / WIDTH, c = at % WIDTH;
+            const bool inside = r < rows && c < width;
+            tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? from[r * m.pitch + c] : from_f32<bf16>(0.0f);
+        }
+    }
+}
+
+// Writes the sums of a warp, whose rows start at `first` of the tile's, as rows of `m` from `row`, at most
+// `rows`, at the columns from `column`. They go through these rows of `tile`, which nobody else may read.
+template <typename Engine, typename Tile>
+DEVICE void store_rows(const Attention& p, typename Engine::Sums& sums, u32 first, Tile tile, const Matrix& m, u32 row,
+                       u32 rows, u32 column) {
+    __syncwarp();
+#pragma unroll
+    for (u32 r = 0; r < Engine::ROWS; ++r) {
+#pragma unroll
+        for (u32 n = 0; n < CHUNKS; ++n) {
+            u32* pairs = reinterpret_cast<u32*>(tile.chunk(Engine::row(r), n));
+            pairs[threadIdx.x % 4] = pack_bf16x2(sums.at(r, 2 * n), sums.at(r, 2 * n + 1));
+        }
+    }
+    __syncwarp();
+    bf16* to = row_of<bf16>(m, row) + column;
+    const u32 width = p.head_dim;
+    for (u32 at = threadIdx.x % 32; at < 8 * Engine::ROWS * CHUNKS; at += 32) {
+        const u32 r = first + at / CHUNKS, c = at % CHUNKS;
+        if (r >= rows || c * CHUNK >= width) continue;
+        const bf16* chunk = tile.chunk(r, c);
+        bf16* target = to + r * m.pitch + c * CHUNK;
+        if (p.packed) {
+            move_16(target, chunk);
+        } else {
+            const u32 count = minimum(CHUNK, width - c * CHUNK);
+            for (u32 i = 0; i < count; ++i) target[i] = chunk[i];
+        }
+    }
+}
+
 // A team of four warps, each with M * 16 of the rows of a tile, against tiles of N rows.
 template <u32 M, u32 N>
 struct Mma {
@@ -70,27 +125,10 @@ struct Mma {
     // Exact to some 1e-7 of one: softcap multiplies the error, and tanh.approx has 5e-4.
     static DEVICE f32 tanh(f32 x) { return 1.0f - 2.0f * fast_rcp(1.0f + fast_exp2(2.0f * LOG2E * x)); }
 
-    // Fills TILE_ROWS rows of a tile with the rows of `m` from `row`, at most `rows`, and its columns
-    // from `column`; zeros elsewhere. Ends with the next cp_async_wait.
+    // load_rows by the team.
     template <u32 TILE_ROWS>
     static DEVICE void load(const Attention& p, Tile tile, const Matrix& m, u32 row, u32 rows, u32 column) {
-        const bf16* from = row_of<const bf16>(m, row) + column;
-        const u32 width = p.head_dim;
-        if (p.packed) {
-#pragma unroll 2
-            for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += THREADS) {
-                const u32 r = (start + team_thread()) / CHUNKS, c = (start + team_thread()) % CHUNKS;
-                const bool inside = r < rows && c * CHUNK < width;
-                cp_async_16(tile.chunk(r, c), inside ? from + r * m.pitch + c * CHUNK : from, inside ? 16 : 0);
-            }
-        } else {
-#pragma unroll 1
-            for (u32 at = team_thread(); at < TILE_ROWS * WIDTH; at += THREADS) {
-                const u32 r = at / WIDTH, c = at % WIDTH;
-                const bool inside = r < rows && c < width;
-                tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? from[r * m.pitch + c] : from_f32<bf16>(0.0f);
-            }
-        }
+        load_rows<TILE_ROWS, THREADS>(p, team_thread(), tile, m, row, rows, column);
     }
 
     // This warp's rows of columns 8 k to 8 k + 15 of the left operand.
@@ -164,32 +202,7 @@ struct Mma {
         }
     }
 
-    // Writes the sums as rows of `m` from `row`, at most `rows`, at the columns from `column`. They go
-    // through this warp's rows of `tile`, which nobody else may read.
     static DEVICE void store(const Attention& p, Sums& sums, Tile tile, const Matrix& m, u32 row, u32 rows, u32 column) {
-        __syncwarp();
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (u32 n = 0; n < CHUNKS; ++n) {
-                u32* pairs = reinterpret_cast<u32*>(tile.chunk(Mma::row(r), n));
-                pairs[threadIdx.x % 4] = pack_bf16x2(sums.at(r, 2 * n), sums.at(r, 2 * n + 1));
-            }
-        }
-        __syncwarp();
-        bf16* to = row_of<bf16>(m, row) + column;
-        const u32 width = p.head_dim;
-        for (u32 at = threadIdx.x % 32; at < 16 * M * CHUNKS; at += 32) {
-            const u32 r = warp_row() + at / CHUNKS, c = at % CHUNKS;
-            if (r >= rows || c * CHUNK >= width) continue;
-            const bf16* chunk = tile.chunk(r, c);
-            bf16* target = to + r * m.pitch + c * CHUNK;
-            if (p.packed) {
-                move_16(target, chunk);
-            } else {
-                const u32 count = minimum(CHUNK, width - c * CHUNK);
-                for (u32 i = 0; i < count; ++i) target[i] = chunk[i];
-            }
-        }
+        store_rows<Mma>(p, sums, warp_row(), tile, m, row, rows, column);
     }
 };

@@ -5,8 +5,13 @@
     reason = "a mutable view is exclusive: whoever launches on it owns it"
 )]
 
+mod hopper;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use hopper::MODULES as HOPPER_MODULES;
+#[cfg(test)]
+pub(crate) use hopper::for_tests::with_each;
 
 use super::Config;
 use crate::cuda::rows::{Access, Matrix, count};
@@ -77,25 +82,43 @@ struct Params {
     unused: u32,
 }
 
-/// The tiles of a block: rows it keeps and rows that stream past each of its teams, in shared memory.
+/// How a block is made: its own rows, the tiles it keeps of these, and tiles of `columns` rows that stream
+/// past them, in shared memory.
 #[derive(Clone, Copy)]
 struct Tiles {
     rows: u32,
     kept: u32,
     columns: u32,
     streamed: u32,
-    teams: u32,
+    threads: u32,
 }
 
-/// Which kernels run: those of one width, on tensor cores if every matrix is bf16.
+/// What multiplies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Engine {
+    /// No tensor cores, exact to f32.
+    Fma,
+    /// `mma.sync`, for bf16.
+    Mma,
+    /// `wgmma`, for bf16 on Hopper.
+    Wgmma,
+}
+
+/// Which kernels run: those of one width and engine.
 struct Kernels {
+    /// That of kernels without products, and of all but [`Engine::Wgmma`].
     module: &'static Module,
     width: u32,
-    tensor_cores: bool,
+    engine: Engine,
 }
 
 impl Kernels {
-    fn new(op: &'static str, head_dim: usize, matrices: &[View<'_>]) -> Result<Self> {
+    fn new(
+        op: &'static str,
+        device: &CudaDevice,
+        head_dim: usize,
+        matrices: &[View<'_>],
+    ) -> Result<Self> {
         let fits = MODULES
             .iter()
             .find(|(width, _)| head_dim <= *width as usize);
@@ -103,57 +126,74 @@ impl Kernels {
             let message = format!("heads of width {head_dim}; on a GPU at most 256");
             return Err(Error::Invalid { op, message });
         };
+        let bf16 = matrices.iter().all(|m| m.dtype() == DType::Bf16);
+        let engine = match bf16 {
+            false => Engine::Fma,
+            true if hopper::wanted(op, device)? && hopper::module(*width).is_some() => {
+                Engine::Wgmma
+            }
+            true => Engine::Mma,
+        };
         Ok(Self {
             module,
             width: *width,
-            tensor_cores: matrices.iter().all(|m| m.dtype() == DType::Bf16),
+            engine,
         })
     }
 
     /// As in kernel.cu. A newer GPU may stream smaller tiles.
     fn forward(&self) -> Tiles {
-        let (rows, columns) = match (self.tensor_cores, self.width) {
-            (false, _) => (16, 16),
-            (true, 128) => (128, 48),
-            (true, ..=128) => (128, 64),
-            (true, _) => (64, 32),
+        let (rows, columns) = match (self.engine, self.width) {
+            (Engine::Wgmma, width) => return hopper::forward(width),
+            (Engine::Fma, _) => (16, 16),
+            (Engine::Mma, 128) => (128, 48),
+            (Engine::Mma, ..=128) => (128, 64),
+            (Engine::Mma, _) => (64, 32),
         };
         Tiles {
             rows,
             kept: 1,
             columns,
             streamed: 4,
-            teams: 1,
+            threads: THREADS,
         }
     }
 
     fn backward(&self, rows: u32) -> Tiles {
-        let (columns, stages) = match (self.tensor_cores, self.width) {
-            (false, _) => (16, 2),
-            (true, ..=128) => (32, 2),
-            (true, _) => (32, 1),
+        let (rows, columns, stages) = match (self.engine, self.width) {
+            (Engine::Fma, _) => (16, 16, 2),
+            (_, ..=128) => (rows, 32, 2),
+            (_, _) => (rows, 32, 1),
         };
         Tiles {
-            rows: if self.tensor_cores { rows } else { 16 },
+            rows,
             kept: 2,
             columns,
             streamed: 2 * stages,
-            teams: 1,
+            threads: THREADS,
         }
     }
 
     fn backward_q(&self) -> Tiles {
-        self.backward(if self.width <= 128 { 128 } else { 64 })
+        match self.engine {
+            Engine::Wgmma => hopper::backward_q(self.width),
+            _ => self.backward(if self.width <= 128 { 128 } else { 64 }),
+        }
     }
 
     fn backward_kv(&self) -> Tiles {
+        if self.engine == Engine::Wgmma {
+            return hopper::backward_kv(self.width);
+        }
+        let tiles = self.backward(if self.width <= 64 { 128 } else { 64 });
+        if self.engine == Engine::Fma || self.width > 128 {
+            return tiles;
+        }
+        // Two teams, each with tiles of its own that stream past it.
         Tiles {
-            teams: if self.tensor_cores && self.width <= 128 {
-                2
-            } else {
-                1
-            },
-            ..self.backward(if self.width <= 64 { 128 } else { 64 })
+            streamed: 2 * tiles.streamed,
+            threads: 2 * THREADS,
+            ..tiles
         }
     }
 
@@ -182,18 +222,17 @@ impl Kernels {
             );
             return Err(Error::Invalid { op, message });
         }
-        let (dtype, pitch) = if self.tensor_cores {
-            ("bf16", 2 * self.width)
-        } else {
-            ("f32", 4 * (self.width + 1))
+        let wgmma = hopper::module(self.width).filter(|_| self.engine == Engine::Wgmma);
+        let (module, engine, pitch, more) = match (self.engine, wgmma) {
+            (Engine::Wgmma, Some(module)) => (module, "wgmma", 2 * self.width, hopper::ALIGNMENT),
+            (Engine::Fma, _) => (self.module, "f32", 4 * (self.width + 1), 0),
+            (_, _) => (self.module, "bf16", 2 * self.width, 0),
         };
-        let shared =
-            (tiles.kept * tiles.rows + tiles.teams * tiles.streamed * tiles.columns) * pitch;
-        let threads = tiles.teams * THREADS;
-        let grid = Grid::new([heads, blocks, passes], threads).with_shared(shared);
+        let shared = (tiles.kept * tiles.rows + tiles.streamed * tiles.columns) * pitch + more;
+        let grid = Grid::new([heads, blocks, passes], tiles.threads).with_shared(shared);
         device.launch(
-            self.module,
-            &format!("attention_{kernel}_{dtype}"),
+            module,
+            &format!("attention_{kernel}_{engine}"),
             grid,
             params,
         )
@@ -256,7 +295,7 @@ pub(super) fn forward(
         gradients: None,
     };
     let [q, k, v] = inputs;
-    let kernels = Kernels::new(op, config.head_dim, &[q, k, v, matrices.out])?;
+    let kernels = Kernels::new(op, device, config.head_dim, &[q, k, v, matrices.out])?;
     let params = matrices.params(config, lse.ptr(), cu_q, cu_k);
     let grid = [params.heads, 1];
     kernels.launch(op, device, "forward", kernels.forward(), grid, &params)
@@ -286,7 +325,7 @@ pub(super) fn backward(
         gradients: Some([d_out, d_qkv.as_view()]),
     };
     let all = [q, k, v, out, d_out, d_qkv.as_view()];
-    let kernels = Kernels::new(op, config.head_dim, &all)?;
+    let kernels = Kernels::new(op, device, config.head_dim, &all)?;
     let delta = workspace.take(DType::F32, saved.lse.rows(), config.heads);
     let mut params = matrices.params(config, saved.lse.ptr(), cu_seqlens, cu_seqlens);
     params.delta = delta.view().ptr();
@@ -305,11 +344,8 @@ pub(super) fn backward(
         &params,
     )?;
     // dk and dv together fill the registers beyond a width of 128: one pass each.
-    let passes = if kernels.tensor_cores && kernels.width > 128 {
-        2
-    } else {
-        1
-    };
+    let wide = kernels.engine != Engine::Fma && kernels.width > 128;
+    let passes = if wide { 2 } else { 1 };
     let grid = [params.kv_heads, passes];
     kernels.launch(
         op,

@@ -1,5 +1,6 @@
 //! The kernels against their CPU twins.
 
+use super::with_each;
 use crate::attention::{Config, backward, forward};
 use crate::test_support::{assert_same_bits, cuda_device};
 use crate::twins::{Place, assert_cuda_matches};
@@ -95,7 +96,7 @@ fn padded_passes(
 
 fn check(config: &Config, lengths: &[u32], dtype: DType) {
     let what = format!("{config:?} {lengths:?} {dtype}");
-    assert_cuda_matches(&what, |place| both_passes(place, config, lengths, dtype));
+    with_each(|| assert_cuda_matches(&what, |place| both_passes(place, config, lengths, dtype)));
 }
 
 /// No rows, one row, and a tile less one, one tile, and one more of either pass.
@@ -112,6 +113,16 @@ fn bf16_matches_for_every_width_of_tile() {
         ([1, 1, 128], &[31, 40]),
         ([1, 1, 130], &[9]),
         ([1, 1, 256], &[5, 34]),
+    ] {
+        check(&config(heads), lengths, DType::Bf16);
+    }
+}
+
+#[test]
+fn bf16_matches_over_many_tiles() {
+    for (heads, lengths) in [
+        ([2, 1, 64], &[1, 129, 0, 192, 260][..]),
+        ([2, 1, 128], &[128, 64, 197]),
     ] {
         check(&config(heads), lengths, DType::Bf16);
     }
@@ -170,6 +181,17 @@ fn a_softcap_bounds_the_scores() {
 }
 
 #[test]
+fn a_score_far_above_those_before_it_scales_what_was_summed() {
+    for (heads, length) in [([2, 1, 64], 300), ([1, 1, 128], 300)] {
+        let config = Config {
+            scale: 0.5,
+            ..config(heads)
+        };
+        check(&config, &[length], DType::Bf16);
+    }
+}
+
+#[test]
 fn few_queries_meet_many_keys() {
     for (dtype, window) in [DType::F32, DType::Bf16]
         .into_iter()
@@ -180,7 +202,7 @@ fn few_queries_meet_many_keys() {
             ..config([2, 1, 24])
         };
         let (queries, keys) = ([1, 1, 0, 40], [150, 1, 7, 123]);
-        assert_cuda_matches(&format!("{dtype} {window:?}"), |place| {
+        let matches = |place: &Place| {
             let (cu_q, cu_k) = (
                 place.indices(&bounds(&queries)),
                 place.indices(&bounds(&keys)),
@@ -196,7 +218,8 @@ fn few_queries_meet_many_keys() {
             let results = (out.view_mut(), lse.view_mut());
             forward(&config, q, k, v, &cu_q, &cu_k, results.0, results.1).unwrap();
             vec![(dtype, out.values()), (DType::F32, lse.to_f32_vec())]
-        });
+        };
+        with_each(|| assert_cuda_matches(&format!("{dtype} {window:?}"), matches));
     }
 }
 
@@ -219,12 +242,14 @@ fn padding_is_zero_and_changes_no_bit_of_the_rest() {
             }
         }
     };
-    for dtype in [DType::F32, DType::Bf16] {
-        one_each([2, 1, 16], dtype, &[1, 0, 31, 16, 65, 0], &[1, 15, 200]);
-        one_each([2, 1, 16], dtype, &[128], &[16]);
-        one_each([1, 1, 256], dtype, &[18], &[14]);
-        one_each([2, 1, 16], dtype, &[], &[3]);
-    }
+    with_each(|| {
+        for dtype in [DType::F32, DType::Bf16] {
+            one_each([2, 1, 16], dtype, &[1, 0, 31, 16, 65, 0], &[1, 15, 200]);
+            one_each([2, 1, 16], dtype, &[128], &[16]);
+            one_each([1, 1, 256], dtype, &[18], &[14]);
+            one_each([2, 1, 16], dtype, &[], &[3]);
+        }
+    });
 }
 
 #[test]

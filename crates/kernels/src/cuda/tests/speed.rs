@@ -3,6 +3,7 @@
 
 #![expect(clippy::print_stdout, reason = "times are for who runs it")]
 
+use crate::attention::with_each;
 use crate::cuda::{CudaDevice, LaunchTime};
 use crate::linear_cross_entropy::{Accumulator, Labels, forward_backward};
 use crate::test_support::cuda_device;
@@ -82,9 +83,9 @@ fn time_attention(device: &Arc<CudaDevice>, head_dim: usize, documents: usize, l
     let what = format!("{documents} x {length}, head {head_dim}");
     for time in times {
         let products = match time.name.as_str() {
-            "attention_forward_bf16" => 2.0,
-            "attention_backward_q_bf16" => 3.0,
-            "attention_backward_kv_bf16" => 4.0,
+            "attention_forward_bf16" | "attention_forward_wgmma" => 2.0,
+            "attention_backward_q_bf16" | "attention_backward_q_wgmma" => 3.0,
+            "attention_backward_kv_bf16" | "attention_backward_kv_wgmma" => 4.0,
             _ => {
                 print(&what, &time, (4 * rows * width) as f64, "GB/s");
                 continue;
@@ -150,7 +151,7 @@ fn speed() {
     };
     for head_dim in [64, 128] {
         for &[documents, length] in documents {
-            time_attention(&device, head_dim, documents, length);
+            with_each(|| time_attention(&device, head_dim, documents, length));
         }
     }
     let [rows, vocabulary] = if on_gpu() { [1024, 128_256] } else { [3, 9000] };

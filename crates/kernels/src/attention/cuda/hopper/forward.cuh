@@ -1,0 +1,75 @@
+// The forward pass on Hopper: while the exponentials of one tile are computed, the product of the tile
+// before it with its values is under way.
+
+// One tile of keys and one of values, of two each.
+template <typename Engine>
+struct KeysAndValues {
+    bf16* shared;
+
+    DEVICE typename Engine::Streamed keys(u32 step) const { return {shared + step % 2 * Engine::STREAMED}; }
+    DEVICE typename Engine::Streamed values(u32 step) const { return {shared + (2 + step % 2) * Engine::STREAMED}; }
+};
+
+template <typename Engine>
+DEVICE void forward_async(const Attention& p) {
+    constexpr u32 M = Engine::BLOCK_ROWS, N = Engine::BLOCK_COLUMNS;
+    SHARED Block block;
+    // Later queries see more keys: their blocks start first.
+    if (!find_queries(p, p.sequences + 1, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
+    const u32 head = blockIdx.x, width = p.head_dim;
+    const u32 column = head * width, kv_column = head / (p.heads / p.kv_heads) * width;
+    if (block.end == 0) {
+        clear_outputs<Engine::ALL_THREADS>(p, block.row, minimum(block.rows, M), head);
+        return;
+    }
+    bf16* const shared = swizzled_shared();
+    const typename Engine::Own q{shared};
+    const KeysAndValues<Engine> tiles{shared + Engine::OWN};
+    const u32 steps = block.end - block.begin;
+    // From the last tile to the first.
+    const auto load = [&](typename Engine::Streamed tile, const Matrix& m, u32 step) {
+        const u32 first = (block.end - 1 - step) * N;
+        Engine::load(p, tile, m, block.other_row + first, block.other_rows - first, kv_column);
+    };
+
+    Engine::load(p, q, p.q, block.row, block.rows, column);
+    load(tiles.keys(0), p.k, 0);
+    cp_async_commit();
+    const f32 factor = score_factor(p);
+    typename Engine::Sums sums;
+    clear(sums);
+    Softmax<Engine> softmax;
+    typename Engine::Weights weights;
+    for (u32 step = 0; step < steps; ++step) {
+        cp_async_wait<0>();
+        Engine::sync_loaded();  // keys of this step, values of the one before; nobody reads older ones
+        load(tiles.values(step), p.v, step);
+        if (step + 1 < steps) load(tiles.keys(step + 1), p.k, step + 1);
+        cp_async_commit();
+        typename Engine::Scores scores;
+        wgmma_fence();
+        Engine::begin_transposed(scores, q, tiles.keys(step));
+        if (step > 0) {
+            Engine::begin(sums, weights, tiles.values(step - 1));
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        wgmma_settle(scores.c[0]);
+        cap_scores<Engine>(p, scores);
+        mask<Engine, false>(p, scores, block.position, (block.end - 1 - step) * N);
+        const auto shrink = softmax.add(scores, factor);
+        wgmma_wait<0>();
+        wgmma_settle(sums.c[0]);
+        softmax.scale(sums, shrink);
+        weights = Engine::rounded(scores);
+    }
+    cp_async_wait<0>();
+    Engine::sync_loaded();
+    wgmma_fence();
+    Engine::begin(sums, weights, tiles.values(steps - 1));
+    wgmma_wait<0>();
+    wgmma_settle(sums.c[0]);
+    softmax.finish(p, sums, block, head);
+    Engine::store(p, sums, q, p.out, block.row, block.rows, column);
+}
