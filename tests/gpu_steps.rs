@@ -386,13 +386,16 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "HIRA", "r": 4, "hira_dropout": 0.3},
         {"peft_type": "MISS", "r": 8, "miss_dropout": 0.3},
         {"peft_type": "MISS", "r": 8, "mini_r": 4, "init_weights": "mini"},
+        {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
+        {"peft_type": "C3A", "block_size": 8, "init_weights": "kaiming_uniform"},
+        {"peft_type": "FOURIERFT", "n_frequency": 20},
+        {"peft_type": "RANDLORA", "r": 3, "randlora_dropout": 0.1},
     ]);
     let on_the_host = json!([
         {"peft_type": "OFT", "oft_block_size": 8},
         {"peft_type": "BOFT", "boft_block_size": 4},
         {"peft_type": "HRA", "r": 4},
         {"peft_type": "ROAD", "group_size": 8},
-        {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
         {"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3},
     ]);
     [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())

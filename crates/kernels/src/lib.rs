@@ -18,6 +18,7 @@ pub mod axpby;
 pub mod bias;
 pub mod block_diagonal;
 mod candle;
+pub mod circulant;
 mod copy;
 // Its launchers come with the operations' kernels.
 #[allow(dead_code, unused_imports)]
@@ -33,6 +34,7 @@ pub mod hadamard;
 #[doc(hidden)]
 pub mod host_cuda;
 pub mod int8_linear;
+pub mod khatri_rao;
 pub mod kronecker;
 mod lanes;
 pub mod layer_norm;

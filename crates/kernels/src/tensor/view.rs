@@ -131,13 +131,17 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The elements of one row as `[rows, cols]`, rows back to back.
+    /// The elements of rows that are back to back as `[rows, cols]`, so too.
     ///
     /// # Panics
-    /// If this is not one row of `rows * cols` columns.
+    /// If they are not back to back, or not `rows * cols`.
     #[must_use]
     pub fn reshaped(self, rows: usize, cols: usize) -> Self {
-        assert_eq!(self.shape(), [1, rows * cols], "View::reshaped");
+        assert!(
+            self.rows == 1 || self.pitch == self.cols,
+            "View::reshaped of rows apart"
+        );
+        assert_eq!(self.rows * self.cols, rows * cols, "View::reshaped");
         Self {
             data: self.data.range(0..extent(rows, cols, cols)),
             rows,

@@ -6,11 +6,12 @@
 //! # Source
 //! Chen et al.: "Parameter-Efficient Fine-Tuning via Circular Convolution" (2024); PEFT's `tuners/c3a`.
 
-use super::matrix::{elements, update};
+use super::matrix::{grad, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::circulant::{self, Order};
 use ferrotune_kernels::{View, ViewMut};
 use serde_json::{Map, Value, json};
 
@@ -128,33 +129,40 @@ struct Circulant {
 }
 
 impl Circulant {
-    /// Where in the kernel the element at `(row, column)` stands.
-    fn place(&self, row: usize, column: usize) -> usize {
-        let b = self.block;
-        let (m, i, n, j) = (row / b, row % b, column / b, column % b);
-        (m * (self.inputs / b) + n) * b + (j + b - i) % b
+    fn add(&self, params: &FlatBuffer, weight: ViewMut<'_>, order: Order) -> Result<()> {
+        let shape = [weight.rows() / self.block, self.inputs];
+        let kernel = param(params, self.kernel, shape, weight.as_view());
+        Ok(circulant::add(
+            weight,
+            self.scale(),
+            kernel,
+            self.block,
+            order,
+        )?)
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / self.inputs as f32
     }
 }
 
 impl WeightUpdate for Circulant {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let kernel = params.get(self.kernel);
-        let scale = 1.0 / self.inputs as f32;
-        update(weight, |r, c, w| w + scale * kernel[self.place(r, c)]);
-        Ok(())
+        self.add(params, weight, Order::Circulant)
     }
 
     fn apply_for_input_gradient(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        if !self.as_peft {
-            return self.apply(params, weight);
-        }
         // PEFT takes the element of i + j instead of j - i.
-        let kernel = params.get(self.kernel);
-        let (scale, b) = (1.0 / self.inputs as f32, self.block);
-        update(weight, |r, c, w| {
-            w + scale * kernel[self.place(r / b * b + (b - r % b) % b, c)]
-        });
-        Ok(())
+        let order = if self.as_peft {
+            Order::Reflected
+        } else {
+            Order::Circulant
+        };
+        self.add(params, weight, order)
     }
 
     fn backward(
@@ -164,13 +172,13 @@ impl WeightUpdate for Circulant {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let scale = 1.0 / self.inputs as f32;
-        let target = grads.get_mut(self.kernel);
-        for (r, row) in elements(d_weight).chunks_exact(self.inputs).enumerate() {
-            for (c, d) in row.iter().enumerate() {
-                target[self.place(r, c)] += scale * d;
-            }
-        }
-        Ok(())
+        let shape = [d_weight.rows() / self.block, self.inputs];
+        let d_kernel = grad(grads, self.kernel, shape, d_weight);
+        Ok(circulant::add_gradient(
+            d_kernel,
+            self.scale(),
+            d_weight,
+            self.block,
+        )?)
     }
 }

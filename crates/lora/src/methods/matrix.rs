@@ -70,32 +70,6 @@ pub(super) fn elements(view: View<'_>) -> Vec<f32> {
     view.to_f32_vec()
 }
 
-/// Calls `body` with the matrix in host memory.
-pub(super) fn on_host<R>(view: View<'_>, body: impl FnOnce(View<'_>) -> R) -> R {
-    match view.device() {
-        None => body(view),
-        Some(_) => {
-            let [rows, cols] = view.shape();
-            body(Tensor::from_f32(elements(view), rows, cols).view())
-        }
-    }
-}
-
-/// Lets `body` change the matrix in host memory.
-pub(super) fn changed_on_host(
-    mut view: ViewMut<'_>,
-    body: impl FnOnce(ViewMut<'_>) -> Result<()>,
-) -> Result<()> {
-    if view.device().is_none() {
-        return body(view);
-    }
-    let [rows, cols] = view.shape();
-    let mut host = Tensor::from_f32(elements(view.as_view()), rows, cols);
-    body(host.view_mut())?;
-    view.reborrow().copy_from(host.view());
-    Ok(())
-}
-
 /// Changes a matrix element by element, in host memory: `change(row, column, value)`.
 pub(super) fn update(out: ViewMut<'_>, change: impl Fn(usize, usize, f32) -> f32) {
     let [rows, cols] = out.shape();

@@ -8,13 +8,14 @@
 //! Kang et al.: "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"
 //! (2024); PEFT's `tuners/miss`.
 
-use super::matrix::{changed_on_host, elements, empty, grad, nn, on_host, param, tn, update};
+use super::matrix::{copy_of, empty, grad, nn, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View, ViewMut, kronecker};
+use ferrotune_kernels::{Tensor, View, ViewMut, axpby, kronecker, matmul};
 use serde_json::{Map, Value, json};
+use std::ops::Range;
 
 /// What `init_weights` chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,15 +212,48 @@ struct Bat {
 }
 
 impl Bat {
-    fn block<'a>(&self, params: &'a FlatBuffer, i: usize) -> View<'a> {
+    /// Ones, one for each block in a row of blocks.
+    fn ones(&self, weight: View<'_>) -> Tensor {
+        let mut ones = empty(weight, 1, weight.cols() / self.rank);
+        ones.view_mut().fill(1.0);
+        ones
+    }
+
+    /// B, one block below the other.
+    fn shape(&self, weight: View<'_>) -> [usize; 2] {
+        [weight.rows(), self.rank]
+    }
+
+    /// The rows of each row of blocks.
+    fn rows(&self, weight: View<'_>) -> impl Iterator<Item = Range<usize>> {
         let n = self.rank;
-        View::from_f32(&params.get(self.block)[i * n * n..(i + 1) * n * n], n, n)
+        (0..weight.rows() / n).map(move |i| i * n..(i + 1) * n)
     }
 }
 
 impl WeightUpdate for Bat {
-    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        changed_on_host(weight, |weight| self.apply_on_host(params, weight))
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
+    fn apply(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
+        let (n, before) = (self.rank, copy_of(weight.as_view()));
+        let (before, cols) = (before.view(), weight.cols());
+        let blocks = param(params, self.block, self.shape(before), before);
+        let ones = self.ones(before);
+        for rows in self.rows(before) {
+            let block = blocks.row_range(rows.clone());
+            // Each row of a block of W, one below the other.
+            let product = nn(before.row_range(rows.clone()).reshaped(cols, n), block)?;
+            let mut to = weight.reborrow().row_range(rows);
+            axpby::add(1.0, to.reborrow(), 1.0, product.view().reshaped(n, cols))?;
+            let second = kronecker::Second {
+                matrix: block,
+                transposed: false,
+            };
+            kronecker::add(to, 1.0, ones.view(), second)?;
+        }
+        Ok(())
     }
 
     fn backward(
@@ -229,54 +263,17 @@ impl WeightUpdate for Bat {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        on_host(weight, |weight| {
-            on_host(d_weight, |d_weight| {
-                self.backward_on_host(grads, weight, d_weight)
-            })
-        })
-    }
-}
-
-impl Bat {
-    fn apply_on_host(&self, params: &FlatBuffer, mut weight: ViewMut<'_>) -> Result<()> {
-        let (n, [rows, cols]) = (self.rank, weight.shape());
-        for i in 0..rows / n {
-            let b = self.block(params, i);
-            let b_values = b.to_f32_vec();
-            for j in 0..cols / n {
-                let part = weight
-                    .reborrow()
-                    .row_range(i * n..(i + 1) * n)
-                    .columns(j * n..(j + 1) * n);
-                let before = part.as_view().to_f32_vec();
-                let product = nn(View::from_f32(&before, n, n), b)?.to_f32_vec();
-                update(part, |r, c, w| w + product[r * n + c] + b_values[r * n + c]);
-            }
-        }
-        Ok(())
-    }
-
-    fn backward_on_host(
-        &self,
-        grads: &mut FlatBuffer,
-        weight: View<'_>,
-        d_weight: View<'_>,
-    ) -> Result<()> {
-        let (n, [rows, cols]) = (self.rank, weight.shape());
-        for i in 0..rows / n {
-            let target = &mut grads.get_mut(self.block)[i * n * n..(i + 1) * n * n];
-            for j in 0..cols / n {
-                let part = |view: View<'_>| {
-                    elements(
-                        view.row_range(i * n..(i + 1) * n)
-                            .columns(j * n..(j + 1) * n),
-                    )
-                };
-                let (w, d) = (part(weight), part(d_weight));
-                let through = tn(View::from_f32(&w, n, n), View::from_f32(&d, n, n))?.to_f32_vec();
-                super::matrix::add(target, &through);
-                super::matrix::add(target, &d);
-            }
+        let (n, cols) = (self.rank, weight.cols());
+        let (weight, d_weight) = (copy_of(weight), copy_of(d_weight));
+        let (weight, d_weight) = (weight.view(), d_weight.view());
+        let ones = self.ones(d_weight);
+        let mut d_blocks = grad(grads, self.block, self.shape(weight), d_weight);
+        for rows in self.rows(weight) {
+            let mut d_block = d_blocks.reborrow().row_range(rows.clone());
+            let [w, d] = [weight, d_weight].map(|of| of.row_range(rows.clone()));
+            let (w, tall) = (w.reshaped(cols, n), d.reshaped(cols, n));
+            matmul::tn(d_block.reborrow(), 1.0, 1.0, w, tall)?;
+            kronecker::add_second_gradient(d_block, false, 1.0, d, ones.view())?;
         }
         Ok(())
     }

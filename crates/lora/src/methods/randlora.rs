@@ -10,12 +10,13 @@
 //! Albert et al.: "RandLoRA: Full-rank parameter-efficient fine-tuning of large models" (2025); PEFT's
 //! `tuners/randlora`.
 
-use super::matrix::{elements, tn, update};
+use super::matrix::{empty, grad, nn, param, tn};
 use crate::files::Weights;
-use crate::method::{Frozen, Init, Keys, Method, Place, TensorSpec};
+use crate::method::{Frozen, Init, Keys, Method, Place, Placed, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::khatri_rao::{self, Operands};
 use ferrotune_kernels::rng::{Stream, key_for};
 use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
 use serde_json::{Map, Value, json};
@@ -169,19 +170,14 @@ impl Method for RandLora {
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
         let ([max, min], rank) = (dimensions(site), self.rank);
-        let (a, b) = (at.frozen.get(A), at.frozen.get(B));
-        let bases = min.div_ceil(rank);
         Ok(Attachment::Weight(Box::new(Bases {
             lambda: at.ids[0],
             gamma: at.ids[1],
-            a: elements(a.view().columns(0..min)),
-            b: Tensor::from_f32(
-                elements(b.view().row_range(0..max).columns(0..bases * rank)),
-                max,
-                bases * rank,
-            ),
+            a: at.frozen.placed(A),
+            b: at.frozen.placed(B),
+            max,
             rank,
-            bases,
+            bases: min.div_ceil(rank),
             min,
             transposed: site.out_features < site.in_features,
             scale: (self.alpha / rank as f64) as f32,
@@ -251,10 +247,11 @@ fn read_projections(directory: &Path, rank: usize) -> Result<[Arc<Tensor>; 2]> {
 struct Bases {
     lambda: ParamId,
     gamma: ParamId,
-    /// `[r, min]`.
-    a: Vec<f32>,
-    /// `[max, bases r]`.
-    b: Tensor,
+    /// `[r, at least min]`.
+    a: Arc<Placed>,
+    /// `[at least max, at least bases r]`.
+    b: Arc<Placed>,
+    max: usize,
     rank: usize,
     bases: usize,
     min: usize,
@@ -264,47 +261,39 @@ struct Bases {
 }
 
 impl Bases {
-    /// A', `[r bases, min]`.
-    fn scaled(&self, params: &FlatBuffer) -> Vec<f32> {
-        let (lambda, gamma) = (params.get(self.lambda), params.get(self.gamma));
-        let mut scaled = vec![0.0; self.bases * self.rank * self.min];
-        for (row, scaled) in scaled.chunks_exact_mut(self.min).enumerate() {
-            let (k, b) = (row / self.bases, row % self.bases);
-            let factor = lambda[k * self.bases + b];
-            let terms = self.a[k * self.min..].iter().zip(&gamma[b * self.min..]);
-            scaled
-                .iter_mut()
-                .zip(terms)
-                .for_each(|(s, (a, g))| *s = factor * a * g);
-        }
-        scaled
+    /// B', `[max, bases r]`.
+    fn projection(&self, beside: View<'_>) -> View<'_> {
+        let b = self.b.beside(beside).row_range(0..self.max);
+        b.columns(0..self.bases * self.rank)
     }
 
-    /// `[max, min]`.
-    fn oriented(&self, values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
-        if !self.transposed {
-            return values.to_vec();
+    /// What A' is made of; transposed, it is `[min, bases r]`.
+    fn operands<'a>(&'a self, params: &'a FlatBuffer, beside: View<'_>) -> Operands<'a> {
+        let (rank, bases, min) = (self.rank, self.bases, self.min);
+        Operands {
+            a: self.a.beside(beside).columns(0..min),
+            g: param(params, self.gamma, [bases, min], beside),
+            scale: param(params, self.lambda, [1, rank * bases], beside),
         }
-        (0..rows * cols)
-            .map(|i| values[i % rows * cols + i / rows])
-            .collect()
     }
 }
 
 impl WeightUpdate for Bases {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let scaled = self.scaled(params);
-        let mut sum = Tensor::zeros(ferrotune_kernels::DType::F32, self.b.rows(), self.min);
-        let scaled = View::from_f32(&scaled, self.bases * self.rank, self.min);
-        matmul::nn(sum.view_mut(), 0.0, self.scale, self.b.view(), scaled)?;
-        let sum = sum.to_f32_vec();
-        let min = self.min;
-        if self.transposed {
-            update(weight, |r, c, w| w + sum[c * min + r]);
+        let beside = weight.as_view();
+        let b = self.projection(beside);
+        let mut a = empty(beside, self.min, self.bases * self.rank);
+        khatri_rao::product(a.view_mut(), self.operands(params, beside))?;
+        let [left, right] = if self.transposed {
+            [a.view(), b]
         } else {
-            update(weight, |r, c, w| w + sum[r * min + c]);
-        }
-        Ok(())
+            [b, a.view()]
+        };
+        Ok(matmul::nt(weight, 1.0, self.scale, left, right)?)
     }
 
     fn dropout(&self) -> f32 {
@@ -318,29 +307,21 @@ impl WeightUpdate for Bases {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let d = self.oriented(&elements(d_weight), d_weight.shape());
-        let d_scaled = tn(self.b.view(), View::from_f32(&d, self.b.rows(), self.min))?.to_f32_vec();
-        let (lambda, gamma) = (
-            params.get(self.lambda).to_vec(),
-            params.get(self.gamma).to_vec(),
-        );
-        for (row, d) in d_scaled.chunks_exact(self.min).enumerate() {
-            let (k, b) = (row / self.bases, row % self.bases);
-            let a = &self.a[k * self.min..(k + 1) * self.min];
-            let g = &gamma[b * self.min..(b + 1) * self.min];
-            let sum: f32 = d
-                .iter()
-                .zip(a.iter().zip(g))
-                .map(|(d, (a, g))| d * a * g)
-                .sum();
-            grads.get_mut(self.lambda)[k * self.bases + b] += self.scale * sum;
-            let factor = self.scale * lambda[k * self.bases + b];
-            let target = &mut grads.get_mut(self.gamma)[b * self.min..(b + 1) * self.min];
-            target
-                .iter_mut()
-                .zip(d.iter().zip(a))
-                .for_each(|(t, (d, a))| *t += factor * d * a);
-        }
-        Ok(())
+        let b = self.projection(d_weight);
+        let d = if self.transposed {
+            nn(d_weight, b)?
+        } else {
+            tn(d_weight, b)?
+        };
+        let (of, shape) = (self.operands(params, d_weight), [self.bases, self.min]);
+        let d_lambda = grad(grads, self.lambda, [1, self.rank * self.bases], d_weight);
+        khatri_rao::add_scale_gradient(d_lambda, self.scale, d.view(), of)?;
+        let d_gamma = grad(grads, self.gamma, shape, d_weight);
+        Ok(khatri_rao::add_second_gradient(
+            d_gamma,
+            self.scale,
+            d.view(),
+            of,
+        )?)
     }
 }
