@@ -47,6 +47,7 @@ pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;
 pub mod rope;
+pub mod rotation;
 mod row_blocks;
 mod simd;
 mod tensor;

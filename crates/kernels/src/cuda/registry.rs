@@ -34,6 +34,7 @@ static MODULES: &[&Module] = &[
     &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
+    &crate::rotation::cuda::MODULE,
 ];
 
 /// Every module that an operation launches kernels of, by operation.

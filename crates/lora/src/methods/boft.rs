@@ -7,16 +7,16 @@
 //! Liu et al.: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (2023); PEFT's
 //! `tuners/boft`, which has more than one factor with its CUDA extension only.
 
-use super::cayley::{Rotation, blocks, identity};
+use super::cayley::{Blocks, Rotation, blocks};
 use super::dropout::left_out;
-use super::matrix::{device_of, elements, empty, grad, param};
+use super::matrix::{empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::rotation::Source;
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, hadamard};
-use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 /// BOFT's configuration.
@@ -108,10 +108,14 @@ impl Method for Boft {
         Ok(Attachment::Weight(Box::new(Butterfly {
             r: at.ids[0],
             s: at.ids[1],
-            size,
-            count,
+            blocks: Blocks {
+                size,
+                count,
+                source: Source::Square,
+                rotation: Rotation::Cayley,
+                left_out: Vec::new(),
+            },
             dropout: self.dropout,
-            left_out: vec![false; count],
         })))
     }
 }
@@ -121,53 +125,31 @@ impl Method for Boft {
 struct Butterfly {
     r: ParamId,
     s: ParamId,
-    size: usize,
-    count: usize,
+    blocks: Blocks,
     dropout: f64,
-    /// Blocks that do not rotate.
-    left_out: Vec<bool>,
 }
 
 impl Butterfly {
-    /// The skew part of a block.
-    fn skew(&self, params: &FlatBuffer, block: usize) -> Vec<f64> {
-        let n = self.size;
-        let m = &params.get(self.r)[block * n * n..(block + 1) * n * n];
-        (0..n * n)
-            .map(|i| 0.5 * f64::from(m[i] - m[i % n * n + i / n]))
-            .collect()
-    }
-
-    /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
-    fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
-        let n = self.size;
-        let of = |block: usize| -> Vec<f32> {
-            let rotation = match self.left_out[block] {
-                true => identity(n),
-                false => Rotation::Cayley.of(&self.skew(params, block), n),
-            };
-            rotation.iter().map(|v| *v as f32).collect()
-        };
-        let blocks: Vec<Vec<f32>> = (0..self.count).into_par_iter().map(of).collect();
-        Tensor::from_f32(blocks.concat(), self.count * n, n).to_device(&device_of(beside))
-    }
-
     /// `W R^T`.
     fn rotated(&self, params: &FlatBuffer, weight: View<'_>) -> Result<Tensor> {
         let mut rotated = empty(weight, weight.rows(), weight.cols());
-        let rotations = self.rotations(params, weight);
+        let parameters = param(params, self.r, self.blocks.parameters(), weight);
+        let rotations = self.blocks.rotations(parameters)?;
         block_diagonal::product(rotated.view_mut(), weight, rotations.view())?;
         Ok(rotated)
     }
 }
 
 impl WeightUpdate for Butterfly {
+    /// What is left out is drawn on the host.
+    fn computes_on_host(&self) -> bool {
+        self.dropout > 0.0
+    }
+
     fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
-        let left_out = left_out(self.dropout, self.count, draws)?;
-        Some(Box::new(Self {
-            left_out,
-            ..self.clone()
-        }))
+        let mut drawn = self.clone();
+        drawn.blocks.left_out = left_out(self.dropout, self.blocks.count, draws)?;
+        Some(Box::new(drawn))
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
@@ -183,29 +165,18 @@ impl WeightUpdate for Butterfly {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (n, [rows, cols]) = (self.size, weight.shape());
+        let (n, [rows, cols]) = (self.blocks.size, weight.shape());
         let rotated = self.rotated(params, weight)?;
         let d_s = grad(grads, self.s, [rows, 1], weight);
         hadamard::add_row_sums(d_s, 1.0, d_weight, rotated.view())?;
         let mut d = empty(weight, rows, cols);
         let s = param(params, self.s, [rows, 1], weight);
         hadamard::add(d.view_mut(), 0.0, 1.0, d_weight, s)?;
-        let mut d_rotations = empty(weight, self.count * n, n);
+        let mut d_rotations = empty(weight, self.blocks.count * n, n);
         block_diagonal::gradient(d_rotations.view_mut(), d.view(), weight)?;
-        let d_rotations = elements(d_rotations.view());
-        let d_skew = |(block, d): (usize, &[f32])| {
-            let d: Vec<f64> = d.iter().map(|d| f64::from(*d)).collect();
-            Rotation::Cayley.backward(&self.skew(params, block), &d, n)
-        };
-        let blocks = d_rotations.par_chunks_exact(n * n).enumerate();
-        let d_skew: Vec<Vec<f64>> = blocks.map(d_skew).collect();
-        let target = grads.get_mut(self.r).chunks_exact_mut(n * n);
-        let rotating = target.zip(&d_skew).zip(&self.left_out);
-        for ((target, d), _) in rotating.filter(|(_, left_out)| !**left_out) {
-            for (i, target) in target.iter_mut().enumerate() {
-                *target += (0.5 * (d[i] - d[i % n * n + i / n])) as f32;
-            }
-        }
-        Ok(())
+        let shape = self.blocks.parameters();
+        let parameters = param(params, self.r, shape, weight);
+        let to = grad(grads, self.r, shape, weight);
+        self.blocks.add_gradient(to, d_rotations, parameters)
     }
 }

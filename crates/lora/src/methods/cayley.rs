@@ -1,7 +1,11 @@
-//! Rotations made of skew-symmetric matrices, and their gradients, in f64: blocks are small.
+//! Blocks of inputs, each with a rotation of its own.
 
+use super::matrix::{device_of, empty};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::rotation::{self, Map, Source};
+use ferrotune_kernels::{Tensor, View, ViewMut};
+use std::ops::Range;
 
 /// Size and number of the blocks that inputs are rotated in: one of them is given, with its key, the
 /// other is 0.
@@ -30,192 +34,94 @@ pub(super) fn blocks(
     })
 }
 
-/// A square matrix, row by row.
-pub(super) type Square = Vec<f64>;
-
-pub(super) fn identity(n: usize) -> Square {
-    (0..n * n)
-        .map(|i| f64::from(u8::from(i / n == i % n)))
-        .collect()
-}
-
-fn transposed(m: &[f64], n: usize) -> Square {
-    (0..n * n).map(|i| m[i % n * n + i / n]).collect()
-}
-
-pub(super) fn product(a: &[f64], b: &[f64], n: usize) -> Square {
-    let mut out = vec![0.0; n * n];
-    for (r, out) in out.chunks_exact_mut(n).enumerate() {
-        for (k, a) in a[r * n..(r + 1) * n].iter().enumerate() {
-            out.iter_mut()
-                .zip(&b[k * n..(k + 1) * n])
-                .for_each(|(o, b)| *o += a * b);
-        }
-    }
-    out
-}
-
-/// The inverse of `I + s`, s skew-symmetric: never singular.
-fn inverse_of_identity_plus(s: &[f64], n: usize) -> Square {
-    let mut m: Square = identity(n).iter().zip(s).map(|(i, s)| i + s).collect();
-    let mut inverse = identity(n);
-    for col in 0..n {
-        let pivot = (col..n).max_by(|&a, &b| m[a * n + col].abs().total_cmp(&m[b * n + col].abs()));
-        let pivot = pivot.unwrap_or(col);
-        for k in 0..n {
-            m.swap(col * n + k, pivot * n + k);
-            inverse.swap(col * n + k, pivot * n + k);
-        }
-        let scale = 1.0 / m[col * n + col];
-        for k in 0..n {
-            m[col * n + k] *= scale;
-            inverse[col * n + k] *= scale;
-        }
-        for row in (0..n).filter(|row| *row != col) {
-            let factor = m[row * n + col];
-            for k in 0..n {
-                m[row * n + k] -= factor * m[col * n + k];
-                inverse[row * n + k] -= factor * inverse[col * n + k];
-            }
-        }
-    }
-    inverse
-}
-
 /// How a rotation is made of a skew-symmetric matrix S.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Rotation {
     /// `(I - S) (I + S)^-1`.
     Cayley,
-    /// PEFT's truncated series of it in -S, with this many terms.
-    Neumann(usize),
+    /// I and the powers of S, with these factors.
+    Series(Vec<f64>),
 }
 
 impl Rotation {
-    pub(super) fn of(self, s: &[f64], n: usize) -> Square {
-        match self {
-            Self::Cayley => {
-                let difference: Square = identity(n).iter().zip(s).map(|(i, s)| i - s).collect();
-                product(&difference, &inverse_of_identity_plus(s, n), n)
+    /// PEFT's truncated series of Cayley's transform in -S with so many terms: 2 for each power, 1 for the last.
+    pub(super) fn neumann(terms: usize) -> Self {
+        Self::Series(match terms {
+            0 | 1 => Vec::new(),
+            2 => vec![2.0],
+            _ => {
+                let full = 2 + (terms - 1).saturating_sub(3);
+                let mut factors = vec![2.0; full];
+                factors.push(1.0);
+                factors
             }
-            Self::Neumann(terms) => {
-                let mut sum = identity(n);
-                let mut power = identity(n);
-                for factor in coefficients(terms) {
-                    power = product(&power, s, n);
-                    sum.iter_mut()
-                        .zip(&power)
-                        .for_each(|(sum, p)| *sum += factor * p);
-                }
-                sum
-            }
-        }
+        })
     }
 
-    /// The gradient of S as a matrix of independent elements, from that of the rotation.
-    pub(super) fn backward(self, s: &[f64], d: &[f64], n: usize) -> Square {
+    fn map(&self) -> Map<'_> {
         match self {
-            Self::Cayley => {
-                // dR (I + S) = -(I + R) dS
-                let inverse = transposed(&inverse_of_identity_plus(s, n), n);
-                let r = self.of(s, n);
-                let sum: Square = identity(n).iter().zip(&r).map(|(i, r)| i + r).collect();
-                let left = product(&transposed(&sum, n), d, n);
-                product(&left, &inverse, n).iter().map(|v| -v).collect()
-            }
-            Self::Neumann(terms) => {
-                // d(S^k) = sum over i of S^i dS S^(k-1-i), built up from k to k + 1.
-                let st = transposed(s, n);
-                let factors = coefficients(terms);
-                let mut total = vec![0.0; n * n];
-                let mut left = d.to_vec();
-                let mut current = d.to_vec();
-                for (k, factor) in factors.iter().enumerate() {
-                    if k > 0 {
-                        // G_{k+1} = S^T G_k + D (S^T)^k
-                        left = product(&left, &st, n);
-                        let ahead = product(&st, &current, n);
-                        current = ahead.iter().zip(&left).map(|(a, b)| a + b).collect();
-                    }
-                    total
-                        .iter_mut()
-                        .zip(&current)
-                        .for_each(|(t, c)| *t += factor * c);
-                }
-                total
-            }
+            Self::Cayley => Map::Cayley,
+            Self::Series(factors) => Map::Series(factors),
         }
     }
 }
 
-/// Factors of S, S^2, ... in PEFT's series of `terms` terms: 2 for each, 1 for the last.
-fn coefficients(terms: usize) -> Vec<f64> {
-    match terms {
-        0 | 1 => Vec::new(),
-        2 => vec![2.0],
-        _ => {
-            let full = 2 + (terms - 1).saturating_sub(3);
-            let mut factors = vec![2.0; full];
-            factors.push(1.0);
-            factors
-        }
-    }
+/// The rotations of one linear.
+#[derive(Clone, Debug)]
+pub(super) struct Blocks {
+    pub(super) size: usize,
+    pub(super) count: usize,
+    pub(super) source: Source,
+    pub(super) rotation: Rotation,
+    /// Blocks that do not rotate; one for each, or none.
+    pub(super) left_out: Vec<bool>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::{Rotation, product, transposed};
-
-    fn skew(n: usize) -> Vec<f64> {
-        let value = |i: usize, j: usize| ((i * 7 + j * 3) % 5) as f64 * 0.1 - 0.2;
-        (0..n * n)
-            .map(|at| match (at / n, at % n) {
-                (i, j) if i < j => value(i, j),
-                (i, j) if i > j => -value(j, i),
-                _ => 0.0,
-            })
-            .collect()
+impl Blocks {
+    /// Shape of the parameters.
+    pub(super) fn parameters(&self) -> [usize; 2] {
+        [self.count, self.source.parameters(self.size)]
     }
 
-    #[test]
-    fn cayley_gives_a_rotation() {
-        for n in [1, 2, 5, 16] {
-            let r = Rotation::Cayley.of(&skew(n), n);
-            let square = product(&r, &transposed(&r, n), n);
-            for (at, v) in square.iter().enumerate() {
-                let want = if at / n == at % n { 1.0 } else { 0.0 };
-                assert!((v - want).abs() < 1e-12, "{n}: {v}");
-            }
+    /// The rotations below one another, `[count * size, size]`, on the side of the parameters.
+    pub(super) fn rotations(&self, parameters: View<'_>) -> Result<Tensor> {
+        let n = self.size;
+        let mut rotations = empty(parameters, self.count * n, n);
+        let to = rotations.view_mut();
+        rotation::forward(to, parameters, self.source, self.rotation.map())?;
+        for rows in self.rows_left_out() {
+            let identity = (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 });
+            let identity = Tensor::from_f32(identity.collect(), n, n);
+            let to = rotations.view_mut().row_range(rows);
+            to.copy_from(identity.to_device(&device_of(parameters)).view());
         }
+        Ok(rotations)
     }
 
-    #[test]
-    fn gradients_are_those_of_finite_differences() {
-        let (n, step) = (4, 1e-6);
-        let d: Vec<f64> = (0..n * n).map(|i| (i as f64 * 0.7).sin()).collect();
-        let s = skew(n);
-        let score = |rotation: Rotation, s: &[f64]| -> f64 {
-            rotation.of(s, n).iter().zip(&d).map(|(r, d)| r * d).sum()
-        };
-        for rotation in [
-            Rotation::Cayley,
-            Rotation::Neumann(2),
-            Rotation::Neumann(3),
-            Rotation::Neumann(5),
-            Rotation::Neumann(7),
-        ] {
-            let gradient = rotation.backward(&s, &d, n);
-            for at in 0..n * n {
-                let mut moved = [s.clone(), s.clone()];
-                moved[0][at] += step;
-                moved[1][at] -= step;
-                let want = (score(rotation, &moved[0]) - score(rotation, &moved[1])) / (2.0 * step);
-                assert!(
-                    (gradient[at] - want).abs() < 1e-6,
-                    "{rotation:?} {at}: {} {want}",
-                    gradient[at]
-                );
-            }
+    /// Adds to `d_parameters` their gradient, from that of the rotations.
+    pub(super) fn add_gradient(
+        &self,
+        d_parameters: ViewMut<'_>,
+        mut d: Tensor,
+        parameters: View<'_>,
+    ) -> Result<()> {
+        for rows in self.rows_left_out() {
+            d.view_mut().row_range(rows).fill(0.0);
         }
+        let map = self.rotation.map();
+        Ok(rotation::add_gradient(
+            d_parameters,
+            d.view(),
+            parameters,
+            self.source,
+            map,
+        )?)
+    }
+
+    fn rows_left_out(&self) -> impl Iterator<Item = Range<usize>> {
+        let n = self.size;
+        let blocks = self.left_out.iter().enumerate();
+        let left_out = blocks.filter(|(_, left_out)| **left_out);
+        left_out.map(move |(block, _)| block * n..(block + 1) * n)
     }
 }

@@ -8,16 +8,16 @@
 //! Qiu et al.: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (2023) and "Orthogonal
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
-use super::cayley::{Rotation, blocks, identity};
+use super::cayley::{Blocks, Rotation, blocks};
 use super::dropout::left_out;
-use super::matrix::{copy_of, device_of, elements, empty};
+use super::matrix::{copy_of, device_of, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::Stream;
-use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
-use rayon::prelude::*;
+use ferrotune_kernels::rotation::{MOST_TERMS, Source};
+use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, kronecker};
 use serde_json::{Map, Value, json};
 
 /// OFT's configuration.
@@ -81,6 +81,13 @@ impl Method for Oft {
             );
             return Err(keys.error("module_dropout", message));
         }
+        let terms = keys.positive("num_cayley_neumann_terms", 5)?;
+        if terms > MOST_TERMS {
+            return Err(keys.error(
+                "num_cayley_neumann_terms",
+                format!("is {terms}, at most {MOST_TERMS}; `use_cayley_neumann: false` is exact"),
+            ));
+        }
         let (coft, eps) = (keys.boolean("coft", false)?, keys.number("eps", 6e-5)?);
         Ok(Self {
             rank,
@@ -89,7 +96,7 @@ impl Method for Oft {
             eps,
             block_share,
             neumann: keys.boolean("use_cayley_neumann", true)?,
-            terms: keys.positive("num_cayley_neumann_terms", 5)?,
+            terms,
             dropout,
             asked: keys.are_asked(),
             init_weights: keys.boolean("init_weights", true)?,
@@ -173,37 +180,29 @@ impl Method for Oft {
             let len = (size * (size - 1) / 2).max(1);
             let vectors = params.get_mut(ids[0]);
             let limit = eps / ((vectors.len() / len) as f64).sqrt();
-            for vector in vectors.chunks_exact_mut(len) {
-                // Each element stands in the matrix twice.
-                let norm = vector
-                    .iter()
-                    .map(|v| 2.0 * f64::from(*v).powi(2))
-                    .sum::<f64>()
-                    .sqrt();
-                if norm > limit {
-                    let factor = (limit / norm) as f32;
-                    vector.iter_mut().for_each(|v| *v *= factor);
-                }
-            }
+            project(vectors, len, limit);
         }
         Ok(())
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
         let [size, count] = self.blocks(site)?;
+        let shared = self.block_share;
         Ok(Attachment::Weight(Box::new(Rotations {
             weight: at.ids[0],
-            size,
             count,
-            shared: self.block_share,
-            dropout: self.dropout,
-            left_out: vec![false; count],
-            constraint: self.constraint,
-            rotation: if self.neumann {
-                Rotation::Neumann(self.terms)
-            } else {
-                Rotation::Cayley
+            blocks: Blocks {
+                size,
+                count: if shared { 1 } else { count },
+                source: Source::Upper,
+                rotation: match self.neumann {
+                    true => Rotation::neumann(self.terms),
+                    false => Rotation::Cayley,
+                },
+                left_out: Vec::new(),
             },
+            dropout: if shared { 0.0 } else { self.dropout },
+            constraint: self.constraint,
         })))
     }
 }
@@ -212,78 +211,88 @@ impl Method for Oft {
 #[derive(Clone, Debug)]
 struct Rotations {
     weight: ParamId,
-    size: usize,
+    /// Of the inputs.
     count: usize,
-    shared: bool,
+    /// As many, or one that all of them share.
+    blocks: Blocks,
     dropout: f64,
-    /// Blocks that do not rotate; none where all share a rotation.
-    left_out: Vec<bool>,
     constraint: Option<f64>,
-    rotation: Rotation,
 }
 
 impl Rotations {
-    /// The skew-symmetric matrices, projected where they are constrained.
-    fn skew(&self, params: &FlatBuffer) -> Vec<Vec<f64>> {
-        let n = self.size;
-        let vectors = params.get(self.weight);
-        let rows = if self.shared { 1 } else { self.count };
-        let len = vectors.len() / rows;
-        (0..rows)
-            .map(|row| {
-                let mut matrix = vec![0.0; n * n];
-                let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
-                for ((i, j), v) in pairs.zip(&vectors[row * len..(row + 1) * len]) {
-                    matrix[i * n + j] = f64::from(*v);
-                    matrix[j * n + i] = -f64::from(*v);
-                }
-                if let Some(eps) = self.constraint {
-                    project(&mut matrix, eps / (rows as f64).sqrt());
-                }
-                matrix
-            })
-            .collect()
+    /// The parameters as they are constrained to be.
+    fn projected(&self, params: &FlatBuffer, beside: View<'_>) -> Option<Tensor> {
+        let [rows, len] = self.blocks.parameters();
+        let limit = self.constraint? / (rows as f64).sqrt();
+        let mut vectors = params.get(self.weight).to_vec();
+        project(&mut vectors, len, limit);
+        Some(Tensor::from_f32(vectors, rows, len).to_device(&device_of(beside)))
+    }
+
+    /// Calls `body` with the parameters, on the side of `beside`.
+    fn with_parameters<T>(
+        &self,
+        params: &FlatBuffer,
+        beside: View<'_>,
+        body: impl FnOnce(View<'_>) -> T,
+    ) -> T {
+        match self.projected(params, beside) {
+            Some(projected) => body(projected.view()),
+            None => body(param(params, self.weight, self.blocks.parameters(), beside)),
+        }
+    }
+
+    /// Ones, one below the other for each block that shares the rotation.
+    fn copies(&self, beside: View<'_>) -> Option<Tensor> {
+        let mut ones = (self.count > self.blocks.count).then(|| empty(beside, self.count, 1))?;
+        ones.view_mut().fill(1.0);
+        Some(ones)
     }
 
     /// The rotations below one another, `[blocks * n, n]`, on the side of `beside`.
-    fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Tensor {
-        let (n, skew) = (self.size, self.skew(params));
-        let of = |(s, left_out): (&Vec<f64>, &bool)| -> Vec<f32> {
-            let rotation = match left_out {
-                true => identity(n),
-                false => self.rotation.of(s, n),
-            };
-            rotation.iter().map(|v| *v as f32).collect()
+    fn rotations(&self, params: &FlatBuffer, beside: View<'_>) -> Result<Tensor> {
+        let own = self.with_parameters(params, beside, |own| self.blocks.rotations(own))?;
+        let Some(ones) = self.copies(beside) else {
+            return Ok(own);
         };
-        let rotations: Vec<Vec<f32>> = skew.par_iter().zip(&self.left_out).map(of).collect();
-        let blocks = rotations.concat().repeat(self.count / rotations.len());
-        Tensor::from_f32(blocks, self.count * n, n).to_device(&device_of(beside))
+        let mut all = empty(beside, self.count * self.blocks.size, self.blocks.size);
+        all.view_mut().fill(0.0);
+        let second = kronecker::Second {
+            matrix: own.view(),
+            transposed: false,
+        };
+        kronecker::add(all.view_mut(), 1.0, ones.view(), second)?;
+        Ok(all)
     }
 }
 
-/// Shortens a matrix to norm `limit`.
-fn project(matrix: &mut [f64], limit: f64) {
-    let norm = matrix.iter().map(|v| v * v).sum::<f64>().sqrt();
-    if norm > limit {
-        matrix.iter_mut().for_each(|v| *v *= limit / norm);
+/// Shortens each vector of upper triangles so that its matrix, where each element stands twice, has norm `limit` at most.
+fn project(vectors: &mut [f32], len: usize, limit: f64) {
+    for vector in vectors.chunks_exact_mut(len.max(1)) {
+        let squares = vector.iter().map(|v| 2.0 * f64::from(*v).powi(2));
+        let norm = squares.sum::<f64>().sqrt();
+        if norm > limit {
+            let factor = (limit / norm) as f32;
+            vector.iter_mut().for_each(|v| *v *= factor);
+        }
     }
 }
 
 impl WeightUpdate for Rotations {
+    /// What is constrained is projected on the host, and what is left out is drawn there.
+    fn computes_on_host(&self) -> bool {
+        self.constraint.is_some() || self.dropout > 0.0
+    }
+
     fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
-        if self.shared {
-            return None;
-        }
-        let left_out = left_out(self.dropout, self.count, draws)?;
-        Some(Box::new(Self {
-            left_out,
-            ..self.clone()
-        }))
+        let mut drawn = self.clone();
+        drawn.blocks.left_out = left_out(self.dropout, self.count, draws)?;
+        Some(Box::new(drawn))
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let before = copy_of(weight.as_view());
-        let rotations = self.rotations(params, before.view());
+        let rotations = self.rotations(params, before.view())?;
         Ok(block_diagonal::product(
             weight,
             before.view(),
@@ -299,30 +308,18 @@ impl WeightUpdate for Rotations {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (skew, n) = (self.skew(params), self.size);
+        let n = self.blocks.size;
         let mut d = empty(weight, self.count * n, n);
         block_diagonal::gradient(d.view_mut(), d_weight, weight)?;
-        let mut d_rotations = vec![vec![0.0_f64; n * n]; skew.len()];
-        for (block, d) in elements(d.view()).chunks_exact(n * n).enumerate() {
+        if let Some(ones) = self.copies(weight) {
             // A rotation that all blocks share has the sum of their gradients.
-            let sum = &mut d_rotations[block % skew.len()];
-            let terms = sum.iter_mut().zip(d);
-            terms.for_each(|(sum, d)| *sum += f64::from(*d));
+            let mut sum = empty(weight, n, n);
+            sum.view_mut().fill(0.0);
+            kronecker::add_second_gradient(sum.view_mut(), false, 1.0, d.view(), ones.view())?;
+            d = sum;
         }
-        let pairs = skew.par_iter().zip(&d_rotations);
-        let d_skew: Vec<Vec<f64>> = pairs
-            .map(|(skew, d)| self.rotation.backward(skew, d, n))
-            .collect();
-        let len = n * (n - 1) / 2;
-        let target = grads.get_mut(self.weight);
-        let rows = d_skew.iter().enumerate();
-        for (row, d) in rows.filter(|(row, _)| !self.left_out[*row]) {
-            let pairs = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
-            for ((i, j), target) in pairs.zip(&mut target[row * len..(row + 1) * len]) {
-                *target += (d[i * n + j] - d[j * n + i]) as f32;
-            }
-        }
-        Ok(())
+        let to = grad(grads, self.weight, self.blocks.parameters(), weight);
+        self.with_parameters(params, weight, |own| self.blocks.add_gradient(to, d, own))
     }
 }
 
