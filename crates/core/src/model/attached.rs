@@ -77,7 +77,9 @@ impl Norms {
             let rows = part.columns.start - columns.start..part.columns.end - columns.start;
             for (place, (attachment, run)) in part.attached(run).into_iter().enumerate() {
                 if let Some(low_rank) = scaled(attachment) {
-                    let norms = row_norms(run, low_rank, weight.row_range(rows.clone()))?;
+                    let weight = weight.row_range(rows.clone());
+                    let lengths = part.row_lengths(run, weight)?;
+                    let norms = row_norms(run, low_rank, weight, lengths.view())?;
                     self.0.insert((part.site, place), norms);
                 }
             }
@@ -104,8 +106,14 @@ fn scaled(attachment: Option<&Attachment>) -> Option<&LowRank> {
     }
 }
 
-/// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made.
-fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tensor> {
+/// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made. `lengths` are those of
+/// W `[out, 1]`.
+fn row_norms(
+    run: &Run<'_>,
+    low_rank: &LowRank,
+    weight: View<'_>,
+    lengths: View<'_>,
+) -> Result<Tensor> {
     let (workspace, [out, rank]) = (run.workspace, [weight.rows(), low_rank.rank]);
     let [a, b] = [low_rank.a, low_rank.b].map(|id| run.params.view_as(id, run.dtype));
     let mut cross = workspace.take(DType::F32, rank, out);
@@ -116,7 +124,7 @@ fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tens
     matmul::nt(spread.view_mut(), 0.0, 1.0, gram.view(), b)?;
     let mut norms = workspace.take(DType::F32, 1, out);
     let of = dora::Operands {
-        weight,
+        weight: lengths,
         b: run.params.view(low_rank.b),
         cross: cross.view(),
         spread: spread.view(),
@@ -130,6 +138,28 @@ fn row_norms(run: &Run<'_>, low_rank: &LowRank, weight: View<'_>) -> Result<Tens
 }
 
 impl Part {
+    /// Norms of the rows of `weight`, which is this part's, `[out, 1]` f32: found once, for it is frozen.
+    fn row_lengths(&self, run: &Run<'_>, weight: View<'_>) -> Result<&Tensor> {
+        if let Some(known) = self.row_lengths.get() {
+            return Ok(known);
+        }
+        let (workspace, out) = (run.workspace, weight.rows());
+        let mut nothing = workspace.take(DType::F32, 1, out);
+        nothing.view_mut().fill(0.0);
+        let mut lengths = Tensor::empty(workspace.device(), DType::F32, 1, out);
+        let of = dora::Operands {
+            weight,
+            b: nothing.view().reshaped(out, 1),
+            cross: nothing.view(),
+            spread: nothing.view(),
+            scale: 0.0,
+        };
+        dora::row_norms(&of, lengths.view_mut())?;
+        workspace.give(nothing);
+        let lengths = Tensor::from_buffer(lengths.into_buffer(), out, 1);
+        Ok(self.row_lengths.get_or_init(|| lengths))
+    }
+
     /// What stands here in each pass of `run`: one, or those of its members.
     fn attached<'a, 'b>(&'a self, run: &'a Run<'b>) -> Vec<(Option<&'a Attachment>, &'a Run<'b>)> {
         if run.members.is_empty() {

@@ -216,6 +216,7 @@ impl LinearGroup {
 
     fn frozen_mut(&mut self, site: SiteId) -> Option<&mut FrozenWeight> {
         let part = self.parts.iter_mut().find(|part| part.site == site.0)?;
+        part.row_lengths.take();
         match &mut part.weight {
             PartWeight::InGroup => self.frozen.as_mut().and_then(Arc::get_mut),
             PartWeight::Alone(weight) => Arc::get_mut(weight),

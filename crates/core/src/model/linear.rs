@@ -15,7 +15,7 @@ use crate::adapter::Attachment;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::{DType, Tensor, View, ViewMut, matmul};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// One or more linears over one input.
 #[derive(Debug)]
@@ -42,6 +42,8 @@ pub(crate) struct Part {
     pub(crate) attachment: Option<Attachment>,
     /// Those of adapters that share the model, by their numbers.
     pub(crate) members: Vec<Option<Attachment>>,
+    /// Norms of the rows of its frozen weight, once DoRA has asked for them.
+    pub(crate) row_lengths: OnceLock<Tensor>,
 }
 
 impl Part {

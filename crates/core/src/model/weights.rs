@@ -25,7 +25,7 @@ use crate::{Error, Result};
 use ferrotune_kernels::dequantise::Quantised;
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, attention};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Reads the weight of a site into `to [out, in]`, however its file holds it.
 pub(super) fn read_weight(source: &dyn WeightSource, site: &Site, to: ViewMut<'_>) -> Result<()> {
@@ -212,6 +212,7 @@ impl Builder<'_> {
                 bias,
                 attachment,
                 members: Vec::new(),
+                row_lengths: OnceLock::new(),
             });
         }
         Ok(LinearGroup {

@@ -28,7 +28,7 @@ use crate::{Result, View, ViewMut};
 /// What the norms are made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands<'a> {
-    /// W `[out, in]`, f32 or bf16.
+    /// W `[out, in]`, f32 or bf16; or, where they are known, the norms of its rows `[out, 1]`.
     pub weight: View<'a>,
     /// B `[out, R]`, f32.
     pub b: View<'a>,
