@@ -25,6 +25,8 @@ PEERS = HERE.parent / "peers"
 # What the exit code of a side means; anything else is a failure.
 NO_RESULT = {3: "not installed", 71: "out of memory", 124: "timed out"}
 MADE_IN = 600
+# What ferrotune says of a variable that this GPU cannot follow.
+OTHER_GPU = "which only compute capability"
 
 
 def main():
@@ -107,6 +109,8 @@ def run(args, cell):
     environment = record.with_cuda_libraries(os.environ) | plan.OURS_WITH.get(cell.side, {})
     with Sampler() as sampler:
         code, output, seconds = run_limited(command(args, cell, case), args.limit, log, env=environment)
+    if code != 0 and cell.side in plan.OURS_WITH and OTHER_GPU in log.read_text(errors="replace"):
+        return {"status": "for another GPU", "seconds": seconds}
     if code != 0:
         return {"status": NO_RESULT.get(code, f"failed: exit code {code}"), "seconds": seconds}
     result = {"status": "done", "seconds": seconds, "seen": sampler.summary(), **record.first_json(output)}

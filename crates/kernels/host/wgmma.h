@@ -34,6 +34,7 @@ DEVICE void wgmma_wait() {
 }
 template <u32 M>
 DEVICE void wgmma_settle(f32 (&)[M][4]) {}
+DEVICE void wgmma_hold(u32) {}
 DEVICE void fence_async_shared() { ferrotune_host_fence_async_shared(); }
 
 template <bool FIRST, u32 M>

@@ -12,8 +12,11 @@ use std::path::Path;
 /// Registers are given to threads in units of this many, so growth within a unit costs nothing.
 const REGISTER_UNIT: u32 = 8;
 
-/// What ptxas says of products that cannot be under way together.
-const SERIALIZED: &str = "wgmma.mma_async instructions are serialized";
+/// What ptxas says of products that are not under way together, or not as long as they are meant to be.
+const WAITING: [&str; 2] = [
+    "wgmma.mma_async instructions are serialized",
+    "warpgroup.wait is injected",
+];
 
 const RULE: &str = "As compiled; written by `ferrotune kernels --write`. Registers may grow to the \
     next multiple of 8, the unit they are allocated in. Bytes of spills (stores and loads), stack and \
@@ -125,7 +128,8 @@ impl Table {
             let module = built.module.name;
             // Products of warpgroups that wait for each other are right and slow, and no register says so.
             let mut lines = built.compiled.log.lines();
-            if let Some(line) = lines.find(|line| line.contains(SERIALIZED)) {
+            let waits = |line: &&str| WAITING.iter().any(|words| line.contains(words));
+            if let Some(line) = lines.find(waits) {
                 found.push(format!("{module} on {arch}: {}", line.trim()));
             }
             for name in built.module.kernels() {

@@ -35,30 +35,6 @@ DEVICE void clear(MmaFragment<M, N>& fragment) {
     }
 }
 
-// Fills TILE_ROWS rows of a tile with the rows of `m` from `row`, at most `rows`, and its columns from
-// `column`; zeros elsewhere. Each of `COUNT` threads does its part, which ends with its next cp_async_wait.
-template <u32 TILE_ROWS, u32 COUNT, typename Tile>
-DEVICE void load_rows(const Attention& p, u32 thread, Tile tile, const Matrix& m, u32 row, u32 rows, u32 column) {
-    const bf16* from = row_of<const bf16>(m, row) + column;
-    const u32 width = p.head_dim;
-    if (p.packed) {
-#pragma unroll 2
-        for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += COUNT) {
-            if (TILE_ROWS * CHUNKS % COUNT != 0 && start + thread >= TILE_ROWS * CHUNKS) break;
-            const u32 r = (start + thread) / CHUNKS, c = (start + thread) % CHUNKS;
-            const bool inside = r < rows && c * CHUNK < width;
-            cp_async_16(tile.chunk(r, c), inside ? from + r * m.pitch + c * CHUNK : from, inside ? 16 : 0);
-        }
-    } else {
-#pragma unroll 1
-        for (u32 at = thread; at < TILE_ROWS * WIDTH; at += COUNT) {
-            const u32 r = at / WIDTH, c = at % WIDTH;
-            const bool inside = r < rows && c < width;
-            tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? from[r * m.pitch + c] : from_f32<bf16>(0.0f);
-        }
-    }
-}
-
 // Writes the sums of a warp, whose rows start at `first` of the tile's, as rows of `m` from `row`, at most
 // `rows`, at the columns from `column`. They go through these rows of `tile`, which nobody else may read.
 template <typename Engine, typename Tile>
@@ -125,10 +101,27 @@ struct Mma {
     // Exact to some 1e-7 of one: softcap multiplies the error, and tanh.approx has 5e-4.
     static DEVICE f32 tanh(f32 x) { return 1.0f - 2.0f * fast_rcp(1.0f + fast_exp2(2.0f * LOG2E * x)); }
 
-    // load_rows by the team.
+    // Fills TILE_ROWS rows of a tile with the rows of `m` from `row`, at most `rows`, and its columns
+    // from `column`; zeros elsewhere. Ends with the next cp_async_wait.
     template <u32 TILE_ROWS>
     static DEVICE void load(const Attention& p, Tile tile, const Matrix& m, u32 row, u32 rows, u32 column) {
-        load_rows<TILE_ROWS, THREADS>(p, team_thread(), tile, m, row, rows, column);
+        const bf16* from = row_of<const bf16>(m, row) + column;
+        const u32 width = p.head_dim;
+        if (p.packed) {
+#pragma unroll 2
+            for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += THREADS) {
+                const u32 r = (start + team_thread()) / CHUNKS, c = (start + team_thread()) % CHUNKS;
+                const bool inside = r < rows && c * CHUNK < width;
+                cp_async_16(tile.chunk(r, c), inside ? from + r * m.pitch + c * CHUNK : from, inside ? 16 : 0);
+            }
+        } else {
+#pragma unroll 1
+            for (u32 at = team_thread(); at < TILE_ROWS * WIDTH; at += THREADS) {
+                const u32 r = at / WIDTH, c = at % WIDTH;
+                const bool inside = r < rows && c < width;
+                tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? from[r * m.pitch + c] : from_f32<bf16>(0.0f);
+            }
+        }
     }
 
     // This warp's rows of columns 8 k to 8 k + 15 of the left operand.

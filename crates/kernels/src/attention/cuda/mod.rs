@@ -79,7 +79,7 @@ struct Params {
     scale: f32,
     softcap: f32,
     packed: u32,
-    unused: u32,
+    never: u32,
 }
 
 /// How a block is made: its own rows, the tiles it keeps of these, and tiles of `columns` rows that stream
@@ -275,7 +275,7 @@ impl Matrices<'_> {
             scale: config.scale,
             softcap: config.softcap.unwrap_or(0.0),
             packed: u32::from(access == Access::Bf16),
-            unused: 0,
+            never: 0,
         }
     }
 }

@@ -164,6 +164,15 @@ fn a_window_hides_old_keys() {
             check(&config, &[70, 20], dtype);
         }
     }
+    // Blocks of queries that see no first key, and of keys that no last query sees.
+    for heads in [[2, 1, 64], [1, 1, 128]] {
+        let window = Some(40);
+        let config = Config {
+            window,
+            ..config(heads)
+        };
+        check(&config, &[500], DType::Bf16);
+    }
 }
 
 #[test]

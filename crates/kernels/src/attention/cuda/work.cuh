@@ -24,7 +24,7 @@ struct Attention {
     u32 head_dim, window;
     f32 scale, softcap;  // no cap: 0
     u32 packed;          // all matrices are bf16 and each head of each row starts on 16 bytes
-    u32 unused;
+    u32 never;           // always 0, which the compiler does not know
 };
 
 // What a block of threads works on: some of the queries of a sequence and tiles of keys, or some of

@@ -41,6 +41,11 @@ DEVICE void wgmma_settle(f32 (&d)[M][4]) {
         asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
     }
 }
+// Keeps a wait that follows behind what is computed before it. ptxas moves a wait up to the begin of its basic
+// block, and with it away from the arithmetic that a product is to run beside; `never` is 0, at run time.
+DEVICE void wgmma_hold(u32 never) {
+    if (never) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
 // What this thread wrote to shared memory, cp.async included once it was waited for, is there for products
 // that are issued behind a barrier.
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -43,11 +43,12 @@ DEVICE void backward_q_async(const Attention& p) {
     for (u32 step = 0; step < steps; ++step) {
         cp_async_wait<0>();
         Engine::sync_loaded();  // this tile is there, nobody reads the one before the last
-        if (step + 1 < steps) load(step + 1);
         typename Engine::Scores scores, d_scores;
         wgmma_fence();
         Engine::begin_transposed(scores, q, keys(step));
         Engine::begin_transposed(d_scores, d_out, values(step));
+        // Behind the first products, so that they are under way meanwhile.
+        if (step + 1 < steps) load(step + 1);
         if (step > 0) {
             Engine::begin(sums, weights, keys(step - 1));
             wgmma_wait<1>();
@@ -70,6 +71,7 @@ DEVICE void backward_q_async(const Attention& p) {
                 d_scores.at(r, i) *= fast_exp2(fmaf(scores.at(r, i), factor, -lse[r]));
             }
         }
+        wgmma_hold(p.never);
         wgmma_wait<0>();  // the product with `weights`
         weights = Engine::rounded(d_scores);
     }

@@ -43,12 +43,13 @@ DEVICE void forward_async(const Attention& p) {
     for (u32 step = 0; step < steps; ++step) {
         cp_async_wait<0>();
         Engine::sync_loaded();  // keys of this step, values of the one before; nobody reads older ones
-        load(tiles.values(step), p.v, step);
-        if (step + 1 < steps) load(tiles.keys(step + 1), p.k, step + 1);
-        cp_async_commit();
         typename Engine::Scores scores;
         wgmma_fence();
         Engine::begin_transposed(scores, q, tiles.keys(step));
+        // Behind the first product, so that it is under way meanwhile.
+        load(tiles.values(step), p.v, step);
+        if (step + 1 < steps) load(tiles.keys(step + 1), p.k, step + 1);
+        cp_async_commit();
         if (step > 0) {
             Engine::begin(sums, weights, tiles.values(step - 1));
             wgmma_wait<1>();
@@ -59,6 +60,7 @@ DEVICE void forward_async(const Attention& p) {
         cap_scores<Engine>(p, scores);
         mask<Engine, false>(p, scores, block.position, (block.end - 1 - step) * N);
         const auto shrink = softmax.add(scores, factor);
+        wgmma_hold(p.never);
         wgmma_wait<0>();
         wgmma_settle(sums.c[0]);
         softmax.scale(sums, shrink);
