@@ -82,6 +82,35 @@ fn a_resumed_run_has_the_bits_of_the_uninterrupted_one_with_its_algorithms() {
     assert!(whole == resumed, "the resumed run wrote other bytes");
 }
 
+/// Such a run fails in its first attention, when it has made its directory and taken the lock.
+#[test]
+fn a_run_that_fails_before_it_writes_anything_leaves_no_new_directory() {
+    let bench = Workbench::new(24);
+    let shape = common::Shape {
+        hidden: 64,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        ..common::Shape::default()
+    };
+    write_model(&bench.path("base"), &shape, Stored::Bf16, 7);
+    let output = bench.path("new/out");
+    let config = json!({"device": "cuda", "bf16": true, "max_steps": 1, "output_dir": output});
+    let config = bench.config("run", &config);
+    let fail = || {
+        let failed = run(&["train", text(&config)], &[("FERROTUNE_ATTENTION", "foo")]);
+        assert_ne!(failed.code, Some(0));
+        let said = failed.stderr;
+        assert!(said.contains("FERROTUNE_ATTENTION is \"foo\""), "{said}");
+    };
+    fail();
+    assert!(!bench.path("new").exists(), "{:?}", entries(&output));
+    // What was there stays.
+    std::fs::create_dir_all(&output).expect("writable");
+    fail();
+    assert!(output.join(".ferrotune.lock").is_file());
+}
+
 #[test]
 fn a_bf16_base_trains_in_bf16() {
     let bench = Workbench::new(24);

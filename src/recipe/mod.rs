@@ -255,7 +255,7 @@ impl Recipe {
         trainer: impl FnOnce(Option<&Path>) -> Result<Trainer>,
     ) -> Result<RunOutcome> {
         let output = Path::new(&self.config.output.output_dir);
-        std::fs::create_dir_all(output).map_err(Error::write(output))?;
+        // Dropped last: a new directory that nothing was written to goes with it.
         let _lock = OutputLock::acquire(output)?;
         let from = resume::find(self, output)?;
         if let Some(checkpoint) = &from {
