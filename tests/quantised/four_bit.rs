@@ -271,11 +271,14 @@ fn a_damaged_state_is_refused_before_a_weight_is_read() {
         (set("quant_type", json!("fp4")), vec!["quant_type".into()]),
         (
             set("nested_blocksize", json!(128)),
-            vec!["nested_blocksize".into()],
+            vec![
+                "`nested_blocksize` is 128, `nested_dtype` is float32, `nested_offset` is ".into(),
+                "expected 256, float32".into(),
+            ],
         ),
         (
             set("nested_offset", Value::Null),
-            vec!["nested_offset".into()],
+            vec!["`nested_offset` is missing; expected".into()],
         ),
     ];
     for (message, parts) in rows {

@@ -64,11 +64,7 @@ impl KeyValue for OptimArgs {
 
     fn from_value(value: &Value) -> Result<Self, String> {
         match value {
-            Value::String(text) if !text.trim_start().starts_with('{') => {
-                pairs(text).map(Self).ok_or_else(|| {
-                    "named values such as {momentum: 0.9}, or momentum=0.9,nesterov=true".to_owned()
-                })
-            }
+            Value::String(text) if !text.trim_start().starts_with('{') => pairs(text).map(Self),
             other => BTreeMap::from_value(other).map(Self),
         }
     }
@@ -86,21 +82,29 @@ impl KeyValue for OptimArgs {
 }
 
 /// The values of `a=1,b=2`.
-fn pairs(text: &str) -> Option<BTreeMap<String, Value>> {
-    let parts = text
-        .split(',')
-        .map(str::trim)
-        .filter(|part| !part.is_empty());
-    parts
-        .map(|part| {
-            let (key, value) = part.split_once('=')?;
-            let (key, value) = (key.trim(), value.trim());
-            let read = serde_json::from_str::<Value>(value).ok();
-            let scalar = read.filter(|v| v.is_number() || v.is_boolean());
-            let value = scalar.unwrap_or_else(|| json!(value));
-            (!key.is_empty()).then(|| (key.to_owned(), value))
-        })
-        .collect()
+fn pairs(text: &str) -> Result<BTreeMap<String, Value>, String> {
+    let parts = text.split(',').map(str::trim);
+    let mut values = BTreeMap::new();
+    for part in parts.filter(|part| !part.is_empty()) {
+        let (key, value) = pair(part).ok_or_else(|| {
+            "named values such as {momentum: 0.9}, or momentum=0.9,nesterov=true".to_owned()
+        })?;
+        if values.insert(key.to_owned(), value).is_some() {
+            return Err(format!(
+                "each name once, and `{key}` stands there twice; take one of them out"
+            ));
+        }
+    }
+    Ok(values)
+}
+
+/// Name and value of `a=1`.
+fn pair(text: &str) -> Option<(&str, Value)> {
+    let (key, value) = text.split_once('=')?;
+    let (key, value) = (key.trim(), value.trim());
+    let read = serde_json::from_str::<Value>(value).ok();
+    let scalar = read.filter(|v| v.is_number() || v.is_boolean());
+    (!key.is_empty()).then(|| (key, scalar.unwrap_or_else(|| json!(value))))
 }
 
 section! {

@@ -10,6 +10,12 @@ fn an_argument_that_an_optimizer_does_not_have_is_an_error_with_those_it_has() {
             "expected one of momentum, dampening, nesterov; did you mean `momentum`?",
         ),
         ("sgd", "{momentum: fast}", "at least 0 (optim sgd)"),
+        (
+            "sgd",
+            "momentum=0.9, nesterov=true, momentum=0.5",
+            "each name once, and `momentum` stands there twice; take one of them out",
+        ),
+        ("sgd", "{momentum: 0.9, momentum: 0.5}", "momentum"),
         ("sgd", "nesterov=true", "needs a momentum"),
         ("muon", "adjust_lr_fn=originl", "did you mean `original`?"),
         (

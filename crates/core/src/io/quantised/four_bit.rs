@@ -134,9 +134,17 @@ impl QuantState {
                 Some(offset)
             }
             ((blocksize, dtype), offset) => {
+                let [blocksize, dtype, offset] = [
+                    blocksize.map(|n| n.to_string()),
+                    dtype.map(str::to_owned),
+                    offset.map(|number| number.to_string()),
+                ]
+                .map(|found| {
+                    found.map_or_else(|| "is missing".to_owned(), |is| format!("is {is}"))
+                });
                 return Err(format!(
-                    "`nested_blocksize` {blocksize:?}, `nested_dtype` {dtype:?}, `nested_offset` {offset:?}; expected \
-                     {NESTED_BLOCK}, float32 and a number, or none of them"
+                    "`nested_blocksize` {blocksize}, `nested_dtype` {dtype}, `nested_offset` {offset}; expected \
+                     {NESTED_BLOCK}, float32 and a finite number, or none of the three; quantise the model again"
                 ));
             }
         };
