@@ -124,6 +124,7 @@ pub fn combine(
     let weights: Vec<f64> = adapters.iter().map(|(_, weight)| *weight).collect();
     let names: BTreeSet<&String> = read.iter().flat_map(|a| a.updates.keys()).collect();
     let names: Vec<&String> = names.into_iter().collect();
+    options.require_rank(&read, &names)?;
     let pairs: Vec<Pair> = names
         .par_iter()
         .map(|name| {
@@ -186,6 +187,38 @@ impl CombineOptions {
             return Err(Error::config("rank", message));
         }
         Ok(())
+    }
+
+    /// Refuses a rank that no module of the result can have.
+    fn require_rank(&self, adapters: &[Adapter], names: &[&String]) -> Result<()> {
+        let most = names.iter().filter_map(|name| {
+            let updates = adapters.iter().filter_map(|a| a.updates.get(*name));
+            let updates: Vec<&Factors> = updates.collect();
+            let [out, inputs] = updates.first()?.shape;
+            let ranks = updates.iter().map(|update| update.rank).sum::<usize>();
+            // What pruning leaves of an update has any rank.
+            let of_sum = match self.combination.prunes() {
+                true => usize::MAX,
+                false => ranks,
+            };
+            Some((out.min(inputs).min(of_sum), name, [out, inputs], ranks))
+        });
+        let most = most.max_by_key(|(most, ..)| *most);
+        let Some((rank, (most, name, [out, inputs], ranks))) = self.rank.zip(most) else {
+            return Ok(());
+        };
+        if rank <= most {
+            return Ok(());
+        }
+        let why = match most < out.min(inputs) {
+            true => format!("the ranks of its updates add up to {ranks}"),
+            false => format!("its weight is {out} x {inputs}"),
+        };
+        let message = format!(
+            "is {rank}, and no module of the result can have a rank above {most}, that of `{name}` ({why}); take {most} or \
+             less, or leave it out"
+        );
+        Err(Error::config("rank", message))
     }
 }
 

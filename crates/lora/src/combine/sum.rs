@@ -69,7 +69,7 @@ impl Combination {
         !matches!(self, Self::Cat | Self::Svd)
     }
 
-    fn prunes(self) -> bool {
+    pub(super) fn prunes(self) -> bool {
         self.is_of_factors_in_peft() && self != Self::Linear
     }
 }

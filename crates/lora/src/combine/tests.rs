@@ -107,6 +107,40 @@ fn sums_are_of_what_adapters_change() {
 }
 
 #[test]
+fn a_rank_that_no_module_can_have_is_refused() {
+    let bench = Bench::new();
+    // q is 12 x 8 with ranks 3 and 2, down 8 x 20 with rank 3.
+    for (combination, most, why) in [
+        (Combination::Linear, 5, "add up to 5"),
+        (Combination::Svd, 5, "add up to 5"),
+        (Combination::Cat, 5, "add up to 5"),
+        (Combination::Ties, 8, "is 12 x 8"),
+    ] {
+        let combined = |rank| {
+            let options = CombineOptions {
+                combination,
+                rank: Some(rank),
+                ..CombineOptions::default()
+            };
+            combine(&bench.both(), &bench.path("sum"), &options)
+        };
+        let error = combined(most + 1).expect_err("refused").to_string();
+        let parts = [
+            format!("`rank`: is {}", most + 1),
+            format!("above {most}"),
+            format!("take {most} or less"),
+            why.to_owned(),
+        ];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        assert!(!bench.path("sum").exists());
+        let report = combined(most).expect("combines");
+        let largest = report.modules.iter().map(|module| module.rank).max();
+        assert_eq!(largest, Some(most), "{combination:?}");
+        std::fs::remove_dir_all(bench.path("sum")).expect("written");
+    }
+}
+
+#[test]
 fn a_rank_leaves_out_what_it_says() {
     let bench = Bench::new();
     let options = CombineOptions {
