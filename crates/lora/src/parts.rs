@@ -418,6 +418,48 @@ mod tests {
         assert!(error.contains("q_proj` is no norm"), "{error}");
     }
 
+    /// PEFT 0.21.2 refuses the first two with a `TypeError`, cannot save the third, and loads the others.
+    #[test]
+    fn a_norm_that_is_tuned_and_trained_as_a_whole_is_refused() {
+        let attached = |targets: &Value, saved: &str| {
+            let keys = json!({"peft_type": "LN_TUNING", "target_modules": targets, "modules_to_save": [saved]});
+            let object = keys.as_object().expect("an object");
+            let config = PeftConfig::from_config("peft_config", object)?;
+            let adapter = config.into_adapter("llama")?;
+            adapter.attach(&llama_sites(2), &mut ParamLayoutBuilder::new())
+        };
+        for (targets, saved, both) in [
+            (Value::Null, "norm", "model.layers.0.input_layernorm"),
+            (
+                json!(["input_layernorm"]),
+                "norm",
+                "model.layers.0.input_layernorm",
+            ),
+            (
+                json!(["input_layernorm"]),
+                "ayers.1",
+                "model.layers.1.input_layernorm",
+            ),
+        ] {
+            let error = attached(&targets, saved).expect_err("refused").to_string();
+            let parts = [
+                "`modules_to_save`",
+                saved,
+                both,
+                "take it or `input_layernorm` out",
+            ];
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+        for (targets, saved) in [
+            (json!(["norm"]), "input_layernorm"),
+            (json!(["input_layernorm", "norm"]), "model.norm"),
+            (json!(["input_layernorm"]), "layers.0"),
+            (json!(["input_layernorm"]), "lm_head"),
+        ] {
+            attached(&targets, saved).expect(saved);
+        }
+    }
+
     #[test]
     fn of_a_token_that_is_named_twice_the_last_row_counts() {
         let path = Path::new("adapter_config.json");

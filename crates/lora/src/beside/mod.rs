@@ -12,7 +12,7 @@ pub(crate) mod tied;
 pub(crate) use copies::{differ, repeated};
 
 use crate::names::{self, Part};
-use crate::target::TargetModules;
+use crate::target::{TargetModules, last_segment};
 use ferrotune_core::adapter::{Attachment, Site, SiteId, SiteKind};
 use ferrotune_core::params::{ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
@@ -92,11 +92,24 @@ impl<'a> Whole<'a> {
         selected.retain(|site| !stands_whole(site));
     }
 
-    /// Refuses targets of which nothing is left.
+    /// Refuses targets of which nothing is left, and one that is trained as a whole too: a name that is the end of a
+    /// path, but no whole segment of it, trains what it does not take out of the targets. PEFT 0.21.2 refuses to make
+    /// such a model, or to save it.
     ///
     /// # Errors
     /// [`Error::Config`] naming `modules_to_save`.
     pub(crate) fn require_some(&self, targets: &[&Site]) -> Result<()> {
+        if let Some(both) = targets.iter().find(|site| self.has(site.id)) {
+            let path = both.name.as_str();
+            let name = self.names.iter().find(|name| saved::means(name, path));
+            let name = name.map_or("", String::as_str);
+            let message = format!(
+                "entry `{name}` trains `{path}` as a whole, for its path, or that of a module around it, ends so, and \
+                 `target_modules` adapts it; give the whole path of what it is to mean, or take it or `{}` out",
+                last_segment(path)
+            );
+            return Err(Error::config("modules_to_save", message));
+        }
         if !targets.is_empty() {
             return Ok(());
         }

@@ -15,7 +15,7 @@ use ferrotune_core::{Error, Result};
 /// # Source
 /// PEFT's `_set_trainable`.
 pub(crate) fn sites<'a>(sites: &'a [Site], names: &[String]) -> Result<Vec<&'a Site>> {
-    let hits = |name: &str, site: &Site| modules_of(&site.name).any(|path| path.ends_with(name));
+    let hits = |name: &str, site: &Site| means(name, &site.name);
     for name in names {
         if name.is_empty() || !sites.iter().any(|site| hits(name, site)) {
             let all = sites.iter().map(|site| site.name.as_str());
@@ -33,6 +33,11 @@ pub(crate) fn sites<'a>(sites: &'a [Site], names: &[String]) -> Result<Vec<&'a S
         .iter()
         .filter(|site| names.iter().any(|name| hits(name, site)))
         .collect())
+}
+
+/// Whether `name` means a module called so, or one that it lies in.
+pub(crate) fn means(name: &str, module: &str) -> bool {
+    modules_of(module).any(|path| path.ends_with(name))
 }
 
 /// Whether a module called so is left out of the adapted ones, because `names` train it: a whole
