@@ -479,7 +479,22 @@ fn mistakes_in_a_configuration_are_named() {
             json!({"peft_type": "LOHA", "module_dropout": 1.0}),
             "module_dropout",
         ),
-        (json!({"peft_type": "OFT", "r": 4}), "one of them must be 0"),
+        (
+            json!({"peft_type": "OFT", "r": 4}),
+            "add `oft_block_size: 0` for 4 blocks (left out, it is 32)",
+        ),
+        (
+            json!({"peft_type": "OFT", "r": 0, "oft_block_size": 0}),
+            "set `oft_block_size` to the size of a block, 32 by default, or `r` to their number",
+        ),
+        (
+            json!({"peft_type": "BOFT", "boft_block_size": 0}),
+            "so there are no blocks",
+        ),
+        (
+            json!({"peft_type": 5}),
+            "is 5, expected the name of a method as a string; supported: LN_TUNING",
+        ),
         (
             json!({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}),
             "butterfly",

@@ -6,9 +6,10 @@ use ferrotune_core::full::FullFineTuning;
 use ferrotune_core::model::{DecoderConfig, ModelPlan};
 use ferrotune_core::params::{ParamLayout, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
+use ferrotune_lora::target::RankAndAlpha;
 use ferrotune_lora::{
-    ExcludeModules, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa, LoraPlus,
-    PeftConfig, Start, TargetModules, TokenIndices, require_rank,
+    ExcludeModules, GivenRank, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa,
+    LoraPlus, PeftConfig, Start, TargetModules, TokenIndices, require_rank,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -107,7 +108,7 @@ pub(super) fn attach(
         .attach(&sites, &mut builder)
         .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
-    require_ranks(&sites, &attachments).map_err(|e| in_its_names(config, e))?;
+    require_ranks(config, &sites, &attachments).map_err(|e| in_its_names(config, e))?;
     let layout = builder.build()?;
     Ok(Attached {
         trainable: layout.trainable(),
@@ -119,10 +120,22 @@ pub(super) fn attach(
 }
 
 /// Refuses a LoRA's rank above both dimensions of a weight; other methods look at their own.
-fn require_ranks(sites: &[Site], attachments: &[(SiteId, Attachment)]) -> Result<()> {
-    let others = ", or a `rank_pattern` for this module";
-    let mut ranks = low_ranks(sites, attachments);
-    ranks.try_for_each(|(site, rank)| require_rank("r", site, rank, others))
+fn require_ranks(
+    config: &TrainConfig,
+    sites: &[Site],
+    attachments: &[(SiteId, Attachment)],
+) -> Result<()> {
+    let lora = &config.lora;
+    let given = RankAndAlpha {
+        rank: lora.lora_r,
+        alpha: lora.lora_alpha,
+        rank_pattern: &lora.lora_rank_pattern.0,
+        alpha_pattern: &lora.lora_alpha_pattern.0,
+    };
+    low_ranks(sites, attachments).try_for_each(|(site, rank)| {
+        let given = given.given_rank(&site.name)?;
+        require_rank(site, GivenRank { rank, ..given })
+    })
 }
 
 /// Refuses a `lora_bias` that trains nothing.

@@ -121,6 +121,29 @@ fn faults_of_the_configuration() {
             ],
         ),
         fault(
+            "a rank of one module above its matrix",
+            json!({"lora_r": 4, "lora_rank_pattern": {"q_proj": 33}}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_rank_pattern`: gives `q_proj` 33, but",
+                "32 x 32",
+                "above 32; take a smaller one (",
+            ],
+        ),
+        fault(
+            "a rank of one module above what its start finds",
+            json!({"lora_r": 4, "lora_rank_pattern": {"v_proj": 17}, "init_lora_weights": "pissa"}),
+            untouched,
+            BAD_CONFIG,
+            &[
+                "`lora_rank_pattern`: gives `v_proj` 17, more than 16",
+                "pissa",
+                "16 x 32",
+                "take a smaller one (",
+            ],
+        ),
+        fault(
             "a rank of another method above the matrix",
             json!({"use_peft": true, "peft_config": {"peft_type": "LOHA", "r": 33, "target_modules": ["q_proj"]}}),
             untouched,

@@ -75,7 +75,7 @@ pub use base_copies::AdapterBase;
 pub use combine::{
     Arithmetic, Combination, CombineOptions, CombineReport, CombinedModule, MajoritySign, combine,
 };
-pub use fit::require_rank;
+pub use fit::{GivenRank, require_rank};
 pub use lora::{
     CordaMethod, Direction, EvaConfig, InitLoraWeights, LoftqConfig, LoraAdapter, LoraBias,
     LoraConfig, LoraGaConfig, Observation, Scale, Start, TokenIndices,

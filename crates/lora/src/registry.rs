@@ -44,6 +44,8 @@ const NOT_SUPPORTED: &[&str] = &[
 
 /// Methods that train parts of the base.
 const PARTS: [&str; 2] = ["LN_TUNING", "TRAINABLE_TOKENS"];
+/// The same, and LoRA, which a training configuration has keys of its own for.
+const WITH_LORA: [&str; 3] = ["LORA", PARTS[0], PARTS[1]];
 
 /// An `adapter_config.json` larger than this is not one.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -86,7 +88,11 @@ impl PeftConfig {
             return Err(absent::no_adapter(directory));
         }
         let object = read_object(&path)?;
-        let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
+        let Some(peft_type) = peft_type(&object).map_err(|value| {
+            let message = no_name(value, &methods(&WITH_LORA));
+            Error::adapter(&path, format!("`peft_type` {message}"))
+        })?
+        else {
             return Err(Error::adapter(
                 &path,
                 "has no `peft_type`, which every adapter of PEFT has, such as \"LORA\"",
@@ -127,7 +133,9 @@ impl PeftConfig {
     /// [`Error::Config`] naming the key, for an unknown method or key too.
     pub fn from_config(key: &'static str, object: &Map<String, Value>) -> Result<Self> {
         let at = || format!("{key}.peft_type");
-        let Some(peft_type) = object.get("peft_type").and_then(Value::as_str) else {
+        let found = peft_type(object);
+        let found = found.map_err(|value| Error::config(at(), no_name(value, &methods(&PARTS))))?;
+        let Some(peft_type) = found else {
             let message = format!("is missing; one of {}", methods(&PARTS).join(", "));
             return Err(Error::config(at(), message));
         };
@@ -190,7 +198,7 @@ impl PeftConfig {
     /// As the method's constructor, such as [`LoraAdapter::new`].
     pub fn into_adapter(self, model_type: &str) -> Result<Box<dyn Adapter>> {
         match self {
-            Self::Lora(config) => Ok(Box::new(LoraAdapter::new(config, model_type)?.of_file())),
+            Self::Lora(config) => Ok(Box::new(LoraAdapter::of_file(config, model_type)?)),
             Self::Other(config) => config.0.into_adapter(model_type),
             Self::Parts(config) => Ok(Box::new(PartsAdapter::new(config, model_type)?)),
         }
@@ -211,7 +219,7 @@ pub(crate) fn lora_of(
     directory: &Path,
     model_type: &str,
 ) -> Result<LoraAdapter> {
-    let adapter = LoraAdapter::new(config, model_type)?.of_file();
+    let adapter = LoraAdapter::of_file(config, model_type)?;
     Ok(match adapter.start_of(directory)? {
         Some(start) => adapter.starting_from(start)?,
         None => adapter,
@@ -285,6 +293,24 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
     }
 }
 
+/// The name of the method, if there is one.
+///
+/// # Errors
+/// What stands there, if that is no text.
+fn peft_type(object: &Map<String, Value>) -> Result<Option<&str>, &Value> {
+    match object.get("peft_type") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name)),
+        Some(other) => Err(other),
+    }
+}
+
+/// What to say about a value that is no text, where the name of one of `supported` goes.
+fn no_name(value: &Value, supported: &[&str]) -> String {
+    let list = supported.join(", ");
+    format!("is {value}, expected the name of a method as a string; supported: {list}")
+}
+
 /// The methods there are, after `first`.
 fn methods(first: &[&'static str]) -> Vec<&'static str> {
     let others = METHODS.iter().map(|(name, _)| *name);
@@ -292,7 +318,7 @@ fn methods(first: &[&'static str]) -> Vec<&'static str> {
 }
 
 fn not_supported(path: &Path, peft_type: &str) -> Error {
-    let message = unknown(peft_type, &methods(&["LORA", PARTS[0], PARTS[1]]));
+    let message = unknown(peft_type, &methods(&WITH_LORA));
     Error::adapter(path, format!("`peft_type` {message}"))
 }
 

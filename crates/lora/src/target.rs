@@ -17,6 +17,7 @@ pub use defaults::default_target_modules;
 pub use pattern::PatternMap;
 pub(crate) use pattern::{Expression, Patterns};
 
+use crate::fit::GivenRank;
 use layers::Layers;
 
 use ferrotune_core::adapter::{Site, SiteKind};
@@ -111,7 +112,7 @@ pub struct RankAndAlpha<'a> {
     pub alpha_pattern: &'a PatternMap<f64>,
 }
 
-impl RankAndAlpha<'_> {
+impl<'a> RankAndAlpha<'a> {
     /// Alpha of one module.
     ///
     /// # Errors
@@ -119,6 +120,14 @@ impl RankAndAlpha<'_> {
     pub fn alpha_of(&self, name: &str) -> Result<f64> {
         let alphas = Patterns::compile("alpha_pattern", self.alpha_pattern)?;
         Ok(alphas.value(name)?.unwrap_or(self.alpha))
+    }
+
+    /// Where the rank of one module stands, by PEFT's keys.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a pattern is no regular expression.
+    pub fn given_rank(&self, name: &str) -> Result<GivenRank<'a>> {
+        GivenRank::of(["r", "rank_pattern"], self.rank, self.rank_pattern, name)
     }
 
     /// Rank and alpha of one module.

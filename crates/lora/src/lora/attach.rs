@@ -251,12 +251,14 @@ fn require_startable(config: &LoraConfig, target: &Target<'_>) -> Result<()> {
         return Err(Error::config("init_lora_weights", message));
     }
     if rank > most {
-        let message = format!(
-            "{rank} is more than {most}, the most that {name} finds for `{}` of {} x {}, where a rank takes {why}; \
-             lower it, for that module alone by `rank_pattern`",
-            site.name, site.out_features, site.in_features
-        );
-        return Err(Error::config("r", message));
+        let given = config.rank_and_alpha().given_rank(&site.name)?;
+        return Err(given.error(|others| {
+            format!(
+                "more than {most}, the most that {name} finds for `{}` of {} x {}, where a rank takes {why}; take a \
+                 smaller one{others}",
+                site.name, site.out_features, site.in_features
+            )
+        }));
     }
     Ok(())
 }

@@ -58,7 +58,8 @@ pub struct LoraConfig {
     pub rank: usize,
     /// `lora_alpha`: numerator of the scale.
     pub alpha: f64,
-    /// `lora_dropout`: probability in `[0, 1)` that an element of the input is dropped before A.
+    /// `lora_dropout`: probability in `[0, 1)` that an element of the input is dropped before A; a file that is not
+    /// trained further may say 1.
     pub dropout: f64,
     /// Scale by alpha / √rank instead of alpha / rank.
     pub use_rslora: bool,
@@ -138,11 +139,21 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// Refuses values that no model could use.
+    /// Refuses values that no model could be trained with.
     ///
     /// # Errors
     /// [`Error::Config`] naming the key by its name on disk.
     pub fn validate(&self) -> Result<()> {
+        if self.dropout == 1.0 {
+            let message =
+                "1 drops all of every input, and nothing would be trained; 0 and 0.05 are usual";
+            return Err(Error::config("lora_dropout", message));
+        }
+        self.validate_as_file()
+    }
+
+    /// Refuses values that no model could use, in inference either, where there is no dropout.
+    pub(crate) fn validate_as_file(&self) -> Result<()> {
         let none = "is 0, and a rank must be at least 1; 8 and 16 are usual";
         if self.rank == 0 {
             return Err(Error::config("r", none));
@@ -159,11 +170,11 @@ impl LoraConfig {
                 ));
             }
         }
-        if !(0.0..1.0).contains(&self.dropout) {
+        if !(0.0..=1.0).contains(&self.dropout) {
             return Err(Error::config(
                 "lora_dropout",
                 format!(
-                    "{} is no probability in [0, 1); 0 and 0.05 are usual",
+                    "{} is no probability from 0 to 1; 0 and 0.05 are usual",
                     self.dropout
                 ),
             ));

@@ -68,20 +68,24 @@ impl LoraAdapter {
     /// has no default.
     pub fn new(config: LoraConfig, model_type: &str) -> Result<Self> {
         config.validate()?;
+        Self::build(config, model_type, false)
+    }
+
+    /// The same, as a file has it: what decides nothing is a warning, and what training alone could not use is legal.
+    pub(crate) fn of_file(config: LoraConfig, model_type: &str) -> Result<Self> {
+        config.validate_as_file()?;
+        Self::build(config, model_type, true)
+    }
+
+    fn build(config: LoraConfig, model_type: &str, of_file: bool) -> Result<Self> {
         let mut config = config.with_default_targets(model_type)?;
         config.trainable_token_indices = config.trainable_token_indices.map(TokenIndices::distinct);
         Ok(Self {
             config,
             start: OnceLock::new(),
             converts: true,
-            of_file: false,
+            of_file,
         })
-    }
-
-    /// The same, as a file has it: what decides nothing is a warning.
-    pub(crate) fn of_file(mut self) -> Self {
-        self.of_file = true;
-        self
     }
 
     /// The same, starting from `start` instead of what it would compute.

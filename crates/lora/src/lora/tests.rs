@@ -1,6 +1,7 @@
 use super::{InitLoraWeights, LoraAdapter, LoraConfig};
+use crate::PeftConfig;
 use crate::names::{self, Part};
-use crate::testing::{adapter, attach, list, llama_sites};
+use crate::testing::{adapter, attach, copy_of, edit_config, list, llama_sites};
 use ferrotune_core::adapter::{Adapter, LowRank};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 
@@ -151,6 +152,30 @@ fn values_out_of_range_are_refused() {
             .to_string();
         assert!(error.contains(key), "{error}");
     }
+}
+
+/// PyTorch's `Dropout(1)` is legal, and does nothing in inference.
+#[test]
+fn dropout_of_a_file_may_drop_everything() {
+    let copy = copy_of("lora_qv");
+    edit_config(copy.path(), "lora_dropout", serde_json::json!(1.0));
+    let adapter = crate::load(copy.path(), "llama").expect("loads");
+    let mut params = ParamLayoutBuilder::new();
+    adapter
+        .attach(&llama_sites(2), &mut params)
+        .expect("attaches");
+    let mut params = FlatBuffer::zeros(&params.build().expect("unique names"));
+    adapter.load(&mut params, copy.path()).expect("reads");
+    adapter.save(&params, copy.path()).expect("writes");
+    let Ok(PeftConfig::Lora(config)) = PeftConfig::load(copy.path()) else {
+        panic!("a LoRA")
+    };
+    assert_eq!(config.dropout, 1.0);
+    let error = LoraAdapter::new(config, "llama").expect_err("no training");
+    assert!(
+        error.to_string().contains("nothing would be trained"),
+        "{error}"
+    );
 }
 
 #[test]

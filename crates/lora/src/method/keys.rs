@@ -1,6 +1,6 @@
 //! Reading the object of an `adapter_config.json`, key by key.
 
-use crate::fit::require_rank;
+use crate::fit::{GivenRank, require_rank};
 use crate::target::{ExcludeModules, PatternMap, Patterns, TargetModules};
 use crate::unknown_key;
 use ferrotune_core::adapter::Site;
@@ -110,13 +110,21 @@ impl<'a> Keys<'a> {
         number.ok_or_else(|| self.wrong(key, value, "a number"))
     }
 
-    /// A probability in `[0, 1)`.
+    /// The probability of a dropout: in `[0, 1)` where a run asks for it; a file may say 1 too, which does nothing where
+    /// nothing is trained.
     pub(crate) fn probability(&mut self, key: &'static str) -> Result<f64> {
         let p = self.number(key, 0.0)?;
-        if (0.0..1.0).contains(&p) {
-            return Ok(p);
+        match (self.are_asked(), p) {
+            (true, 1.0) => Err(self.error(
+                key,
+                "is 1, which leaves everything out, and nothing would be trained; 0 and 0.05 are usual",
+            )),
+            (_, 0.0..=1.0) => Ok(p),
+            _ => Err(self.error(
+                key,
+                format!("is {p}, expected a probability from 0 to 1; 0 and 0.05 are usual"),
+            )),
         }
-        Err(self.error(key, format!("is {p}, expected a probability in [0, 1)")))
     }
 
     pub(crate) fn boolean(&mut self, key: &'static str, default: bool) -> Result<bool> {
@@ -341,10 +349,9 @@ impl Patterned<usize> {
     pub(crate) fn require_ranks(&self, targets: &[&Site]) -> Result<()> {
         let names: Vec<&str> = targets.iter().map(|site| site.name.as_str()).collect();
         self.require_used(&names)?;
-        let [key, pattern] = self.keys;
-        let others = format!(", or a `{pattern}` for this module");
+        let given = |site: &Site| GivenRank::of(self.keys, self.default, &self.pattern, &site.name);
         let mut asked = targets.iter().filter(|_| self.asked);
-        asked.try_for_each(|site| require_rank(key, site, self.of(&site.name)?, &others))
+        asked.try_for_each(|site| require_rank(site, given(site)?))
     }
 }
 

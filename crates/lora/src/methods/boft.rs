@@ -7,7 +7,7 @@
 //! Liu et al.: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (2023); PEFT's
 //! `tuners/boft`, which has more than one factor with its CUDA extension only.
 
-use super::cayley::{Blocks, Rotation, blocks};
+use super::cayley::{Blocks, Rotation, blocks, require_more_than_one, require_one};
 use super::dropout::left_out;
 use super::matrix::{empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
@@ -26,6 +26,8 @@ pub(crate) struct Boft {
     block_size: usize,
     block_num: usize,
     dropout: f64,
+    /// Whether a run asks for it.
+    asked: bool,
     init_weights: bool,
 }
 
@@ -56,16 +58,13 @@ impl Method for Boft {
             keys.integer("boft_block_size", 4)?,
             keys.integer("boft_block_num", 0)?,
         );
-        if (block_size == 0) == (block_num == 0) {
-            let message = format!(
-                "is {block_size} and `boft_block_num` is {block_num}: one of them must be 0"
-            );
-            return Err(keys.error("boft_block_size", message));
-        }
+        let number = ("boft_block_num", block_num);
+        require_one(keys, ("boft_block_size", block_size), number, 4)?;
         Ok(Self {
             block_size,
             block_num,
             dropout: keys.probability("boft_dropout")?,
+            asked: keys.are_asked(),
             init_weights: keys.boolean("init_weights", true)?,
         })
     }
@@ -84,6 +83,15 @@ impl Method for Boft {
             0 => format!("BOFT with {} blocks", self.block_num),
             size => format!("BOFT block size {size}"),
         }
+    }
+
+    fn check(&self, targets: &[&Site]) -> Result<()> {
+        let given = match self.block_size {
+            0 => ("boft_block_num", self.block_num),
+            size => ("boft_block_size", size),
+        };
+        let mut asked = targets.iter().filter(|_| self.asked);
+        asked.try_for_each(|site| require_more_than_one(site, self.blocks(site)?[0], given))
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {

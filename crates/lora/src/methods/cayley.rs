@@ -1,6 +1,7 @@
 //! Blocks of inputs, each with a rotation of its own.
 
 use super::matrix::{device_of, empty};
+use crate::method::Keys;
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rotation::{self, Map, Source};
@@ -32,6 +33,50 @@ pub(super) fn blocks(
     } else {
         [other, given]
     })
+}
+
+/// Refuses block keys of which not exactly one is above 0; the size of a block is `default` where it is left out.
+///
+/// # Errors
+/// What [`Keys::error`] makes of it, naming both.
+pub(super) fn require_one(
+    keys: &Keys<'_>,
+    size: (&'static str, usize),
+    number: (&'static str, usize),
+    default: usize,
+) -> Result<()> {
+    let ((key, given), (other, blocks)) = (size, number);
+    let message = match (given, blocks) {
+        (0, 0) => format!(
+            "is 0 and `{other}` is 0, so there are no blocks: set `{key}` to the size of a block, {default} by default, \
+             or `{other}` to their number"
+        ),
+        (1.., 1..) => format!(
+            "is {given} and `{other}` is {blocks}, and one follows from the other; add `{key}: 0` for {blocks} blocks \
+             (left out, it is {default}), or `{other}: 0` for blocks of {given}"
+        ),
+        _ => return Ok(()),
+    };
+    Err(keys.error(key, message))
+}
+
+/// Refuses blocks of one input where a run asks for them: they rotate nothing.
+///
+/// # Errors
+/// [`Error::Config`] under `key`, which is `given`.
+pub(super) fn require_more_than_one(
+    site: &Site,
+    size: usize,
+    (key, given): (&'static str, usize),
+) -> Result<()> {
+    if size != 1 {
+        return Ok(());
+    }
+    let (name, inputs) = (&site.name, site.in_features);
+    let message = format!(
+        "is {given}, which makes blocks of one of the {inputs} inputs of `{name}`, and they rotate nothing"
+    );
+    Err(Error::config(key, message))
 }
 
 /// How a rotation is made of a skew-symmetric matrix S.

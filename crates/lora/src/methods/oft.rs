@@ -8,13 +8,13 @@
 //! Qiu et al.: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (2023) and "Orthogonal
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
-use super::cayley::{Blocks, Rotation, blocks};
+use super::cayley::{Blocks, Rotation, blocks, require_more_than_one, require_one};
 use super::dropout::left_out;
 use super::matrix::{copy_of, device_of, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
+use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rng::Stream;
 use ferrotune_kernels::rotation::{MOST_TERMS, Source};
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, kronecker};
@@ -67,12 +67,7 @@ impl Method for Oft {
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
         let (rank, block_size) = (keys.integer("r", 0)?, keys.integer("oft_block_size", 32)?);
-        if (rank == 0) == (block_size == 0) {
-            return Err(keys.error(
-                "oft_block_size",
-                format!("is {block_size} and `r` is {rank}: one of them must be 0"),
-            ));
-        }
+        require_one(keys, ("oft_block_size", block_size), ("r", rank), 32)?;
         let block_share = keys.boolean("block_share", false)?;
         let dropout = keys.probability("module_dropout")?;
         if block_share && dropout > 0.0 && keys.are_asked() {
@@ -129,13 +124,7 @@ impl Method for Oft {
             size => ("oft_block_size", size),
         };
         for site in targets.iter().filter(|_| self.asked) {
-            if self.blocks(site)?[0] == 1 {
-                let (name, inputs) = (&site.name, site.in_features);
-                let message = format!(
-                    "is {given}, which makes blocks of one of the {inputs} inputs of `{name}`, and they rotate nothing"
-                );
-                return Err(Error::config(key, message));
-            }
+            require_more_than_one(site, self.blocks(site)?[0], (key, given))?;
         }
         let changed = |site: &&&Site| divisor(site.in_features, given) != given;
         if let Some(site) = targets.iter().find(changed) {

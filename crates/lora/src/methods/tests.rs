@@ -48,13 +48,66 @@ fn dropout_of_a_file_is_kept_in_the_files_that_are_written() {
         ("vera", "vera_dropout"),
     ] {
         let copy = copy_of(case);
-        edit_config(copy.path(), key, json!(0.1));
-        let (adapter, params) = loaded(copy.path()).expect(case);
-        let written = tempfile::tempdir().expect("temporary directory");
-        adapter.save(&params, written.path()).expect("saved");
-        let text = std::fs::read(written.path().join(CONFIG_FILE)).expect("written");
-        let config: Value = serde_json::from_slice(&text).expect("JSON");
-        assert_eq!(config[key], json!(0.1), "{case}");
+        // In PEFT 1 is legal, and does nothing where nothing is trained.
+        for p in [0.1, 1.0] {
+            edit_config(copy.path(), key, json!(p));
+            let (adapter, params) = loaded(copy.path()).expect(case);
+            let written = tempfile::tempdir().expect("temporary directory");
+            adapter.save(&params, written.path()).expect("saved");
+            let text = std::fs::read(written.path().join(CONFIG_FILE)).expect("written");
+            let config: Value = serde_json::from_slice(&text).expect("JSON");
+            assert_eq!(config[key], json!(p), "{case}");
+        }
+        for p in [1.5, -0.1] {
+            edit_config(copy.path(), key, json!(p));
+            let error = loaded(copy.path()).err().expect("refused").to_string();
+            assert!(
+                error.contains(key) && error.contains("from 0 to 1"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn blocks_of_one_input_load_from_a_file() {
+    let copy = copy_of("boft");
+    edit_config(copy.path(), "boft_block_size", json!(1));
+    let adapter = crate::load(copy.path(), "llama").expect("legal in a file");
+    attached(adapter.as_ref()).expect("attaches");
+}
+
+#[test]
+fn a_peft_type_that_is_no_text_is_refused_with_what_there_is() {
+    let copy = copy_of("oft");
+    edit_config(copy.path(), "peft_type", json!(5));
+    let error = PeftConfig::load(copy.path())
+        .expect_err("refused")
+        .to_string();
+    for part in [
+        "`peft_type` is 5",
+        "as a string",
+        "supported: LORA, LN_TUNING",
+        "OFT",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn dropout_that_drops_everything_is_refused_where_it_is_asked_for() {
+    for (method, key) in [
+        ("ADALORA", "lora_dropout"),
+        ("BOFT", "boft_dropout"),
+        ("LOHA", "rank_dropout"),
+        ("OFT", "module_dropout"),
+    ] {
+        let error = asked(&json!({"peft_type": method, key: 1.0}));
+        let error = error.expect_err("refused").to_string();
+        assert!(
+            error.contains(key) && error.contains("nothing would be trained"),
+            "{error}"
+        );
     }
 }
 
@@ -79,7 +132,7 @@ fn a_rank_above_a_weight_is_refused_where_it_is_asked_for() {
         ),
         (
             json!({"peft_type": "LOHA", "r": 4, "rank_pattern": {"v_proj": 33}}),
-            "v_proj` is 16 x 32",
+            "`rank_pattern`: gives `v_proj` 33, but the weight of `model.layers.0.self_attn.v_proj` is 16 x 32",
         ),
         (
             json!({"peft_type": "HIRA", "r": 33}),
@@ -101,6 +154,14 @@ fn a_rank_above_a_weight_is_refused_where_it_is_asked_for() {
         (
             json!({"peft_type": "OFT", "oft_block_size": 0, "r": 33}),
             "rotate nothing",
+        ),
+        (
+            json!({"peft_type": "BOFT", "boft_block_size": 1}),
+            "`boft_block_size`: is 1, which makes blocks of one of the 32 inputs of",
+        ),
+        (
+            json!({"peft_type": "BOFT", "boft_block_size": 0, "boft_block_num": 32}),
+            "`boft_block_num`: is 32, which makes blocks of one of the 32 inputs of",
         ),
     ] {
         let mut keys = keys;

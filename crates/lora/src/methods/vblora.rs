@@ -9,7 +9,7 @@
 
 use super::matrix::elements;
 use crate::files::Weights;
-use crate::fit::require_rank;
+use crate::fit::{GivenRank, require_rank};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
@@ -94,7 +94,7 @@ impl Method for VbLora {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let mut asked = targets.iter().filter(|_| self.asked);
-        asked.try_for_each(|site| require_rank("r", site, self.rank, ""))
+        asked.try_for_each(|site| require_rank(site, GivenRank::of_all("r", self.rank)))
     }
 
     fn shared(&self) -> Vec<TensorSpec> {

@@ -97,14 +97,19 @@ impl<'a, T: Copy> Patterns<'a, T> {
         Ok(Self { key, entries })
     }
 
-    /// The value of the first key that matches `name`.
-    pub(crate) fn value(&self, name: &str) -> Result<Option<T>> {
-        for (expression, value) in &self.entries {
+    /// Which key is the first that matches `name`.
+    pub(crate) fn first(&self, name: &str) -> Result<Option<usize>> {
+        for (at, (expression, _)) in self.entries.iter().enumerate() {
             if expression.matches(name)? {
-                return Ok(Some(**value));
+                return Ok(Some(at));
             }
         }
         Ok(None)
+    }
+
+    /// The value of the first key that matches `name`.
+    pub(crate) fn value(&self, name: &str) -> Result<Option<T>> {
+        Ok(self.first(name)?.map(|at| *self.entries[at].1))
     }
 
     /// Refuses a key that matches some of `names`, each of which a key before it matches too.

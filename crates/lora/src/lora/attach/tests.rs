@@ -206,7 +206,7 @@ fn a_pattern_that_decides_nothing_is_refused_but_in_a_file() {
         error.contains("`layers.0.self_attn.q_proj` decides nothing"),
         "{error}"
     );
-    let read = LoraAdapter::new(config, "llama").expect("valid").of_file();
+    let read = LoraAdapter::of_file(config, "llama").expect("valid");
     let all = read.attach(&llama_sites(2), &mut ParamLayoutBuilder::new());
     let ranks = all
         .expect("attaches")

@@ -117,7 +117,7 @@ impl LoraConfig {
             init = InitLoraWeights::Kaiming;
         }
         config.init_lora_weights = init;
-        config.validate().map_err(|error| match error {
+        config.validate_as_file().map_err(|error| match error {
             Error::Config { key, message } => Error::adapter(path, format!("`{key}`: {message}")),
             other => other,
         })?;

@@ -93,7 +93,7 @@ fn wrong_types_and_values_name_key_and_expectation() {
         ("r", json!(-1), "whole numbers"),
         ("r", json!(0), "at least 1"),
         ("lora_alpha", json!([]), "numbers"),
-        ("lora_dropout", json!(2), "[0, 1)"),
+        ("lora_dropout", json!(2), "from 0 to 1"),
         ("use_rslora", json!(1), "true or false"),
         ("target_modules", json!([1]), "list of strings"),
         ("rank_pattern", json!({"q_proj": 1.5}), "whole numbers"),

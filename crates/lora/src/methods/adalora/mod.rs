@@ -17,7 +17,7 @@ mod rank_pattern;
 mod tests;
 
 use crate::files::Part;
-use crate::fit::require_rank;
+use crate::fit::{GivenRank, require_rank};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use crate::target::{TargetModules, default_target_modules};
 use budget::Budget;
@@ -134,7 +134,7 @@ impl Method for AdaLora {
 
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let mut asked = targets.iter().filter(|_| self.asked);
-        asked.try_for_each(|site| require_rank("init_r", site, self.init_r, ""))
+        asked.try_for_each(|site| require_rank(site, GivenRank::of_all("init_r", self.init_r)))
     }
 
     fn tensors(&self, site: &Site) -> Result<Vec<TensorSpec>> {
