@@ -9,7 +9,9 @@ use ferrotune::core::adapter::{Adapter, Attachment, CustomLinear, Site, SiteId};
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::full::FullFineTuning;
 use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, Keep, Mode, Model, Pass, StepShape, Workload};
+use ferrotune::core::model::{
+    ActivationPlan, DecoderConfig, Keep, Mode, Model, Pass, StepShape, Workload,
+};
 use ferrotune::core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::linear_cross_entropy::Accumulator;
@@ -20,6 +22,7 @@ use std::path::Path;
 
 const SEED: u64 = 3;
 const LAYERS: usize = 4;
+const MIXED: [Keep; LAYERS] = [Keep::Input, Keep::DropGateUp, Keep::All, Keep::Input];
 
 /// Every layer alike, and layers mixed.
 fn policies() -> Vec<Vec<Keep>> {
@@ -27,7 +30,7 @@ fn policies() -> Vec<Vec<Keep>> {
     vec![
         vec![DropGateUp; LAYERS],
         vec![Input; LAYERS],
-        vec![Input, DropGateUp, All, Input],
+        MIXED.to_vec(),
         vec![All, Input, All, DropGateUp],
     ]
 }
@@ -153,6 +156,8 @@ struct Subject {
     params: FlatBuffer,
     device: Device,
     dtype: DType,
+    /// Of how many layers what they keep goes to host memory.
+    offloaded: usize,
 }
 
 /// What a pass over one micro-batch leaves.
@@ -178,6 +183,7 @@ impl Subject {
             params,
             device: device.clone(),
             dtype,
+            offloaded: 0,
         }
     }
 
@@ -214,6 +220,11 @@ impl Subject {
 
     /// Bytes that the planner says the pool holds.
     fn predicted(&self, keep: &[Keep], batch: &PackedBatch) -> u64 {
+        let bytes = self.plan(keep, batch).bytes;
+        bytes.kept + bytes.working + bytes.loss
+    }
+
+    fn plan(&self, keep: &[Keep], batch: &PackedBatch) -> ActivationPlan {
         let (attachments, _) = attach(&self.config, self.adapter.as_ref()).expect("attaches");
         let workload = Workload {
             documents: 1,
@@ -224,8 +235,7 @@ impl Subject {
         };
         let dtypes = [self.dtype; 2];
         let shape = StepShape::new(&self.config, &attachments, &self.device, dtypes, &workload);
-        let bytes = shape.predict(keep).bytes;
-        bytes.kept + bytes.working + bytes.loss
+        shape.with_offloaded(self.offloaded).predict(keep)
     }
 }
 
@@ -283,9 +293,51 @@ fn assert_same_bits(device: &Device, method: fn() -> Box<dyn Adapter>) {
                     let predicted = subject.predicted(&keep, &batch);
                     assert_eq!(other.pooled as u64, predicted, "{label}");
                 }
+                for (layers, keep) in [(LAYERS - 2, &[] as &[Keep]), (LAYERS, &MIXED)] {
+                    assert_same_bits_offloaded(&mut subject, layers, keep, &batch, &all);
+                }
             }
         }
     }
+}
+
+/// The same with what the first `layers` keep in host memory; on a CPU there as ever.
+fn assert_same_bits_offloaded(
+    subject: &mut Subject,
+    layers: usize,
+    keep: &[Keep],
+    batch: &PackedBatch,
+    all: &Outcome,
+) {
+    if !subject.device.is_cuda() {
+        return;
+    }
+    subject.model.set_offload(layers).expect("a side stream");
+    subject.offloaded = layers;
+    let other = subject.run(keep, batch);
+    let plan = subject.plan(keep, batch);
+    let method = subject.adapter.describe();
+    let label = format!(
+        "{method} {} T={}, {layers} offloaded, {keep:?}",
+        subject.dtype,
+        batch.tokens()
+    );
+    assert_eq!(other.loss, all.loss, "loss of {label}");
+    assert!(other.gradients == all.gradients, "gradients of {label}");
+    let predicted = subject.predicted(keep, batch);
+    assert_eq!(other.pooled as u64, predicted, "{label}");
+    let held = subject.model.offloaded_bytes() as u64;
+    assert_eq!(held, plan.host, "{label}");
+    // Layers that backward does not reach keep nothing.
+    assert!(
+        held > 0 || batch.tokens() == 0 || layers < LAYERS,
+        "{label}"
+    );
+    if layers == LAYERS {
+        assert_eq!(plan.bytes.kept, 0, "{label}");
+    }
+    subject.model.set_offload(0).expect("nothing to make");
+    subject.offloaded = 0;
 }
 
 /// Every architecture, in bf16 with the policies mixed: the bytes that its own buffers take.
@@ -320,6 +372,7 @@ fn every_architecture_takes_the_memory_that_is_predicted() {
                 let predicted = subject.predicted(keep, &batch);
                 assert_eq!(other.pooled as u64, predicted, "{label}");
             }
+            assert_same_bits_offloaded(&mut subject, LAYERS, &[], &batch, &all);
         }
     }
 }

@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::{Finished, Stored, Workbench, command, entries, read, read_json, text, write_model};
+use common::{
+    Finished, Shape, Stored, Workbench, command, entries, read, read_json, text, write_model,
+};
 use ferrotune::kernels::host_cuda;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -183,4 +185,40 @@ fn a_run_that_does_not_fit_on_the_gpu_is_refused_before_a_weight_is_read() {
         refused.stderr
     );
     assert_eq!(entries(&bench.path("small")), Vec::<String>::new());
+}
+
+#[test]
+fn activations_in_host_memory_change_the_plan_and_no_byte_of_the_result() {
+    let shape = Shape {
+        layers: 5,
+        ..Shape::default()
+    };
+    let bench = Workbench::of(&shape, 24);
+    let plan = |offloading: Value| -> Value {
+        let mut changes = changes();
+        changes["device"] = json!("cuda");
+        changes["activation_offloading"] = offloading;
+        let config = bench.config("planned", &changes);
+        let finished = run(&["train", "--dry-run", "--json", text(&config)], &[]).expect(0);
+        serde_json::from_str(&finished.stdout).expect("JSON")
+    };
+    let [staying, unset, moved] = [json!(false), Value::Null, json!(true)].map(plan);
+    for plan in [&staying, &unset] {
+        assert_eq!(plan["activation_plan"]["offloaded_layers"], 0);
+        assert_eq!(plan["memory_bytes"]["host_activations"], 0);
+    }
+    assert_eq!(moved["activation_plan"]["offloaded_layers"], 3);
+    let bytes = |plan: &Value, of: &str| plan["memory_bytes"][of].as_u64().expect("bytes");
+    // Layers are alike: those two that stay keep what they kept.
+    let kept = bytes(&staying, "activations");
+    assert_eq!(bytes(&moved, "activations"), kept * 2 / 5);
+    assert_eq!(bytes(&moved, "host_activations"), kept * 3 / 5);
+    for (name, offloading) in [("stays", false), ("moves", true)] {
+        let mut changes = changes();
+        changes["activation_offloading"] = json!(offloading);
+        train(&bench, name, "cuda", &changes).expect(0);
+    }
+    let file = "adapter_model.safetensors";
+    let [stays, moves] = ["stays", "moves"].map(|name| read(&bench.path(name).join(file)));
+    assert!(stays == moves, "other bytes");
 }

@@ -100,6 +100,10 @@ impl<'a> Base<'a> {
         let attachments = &attached.attachments;
         let dtypes = [weights.dtype, activations];
         let step = StepShape::new(self.decoder, attachments, self.device, dtypes, workload);
+        let step = match config.runtime.activation_offloading {
+            Some(true) => step.with_offloading(),
+            _ => step,
+        };
         match self.held_as(&weights) {
             None => step,
             Some("int8") => step.with_int8_linears(),
@@ -228,6 +232,8 @@ pub(super) fn plan(
     let planned = step.plan_for(available, needs.fixed());
     let forced = forced(&recipe.config, &step).map(ahead);
     let planned = ahead(planned);
+    let chosen = forced.as_ref().unwrap_or(&planned);
+    require_host_memory(chosen.host, host_memory::available(), recipe.place)?;
     match forced {
         Some(forced) if forced.extra_compute > planned.extra_compute => {
             let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
@@ -242,6 +248,21 @@ pub(super) fn plan(
         Some(forced) => Ok((forced, None)),
         None => Ok((planned, None)),
     }
+}
+
+/// Refuses to move more to the host than its memory holds, which all ranks of a machine share.
+fn require_host_memory(host: u64, available: u64, place: Place) -> Result<()> {
+    let available = available / place.local_world_size.max(1) as u64;
+    if host <= available {
+        return Ok(());
+    }
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let message = format!(
+        "`activation_offloading: true` moves {} of activations to host memory on each rank, of which {} are available          there; add gradient_checkpointing: true, which leaves less to move, lower per_device_train_batch_size or          max_length, or leave activation_offloading out",
+        gib(host),
+        gib(available)
+    );
+    Err(Error::Memory { message })
 }
 
 /// What is not known of a suggestion before the rows are.
@@ -272,5 +293,31 @@ fn available(device: &Device) -> Result<u64> {
     match device {
         Device::Cpu => Ok(host_memory::available()),
         Device::Cuda(device) => Ok(device.memory_info()?.free as u64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_memory_for_activations_is_shared_by_the_ranks_of_a_machine() {
+        let place = |ranks| Place {
+            world_size: ranks,
+            local_world_size: ranks,
+            ..Place::SOLO
+        };
+        assert!(require_host_memory(3 << 30, 3 << 30, place(1)).is_ok());
+        let refused = require_host_memory(3 << 30, 4 << 30, place(2)).expect_err("too much");
+        assert!(matches!(refused, Error::Memory { .. }), "{refused:?}");
+        let said = refused.to_string();
+        for word in [
+            "activation_offloading: true",
+            "3.0 GiB",
+            "2.0 GiB",
+            "gradient_checkpointing: true",
+        ] {
+            assert!(said.contains(word), "{said}");
+        }
     }
 }

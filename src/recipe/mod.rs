@@ -445,6 +445,7 @@ impl Recipe {
             deterministic_reduction: runtime.deterministic_reduction,
             keep: self.activations.keep.clone(),
             write_ahead: self.activations.write_ahead,
+            offload: self.activations.offloaded,
             cuda_graph: runtime.cuda_graph == CudaGraph::Auto,
             gemm_tuning: match runtime.gemm_tuning {
                 GemmTuning::Heuristic => cuda::GemmTuning::Heuristic,

@@ -21,7 +21,8 @@ use std::path::Path;
 /// length: to make a run longer is a choice.
 ///
 /// `gradient_accumulation_steps` times the number of ranks is compared instead of either.
-const FREE_KEYS: [&str; 39] = [
+const FREE_KEYS: [&str; 40] = [
+    "activation_offloading",
     "chat_template_path",
     "cuda_graph",
     "dataset_cache_dir",

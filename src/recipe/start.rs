@@ -86,6 +86,7 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
         options.weights.clone(),
     )?;
     model.set_keep(&options.keep);
+    model.set_offload(options.offload)?;
     let workspace = Workspace::on(options.device.clone(), 0);
     let pass = Pass {
         workspace: &workspace,

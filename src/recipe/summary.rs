@@ -100,11 +100,13 @@ impl Summary {
                 "working": step.working,
                 "loss": step.loss,
                 "other": step.other,
+                "host_activations": activations.host,
             },
             "available_memory_bytes": recipe.available_memory,
             "activation_plan": {
                 "layers": activations.keep.iter().map(|keep| keep.as_str()).collect::<Vec<_>>(),
                 "extra_compute": activations.extra_compute,
+                "offloaded_layers": activations.offloaded,
             },
             "checkpoint_bytes": checkpoint,
             "flops": flops(recipe),
@@ -227,7 +229,15 @@ fn layers(plan: &ActivationPlan) -> String {
         })
         .collect();
     let again = 100.0 * plan.extra_compute;
-    format!("{}; {again:.1} % more to compute", runs.join(", "))
+    let moved = match plan.host {
+        0 => String::new(),
+        bytes => format!(
+            "; what the first {} keep is moved to host memory, {}",
+            plan.offloaded,
+            mib(bytes)
+        ),
+    };
+    format!("{}; {again:.1} % more to compute{moved}", runs.join(", "))
 }
 
 /// Seconds, to a tenth below a minute, else as hours, minutes and seconds.

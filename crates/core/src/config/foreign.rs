@@ -184,7 +184,6 @@ pub(super) const FOREIGN_KEYS: &[ForeignKey] = &[
         EMPTY,
         NoEffect(RECOMPUTE),
     ),
-    key("activation_offloading", OFF, NoEffect(RECOMPUTE)),
     key("torch_compile", OFF, NoEffect(NO_TORCH)),
     key("torch_compile_backend", &["null"], NoEffect(NO_TORCH)),
     key("torch_compile_mode", &["null"], NoEffect(NO_TORCH)),

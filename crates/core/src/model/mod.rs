@@ -22,6 +22,7 @@ mod layer;
 mod linear;
 mod modules;
 mod norm;
+mod offload;
 mod plan;
 mod planner;
 mod positions;
@@ -68,6 +69,7 @@ use invocation::Invocation;
 use layer::Layer;
 use linear::LinearGroup;
 use norm::{Norm, Normed};
+use offload::{Offload, Offloading};
 use positions::Positions;
 use prompt::EmbeddedPrompt;
 use run::Run;
@@ -97,6 +99,8 @@ pub struct Model {
     angles: AngleTable,
     /// In training, where that is wanted.
     write_ahead: Option<WriteAhead>,
+    /// In training, where that is wanted.
+    offload: Option<Offload>,
 }
 
 /// What forward keeps for backward.
@@ -234,6 +238,26 @@ impl Model {
         Ok(())
     }
 
+    /// Sets of how many of the first layers what they keep lies in pinned host memory from forward to backward
+    /// ([`ActivationPlan::offloaded`]); without effect on a CPU. Results do not depend on it.
+    ///
+    /// # Errors
+    /// The first failure of the GPU.
+    pub fn set_offload(&mut self, layers: usize) -> Result<()> {
+        let layers = layers.min(self.layers.len());
+        self.offload = match &self.device {
+            Device::Cuda(device) if layers > 0 => Some(Offload::new(device, layers)?),
+            _ => None,
+        };
+        Ok(())
+    }
+
+    /// Bytes of pinned host memory that it holds for what layers keep.
+    #[must_use]
+    pub fn offloaded_bytes(&self) -> usize {
+        self.offload.as_ref().map_or(0, Offload::host_bytes)
+    }
+
     /// Adds the losses of the trained tokens of `batch` to `sums`, and their gradient to `grads`.
     ///
     /// `params`, `grads` and `sums` live on the device of the model. Nothing waits for a GPU.
@@ -298,6 +322,7 @@ impl Model {
         if let Some(ahead) = &self.write_ahead {
             run.ahead = Some(Ahead::new(ahead, &self.layers, pass.workspace)?);
         }
+        run.offload = self.offload.as_ref().map(Offloading::new);
         let mut layers = Vec::with_capacity(self.layers.len());
         let (x, Normed { y, statistics }) = self.decoder(&run, Some(&mut layers), None)?;
         let stream = Stream { x, statistics };
@@ -409,15 +434,21 @@ impl Model {
         for (i, layer) in self.layers.iter().enumerate() {
             let next_norm = self.layers.get(i + 1).map_or(&self.norm, |l| &l.input_norm);
             let policy = (keep.is_some() && i >= reached).then(|| self.keep[i]);
-            let (next, next_normed, saved) =
+            let (next, next_normed, mut saved) =
                 layer.forward(run, stream, normed, next_norm, policy)?;
             (stream, normed) = (next, next_normed);
+            if let Some(offload) = &run.offload {
+                offload.forward_done(run, i, saved.as_mut())?;
+            }
             if let (Some(layers), Some(saved)) = (&mut keep, saved) {
                 layers.push(saved);
             }
             if let Some(states) = &mut states {
                 states.push(stream.clone());
             }
+        }
+        if let Some(offload) = &run.offload {
+            offload.left(run)?;
         }
         Ok((stream, normed))
     }
@@ -493,8 +524,14 @@ impl Model {
         run.workspace.give(d_hidden);
         stream.release(run.workspace);
         let (input_trained, reached) = (self.input_trained(), self.first_reached());
-        while let Some(saved) = layers.pop() {
+        while let Some(mut saved) = layers.pop() {
             let index = reached + layers.len();
+            if let Some(offload) = &run.offload {
+                offload.arrived(run, index, &mut saved)?;
+                if let Some(next) = layers.last_mut() {
+                    offload.fetch(run, index - 1, next)?;
+                }
+            }
             let needs_input = input_trained || index > reached;
             self.layers[index].backward(run, grads, saved, &mut d_stream, needs_input)?;
             layer_done(grads, index)?;

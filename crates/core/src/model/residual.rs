@@ -94,6 +94,10 @@ impl Joined {
 }
 
 impl NormedOutput {
+    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        [&mut self.output].into_iter().chain(&mut self.statistics)
+    }
+
     /// Gives everything back.
     pub(crate) fn release(self, workspace: &Workspace) {
         let tensors = self.statistics.into_iter().chain([self.output]);

@@ -2,6 +2,7 @@
 
 use super::ahead::Ahead;
 use super::inputs::Inputs;
+use super::offload::Offloading;
 use crate::Result;
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, noise, rng};
@@ -51,6 +52,8 @@ pub(crate) struct Run<'a> {
     pub(crate) members: Vec<Member<'a>>,
     /// What writes weights ahead of their products, in a pass that does.
     pub(crate) ahead: Option<Ahead<'a>>,
+    /// What moves kept activations, in a pass that does.
+    pub(crate) offload: Option<Offloading<'a>>,
 }
 
 /// One of several adapters in a pass over the same base.
@@ -87,6 +90,7 @@ impl<'a> Run<'a> {
             mode: pass.mode,
             members: Vec::new(),
             ahead: None,
+            offload: None,
         })
     }
 

@@ -70,6 +70,10 @@ impl Stream {
         norm.backward(run, grads, d_normed.view(), &self.x, statistics, dx)
     }
 
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        [&mut self.x].into_iter().chain(&mut self.statistics)
+    }
+
     pub(crate) fn release(self, workspace: &Workspace) {
         workspace.give(self.x);
         self.statistics.into_iter().for_each(|t| workspace.give(t));
@@ -90,6 +94,38 @@ impl LayerSaved {
             attention.release(run);
         }
         self
+    }
+
+    /// What it has of the pool that grows with the rows, `[T, _]` each, in a fixed order. What a method of its own
+    /// keeps, and adapters that share a pass, is not among it.
+    pub(crate) fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let Self {
+            input,
+            attention,
+            gate_up,
+            down,
+        } = self;
+        let mut tensors = Vec::from_iter(input.tensors_mut());
+        if let Some(attention) = attention {
+            tensors.extend([
+                &mut attention.qkv,
+                &mut attention.attended,
+                &mut attention.lse,
+            ]);
+            tensors.extend(parts_mut(&mut attention.qkv_parts));
+            tensors.extend(parts_mut(&mut attention.o_parts));
+            let output = attention.output.iter_mut();
+            tensors.extend(output.flat_map(NormedOutput::tensors_mut));
+            tensors.extend(attention.middle.tensors_mut());
+        }
+        if let Some(gate_up) = gate_up {
+            tensors.push(&mut gate_up.values);
+            tensors.extend(parts_mut(&mut gate_up.parts));
+        }
+        tensors.extend(parts_mut(&mut down.parts));
+        let output = down.output.iter_mut();
+        tensors.extend(output.flat_map(NormedOutput::tensors_mut));
+        tensors
     }
 
     /// Gives everything back.
@@ -120,6 +156,21 @@ impl GateUpSaved {
         run.workspace.give(self.values);
         release_parts(self.parts, run);
     }
+}
+
+fn parts_mut(parts: &mut [PartSaved]) -> impl Iterator<Item = &mut Tensor> {
+    parts.iter_mut().flat_map(|part| match part {
+        PartSaved::LowRank { s, scaled } => {
+            let scaled = scaled.as_mut().map(|scaled| &mut scaled.u);
+            [Some(s), scaled].into_iter().flatten()
+        }
+        PartSaved::Factors { s, .. } | PartSaved::Augmented { s } => {
+            [Some(s), None].into_iter().flatten()
+        }
+        PartSaved::None | PartSaved::Custom(_) | PartSaved::Members(_) => {
+            [None, None].into_iter().flatten()
+        }
+    })
 }
 
 fn release_parts(parts: Vec<PartSaved>, run: &Run<'_>) {

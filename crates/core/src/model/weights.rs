@@ -101,6 +101,7 @@ impl Builder<'_> {
             neftune_noise_alpha: 0.0,
             angles: AngleTable::default(),
             write_ahead: None,
+            offload: None,
             layers,
             norm,
             head,

@@ -54,6 +54,9 @@ pub struct TrainerOptions {
     /// On a GPU, writes weights that are held as codes out while the product before theirs runs
     /// ([`Model::set_write_ahead`]). Memory and speed depend on it, results do not.
     pub write_ahead: bool,
+    /// On a GPU, of how many of the first layers what they keep lies in host memory from forward to backward
+    /// ([`Model::set_offload`]). Memory and speed depend on it, results do not.
+    pub offload: usize,
     /// On a GPU, records the micro-step of each shape as a graph and replays it, where that can be done.
     /// Speed depends on it, results do not. No other thread may use the device during a step then.
     pub cuda_graph: bool,
@@ -78,6 +81,7 @@ impl Default for TrainerOptions {
             deterministic_reduction: false,
             keep: Vec::new(),
             write_ahead: false,
+            offload: 0,
             cuda_graph: true,
             gemm_tuning: GemmTuning::Heuristic,
         }
@@ -147,6 +151,7 @@ impl Trainer {
         )?;
         model.set_keep(&options.keep);
         model.set_write_ahead(options.write_ahead)?;
+        model.set_offload(options.offload)?;
         model.set_label_smoothing(options.label_smoothing);
         model.set_neftune_noise_alpha(options.neftune_noise_alpha);
         adapter.init(&mut params, options.seed)?;

@@ -279,6 +279,8 @@ fn require_shared(first: &TrainerOptions, options: &TrainerOptions) -> Result<()
             "neftune_noise_alpha",
             "adds noise to what all adapters read",
         )
+    } else if options.offload > 0 {
+        ("activation_offloading", "true is for a run of one adapter")
     } else if options.label_smoothing != first.label_smoothing {
         ("label_smoothing_factor", "is one for all adapters of a run")
     } else {

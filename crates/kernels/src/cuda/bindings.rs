@@ -75,6 +75,7 @@ table! {
             host_alloc = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint) -> u32;
             host_free = "cuMemFreeHost" (*mut c_void) -> u32;
             copy_to_host_async = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Raw) -> u32;
+            copy_to_device_async = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Raw) -> u32;
             copy_on_device_async = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Raw) -> u32;
             copy_2d_async = "cuMemcpy2DAsync_v2" (*const cu::CUDA_MEMCPY2D, Raw) -> u32;
             fill_bytes_async = "cuMemsetD8Async" (u64, u8, usize, Raw) -> u32;

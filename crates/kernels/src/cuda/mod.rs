@@ -16,6 +16,7 @@ mod graph;
 mod launch;
 mod library;
 mod memory;
+mod pinned;
 mod profile;
 mod registry;
 pub(crate) mod rows;
@@ -39,6 +40,7 @@ pub use library::{
 };
 pub use memory::Memory;
 pub(crate) use memory::Pitch;
+pub use pinned::PinnedMemory;
 pub use profile::LaunchTime;
 pub use registry::modules;
 pub use side_stream::{Event, SideStream};

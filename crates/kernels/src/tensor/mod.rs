@@ -136,6 +136,12 @@ impl Tensor {
         self.rows * self.cols * self.dtype().bytes()
     }
 
+    /// Bytes of its buffer, which may be longer than needed.
+    #[must_use]
+    pub fn buffer_bytes(&self) -> usize {
+        self.buffer.len() * self.dtype().bytes()
+    }
+
     /// The whole matrix.
     #[must_use]
     pub fn view(&self) -> View<'_> {

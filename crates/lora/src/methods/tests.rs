@@ -60,7 +60,7 @@ fn dropout_of_a_file_is_kept_in_the_files_that_are_written() {
         }
         for p in [1.5, -0.1] {
             edit_config(copy.path(), key, json!(p));
-            let error = loaded(copy.path()).err().expect("refused").to_string();
+            let error = loaded(copy.path()).expect_err("refused").to_string();
             assert!(
                 error.contains(key) && error.contains("from 0 to 1"),
                 "{error}"

@@ -1,4 +1,4 @@
-use super::source::{OURS, TRANSFORMERS};
+use super::source::{OURS, TRANSFORMERS, TRL_SFT};
 use crate::config::section::section;
 use crate::config::value::choices;
 
@@ -56,6 +56,10 @@ section! {
         /// true computes every layer again in the backward pass, whatever memory there is; else a plan
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
+        /// true moves what layers keep for the backward pass to pinned host memory while later layers compute, and back
+        /// ahead of their backward: all layers but the last two, on a GPU; without effect on a CPU. Results do
+        /// not depend on it.
+        activation_offloading: Option<bool> = None, TRL_SFT;
         /// Records the kernels of a step on a GPU and replays them with one call, for each padded length:
         /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend
         /// on it.

@@ -11,7 +11,7 @@ mod shape;
 mod tests;
 mod trace;
 
-use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles};
+use super::{DecoderConfig, Keep, ModelPlan, QkNorm, angles, offload};
 use crate::adapter::{Attachment, SiteId};
 use crate::data::{BatchSize, padded_rows};
 use ferrotune_kernels::{DType, Device, Workspace, cuda, int8_linear, linear_cross_entropy};
@@ -96,12 +96,14 @@ pub struct StepShape {
     label_rows: BTreeSet<usize>,
     label_share: f64,
     mean_length: f64,
+    /// How many of the first layers have what they keep in host memory.
+    offloaded: usize,
 }
 
 /// Bytes of a training step beside weights and trained values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepBytes {
-    /// Kept by the layers from forward to backward.
+    /// Kept by the layers from forward to backward, without what is in host memory.
     pub kept: u64,
     /// Other buffers of the pool: those of the layer at work, of gradients, and of the weights at work
     /// where they are held as codes.
@@ -134,6 +136,10 @@ pub struct ActivationPlan {
     /// Whether weights that are held as codes are written out ahead of their products, into a second scratch that
     /// is counted.
     pub write_ahead: bool,
+    /// How many of the first layers have what they keep in pinned host memory, from forward to backward.
+    pub offloaded: usize,
+    /// Bytes of that memory.
+    pub host: u64,
 }
 
 impl StepShape {
@@ -180,7 +186,22 @@ impl StepShape {
             label_rows: workload.label_rows.iter().copied().map(padded).collect(),
             label_share: padded(most_labels) as f64 / tokens.max(1) as f64,
             mean_length: workload.mean_length,
+            offloaded: 0,
         }
+    }
+
+    /// The same with what layers keep in host memory, of all but the last few; on a CPU as it is.
+    #[must_use]
+    pub fn with_offloading(self) -> Self {
+        let layers = self.layers.len().saturating_sub(offload::STAYING);
+        self.with_offloaded(layers)
+    }
+
+    /// The same with what the first `layers` keep in host memory; on a CPU as it is.
+    #[must_use]
+    pub fn with_offloaded(mut self, layers: usize) -> Self {
+        self.offloaded = if self.on_gpu { layers } else { 0 };
+        self
     }
 
     /// The same with linears that are held as codes and written out for each product.
@@ -256,6 +277,8 @@ impl StepShape {
             },
             extra_compute: again.sum::<f64>() / step.max(1.0),
             write_ahead: false,
+            offloaded: self.offloaded,
+            host: held.host.saturating_mul(rows),
         }
     }
 

@@ -14,6 +14,8 @@ pub(super) struct Held {
     pub(super) kept: u64,
     /// All buffers.
     pub(super) all: u64,
+    /// What is kept in host memory.
+    pub(super) host: u64,
 }
 
 /// Runs one micro-batch over counted buffers.
@@ -40,14 +42,22 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     }
     let mut flow = trace.normed(stream, shape.norm_before(0), shape.room_before(0));
     let reached = shape.first_reached();
-    let mut saved = Vec::new();
+    let mut saved: Vec<(usize, Saved)> = Vec::new();
+    let mut leaving = Vec::new();
+    let mut host = 0;
     for (i, layer) in shape.layers.iter().enumerate() {
         let policy = (i >= reached).then(|| keep.get(i).copied().unwrap_or_default());
         let next_norm = (shape.norm_before(i + 1), shape.room_before(i + 1));
         let (next, layer_saved) = trace.layer_forward(layer, flow, next_norm, policy);
         flow = next;
+        trace.give_all(std::mem::take(&mut leaving));
+        if let Some(saved) = layer_saved.as_ref().filter(|_| i < shape.offloaded) {
+            leaving = saved.slots();
+            host += leaving.iter().copied().map(row_bytes).sum::<u64>();
+        }
         saved.extend(layer_saved.map(|s| (i, s)));
     }
+    trace.give_all(leaving);
     // Angles, the stream, its norm and statistics are no layer's.
     let no_layers = flow.slots().chain(angles.iter().copied()).map(row_bytes);
     let kept = trace.pool.live() - no_layers.sum::<u64>();
@@ -63,7 +73,13 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let rooms = shape.layers.iter().map(|l| l.o.room.max(l.down.room));
     let d_stream = trace.pool.take(act, width + rooms.max().unwrap_or(0));
     trace.give_all([d_hidden, flow.stream].into_iter().chain(flow.statistics));
+    // The layer from which on everything is there.
+    let mut there = shape.layers.len();
     while let Some((i, layer_saved)) = saved.pop() {
+        trace.fetch(i, &layer_saved, &mut there);
+        if let Some((next, saved)) = saved.last() {
+            trace.fetch(*next, saved, &mut there);
+        }
         let needs_input = shape.input_trained || i > reached;
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
     }
@@ -79,6 +95,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     Held {
         kept,
         all: trace.pool.held(),
+        host,
     }
 }
 
@@ -131,7 +148,32 @@ struct Down {
 /// A block's output before its norm and the norm's statistics; nothing where it has no norm.
 type NormedOutput = Vec<Slot>;
 
+impl Saved {
+    fn slots(&self) -> Vec<Slot> {
+        let attention = self.attention.iter().flat_map(|a| {
+            let parts = a.qkv_parts.iter().chain(&a.o_parts);
+            a.core.iter().chain(parts).chain(&a.output).chain(&a.middle)
+        });
+        let down = self.down.parts.iter().chain(&self.down.output);
+        let all = self.input.iter().chain(attention);
+        all.chain(self.gate_up.iter().flatten())
+            .chain(down)
+            .copied()
+            .collect()
+    }
+}
+
 impl Trace<'_> {
+    /// Takes what layer `i` has in host memory, unless that was done.
+    fn fetch(&mut self, i: usize, saved: &Saved, there: &mut usize) {
+        if i < *there && i < self.shape.offloaded {
+            for (dtype, cols) in saved.slots() {
+                self.pool.take(dtype, cols);
+            }
+        }
+        *there = (*there).min(i);
+    }
+
     fn give_all(&mut self, slots: impl IntoIterator<Item = Slot>) {
         slots.into_iter().for_each(|slot| self.pool.give(slot));
     }

@@ -1,0 +1,188 @@
+//! What layers keep for their backward, in pinned memory of the host meanwhile.
+//!
+//! A layer's activations are copied on a stream beside the one of operations while the next layer's forward runs, and
+//! their buffers go back to the pool behind it. Backward fetches them while the layer above is at work. Events order both
+//! ways: a copy waits for what made the values, or last used the buffers; whoever takes the buffers next, or reads the
+//! values, waits for the copy. Copies to and from one layer's memory are on one stream and need no more.
+
+use super::run::Run;
+use super::saved::LayerSaved;
+use crate::Result;
+use ferrotune_kernels::cuda::{CudaDevice, Event, PinnedMemory, SideStream};
+use ferrotune_kernels::{Device, Tensor};
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Last layers whose activations stay: as many are on the GPU at a time in any case, one at work and one on its way.
+pub(crate) const STAYING: usize = 2;
+
+/// What a model has for it.
+#[derive(Debug)]
+pub(crate) struct Offload {
+    stream: Arc<SideStream>,
+    /// How many of the first layers.
+    layers: usize,
+    /// Of each of them, once it was needed; as long as its buffers in the pool.
+    host: Mutex<Vec<Option<PinnedMemory>>>,
+}
+
+impl Offload {
+    pub(crate) fn new(device: &Arc<CudaDevice>, layers: usize) -> Result<Self> {
+        Ok(Self {
+            stream: Arc::new(device.side_stream()?),
+            layers,
+            host: Mutex::new((0..layers).map(|_| None).collect()),
+        })
+    }
+
+    /// Bytes of host memory that it holds.
+    pub(crate) fn host_bytes(&self) -> usize {
+        let host = self.host();
+        host.iter().flatten().map(PinnedMemory::bytes).sum()
+    }
+
+    fn host(&self) -> MutexGuard<'_, Vec<Option<PinnedMemory>>> {
+        // Between passes it is whole, whatever ended one.
+        self.host.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies `tensors` of `layer` out, behind everything issued so far.
+    fn store(&self, layer: usize, tensors: Vec<Tensor>) -> Result<Moving> {
+        let bytes = tensors.iter().map(Tensor::buffer_bytes).sum();
+        let mut host = self.host();
+        let held = host[layer].take().filter(|memory| memory.bytes() >= bytes);
+        let memory = match held {
+            Some(memory) => memory,
+            None => PinnedMemory::new(&self.stream, bytes)?,
+        };
+        let memory = host[layer].insert(memory);
+        self.stream.wait(&self.stream.device().event()?)?;
+        let mut at = 0;
+        for tensor in &tensors {
+            memory.store(at, tensor)?;
+            at += tensor.bytes();
+        }
+        self.moving(layer, tensors)
+    }
+
+    /// Copies what `layer` keeps into `tensors`, behind what last used their buffers.
+    fn load(&self, layer: usize, mut tensors: Vec<Tensor>) -> Result<Moving> {
+        self.stream.wait(&self.stream.device().event()?)?;
+        let mut at = 0;
+        if let Some(memory) = &self.host()[layer] {
+            for tensor in &mut tensors {
+                memory.load(at, tensor)?;
+                at += tensor.bytes();
+            }
+        }
+        self.moving(layer, tensors)
+    }
+
+    fn moving(&self, layer: usize, tensors: Vec<Tensor>) -> Result<Moving> {
+        Ok(Moving {
+            layer,
+            tensors,
+            copied: self.stream.event()?,
+        })
+    }
+}
+
+/// Buffers that are being copied from or to.
+struct Moving {
+    layer: usize,
+    tensors: Vec<Tensor>,
+    copied: Event,
+}
+
+/// A pass that offloads.
+pub(crate) struct Offloading<'a> {
+    of: &'a Offload,
+    leaving: RefCell<Option<Moving>>,
+    arriving: RefCell<Option<Moving>>,
+}
+
+impl<'a> Offloading<'a> {
+    pub(crate) fn new(of: &'a Offload) -> Self {
+        Self {
+            of,
+            leaving: RefCell::default(),
+            arriving: RefCell::default(),
+        }
+    }
+
+    /// After the forward of `layer`: what the one before kept goes back to the pool once it is copied, and what this
+    /// one has `saved` begins to leave.
+    pub(crate) fn forward_done(
+        &self,
+        run: &Run<'_>,
+        layer: usize,
+        saved: Option<&mut LayerSaved>,
+    ) -> Result<()> {
+        self.left(run)?;
+        if let Some(saved) = saved.filter(|_| layer < self.of.layers) {
+            let tensors = saved.tensors_mut().into_iter().map(take_away).collect();
+            *self.leaving.borrow_mut() = Some(self.of.store(layer, tensors)?);
+        }
+        Ok(())
+    }
+
+    /// Gives back what is leaving.
+    pub(crate) fn left(&self, run: &Run<'_>) -> Result<()> {
+        if let Some(moving) = self.leaving.take() {
+            self.of.stream.device().wait(&moving.copied)?;
+            run.give(moving.tensors);
+        }
+        Ok(())
+    }
+
+    /// Before the backward of `layer`: it has all that it `saved`.
+    pub(crate) fn arrived(
+        &self,
+        run: &Run<'_>,
+        layer: usize,
+        saved: &mut LayerSaved,
+    ) -> Result<()> {
+        self.fetch(run, layer, saved)?;
+        let mut arriving = self.arriving.borrow_mut();
+        if let Some(moving) = arriving.take_if(|moving| moving.layer == layer) {
+            self.of.stream.device().wait(&moving.copied)?;
+            let places = saved.tensors_mut().into_iter();
+            places
+                .zip(moving.tensors)
+                .for_each(|(place, tensor)| *place = tensor);
+        }
+        Ok(())
+    }
+
+    /// Begins to bring back what `layer` has `saved`, unless that is under way or never left.
+    pub(crate) fn fetch(&self, run: &Run<'_>, layer: usize, saved: &mut LayerSaved) -> Result<()> {
+        let mut arriving = self.arriving.borrow_mut();
+        let under_way = arriving.as_ref().is_some_and(|m| m.layer == layer);
+        if layer >= self.of.layers || under_way {
+            return Ok(());
+        }
+        let places = saved.tensors_mut().into_iter();
+        let tensors = places.map(|place| run.workspace.take(place.dtype(), run.rows, place.cols()));
+        *arriving = Some(self.of.load(layer, tensors.collect())?);
+        Ok(())
+    }
+}
+
+impl Drop for Offloading<'_> {
+    /// On the way out of a failure: nothing else gets the buffers before the copies are done.
+    fn drop(&mut self) {
+        for moving in [self.leaving.take(), self.arriving.take()] {
+            if let Some(moving) = moving {
+                // A failure is remembered by the device and reported by its next operation.
+                let _ = self.of.stream.device().wait(&moving.copied);
+            }
+        }
+    }
+}
+
+/// A tensor, in whose place one of no rows stays.
+fn take_away(place: &mut Tensor) -> Tensor {
+    let device: Device = place.device();
+    let nothing = Tensor::empty(&device, place.dtype(), 0, place.cols());
+    std::mem::replace(place, nothing)
+}
