@@ -171,11 +171,12 @@ impl<'a> Offloading<'a> {
 impl Drop for Offloading<'_> {
     /// On the way out of a failure: nothing else gets the buffers before the copies are done.
     fn drop(&mut self) {
-        for moving in [self.leaving.take(), self.arriving.take()] {
-            if let Some(moving) = moving {
-                // A failure is remembered by the device and reported by its next operation.
-                let _ = self.of.stream.device().wait(&moving.copied);
-            }
+        for moving in [self.leaving.take(), self.arriving.take()]
+            .into_iter()
+            .flatten()
+        {
+            // A failure is remembered by the device and reported by its next operation.
+            let _ = self.of.stream.device().wait(&moving.copied);
         }
     }
 }
