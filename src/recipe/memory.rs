@@ -258,7 +258,9 @@ fn require_host_memory(host: u64, available: u64, place: Place) -> Result<()> {
     }
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let message = format!(
-        "`activation_offloading: true` moves {} of activations to host memory on each rank, of which {} are available          there; add gradient_checkpointing: true, which leaves less to move, lower per_device_train_batch_size or          max_length, or leave activation_offloading out",
+        "`activation_offloading: true` moves {} of activations to host memory on each rank, of which {} are available \
+         there; add gradient_checkpointing: true, which leaves less to move, lower per_device_train_batch_size or \
+         max_length, or leave activation_offloading out",
         gib(host),
         gib(available)
     );

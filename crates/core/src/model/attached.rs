@@ -114,15 +114,15 @@ fn row_norms(
     weight: View<'_>,
     lengths: View<'_>,
 ) -> Result<Tensor> {
-    let (workspace, [out, rank]) = (run.workspace, [weight.rows(), low_rank.rank]);
+    let [out, rank] = [weight.rows(), low_rank.rank];
     let [a, b] = [low_rank.a, low_rank.b].map(|id| run.params.view_as(id, run.dtype));
-    let mut cross = workspace.take(DType::F32, rank, out);
+    let mut cross = run.take_fixed(DType::F32, rank, out);
     matmul::nt(cross.view_mut(), 0.0, 1.0, a, weight)?;
-    let mut gram = workspace.take(b.dtype(), rank, rank);
+    let mut gram = run.take_fixed(b.dtype(), rank, rank);
     matmul::nt(gram.view_mut(), 0.0, 1.0, a, a)?;
-    let mut spread = workspace.take(DType::F32, rank, out);
+    let mut spread = run.take_fixed(DType::F32, rank, out);
     matmul::nt(spread.view_mut(), 0.0, 1.0, gram.view(), b)?;
-    let mut norms = workspace.take(DType::F32, 1, out);
+    let mut norms = run.take_fixed(DType::F32, 1, out);
     let of = dora::Operands {
         weight: lengths,
         b: run.params.view(low_rank.b),
@@ -131,9 +131,7 @@ fn row_norms(
         scale: low_rank.scale,
     };
     dora::row_norms(&of, norms.view_mut())?;
-    [cross, gram, spread]
-        .into_iter()
-        .for_each(|t| workspace.give(t));
+    run.give_fixed([cross, gram, spread]);
     Ok(norms)
 }
 
@@ -143,10 +141,10 @@ impl Part {
         if let Some(known) = self.row_lengths.get() {
             return Ok(known);
         }
-        let (workspace, out) = (run.workspace, weight.rows());
-        let mut nothing = workspace.take(DType::F32, 1, out);
+        let out = weight.rows();
+        let mut nothing = run.take_fixed(DType::F32, 1, out);
         nothing.view_mut().fill(0.0);
-        let mut lengths = Tensor::empty(workspace.device(), DType::F32, 1, out);
+        let mut lengths = Tensor::empty(run.workspace.device(), DType::F32, 1, out);
         let of = dora::Operands {
             weight,
             b: nothing.view().reshaped(out, 1),
@@ -155,7 +153,7 @@ impl Part {
             scale: 0.0,
         };
         dora::row_norms(&of, lengths.view_mut())?;
-        workspace.give(nothing);
+        run.give_fixed([nothing]);
         let lengths = Tensor::from_buffer(lengths.into_buffer(), out, 1);
         Ok(self.row_lengths.get_or_init(|| lengths))
     }
@@ -312,12 +310,10 @@ impl Part {
                 let [d_a, d_b] = grads.view_two_mut(low_rank.a, low_rank.b);
                 let rank = s.view().columns(0..low_rank.rank);
                 lora_linear::backward(x, &update, rank, dy, dx, d_a, d_b, run.workspace)?;
-                run.workspace.give(s);
-                for tensor in scaled
-                    .into_iter()
-                    .flat_map(|scaled| [scaled.u, scaled.norms])
-                {
-                    run.workspace.give(tensor);
+                run.give([s]);
+                if let Some(Scaled { u, norms }) = scaled {
+                    run.give([u]);
+                    run.give_fixed([norms]);
                 }
             }
             (Some(Attachment::Factors(method)), PartSaved::Factors { s, factors }) => {

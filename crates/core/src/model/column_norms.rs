@@ -46,18 +46,18 @@ impl ColumnNorms {
 
     /// Of W + scale * B A as B and A are now, `[1, D]` f32; `table` is W.
     pub(crate) fn of(&self, run: &Run<'_>, update: &LowRank, table: View<'_>) -> Result<Tensor> {
-        let (workspace, [rank, width]) = (run.workspace, [update.rank, table.cols()]);
+        let [rank, width] = [update.rank, table.cols()];
         let [a, b] = [update.a, update.b].map(|id| run.params.view_as(id, run.dtype));
-        let mut cross = workspace.take(DType::F32, rank, width);
+        let mut cross = run.take_fixed(DType::F32, rank, width);
         matmul::tn(cross.view_mut(), 0.0, 1.0, b, table)?;
-        let mut gram = workspace.take(b.dtype(), rank, rank);
+        let mut gram = run.take_fixed(b.dtype(), rank, rank);
         matmul::tn(gram.view_mut(), 0.0, 1.0, b, b)?;
-        let mut spread = workspace.take(DType::F32, rank, width);
+        let mut spread = run.take_fixed(DType::F32, rank, width);
         matmul::nn(spread.view_mut(), 0.0, 1.0, gram.view(), a)?;
-        let mut turned = workspace.take(DType::F32, width, rank);
+        let mut turned = run.take_fixed(DType::F32, width, rank);
         let a = run.params.view(update.a);
         matmul::tn(turned.view_mut(), 0.0, 1.0, a, self.unit.view())?;
-        let mut norms = workspace.take(DType::F32, 1, width);
+        let mut norms = run.take_fixed(DType::F32, 1, width);
         let of = dora::Operands {
             weight: self.table.view(),
             b: turned.view(),
@@ -66,7 +66,7 @@ impl ColumnNorms {
             scale: update.scale,
         };
         dora::row_norms(&of, norms.view_mut())?;
-        run.give([cross, gram, spread, turned]);
+        run.give_fixed([cross, gram, spread, turned]);
         Ok(norms)
     }
 }

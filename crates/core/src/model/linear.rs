@@ -5,7 +5,7 @@
 
 use super::ahead::Wanted;
 use super::attached::Norms;
-pub(crate) use super::attached::PartSaved;
+pub(crate) use super::attached::{PartSaved, Scaled};
 use super::changed::Changed;
 use super::frozen::{FrozenWeight, Scratch};
 use super::room::{Augmented, Wide};

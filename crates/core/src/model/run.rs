@@ -131,6 +131,17 @@ impl<'a> Run<'a> {
         tensors.into_iter().for_each(|t| self.workspace.give(t));
     }
 
+    /// A matrix whose size does not grow with the batch, with unspecified contents.
+    pub(crate) fn take_fixed(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
+        Tensor::from_buffer(self.workspace.take_scratch(dtype, rows * cols), rows, cols)
+    }
+
+    /// Returns what [`take_fixed`](Self::take_fixed) gave.
+    pub(crate) fn give_fixed(&self, tensors: impl IntoIterator<Item = Tensor>) {
+        let buffers = tensors.into_iter().map(Tensor::into_buffer);
+        buffers.for_each(|buffer| self.workspace.give_scratch(buffer));
+    }
+
     /// Adds the noise of training to embeddings `[T, D]`, if there is any.
     pub(crate) fn add_noise(&self, stream: &mut Tensor) -> Result<()> {
         match self.mode {

@@ -1,7 +1,7 @@
 //! The activations that a layer holds between its forward and its backward.
 
 use super::keep::Keep;
-use super::linear::PartSaved;
+use super::linear::{PartSaved, Scaled};
 use super::norm::Norm;
 use super::residual::NormedOutput;
 use super::run::Run;
@@ -178,8 +178,10 @@ fn release_parts(parts: Vec<PartSaved>, run: &Run<'_>) {
         match part {
             PartSaved::LowRank { s, scaled } => {
                 run.give([s]);
-                let scaled = scaled.into_iter();
-                run.give(scaled.flat_map(|scaled| [scaled.u, scaled.norms]));
+                if let Some(Scaled { u, norms }) = scaled {
+                    run.give([u]);
+                    run.give_fixed([norms]);
+                }
             }
             // A method of its own allocates for itself: the pool would grow by it in every pass.
             PartSaved::Factors { s, .. } | PartSaved::Augmented { s } => run.give([s]),

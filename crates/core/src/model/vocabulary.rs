@@ -147,7 +147,7 @@ impl Embedding {
         if let Some((magnitude, norms)) = self.norms(run)? {
             let magnitude = run.params.view(magnitude);
             dora::scale(out.view_mut(), magnitude, norms.view())?;
-            run.workspace.give(norms);
+            run.give_fixed([norms]);
         }
         Ok(out)
     }
@@ -213,7 +213,8 @@ impl Embedding {
         let values = run.params.view(magnitude);
         dora::scale(d_unscaled.view_mut(), values, norms.view())?;
         update_backward(run, grads, update, ids, d_unscaled.view())?;
-        run.give([d_unscaled, norms]);
+        run.give([d_unscaled]);
+        run.give_fixed([norms]);
         Ok(())
     }
 
