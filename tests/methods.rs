@@ -492,6 +492,10 @@ fn mistakes_in_a_configuration_are_named() {
             "so there are no blocks",
         ),
         (
+            json!({"peft_type": "HRA", "r": 4, "apply_GS": true}),
+            "set `init_weights: false`, or leave `apply_GS` out",
+        ),
+        (
             json!({"peft_type": 5}),
             "is 5, expected the name of a method as a string; supported: LN_TUNING",
         ),

@@ -3,13 +3,17 @@
 /// The candidate most like `name`, if one is like it at all.
 #[must_use]
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    // A name that was written out or cut short: `lora_rank` for `lora_r`.
+    let begins = |c: &str| name.starts_with(c) || c.starts_with(name);
+    // Any long name has the letter or two of a short one somewhere.
+    let by_chance = |c: &str| c.len() <= 2 && strsim::damerau_levenshtein(name, c) > 1;
     candidates
         .into_iter()
+        .filter(|c| begins(c) || !by_chance(c))
         .map(|c| {
             let likeness = strsim::normalized_damerau_levenshtein(name, c)
                 .max(strsim::jaro_winkler(name, c) - 0.15);
-            // A name that was written out or cut short: `lora_rank` for `lora_r`.
-            let begins = name.starts_with(c) || c.starts_with(name);
+            let begins = begins(c);
             (likeness + if begins { 0.1 } else { 0.0 }, c)
         })
         .filter(|(score, _)| *score > 0.5)
@@ -51,6 +55,8 @@ mod tests {
             Some("lora_r")
         );
         assert_eq!(nearest("zzz", keys), None);
+        assert_eq!(nearest("ensure_weight_tying", ["r", "p"]), None);
+        assert_eq!(nearest("rank", ["r", "p"]), Some("r"));
         assert_eq!(did_you_mean("lora_rr", keys), "; did you mean `lora_r`?");
     }
 

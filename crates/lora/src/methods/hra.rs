@@ -30,12 +30,23 @@ impl Method for Hra {
     const BIAS: Option<&'static str> = Some("hra_only");
 
     fn read(keys: &mut Keys<'_>) -> Result<Self> {
-        Ok(Self {
+        let read = Self {
             rank: keys.positive("r", 8)?,
             asked: keys.are_asked(),
             orthogonal: keys.boolean("apply_GS", false)?,
             init_weights: keys.boolean("init_weights", true)?,
-        })
+        };
+        // PEFT goes on with what rounding leaves of the second of a pair.
+        if read.asked && read.orthogonal && read.starts_in_pairs() {
+            let message = format!(
+                "is true, and with `init_weights` and an even `r` ({}) directions start as pairs of equal ones: made \
+                 orthogonal, the second of each is 0 and has no direction; set `init_weights: false`, or leave \
+                 `apply_GS` out",
+                read.rank
+            );
+            return Err(keys.error("apply_GS", message));
+        }
+        Ok(read)
     }
 
     fn write(&self, keys: &mut Map<String, Value>) {
@@ -73,7 +84,7 @@ impl Method for Hra {
 
     /// Pairs of equal columns: two equal reflections are none.
     fn init(&self, _: &str, shape: &[usize]) -> Init {
-        if self.init_weights && self.rank.is_multiple_of(2) {
+        if self.starts_in_pairs() {
             let bound = 1.0 / ((self.rank / 2) as f64).sqrt();
             return Init::UniformPairs {
                 bound,
@@ -90,6 +101,12 @@ impl Method for Hra {
             inputs: site.in_features,
             orthogonal: self.orthogonal,
         })))
+    }
+}
+
+impl Hra {
+    fn starts_in_pairs(&self) -> bool {
+        self.init_weights && self.rank.is_multiple_of(2)
     }
 }
 
