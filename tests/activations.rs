@@ -46,6 +46,28 @@ fn lora_with_dropout() -> Box<dyn Adapter> {
     Box::new(LoraAdapter::new(config, "llama").expect("valid"))
 }
 
+fn dora_with_dropout() -> Box<dyn Adapter> {
+    // Tables, whose columns are scaled, and linears, whose rows are.
+    let modules = [
+        "embed_tokens",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "up_proj",
+        "down_proj",
+    ];
+    let config = LoraConfig {
+        rank: 5,
+        alpha: 12.0,
+        dropout: 0.3,
+        use_dora: true,
+        target_modules: Some(TargetModules::List(modules.map(String::from).into())),
+        ..LoraConfig::default()
+    };
+    Box::new(LoraAdapter::new(config, "llama").expect("valid"))
+}
+
 fn method(mut keys: Value) -> Box<dyn Adapter> {
     keys["target_modules"] = json!("all-linear");
     let object = keys.as_object().expect("an object");
@@ -389,6 +411,13 @@ fn lora_with_dropout_has_the_same_bits_whatever_is_kept() {
 #[test]
 fn lora_with_dropout_has_the_same_bits_whatever_is_kept_on_a_gpu() {
     assert_same_bits(&gpu(), lora_with_dropout);
+}
+
+#[test]
+fn dora_has_the_same_bits_whatever_is_kept() {
+    for device in [Device::Cpu, gpu()] {
+        assert_same_bits(&device, dora_with_dropout);
+    }
 }
 
 #[test]

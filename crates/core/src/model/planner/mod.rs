@@ -271,6 +271,7 @@ impl StepShape {
                 kept,
                 working: (all - kept)
                     .saturating_add(self.scratch)
+                    .saturating_add(held.fixed)
                     .saturating_add(self.qk_norm_bytes()),
                 loss: self.loss_bytes(),
                 other: self.other_bytes(),

@@ -64,6 +64,16 @@ pub(super) struct GroupShape {
     pub(super) room: usize,
 }
 
+impl PartShape {
+    /// Whether the gradient of the base output is another than that of the output.
+    pub(super) fn changes_output(&self) -> bool {
+        matches!(
+            self.method,
+            Method::Custom | Method::LowRank { scaled: true, .. }
+        )
+    }
+}
+
 impl GroupShape {
     /// Of the weight, with its margins.
     pub(super) fn elements(&self) -> usize {
@@ -96,6 +106,8 @@ pub(super) enum Method {
     LowRank {
         rank: usize,
         dropout: bool,
+        /// Whether DoRA brings what it makes to trained norms.
+        scaled: bool,
     },
     TrainBase,
     TrainBias,
@@ -136,9 +148,14 @@ pub(super) fn layers(
     let layers = layers.map(|(l, rooms)| layer(config, &plan, &methods, l, rooms));
     let at = |site| methods.get(&site).copied().unwrap_or(Method::Frozen);
     let head = match at(plan.head) {
-        Method::LowRank { rank, dropout } => Method::LowRank {
+        Method::LowRank {
+            rank,
+            dropout,
+            scaled,
+        } => Method::LowRank {
             rank: rank + usize::from(has_head_bias(&plan, attachments)),
             dropout,
+            scaled,
         },
         other => other,
     };
@@ -191,11 +208,13 @@ fn method(attachment: &Attachment) -> Method {
         Attachment::LowRank(low_rank) => Method::LowRank {
             rank: low_rank.rank,
             dropout: low_rank.dropout > 0.0,
+            scaled: low_rank.magnitude.is_some(),
         },
         Attachment::TrainBase { .. } | Attachment::TrainRows { .. } => Method::TrainBase,
         Attachment::Factors(method) => Method::LowRank {
             rank: method.rank(),
             dropout: method.dropout() > 0.0,
+            scaled: false,
         },
         Attachment::Weight(update) => Method::Changed {
             dropout: update.dropout() > 0.0,

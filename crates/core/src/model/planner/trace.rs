@@ -16,6 +16,8 @@ pub(super) struct Held {
     pub(super) all: u64,
     /// What is kept in host memory.
     pub(super) host: u64,
+    /// All buffers that are as large whatever the rows.
+    pub(super) fixed: u64,
 }
 
 /// Runs one micro-batch over counted buffers.
@@ -23,6 +25,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let mut trace = Trace {
         shape,
         pool: Pool::default(),
+        fixed: Pool::default(),
     };
     let act = shape.activations;
     let width = shape.hidden;
@@ -31,15 +34,11 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         .collect();
     // Forward: the stream, its norm and the norm's statistics.
     let stream = trace.pool.take(act, width);
-    if let Method::LowRank { rank, .. } = shape.embedding {
-        trace.pool.pass(shape.factors, trace.aligned(rank));
-    }
+    trace.table_forward(shape.embedding);
     if shape.learned_positions {
         trace.pool.pass(act, width);
     }
-    if let Method::LowRank { rank, .. } = shape.positions {
-        trace.pool.pass(shape.factors, trace.aligned(rank));
-    }
+    trace.table_forward(shape.positions);
     let mut flow = trace.normed(stream, shape.norm_before(0), shape.room_before(0));
     let reached = shape.first_reached();
     let mut saved: Vec<(usize, Saved)> = Vec::new();
@@ -84,11 +83,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         trace.layer_backward(&shape.layers[i], layer_saved, needs_input);
     }
     for table in [shape.positions, shape.embedding] {
-        if let Method::LowRank { rank, .. } = table {
-            let cols = trace.aligned(rank);
-            let both = [(); 2].map(|()| trace.pool.take(shape.factors, cols));
-            trace.give_all(both);
-        }
+        trace.table_backward(table);
     }
     trace.pool.give(d_stream);
     trace.give_all(angles);
@@ -96,12 +91,15 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         kept,
         all: trace.pool.held(),
         host,
+        fixed: trace.fixed.held(),
     }
 }
 
 struct Trace<'a> {
     shape: &'a StepShape,
     pool: Pool,
+    /// Buffers that are as large whatever the rows, as if each were one row.
+    fixed: Pool,
 }
 
 /// What goes from layer to layer: a stream, its norm and the norm's statistics.
@@ -126,23 +124,36 @@ struct Saved {
     /// The input stream and its norm's statistics.
     input: Vec<Slot>,
     attention: Option<Attention>,
-    gate_up: Option<Vec<Slot>>,
+    gate_up: Option<GateUp>,
     down: Down,
 }
 
 struct Attention {
     /// q/k/v, the attention output, log-sum-exp.
     core: [Slot; 3],
-    qkv_parts: Vec<Slot>,
-    o_parts: Vec<Slot>,
+    qkv_parts: Parts,
+    o_parts: Parts,
     output: NormedOutput,
     /// The stream before the mlp and its norm's statistics.
     middle: Vec<Slot>,
 }
 
+struct GateUp {
+    values: Slot,
+    parts: Parts,
+}
+
 struct Down {
-    parts: Vec<Slot>,
+    parts: Parts,
     output: NormedOutput,
+}
+
+/// What the parts of a group keep: low-rank intermediates with the outputs that DoRA scales, and of those
+/// the norms, which do not grow with the rows.
+#[derive(Default)]
+struct Parts {
+    rows: Vec<Slot>,
+    norms: Vec<Slot>,
 }
 
 /// A block's output before its norm and the norm's statistics; nothing where it has no norm.
@@ -151,15 +162,14 @@ type NormedOutput = Vec<Slot>;
 impl Saved {
     fn slots(&self) -> Vec<Slot> {
         let attention = self.attention.iter().flat_map(|a| {
-            let parts = a.qkv_parts.iter().chain(&a.o_parts);
+            let parts = a.qkv_parts.rows.iter().chain(&a.o_parts.rows);
             a.core.iter().chain(parts).chain(&a.output).chain(&a.middle)
         });
-        let down = self.down.parts.iter().chain(&self.down.output);
+        let gate_up = self.gate_up.iter();
+        let gate_up = gate_up.flat_map(|g| g.parts.rows.iter().chain([&g.values]));
+        let down = self.down.parts.rows.iter().chain(&self.down.output);
         let all = self.input.iter().chain(attention);
-        all.chain(self.gate_up.iter().flatten())
-            .chain(down)
-            .copied()
-            .collect()
+        all.chain(gate_up).chain(down).copied().collect()
     }
 }
 
@@ -176,6 +186,56 @@ impl Trace<'_> {
 
     fn give_all(&mut self, slots: impl IntoIterator<Item = Slot>) {
         slots.into_iter().for_each(|slot| self.pool.give(slot));
+    }
+
+    fn give_parts(&mut self, parts: Parts) {
+        self.give_all(parts.rows);
+        parts
+            .norms
+            .into_iter()
+            .for_each(|slot| self.fixed.give(slot));
+    }
+
+    fn give_gate_up(&mut self, gate_up: GateUp) {
+        self.give_parts(gate_up.parts);
+        self.pool.give(gate_up.values);
+    }
+
+    /// The rows of a table.
+    fn table_forward(&mut self, table: Method) {
+        let Method::LowRank { rank, scaled, .. } = table else {
+            return;
+        };
+        self.pool.pass(self.shape.factors, self.aligned(rank));
+        if scaled {
+            let norms = self.norms_of([rank, self.shape.hidden], rank * self.shape.hidden);
+            self.fixed.give(norms);
+        }
+    }
+
+    fn table_backward(&mut self, table: Method) {
+        let Method::LowRank { rank, scaled, .. } = table else {
+            return;
+        };
+        // The rows again, and then their gradient.
+        let width = self.shape.hidden;
+        let unscaled = scaled.then(|| self.pool.take(self.shape.activations, width));
+        let cols = self.aligned(rank);
+        let both = [(); 2].map(|()| self.pool.take(self.shape.factors, cols));
+        self.give_all(both.into_iter().chain(unscaled));
+    }
+
+    /// DoRA's norms of `width` rows or columns, from products of such a shape; `more` values beside them on the way.
+    fn norms_of(&mut self, [rank, width]: [usize; 2], more: usize) -> Slot {
+        let products = [rank * width, rank * width, more].map(|len| (DType::F32, len));
+        let gram = (self.shape.factors, rank * rank);
+        let made = products.into_iter().chain([gram]).filter(|slot| slot.1 > 0);
+        let made: Vec<Slot> = made
+            .map(|(dtype, len)| self.fixed.take(dtype, len))
+            .collect();
+        let norms = self.fixed.take(DType::F32, width);
+        made.into_iter().for_each(|slot| self.fixed.give(slot));
+        norms
     }
 
     /// The norm of a stream, with room for the updates of what reads it.
@@ -248,7 +308,7 @@ impl Trace<'_> {
         };
         if keep != Some(Keep::All) {
             let gate_up = saved.gate_up.take();
-            self.give_all(gate_up.into_iter().flatten());
+            gate_up.into_iter().for_each(|g| self.give_gate_up(g));
         }
         if matches!(keep, Some(Keep::Input) | None)
             && let Some(attention) = saved.attention.take()
@@ -256,12 +316,12 @@ impl Trace<'_> {
             self.give_all(attention.core);
             self.give_all(attention.middle);
             self.give_all(attention.output);
-            self.give_all(attention.qkv_parts);
-            self.give_all(attention.o_parts);
+            self.give_parts(attention.qkv_parts);
+            self.give_parts(attention.o_parts);
         }
         if keep.is_none() {
             self.give_all(saved.input);
-            self.give_all(saved.down.parts);
+            self.give_parts(saved.down.parts);
             self.give_all(saved.down.output);
             return (next, None);
         }
@@ -307,15 +367,14 @@ impl Trace<'_> {
     }
 
     /// gate and up with their low-rank intermediates; gives the normed stream back.
-    fn gate_up(&mut self, layer: &LayerShape, y: Option<Slot>) -> Vec<Slot> {
+    fn gate_up(&mut self, layer: &LayerShape, y: Option<Slot>) -> GateUp {
         let values = self.pool.take(
             self.shape.activations,
             layer.gate_up.out_features + layer.gate_up.room,
         );
-        let mut slots = self.group_forward(&layer.gate_up);
-        slots.push(values);
+        let parts = self.group_forward(&layer.gate_up);
         self.give_all(y);
-        slots
+        GateUp { values, parts }
     }
 
     /// A norm computed again.
@@ -349,7 +408,7 @@ impl Trace<'_> {
         let d_output = self.join_backward(layer, attention.output, layer.o.room);
         let d_attended = self.pool.take(act, layer.o.in_features);
         self.group_backward(&layer.o, true);
-        self.give_all(attention.o_parts);
+        self.give_parts(attention.o_parts);
         self.give_all(d_output);
         let d_qkv = self.pool.take(act, layer.qkv.out_features + layer.qkv.room);
         let positioned = self.positioned(layer);
@@ -364,7 +423,7 @@ impl Trace<'_> {
         let normed = self.normed_again(layer.input_norm, layer.qkv.room);
         let d_normed = self.pool.take(act, width);
         self.group_backward(&layer.qkv, needs_input || layer.input_norm_trained);
-        self.give_all(attention.qkv_parts);
+        self.give_parts(attention.qkv_parts);
         self.give_all(normed);
         self.pool.give(d_normed);
         self.pool.give(d_qkv);
@@ -389,7 +448,7 @@ impl Trace<'_> {
         }
     }
 
-    fn mlp_backward(&mut self, layer: &LayerShape, gate_up: Vec<Slot>, down: Down) {
+    fn mlp_backward(&mut self, layer: &LayerShape, gate_up: GateUp, down: Down) {
         let act = self.shape.activations;
         let d_output = self.join_backward(layer, down.output, layer.down.room);
         let rooms = match layer.down.in_halves() {
@@ -400,20 +459,20 @@ impl Trace<'_> {
             .map(|room| self.pool.take(act, layer.down.in_features + room))
             .collect();
         self.group_backward(&layer.down, true);
-        self.give_all(down.parts);
+        self.give_parts(down.parts);
         self.give_all(d_output);
         self.give_all(activated);
         let normed = self.normed_again(layer.mlp_norm, layer.gate_up.room);
         let d_normed = self.pool.take(act, layer.gate_up.in_features);
         self.group_backward(&layer.gate_up, true);
-        self.give_all(gate_up);
+        self.give_gate_up(gate_up);
         self.give_all(normed);
         self.pool.give(d_normed);
     }
 
     /// What the head's update holds while the loss is computed: s and its gradient.
     fn head_update(&mut self) -> Vec<Slot> {
-        let Method::LowRank { rank, dropout } = self.shape.head_method else {
+        let Method::LowRank { rank, dropout, .. } = self.shape.head_method else {
             return Vec::new();
         };
         let cols = self.aligned(rank);
@@ -432,17 +491,18 @@ impl Trace<'_> {
         Workspace::aligned(self.shape.factors, rank)
     }
 
-    /// The low-rank intermediates that the parts keep.
-    fn group_forward(&mut self, group: &GroupShape) -> Vec<Slot> {
+    /// What the parts keep.
+    fn group_forward(&mut self, group: &GroupShape) -> Parts {
         if self.shape.int8 {
             // Bytes of the input as numbers, and a scale per row.
             let codes = self.pool.take(self.shape.head, group.in_features);
             let scales = self.pool.take(DType::F32, 1);
             self.give_all([codes, scales]);
         }
-        let mut kept = Vec::new();
+        let mut kept = Parts::default();
         if group.room > 0 {
-            kept.push(self.pool.take(self.shape.factors, group.room));
+            let s = self.pool.take(self.shape.factors, group.room);
+            kept.rows.push(s);
             if group.has_dropout() {
                 self.pool.pass(self.shape.activations, group.in_features);
             }
@@ -450,10 +510,28 @@ impl Trace<'_> {
         }
         self.changed(group);
         for part in &group.parts {
-            if let Method::LowRank { rank, dropout } = part.method {
-                kept.push(self.pool.take(self.shape.factors, self.aligned(rank)));
+            if let Method::LowRank {
+                rank, scaled: true, ..
+            } = part.method
+            {
+                kept.norms.push(self.norms_of([rank, part.out_features], 0));
+            }
+        }
+        for part in &group.parts {
+            if let Method::LowRank {
+                rank,
+                dropout,
+                scaled,
+            } = part.method
+            {
+                kept.rows
+                    .push(self.pool.take(self.shape.factors, self.aligned(rank)));
                 if dropout {
                     self.pool.pass(self.shape.activations, group.in_features);
+                }
+                if scaled {
+                    kept.rows
+                        .push(self.pool.take(self.shape.activations, part.out_features));
                 }
             }
         }
@@ -477,11 +555,11 @@ impl Trace<'_> {
             }
             return;
         }
-        let custom = group.parts.iter().any(|p| p.method == Method::Custom);
-        let base_dy = custom.then(|| self.pool.take(act, group.out_features));
+        let changes = group.parts.iter().any(PartShape::changes_output);
+        let base_dy = changes.then(|| self.pool.take(act, group.out_features));
         self.changed(group);
         for part in &group.parts {
-            if let Method::LowRank { rank, dropout } = part.method {
+            if let Method::LowRank { rank, dropout, .. } = part.method {
                 let ds = self.pool.take(self.shape.factors, self.aligned(rank));
                 if dropout {
                     self.pool.pass(act, group.in_features);
