@@ -41,7 +41,7 @@ pub fn available_memory(device: &Device) -> Result<u64> {
 pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
     let bytes = available(device)?;
     Ok(match device {
-        Device::Cpu => bytes / place.local_world_size.max(1) as u64,
+        Device::Cpu => divided(bytes, place),
         Device::Cuda(_) => bytes,
     })
 }
@@ -75,6 +75,8 @@ pub(super) struct Base<'a> {
     pub(super) decoder: &'a DecoderConfig,
     pub(super) files: Option<&'a ModelFiles>,
     pub(super) device: &'a Device,
+    /// Bytes that the host has for what layers keep.
+    pub(super) host: u64,
 }
 
 impl<'a> Base<'a> {
@@ -84,6 +86,7 @@ impl<'a> Base<'a> {
             decoder: &recipe.decoder,
             files: recipe.files.as_ref(),
             device: &recipe.device,
+            host: host_share(recipe.place),
         }
     }
 
@@ -122,7 +125,15 @@ impl<'a> Base<'a> {
         let [weights, trained] = self.fixed_bytes(config, attached);
         let activations = workload.map_or(0, |workload| {
             let step = self.step(config, attached, workload);
-            let plan = forced(config, &step).unwrap_or_else(|| step.smallest());
+            let least = match config.runtime.gradient_checkpointing {
+                Some(true) => every_layer_again,
+                _ => StepShape::smallest,
+            };
+            let plan = match config.runtime.activation_offloading {
+                // The one that takes the least, as where nothing fits.
+                None => step.offloaded_if_it_pays(0, self.host, least),
+                Some(_) => least(&step),
+            };
             plan.bytes.total()
         });
         Needs {
@@ -160,10 +171,19 @@ fn optimizer_bytes(config: &TrainConfig, layout: &ParamLayout, device: &Device) 
     state_bytes(&optimizer, layout) + layout.physical().map(scratch).sum::<u64>()
 }
 
-/// The plan that the configuration insists on.
-fn forced(config: &TrainConfig, step: &StepShape) -> Option<ActivationPlan> {
-    let everywhere = config.runtime.gradient_checkpointing == Some(true);
-    everywhere.then(|| step.predict(&vec![Keep::Input; step.layers()]))
+/// The plan of `gradient_checkpointing: true`.
+fn every_layer_again(step: &StepShape) -> ActivationPlan {
+    step.predict(&vec![Keep::Input; step.layers()])
+}
+
+/// What a rank may take of the host's memory.
+pub(super) fn host_share(place: Place) -> u64 {
+    divided(host_memory::available(), place)
+}
+
+/// A rank's part of what all ranks of a machine share.
+fn divided(bytes: u64, place: Place) -> u64 {
+    bytes / place.local_world_size.max(1) as u64
 }
 
 /// What the method of a run attaches to its base.
@@ -229,11 +249,18 @@ pub(super) fn plan(
     }
     let step = base.step(&recipe.config, attached, &recipe.workload);
     let ahead = |plan| step.ahead_for(plan, available, needs.fixed());
-    let planned = step.plan_for(available, needs.fixed());
-    let forced = forced(&recipe.config, &step).map(ahead);
-    let planned = ahead(planned);
-    let chosen = forced.as_ref().unwrap_or(&planned);
-    require_host_memory(chosen.host, host_memory::available(), recipe.place)?;
+    let bytes = StepShape::usable(available, needs.fixed());
+    let runtime = &recipe.config.runtime;
+    let [planned, again] = match runtime.activation_offloading {
+        None => [
+            step.plan_beside_host(bytes, base.host),
+            step.offloaded_if_it_pays(bytes, base.host, every_layer_again),
+        ],
+        Some(_) => [step.plan(bytes), every_layer_again(&step)],
+    };
+    let forced = (runtime.gradient_checkpointing == Some(true)).then_some(again);
+    let (planned, forced) = (ahead(planned), forced.map(ahead));
+    require_host_memory(forced.as_ref().unwrap_or(&planned).host, base.host)?;
     match forced {
         Some(forced) if forced.extra_compute > planned.extra_compute => {
             let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
@@ -250,9 +277,8 @@ pub(super) fn plan(
     }
 }
 
-/// Refuses to move more to the host than its memory holds, which all ranks of a machine share.
-fn require_host_memory(host: u64, available: u64, place: Place) -> Result<()> {
-    let available = available / place.local_world_size.max(1) as u64;
+/// Refuses to move more to the host than this rank's share of its memory.
+fn require_host_memory(host: u64, available: u64) -> Result<()> {
     if host <= available {
         return Ok(());
     }
@@ -309,8 +335,10 @@ mod tests {
             local_world_size: ranks,
             ..Place::SOLO
         };
-        assert!(require_host_memory(3 << 30, 3 << 30, place(1)).is_ok());
-        let refused = require_host_memory(3 << 30, 4 << 30, place(2)).expect_err("too much");
+        let require =
+            |available, ranks| require_host_memory(3 << 30, divided(available, place(ranks)));
+        assert!(require(3 << 30, 1).is_ok());
+        let refused = require(4 << 30, 2).expect_err("too much");
         assert!(matches!(refused, Error::Memory { .. }), "{refused:?}");
         let said = refused.to_string();
         for word in [
@@ -321,5 +349,6 @@ mod tests {
         ] {
             assert!(said.contains(word), "{said}");
         }
+        assert!(!said.contains("  "), "{said}");
     }
 }

@@ -45,7 +45,9 @@ impl Together {
     /// As [`Recipe::prepare`], naming the adapter; [`Error::Config`] for what one base cannot give to all.
     pub fn prepare(configs: Vec<NamedConfig>) -> Result<Self> {
         let mut runs: Vec<(String, Recipe)> = Vec::with_capacity(configs.len());
-        for NamedConfig { name, config } in configs {
+        for NamedConfig { name, mut config } in configs {
+            // A pass for several moves nothing.
+            config.runtime.activation_offloading.get_or_insert(false);
             let of = |error| named(error, &name);
             let mut recipe = Recipe::prepare_at(Place::SOLO, config).map_err(of)?;
             require_shareable(&recipe).map_err(of)?;

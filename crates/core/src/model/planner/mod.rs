@@ -5,6 +5,7 @@
 //! compute again. Nothing is allocated and no weight is read for it.
 
 mod cost;
+mod host;
 mod pool;
 mod shape;
 #[cfg(test)]
@@ -140,6 +141,8 @@ pub struct ActivationPlan {
     pub offloaded: usize,
     /// Bytes of that memory.
     pub host: u64,
+    /// What the stream of operations is expected to wait for it, as a share of the step's: by an assumed speed of the link.
+    pub waiting: f64,
 }
 
 impl StepShape {
@@ -278,18 +281,18 @@ impl StepShape {
             extra_compute: again.sum::<f64>() / step.max(1.0),
             write_ahead: false,
             offloaded: self.offloaded,
-            host: held.host.saturating_mul(rows),
+            host: held.host.iter().sum::<u64>().saturating_mul(rows),
+            waiting: cost::waiting(self, policy, &held.host) / step.max(1.0),
         }
     }
 
     /// `plan` with weights written out ahead of their products, if the second scratch finds room beside it in the
-    /// memory that [`StepShape::plan_for`] is given. To keep more of a layer comes first: computing it again takes
+    /// memory that [`StepShape::usable`] leaves. To keep more of a layer comes first: computing it again takes
     /// longer than what this saves.
     #[must_use]
     pub fn ahead_for(&self, plan: ActivationPlan, available: u64, taken: u64) -> ActivationPlan {
-        let usable = (available - available / RESERVE).saturating_sub(taken);
         let with = self.ahead(plan.clone());
-        match with.bytes.total() <= usable {
+        match with.bytes.total() <= Self::usable(available, taken) {
             true => with,
             false => plan,
         }
@@ -306,11 +309,10 @@ impl StepShape {
         plan
     }
 
-    /// The plan for a machine with `available` bytes, of which `taken` are weights and trained values.
+    /// Bytes for a step on a machine with `available` bytes, of which `taken` are weights and trained values.
     #[must_use]
-    pub fn plan_for(&self, available: u64, taken: u64) -> ActivationPlan {
-        let usable = available - available / RESERVE;
-        self.plan(usable.saturating_sub(taken))
+    pub fn usable(available: u64, taken: u64) -> u64 {
+        (available - available / RESERVE).saturating_sub(taken)
     }
 
     /// The plan with the least to compute again of those whose step takes at most `bytes`, else the one
@@ -320,8 +322,13 @@ impl StepShape {
     /// free again for what they need to be computed anew.
     #[must_use]
     pub fn plan(&self, bytes: u64) -> ActivationPlan {
+        self.plan_by(bytes, |plan| plan.extra_compute)
+    }
+
+    /// The plan with the least `cost` of those whose step takes at most `bytes`, else the one that takes the least.
+    fn plan_by(&self, bytes: u64, cost: impl Fn(&ActivationPlan) -> f64) -> ActivationPlan {
         let everything = self.predict(&[]);
-        if everything.bytes.total() <= bytes {
+        if everything.bytes.total() <= bytes && cost(&everything) == 0.0 {
             return everything;
         }
         let reached = self.layers.len() - self.first_reached();
@@ -331,7 +338,7 @@ impl StepShape {
             let Some(plan) = self.fewest_dropped(recomputed, reached, bytes) else {
                 continue;
             };
-            let better = |best: &ActivationPlan| plan.extra_compute < best.extra_compute;
+            let better = |best: &ActivationPlan| cost(&plan) < cost(best);
             if best.as_ref().is_none_or(better) {
                 best = Some(plan);
             }
