@@ -222,3 +222,55 @@ fn activations_in_host_memory_change_the_plan_and_no_byte_of_the_result() {
     let [stays, moves] = ["stays", "moves"].map(|name| read(&bench.path(name).join(file)));
     assert!(stays == moves, "other bytes");
 }
+
+#[test]
+fn where_a_run_does_not_fit_on_the_gpu_a_plan_moves_activations_to_the_host() {
+    const MEMORY: u64 = 1 << 30;
+    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+        eprintln!("not tried: the memory of a real GPU cannot be made small");
+        return;
+    }
+    let shape = Shape {
+        layers: 6,
+        ..Shape::default()
+    };
+    let bench = Workbench::of(&shape, 24);
+    let plan = |offloading: Value, memory: u64| {
+        let mut changes = changes();
+        changes["device"] = json!("cuda");
+        changes["gradient_checkpointing"] = json!(true);
+        changes["activation_offloading"] = offloading;
+        let config = bench.config("planned", &changes);
+        let memory = memory.to_string();
+        let dry_run = ["train", "--dry-run", "--json", text(&config)];
+        run(&dry_run, &[("FERROTUNE_HOST_MEMORY", memory.as_str())])
+    };
+    let report = |offloading: Value, memory: u64| -> Value {
+        serde_json::from_str(&plan(offloading, memory).expect(0).stdout).expect("JSON")
+    };
+    let on_gpu = |report: &Value| {
+        let parts = [
+            "weights",
+            "trained",
+            "activations",
+            "working",
+            "loss",
+            "other",
+        ];
+        let bytes = parts.map(|part| report["memory_bytes"][part].as_u64().expect("bytes"));
+        bytes.into_iter().sum::<u64>()
+    };
+    let [staying, moved] = [false, true].map(|moves| report(json!(moves), MEMORY));
+    assert!(on_gpu(&moved) < on_gpu(&staying));
+    let available = staying["available_memory_bytes"].as_u64().expect("bytes");
+    let memory = on_gpu(&moved).midpoint(on_gpu(&staying)) + (MEMORY - available);
+    plan(json!(false), memory).expect(71);
+    let unset = report(Value::Null, memory);
+    assert_eq!(unset["activation_plan"]["offloaded_layers"], 4);
+    assert_eq!(on_gpu(&unset), on_gpu(&moved));
+    // Where it fits as it is, nothing moves.
+    assert_eq!(
+        report(Value::Null, MEMORY)["activation_plan"]["offloaded_layers"],
+        0
+    );
+}

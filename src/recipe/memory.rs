@@ -6,7 +6,7 @@ use super::{Recipe, fitting, host_memory};
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{
-    ActivationPlan, DecoderConfig, Keep, ModelPlan, StepShape, WeightFormat, Workload,
+    ActivationPlan, DecoderConfig, Keep, ModelPlan, StepMemory, StepShape, WeightFormat, Workload,
 };
 use ferrotune_core::optimizer::OptimizerChoice;
 use ferrotune_core::params::{ParamLayout, Segment};
@@ -41,7 +41,7 @@ pub fn available_memory(device: &Device) -> Result<u64> {
 pub(super) fn share_of(device: &Device, place: Place) -> Result<u64> {
     let bytes = available(device)?;
     Ok(match device {
-        Device::Cpu => bytes / place.local_world_size.max(1) as u64,
+        Device::Cpu => divided(bytes, place),
         Device::Cuda(_) => bytes,
     })
 }
@@ -75,6 +75,8 @@ pub(super) struct Base<'a> {
     pub(super) decoder: &'a DecoderConfig,
     pub(super) files: Option<&'a ModelFiles>,
     pub(super) device: &'a Device,
+    /// Bytes that the host has for what layers keep.
+    pub(super) host: u64,
 }
 
 impl<'a> Base<'a> {
@@ -84,6 +86,7 @@ impl<'a> Base<'a> {
             decoder: &recipe.decoder,
             files: recipe.files.as_ref(),
             device: &recipe.device,
+            host: host_share(recipe.place),
         }
     }
 
@@ -111,6 +114,14 @@ impl<'a> Base<'a> {
         }
     }
 
+    /// Memory for a step where a plan may move what layers keep: half of the host's stays free for all else there.
+    fn memory(&self, device: u64) -> StepMemory {
+        StepMemory {
+            device,
+            host: self.host / 2,
+        }
+    }
+
     /// What a run as `config` says needs at least; without activations while nothing is known of its
     /// micro-batches.
     pub(super) fn needs(
@@ -122,7 +133,15 @@ impl<'a> Base<'a> {
         let [weights, trained] = self.fixed_bytes(config, attached);
         let activations = workload.map_or(0, |workload| {
             let step = self.step(config, attached, workload);
-            let plan = forced(config, &step).unwrap_or_else(|| step.smallest());
+            let least = match config.runtime.gradient_checkpointing {
+                Some(true) => every_layer_again,
+                _ => StepShape::smallest,
+            };
+            let plan = match config.runtime.activation_offloading {
+                // The one that takes the least, as where nothing fits.
+                None => step.offloaded_if_it_pays(self.memory(0), least),
+                Some(_) => least(&step),
+            };
             plan.bytes.total()
         });
         Needs {
@@ -160,10 +179,19 @@ fn optimizer_bytes(config: &TrainConfig, layout: &ParamLayout, device: &Device) 
     state_bytes(&optimizer, layout) + layout.physical().map(scratch).sum::<u64>()
 }
 
-/// The plan that the configuration insists on.
-fn forced(config: &TrainConfig, step: &StepShape) -> Option<ActivationPlan> {
-    let everywhere = config.runtime.gradient_checkpointing == Some(true);
-    everywhere.then(|| step.predict(&vec![Keep::Input; step.layers()]))
+/// The plan of `gradient_checkpointing: true`.
+fn every_layer_again(step: &StepShape) -> ActivationPlan {
+    step.predict(&vec![Keep::Input; step.layers()])
+}
+
+/// What a rank may take of the host's memory.
+pub(super) fn host_share(place: Place) -> u64 {
+    divided(host_memory::available(), place)
+}
+
+/// A rank's part of what all ranks of a machine share.
+fn divided(bytes: u64, place: Place) -> u64 {
+    bytes / place.local_world_size.max(1) as u64
 }
 
 /// What the method of a run attaches to its base.
@@ -229,11 +257,25 @@ pub(super) fn plan(
     }
     let step = base.step(&recipe.config, attached, &recipe.workload);
     let ahead = |plan| step.ahead_for(plan, available, needs.fixed());
-    let planned = step.plan_for(available, needs.fixed());
-    let forced = forced(&recipe.config, &step).map(ahead);
-    let planned = ahead(planned);
-    let chosen = forced.as_ref().unwrap_or(&planned);
-    require_host_memory(chosen.host, host_memory::available(), recipe.place)?;
+    let bytes = StepShape::usable(available, needs.fixed());
+    let runtime = &recipe.config.runtime;
+    let [planned, again] = match runtime.activation_offloading {
+        None => {
+            let memory = base.memory(bytes);
+            let again = step.offloaded_if_it_pays(memory, every_layer_again);
+            [step.plan_beside_host(memory), again]
+        }
+        Some(_) => {
+            let memory = StepMemory {
+                device: bytes,
+                host: base.host,
+            };
+            [step.plan(memory), every_layer_again(&step)]
+        }
+    };
+    let forced = (runtime.gradient_checkpointing == Some(true)).then_some(again);
+    let (planned, forced) = (ahead(planned), forced.map(ahead));
+    require_host_memory(forced.as_ref().unwrap_or(&planned).host, base.host)?;
     match forced {
         Some(forced) if forced.extra_compute > planned.extra_compute => {
             let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
@@ -250,17 +292,16 @@ pub(super) fn plan(
     }
 }
 
-/// Refuses to move more to the host than its memory holds, which all ranks of a machine share.
-fn require_host_memory(host: u64, available: u64, place: Place) -> Result<()> {
-    let available = available / place.local_world_size.max(1) as u64;
+/// Refuses to move more to the host than this rank's share of its memory.
+fn require_host_memory(host: u64, available: u64) -> Result<()> {
     if host <= available {
         return Ok(());
     }
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let message = format!(
-        "`activation_offloading: true` moves {} of activations to host memory on each rank, of which {} are available \
-         there; add gradient_checkpointing: true, which leaves less to move, lower per_device_train_batch_size or \
-         max_length, or leave activation_offloading out",
+        "`activation_offloading: true` moves at least {} of activations to host memory on each rank, of which {} are \
+         available there; lower per_device_train_batch_size or max_length, or leave activation_offloading out, so that \
+         no more layers move than find room",
         gib(host),
         gib(available)
     );
@@ -274,8 +315,8 @@ const BEFORE_ROWS: &str = ", if the activations of the rows find room beside it"
 fn does_not_fit(needs: Needs, available: u64, reserve: &str, changes: &[String]) -> Error {
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let mut message = format!(
-        "the run needs at least {} of memory (weights {}, trained values {}, activations {} with every layer \
-         computed again), {} are available",
+        "the run needs at least {} of memory (weights {}, trained values {}, activations {} with as little kept as \
+         can be), {} are available",
         gib(needs.total()),
         gib(needs.weights),
         gib(needs.trained),
@@ -309,17 +350,20 @@ mod tests {
             local_world_size: ranks,
             ..Place::SOLO
         };
-        assert!(require_host_memory(3 << 30, 3 << 30, place(1)).is_ok());
-        let refused = require_host_memory(3 << 30, 4 << 30, place(2)).expect_err("too much");
+        let require =
+            |available, ranks| require_host_memory(3 << 30, divided(available, place(ranks)));
+        assert!(require(3 << 30, 1).is_ok());
+        let refused = require(4 << 30, 2).expect_err("too much");
         assert!(matches!(refused, Error::Memory { .. }), "{refused:?}");
         let said = refused.to_string();
         for word in [
             "activation_offloading: true",
             "3.0 GiB",
             "2.0 GiB",
-            "gradient_checkpointing: true",
+            "leave activation_offloading out",
         ] {
             assert!(said.contains(word), "{said}");
         }
+        assert!(!said.contains("  "), "{said}");
     }
 }

@@ -162,6 +162,7 @@ impl Recipe {
             directory: &base,
             decoder: &decoder,
             files: files.as_ref(),
+            host: memory::host_share(place),
         };
         let attached = memory::attach(&config, shape)?;
         config.notes.extend_from_slice(&attached.notes);

@@ -45,7 +45,9 @@ impl Together {
     /// As [`Recipe::prepare`], naming the adapter; [`Error::Config`] for what one base cannot give to all.
     pub fn prepare(configs: Vec<NamedConfig>) -> Result<Self> {
         let mut runs: Vec<(String, Recipe)> = Vec::with_capacity(configs.len());
-        for NamedConfig { name, config } in configs {
+        for NamedConfig { name, mut config } in configs {
+            // A pass for several moves nothing.
+            config.runtime.activation_offloading.get_or_insert(false);
             let of = |error| named(error, &name);
             let mut recipe = Recipe::prepare_at(Place::SOLO, config).map_err(of)?;
             require_shareable(&recipe).map_err(of)?;
@@ -202,8 +204,13 @@ impl Observer for Last {
     }
 }
 
-/// Refuses starts that change the base or need passes of their own over it.
+/// Refuses what a pass for several cannot do: starts that change the base or need passes of their own over it, and to
+/// move what layers keep.
 fn require_shareable(recipe: &Recipe) -> Result<()> {
+    if recipe.activations.offloaded > 0 {
+        let message = "true is for a run of one adapter; leave it out";
+        return Err(Error::config("activation_offloading", message));
+    }
     let keys = &recipe.config.lora;
     if keys.peft_config.is_some() {
         return Ok(());
@@ -221,24 +228,28 @@ fn require_shareable(recipe: &Recipe) -> Result<()> {
     Err(Error::config("init_lora_weights", message))
 }
 
-/// What each layer keeps for its backward when the largest micro-batches of all runs come together.
+/// What each layer keeps for its backward when the largest micro-batches of all runs come together, as if all had the
+/// method that takes most.
 fn plan(runs: &mut [(String, Recipe)]) -> Result<ActivationPlan> {
     let workload = all_of(runs.iter().map(|(_, recipe)| &recipe.workload));
-    let mut others = 0;
-    for (_, recipe) in runs.iter().skip(1) {
+    let mut needs = Vec::with_capacity(runs.len());
+    for (_, recipe) in runs.iter() {
         let attached = adapter::attach(&recipe.config, &recipe.base, &recipe.decoder)?;
-        others += Base::of(recipe).fixed_bytes(&recipe.config, &attached)[1];
+        let needed = Base::of(recipe).needs(&recipe.config, &attached, Some(&workload));
+        needs.push((needed, attached));
     }
-    let Some((_, first)) = runs.first_mut() else {
+    let most = (0..needs.len()).max_by_key(|&i| needs[i].0.activations);
+    let Some((most, (_, recipe))) = most.and_then(|i| Some((i, runs.get_mut(i)?))) else {
         return Ok(ActivationPlan::default());
     };
-    let attached = adapter::attach(&first.config, &first.base, &first.decoder)?;
-    let alone = std::mem::replace(&mut first.workload, workload);
-    let available = first.available_memory.saturating_sub(others);
-    let planned = memory::plan(first, &attached, available);
-    first.workload = alone;
+    let trained: u64 = needs.iter().map(|(needed, _)| needed.trained).sum();
+    let others = trained - needs[most].0.trained;
+    let alone = std::mem::replace(&mut recipe.workload, workload);
+    let available = recipe.available_memory.saturating_sub(others);
+    let planned = memory::plan(recipe, &needs[most].1, available);
+    recipe.workload = alone;
     let (activations, note) = planned?;
-    first.config.notes.extend(note);
+    recipe.config.notes.extend(note);
     Ok(activations)
 }
 

@@ -202,7 +202,13 @@ fn a_plan_writes_ahead_where_that_fits() {
     let needed = enough.bytes.total();
     assert!(needed >= codes.predict(&[]).bytes.total() + 2 * 512 * 6144);
     // What a plan leaves in reserve is a thirty-second.
-    let plan_at = |bytes: u64| codes.ahead_for(codes.plan(bytes), bytes + bytes / 31 + 1, 0);
+    let plan_at = |bytes: u64| {
+        let memory = StepMemory {
+            device: bytes,
+            host: 0,
+        };
+        codes.ahead_for(codes.plan(memory), bytes + bytes / 31 + 1, 0)
+    };
     assert_eq!(plan_at(needed), enough);
     let less = plan_at(needed - needed / 16);
     assert!(!less.write_ahead);

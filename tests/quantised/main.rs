@@ -14,7 +14,9 @@ use common::{
 };
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::io::{FileDType, ModelFiles, SafetensorsFile, TensorData, write_safetensors};
-use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass, StepShape, WeightFormat, Workload};
+use ferrotune::core::model::{
+    DecoderConfig, Mode, Model, Pass, StepMemory, StepShape, WeightFormat, Workload,
+};
 use ferrotune::core::params::FlatBuffer;
 use ferrotune::core::trainer::attach;
 use ferrotune::kernels::dequantise::{FourBitFormat, FourBitType, QuantFormat};

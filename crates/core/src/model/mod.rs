@@ -49,7 +49,7 @@ pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
 pub use modules::ModuleNames;
 pub use plan::{LayerPlan, ModelPlan};
-pub use planner::{ActivationPlan, StepBytes, StepShape, Workload};
+pub use planner::{ActivationPlan, StepBytes, StepMemory, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use together::MemberPass;

@@ -1,6 +1,7 @@
 //! Floating point operations per token: of a step, and of what is computed again.
 
 use super::StepShape;
+use super::host::FLOPS_PER_BYTE;
 use super::shape::{GroupShape, LayerShape, Method};
 use crate::model::Keep;
 
@@ -8,11 +9,8 @@ use crate::model::Keep;
 /// 2 more where they are trained; low-rank updates 6; attention over rows of S tokens 7 S H E, of which
 /// 2 are forward; the head 4 per weight and label row.
 pub(super) fn step(shape: &StepShape) -> f64 {
-    let layers = shape.layers.iter().map(|layer| {
-        let groups = [&layer.qkv, &layer.o, &layer.gate_up, &layer.down];
-        let linears: f64 = groups.into_iter().map(linears_of_step).sum();
-        linears + 7.0 * attention_unit(shape, layer)
-    });
+    let layers =
+        (shape.layers.iter()).map(|layer| passes(shape, layer, Keep::All).into_iter().sum::<f64>());
     let head = 4.0 * (shape.vocabulary * shape.hidden) as f64 * shape.label_share;
     layers.sum::<f64>() + head
 }
@@ -28,6 +26,29 @@ pub(super) fn again(shape: &StepShape, layer: &LayerShape, keep: Keep) -> f64 {
             linears + 2.0 * attention_unit(shape, layer)
         }
     }
+}
+
+/// While the stream of operations waits for what layers keep in host memory, as operations. Layer i keeps `host[i]` bytes a
+/// token there, which leave during the forward of the layer above and come back during its backward.
+pub(super) fn waiting(shape: &StepShape, keep: impl Fn(usize) -> Keep, host: &[u64]) -> f64 {
+    let waits = host.iter().enumerate().map(|(i, &bytes)| {
+        let moving = bytes as f64 * FLOPS_PER_BYTE;
+        let [forward, backward] = match shape.layers.get(i + 1) {
+            Some(above) => passes(shape, above, keep(i + 1)),
+            None => [0.0; 2],
+        };
+        (moving - forward).max(0.0) + (moving - backward).max(0.0)
+    });
+    waits.sum()
+}
+
+/// Forward and backward of `layer`.
+fn passes(shape: &StepShape, layer: &LayerShape, keep: Keep) -> [f64; 2] {
+    let groups = [&layer.qkv, &layer.o, &layer.gate_up, &layer.down];
+    let attention = attention_unit(shape, layer);
+    let forward = groups.into_iter().map(forward).sum::<f64>() + 2.0 * attention;
+    let step = groups.into_iter().map(linears_of_step).sum::<f64>() + 7.0 * attention;
+    [forward, step - forward + again(shape, layer, keep)]
 }
 
 /// S H E, with S the mean number of tokens of a document.

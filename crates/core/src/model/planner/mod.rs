@@ -5,6 +5,7 @@
 //! compute again. Nothing is allocated and no weight is read for it.
 
 mod cost;
+mod host;
 mod pool;
 mod shape;
 #[cfg(test)]
@@ -140,6 +141,25 @@ pub struct ActivationPlan {
     pub offloaded: usize,
     /// Bytes of that memory.
     pub host: u64,
+    /// What the stream of operations is expected to wait for it, as a share of the step's: by an assumed speed of the link.
+    pub waiting: f64,
+}
+
+/// Bytes for a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepMemory {
+    /// Of the device that computes, for all of [`StepBytes`].
+    pub device: u64,
+    /// Of the host, for what layers keep there.
+    pub host: u64,
+}
+
+impl StepMemory {
+    /// Whether `plan` finds room in it.
+    #[must_use]
+    pub fn holds(self, plan: &ActivationPlan) -> bool {
+        plan.bytes.total() <= self.device && plan.host <= self.host
+    }
 }
 
 impl StepShape {
@@ -279,18 +299,18 @@ impl StepShape {
             extra_compute: again.sum::<f64>() / step.max(1.0),
             write_ahead: false,
             offloaded: self.offloaded,
-            host: held.host.saturating_mul(rows),
+            host: held.host.iter().sum::<u64>().saturating_mul(rows),
+            waiting: cost::waiting(self, policy, &held.host) / step.max(1.0),
         }
     }
 
     /// `plan` with weights written out ahead of their products, if the second scratch finds room beside it in the
-    /// memory that [`StepShape::plan_for`] is given. To keep more of a layer comes first: computing it again takes
+    /// memory that [`StepShape::usable`] leaves. To keep more of a layer comes first: computing it again takes
     /// longer than what this saves.
     #[must_use]
     pub fn ahead_for(&self, plan: ActivationPlan, available: u64, taken: u64) -> ActivationPlan {
-        let usable = (available - available / RESERVE).saturating_sub(taken);
         let with = self.ahead(plan.clone());
-        match with.bytes.total() <= usable {
+        match with.bytes.total() <= Self::usable(available, taken) {
             true => with,
             false => plan,
         }
@@ -307,32 +327,36 @@ impl StepShape {
         plan
     }
 
-    /// The plan for a machine with `available` bytes, of which `taken` are weights and trained values.
+    /// Bytes for a step on a machine with `available` bytes, of which `taken` are weights and trained values.
     #[must_use]
-    pub fn plan_for(&self, available: u64, taken: u64) -> ActivationPlan {
-        let usable = available - available / RESERVE;
-        self.plan(usable.saturating_sub(taken))
+    pub fn usable(available: u64, taken: u64) -> u64 {
+        (available - available / RESERVE).saturating_sub(taken)
     }
 
-    /// The plan with the least to compute again of those whose step takes at most `bytes`, else the one
+    /// The plan with the least to compute again of those whose step finds room in `memory`, else the one
     /// that takes the least.
     ///
     /// Earlier layers keep less than later ones: backward ends with them, when what the others kept is
     /// free again for what they need to be computed anew.
     #[must_use]
-    pub fn plan(&self, bytes: u64) -> ActivationPlan {
+    pub fn plan(&self, memory: StepMemory) -> ActivationPlan {
+        self.plan_by(memory, |plan| plan.extra_compute)
+    }
+
+    /// The same with the least `cost`.
+    fn plan_by(&self, memory: StepMemory, cost: impl Fn(&ActivationPlan) -> f64) -> ActivationPlan {
         let everything = self.predict(&[]);
-        if everything.bytes.total() <= bytes {
+        if memory.holds(&everything) && cost(&everything) == 0.0 {
             return everything;
         }
         let reached = self.layers.len() - self.first_reached();
         let stride = reached.div_ceil(MOST_TRIED).max(1);
         let mut best: Option<ActivationPlan> = None;
         for recomputed in (0..=reached).step_by(stride) {
-            let Some(plan) = self.fewest_dropped(recomputed, reached, bytes) else {
+            let Some(plan) = self.fewest_dropped(recomputed, reached, memory) else {
                 continue;
             };
-            let better = |best: &ActivationPlan| plan.extra_compute < best.extra_compute;
+            let better = |best: &ActivationPlan| cost(&plan) < cost(best);
             if best.as_ref().is_none_or(better) {
                 best = Some(plan);
             }
@@ -361,7 +385,7 @@ impl StepShape {
         &self,
         recomputed: usize,
         reached: usize,
-        bytes: u64,
+        memory: StepMemory,
     ) -> Option<ActivationPlan> {
         let first = self.first_reached();
         let plan = |dropped: usize| {
@@ -370,7 +394,7 @@ impl StepShape {
             keep.resize(first + recomputed + dropped, Keep::DropGateUp);
             self.predict(&keep)
         };
-        let fits = |plan: &ActivationPlan| plan.bytes.total() <= bytes;
+        let fits = |plan: &ActivationPlan| memory.holds(plan);
         let (mut too_few, mut enough) = (None, reached - recomputed);
         let mut found = Some(plan(enough)).filter(fits)?;
         while enough > too_few.map_or(0, |few: usize| few + 1) {

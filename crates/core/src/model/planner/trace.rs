@@ -8,14 +8,14 @@ use crate::model::{Keep, QkNorm};
 use ferrotune_kernels::{DType, Workspace};
 
 /// Bytes per row of the pool after a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Held {
     /// What layers keep from forward to backward.
     pub(super) kept: u64,
     /// All buffers.
     pub(super) all: u64,
-    /// What is kept in host memory.
-    pub(super) host: u64,
+    /// What each layer keeps in host memory.
+    pub(super) host: Vec<u64>,
     /// All buffers that are as large whatever the rows.
     pub(super) fixed: u64,
 }
@@ -43,7 +43,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let reached = shape.first_reached();
     let mut saved: Vec<(usize, Saved)> = Vec::new();
     let mut leaving = Vec::new();
-    let mut host = 0;
+    let mut host = vec![0; shape.layers.len()];
     for (i, layer) in shape.layers.iter().enumerate() {
         let policy = (i >= reached).then(|| keep.get(i).copied().unwrap_or_default());
         let next_norm = (shape.norm_before(i + 1), shape.room_before(i + 1));
@@ -52,7 +52,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         trace.give_all(std::mem::take(&mut leaving));
         if let Some(saved) = layer_saved.as_ref().filter(|_| i < shape.offloaded) {
             leaving = saved.slots();
-            host += leaving.iter().copied().map(row_bytes).sum::<u64>();
+            host[i] = leaving.iter().copied().map(row_bytes).sum();
         }
         saved.extend(layer_saved.map(|s| (i, s)));
     }
