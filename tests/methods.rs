@@ -113,6 +113,13 @@ fn configurations() -> Vec<(Value, Start)> {
         ),
         (of("RANDLORA", json!({"r": 5})), Nothing),
         (of("RANDLORA", json!({"r": 8, "sparse": true})), Nothing),
+        (
+            of(
+                "RANDLORA",
+                json!({"r": 8, "save_projection": false, "projection_prng_key": 3}),
+            ),
+            Nothing,
+        ),
         (of("ROAD", json!({"group_size": 8})), Nothing),
         (
             of("ROAD", json!({"group_size": 4, "variant": "road_2"})),
@@ -519,10 +526,6 @@ fn mistakes_in_a_configuration_are_named() {
         (
             json!({"peft_type": "IA3", "feedforward_modules": ["gate_proj"]}),
             "target_modules",
-        ),
-        (
-            json!({"peft_type": "RANDLORA", "save_projection": false}),
-            "PyTorch",
         ),
     ];
     for (keys, part) in cases {

@@ -233,6 +233,14 @@ fn methods() -> Vec<(&'static str, Value)> {
         ),
         ("randlora", json!({"peft_type": "RANDLORA", "r": 8})),
         (
+            "randlora_drawn",
+            json!({"peft_type": "RANDLORA", "r": 5, "save_projection": false, "projection_prng_key": 5}),
+        ),
+        (
+            "randlora_drawn_very_sparse",
+            json!({"peft_type": "RANDLORA", "r": 8, "very_sparse": true, "save_projection": false}),
+        ),
+        (
             "road",
             json!({"peft_type": "ROAD", "group_size": 8, "variant": "road_4"}),
         ),

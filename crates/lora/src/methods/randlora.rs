@@ -11,14 +11,15 @@
 //! `tuners/randlora`.
 
 use super::matrix::{empty, grad, nn, param, tn};
+use super::torch_random::TorchRandom;
 use crate::files::Weights;
 use crate::method::{Frozen, Init, Keys, Method, Place, Placed, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::khatri_rao::{self, Operands};
-use ferrotune_kernels::rng::{Stream, key_for};
 use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use half::bf16;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -42,10 +43,11 @@ pub(crate) struct RandLora {
     rank: usize,
     alpha: f64,
     key: u64,
+    save_projection: bool,
     density: Density,
     dropout: f64,
     init_weights: bool,
-    /// From the file of the adapter.
+    /// From the file of the adapter, where it has them.
     projections: Option<[Arc<Tensor>; 2]>,
 }
 
@@ -69,18 +71,16 @@ impl Method for RandLora {
             (true, false) => Density::Sparse,
             (false, false) => Density::Dense,
         };
-        if !keys.boolean("save_projection", true)? {
-            let message = "is false: the projections could only be made again by the version of PyTorch that made them";
-            return Err(keys.error("save_projection", message));
-        }
-        let projections = keys
-            .directory()
-            .map(|directory| read_projections(directory, rank))
-            .transpose()?;
+        let save_projection = keys.boolean("save_projection", true)?;
+        let projections = match keys.directory() {
+            Some(directory) if save_projection => Some(read_projections(directory, rank)?),
+            _ => None,
+        };
         Ok(Self {
             rank,
             alpha: keys.number("randlora_alpha", 640.0)?,
             key: keys.integer("projection_prng_key", 0)? as u64,
+            save_projection,
             density,
             dropout: keys.probability("randlora_dropout")?,
             init_weights: keys.boolean("init_weights", true)?,
@@ -92,7 +92,7 @@ impl Method for RandLora {
         keys.insert("r".into(), json!(self.rank));
         keys.insert("randlora_alpha".into(), json!(self.alpha));
         keys.insert("projection_prng_key".into(), json!(self.key));
-        keys.insert("save_projection".into(), json!(true));
+        keys.insert("save_projection".into(), json!(self.save_projection));
         keys.insert("sparse".into(), json!(self.density == Density::Sparse));
         keys.insert(
             "very_sparse".into(),
@@ -116,10 +116,7 @@ impl Method for RandLora {
         let bases = min.div_ceil(self.rank);
         let [a, b] = match &self.projections {
             Some(projections) => projections.clone(),
-            None => [
-                Arc::new(self.draw(A, min, self.rank, min)),
-                Arc::new(self.draw(B, min, max, bases * self.rank)),
-            ],
+            None => self.draw([max, min], bases).map(Arc::new),
         };
         if a.rows() != self.rank || a.cols() < min || b.rows() < max || b.cols() < bases * self.rank
         {
@@ -137,7 +134,11 @@ impl Method for RandLora {
     }
 
     fn saved_frozen(&self) -> Vec<&'static str> {
-        vec![A, B]
+        if self.save_projection {
+            vec![A, B]
+        } else {
+            Vec::new()
+        }
     }
 
     fn frozen_shape(&self, ending: &str, [rows, cols]: [usize; 2]) -> Vec<usize> {
@@ -187,34 +188,57 @@ impl Method for RandLora {
 }
 
 impl RandLora {
-    /// A projection: uniform, or sparse signs; divided by its standard deviation.
-    fn draw(&self, name: &str, min: usize, rows: usize, cols: usize) -> Tensor {
-        let mut stream = Stream::new(key_for(self.key, name));
+    /// A `[r, min]` and B `[max, bases r]` as PEFT draws them with torch's generator: uniform in bf16, or sparse signs in
+    /// f32; each divided by its standard deviation.
+    fn draw(&self, [max, min]: [usize; 2], bases: usize) -> [Tensor; 2] {
+        let rank = self.rank;
+        let mut random = TorchRandom::new(self.key);
         let one_in = match self.density {
-            Density::Dense => None,
-            Density::Sparse => Some(3.0),
-            Density::VerySparse => Some((min as f64).sqrt()),
-        };
-        let mut value = || {
-            let unit = stream.uniform();
-            match one_in {
-                None => 2.0 * unit - 1.0,
-                Some(n) if unit < 0.5 / n => -1.0,
-                Some(n) if unit > 1.0 - 0.5 / n => 1.0,
-                Some(_) => 0.0,
+            Density::Dense => {
+                let a = random.kaiming_bf16(min, rank * min);
+                // One base after the other, `[max, r]` each.
+                let mut b = vec![0.0; max * bases * rank];
+                for base in 0..bases {
+                    let drawn = random.kaiming_bf16(rank, max * rank);
+                    for (row, values) in drawn.chunks_exact(rank).enumerate() {
+                        let first = (row * bases + base) * rank;
+                        b[first..first + rank].copy_from_slice(values);
+                    }
+                }
+                let [a, b] = [a, b].map(|values| {
+                    let rounded = |value: f32| bf16::from_f32(value).to_f32();
+                    let std = rounded(standard_deviation(&values));
+                    values.iter().map(|v| rounded(v / std)).collect()
+                });
+                return [
+                    Tensor::from_f32(a, rank, min),
+                    Tensor::from_f32(b, max, bases * rank),
+                ];
             }
+            Density::Sparse => 3.0,
+            Density::VerySparse => (min as f64).sqrt(),
         };
-        let values: Vec<f64> = (0..rows * cols).map(|_| value()).collect();
-        let mean = values.iter().sum::<f64>() / values.len() as f64;
-        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>()
-            / (values.len() - 1).max(1) as f64;
-        let std = variance.sqrt().max(f64::MIN_POSITIVE);
-        Tensor::from_f32(
-            values.iter().map(|v| (v / std) as f32).collect(),
-            rows,
-            cols,
-        )
+        let [few, many] = [0.5 / one_in, 1.0 - 0.5 / one_in].map(|share| share as f32);
+        [[rank, min], [max, bases * rank]].map(|[rows, cols]| {
+            let signs = (0..rows * cols).map(|_| match random.uniform(0.0, 1.0) {
+                unit if unit < few => -1.0,
+                unit if unit > many => 1.0,
+                _ => 0.0,
+            });
+            let signs: Vec<f32> = signs.collect();
+            let std = standard_deviation(&signs);
+            let values = signs.iter().map(|sign| sign / std).collect();
+            Tensor::from_f32(values, rows, cols)
+        })
     }
+}
+
+/// As torch's `std`, of a sample.
+fn standard_deviation(values: &[f32]) -> f32 {
+    let count = values.len() as f64;
+    let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / count;
+    let squares = values.iter().map(|v| (f64::from(*v) - mean).powi(2));
+    (squares.sum::<f64>() / (count - 1.0)).sqrt() as f32
 }
 
 fn read_projections(directory: &Path, rank: usize) -> Result<[Arc<Tensor>; 2]> {
@@ -323,5 +347,84 @@ impl WeightUpdate for Bases {
             d.view(),
             of,
         )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(density: Density) -> [Vec<f32>; 2] {
+        let method = RandLora {
+            rank: 3,
+            alpha: 1.0,
+            key: 3,
+            save_projection: false,
+            density,
+            dropout: 0.0,
+            init_weights: true,
+            projections: None,
+        };
+        method.draw([5, 4], 2).map(|drawn| drawn.to_f32_vec())
+    }
+
+    /// Of `RandLoraModel` in PEFT 0.21.2 with torch 2.15, `projection_prng_key: 3`.
+    #[test]
+    fn projections_are_those_of_peft() {
+        let [a, b] = drawn(Density::Dense);
+        let theirs = [
+            -1.5,
+            -1.195_312_5,
+            -0.648_437_5,
+            -1.429_687_5,
+            -0.085_937_5,
+            -1.328_125,
+            0.824_218_75,
+            0.738_281_25,
+            0.285_156_25,
+            1.179_687_5,
+            -0.148_437_5,
+            0.906_25,
+        ];
+        assert_eq!(a, theirs);
+        // The first three rows, of two bases each.
+        let theirs = [
+            -1.1875,
+            -0.333_984_38,
+            -1.515_625,
+            0.339_843_75,
+            -1.289_062_5,
+            -1.3125,
+            -0.137_695_31,
+            -1.101_562_5,
+            1.531_25,
+            -0.808_593_75,
+            1.031_25,
+            -1.226_562_5,
+            1.179_687_5,
+            1.273_437_5,
+            0.503_906_25,
+            -1.531_25,
+            -1.468_75,
+            -0.832_031_25,
+        ];
+        assert_eq!(b[..theirs.len()], theirs);
+
+        let [a, b] = drawn(Density::Sparse);
+        let (s, t) = (1.608_799_3, 1.543_878_8);
+        assert_eq!(a, [-s, -s, 0.0, -s, 0.0, -s, 0.0, 0.0, 0.0, s, 0.0, 0.0]);
+        assert_eq!(b[..6], [-t, 0.0, -t, 0.0, 0.0, t]);
+        let [a, b] = drawn(Density::VerySparse);
+        let (s, t) = (1.261_095_3, 1.351_936_1);
+        assert_eq!(a, [-s, -s, 0.0, -s, 0.0, -s, s, 0.0, 0.0, s, 0.0, s]);
+        assert_eq!(b[..6], [-t, 0.0, -t, 0.0, -t, t]);
+    }
+
+    #[test]
+    fn a_value_that_rounds_to_the_upper_bound_is_the_lower_one() {
+        let values = TorchRandom::new(0).kaiming_bf16(8, 768);
+        let bound = 0.353_515_63;
+        assert_eq!(values[332], -bound);
+        assert!(values.iter().all(|value| (-bound..bound).contains(value)));
     }
 }

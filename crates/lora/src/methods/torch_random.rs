@@ -5,6 +5,7 @@
 //! torch 2.15 (`tests` below).
 
 use ferrotune_kernels::Tensor;
+use half::bf16;
 use rand_mt::Mt;
 
 /// `torch.Generator().manual_seed(seed)`.
@@ -30,6 +31,19 @@ impl TorchRandom {
             .map(|_| self.uniform(-bound, bound))
             .collect();
         Tensor::from_f32(values, rows, cols)
+    }
+
+    /// PEFT's `_kaiming_init` of RandLoRA, `count` elements of bf16, each from `fan` inputs: uniform in ±1/√fan.
+    pub(super) fn kaiming_bf16(&mut self, fan: usize, count: usize) -> Vec<f32> {
+        let gain = (2.0 / (1.0 + 5.0_f64.sqrt().powi(2))).sqrt();
+        let bound = (3.0_f64.sqrt() * (gain / (fan as f64).sqrt())) as f32;
+        let rounded = |value: f32| bf16::from_f32(value).to_f32();
+        let value = |unit: f32| match rounded(unit.mul_add(2.0 * bound, -bound)) {
+            // The upper bound itself is left out, and a value that rounding takes there is the lower one.
+            value if value == rounded(bound) => -value,
+            value => value,
+        };
+        (0..count).map(|_| value(self.uniform(0.0, 1.0))).collect()
     }
 
     /// The first `count` of `torch.randperm(len)`.
