@@ -389,6 +389,7 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "OFT", "oft_block_size": 8},
         {"peft_type": "OFT", "oft_block_size": 8, "use_cayley_neumann": false, "block_share": true},
         {"peft_type": "BOFT", "boft_block_size": 4},
+        {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 3},
         {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
         {"peft_type": "C3A", "block_size": 8, "init_weights": "kaiming_uniform"},
         {"peft_type": "FOURIERFT", "n_frequency": 20},

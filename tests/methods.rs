@@ -43,6 +43,13 @@ fn configurations() -> Vec<(Value, Start)> {
         ),
         (of("BOFT", json!({"boft_block_size": 4})), Nothing),
         (
+            of(
+                "BOFT",
+                json!({"boft_block_size": 4, "boft_n_butterfly_factor": 3}),
+            ),
+            Nothing,
+        ),
+        (
             of("C3A", json!({"block_size": 8, "init_weights": true})),
             Nothing,
         ),
@@ -507,8 +514,12 @@ fn mistakes_in_a_configuration_are_named() {
             "is 5, expected the name of a method as a string; supported: LN_TUNING",
         ),
         (
-            json!({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}),
-            "butterfly",
+            json!({"peft_type": "BOFT", "boft_n_butterfly_factor": 40}),
+            "at most",
+        ),
+        (
+            json!({"peft_type": "BOFT", "boft_block_size": 0, "boft_block_num": 3, "boft_n_butterfly_factor": 2}),
+            "must divide",
         ),
         (json!({"peft_type": "C3A", "block_size": 5}), "must divide"),
         (json!({"peft_type": "MISS", "r": 1000}), "more than"),

@@ -238,7 +238,7 @@ fn methods() -> Vec<(&'static str, Value)> {
         ),
         (
             "randlora_drawn_very_sparse",
-            json!({"peft_type": "RANDLORA", "r": 8, "very_sparse": true, "save_projection": false}),
+            json!({"peft_type": "RANDLORA", "r": 8, "very_sparse": true, "randlora_alpha": 64, "save_projection": false}),
         ),
         (
             "road",
