@@ -114,7 +114,7 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// Memory for a step where a plan may move what layers keep: half of the host's stays free for all else there.
+    /// Memory for a step with `device` bytes: of the host's, half stays free for all else there.
     fn memory(&self, device: u64) -> StepMemory {
         StepMemory {
             device,
@@ -257,30 +257,23 @@ pub(super) fn plan(
     }
     let step = base.step(&recipe.config, attached, &recipe.workload);
     let ahead = |plan| step.ahead_for(plan, available, needs.fixed());
-    let bytes = StepShape::usable(available, needs.fixed());
+    let memory = base.memory(StepShape::usable(available, needs.fixed()));
     let runtime = &recipe.config.runtime;
     let [planned, again] = match runtime.activation_offloading {
         None => {
-            let memory = base.memory(bytes);
             let again = step.offloaded_if_it_pays(memory, every_layer_again);
             [step.plan_beside_host(memory), again]
         }
-        Some(_) => {
-            let memory = StepMemory {
-                device: bytes,
-                host: base.host,
-            };
-            [step.plan(memory), every_layer_again(&step)]
-        }
+        Some(_) => [step.plan(memory), every_layer_again(&step)],
     };
     let forced = (runtime.gradient_checkpointing == Some(true)).then_some(again);
     let (planned, forced) = (ahead(planned), forced.map(ahead));
     require_host_memory(forced.as_ref().unwrap_or(&planned).host, base.host)?;
     match forced {
-        Some(forced) if forced.extra_compute > planned.extra_compute => {
-            let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.extra_compute);
+        Some(forced) if forced.cost() > planned.cost() => {
+            let percent = |plan: &ActivationPlan| format!("{:.0} %", 100.0 * plan.cost());
             let note = format!(
-                "gradient_checkpointing: true computes {} of a step again, where the memory there is asks for {}; \
+                "gradient_checkpointing: true makes a step longer by about {}, where the memory there is asks for {}; \
                  leave it out to train faster",
                 percent(&forced),
                 percent(&planned)
@@ -300,7 +293,7 @@ fn require_host_memory(host: u64, available: u64) -> Result<()> {
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let message = format!(
         "`activation_offloading: true` moves at least {} of activations to host memory on each rank, of which {} are \
-         available there; lower per_device_train_batch_size or max_length, or leave activation_offloading out, so that \
+         available there; lower per_device_train_batch_size or max_length, or leave activation_offloading out, with which \
          no more layers move than find room",
         gib(host),
         gib(available)

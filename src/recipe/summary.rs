@@ -106,6 +106,7 @@ impl Summary {
             "activation_plan": {
                 "layers": activations.keep.iter().map(|keep| keep.as_str()).collect::<Vec<_>>(),
                 "extra_compute": activations.extra_compute,
+                "waiting": activations.waiting,
                 "offloaded_layers": activations.offloaded,
             },
             "checkpoint_bytes": checkpoint,
@@ -232,9 +233,11 @@ fn layers(plan: &ActivationPlan) -> String {
     let moved = match plan.host {
         0 => String::new(),
         bytes => format!(
-            "; what the first {} keep is moved to host memory, {}",
+            "; what the first {} keep is moved to host memory, {}, and waited for about {:.1} % of a step, by a guess of \
+             the link's speed",
             plan.offloaded,
-            mib(bytes)
+            mib(bytes),
+            100.0 * plan.waiting
         ),
     };
     format!("{}; {again:.1} % more to compute{moved}", runs.join(", "))

@@ -228,29 +228,43 @@ fn require_shareable(recipe: &Recipe) -> Result<()> {
     Err(Error::config("init_lora_weights", message))
 }
 
-/// What each layer keeps for its backward when the largest micro-batches of all runs come together, as if all had the
-/// method that takes most.
+/// What each layer keeps for its backward when the largest micro-batches of all runs come together: what finds room
+/// whichever method all of their tokens have.
 fn plan(runs: &mut [(String, Recipe)]) -> Result<ActivationPlan> {
     let workload = all_of(runs.iter().map(|(_, recipe)| &recipe.workload));
-    let mut needs = Vec::with_capacity(runs.len());
+    let mut attached = Vec::with_capacity(runs.len());
     for (_, recipe) in runs.iter() {
-        let attached = adapter::attach(&recipe.config, &recipe.base, &recipe.decoder)?;
-        let needed = Base::of(recipe).needs(&recipe.config, &attached, Some(&workload));
-        needs.push((needed, attached));
+        let of = adapter::attach(&recipe.config, &recipe.base, &recipe.decoder)?;
+        let trained = Base::of(recipe).fixed_bytes(&recipe.config, &of)[1];
+        attached.push((of, trained));
     }
-    let most = (0..needs.len()).max_by_key(|&i| needs[i].0.activations);
-    let Some((most, (_, recipe))) = most.and_then(|i| Some((i, runs.get_mut(i)?))) else {
-        return Ok(ActivationPlan::default());
+    let all_trained: u64 = attached.iter().map(|(_, trained)| trained).sum();
+    let mut joint: Option<ActivationPlan> = None;
+    for ((_, recipe), (attached, trained)) in runs.iter_mut().zip(attached) {
+        let alone = std::mem::replace(&mut recipe.workload, workload.clone());
+        let available = recipe
+            .available_memory
+            .saturating_sub(all_trained - trained);
+        let planned = memory::plan(recipe, &attached, available);
+        recipe.workload = alone;
+        let (plan, note) = planned?;
+        if joint.is_none() {
+            recipe.config.notes.extend(note);
+        }
+        joint = Some(joint.map_or(plan.clone(), |joint| least_of(joint, plan)));
+    }
+    Ok(joint.unwrap_or_default())
+}
+
+/// Of two plans the one that takes more, in which each layer keeps what it keeps in both.
+fn least_of(one: ActivationPlan, other: ActivationPlan) -> ActivationPlan {
+    let keep = one.keep.iter().zip(&other.keep);
+    let keep = keep.map(|(one, other)| *one.max(other)).collect();
+    let more = match one.bytes.total() >= other.bytes.total() {
+        true => one,
+        false => other,
     };
-    let trained: u64 = needs.iter().map(|(needed, _)| needed.trained).sum();
-    let others = trained - needs[most].0.trained;
-    let alone = std::mem::replace(&mut recipe.workload, workload);
-    let available = recipe.available_memory.saturating_sub(others);
-    let planned = memory::plan(recipe, &needs[most].1, available);
-    recipe.workload = alone;
-    let (activations, note) = planned?;
-    recipe.config.notes.extend(note);
-    Ok(activations)
+    ActivationPlan { keep, ..more }
 }
 
 /// The micro-batches of all: the largest of each in one.

@@ -57,9 +57,9 @@ section! {
         /// decides per layer, from the memory that is there. Results do not depend on it.
         gradient_checkpointing: Option<bool> = None, TRANSFORMERS;
         /// true moves what layers keep for the backward pass to pinned host memory while later layers compute, and back
-        /// ahead of their backward: all layers but the last two. Unset, a plan does so with some of the layers where
-        /// otherwise the run would not fit, or would by its estimate take longer to compute them again. On a GPU;
-        /// without effect on a CPU. Results do not depend on it.
+        /// ahead of their backward: all layers but the last two; for a run of one adapter. Unset, a plan does so with some of
+        /// the layers where otherwise the run would not fit, or would by its estimate take longer to compute them again;
+        /// it leaves half of the host's free memory. On a GPU; without effect on a CPU. Results do not depend on it.
         activation_offloading: Option<bool> = None, TRL_SFT;
         /// Records the kernels of a step on a GPU and replays them with one call, for each padded length:
         /// auto where that can be done (the log says why not, where it cannot), or off. Results do not depend

@@ -14,22 +14,16 @@ const COMPUTE_FLOPS: f64 = 500e12;
 /// Operations done while a byte moves.
 pub(super) const FLOPS_PER_BYTE: f64 = COMPUTE_FLOPS / LINK_BYTES;
 /// Numbers of layers that are tried, evenly apart.
-const TRIED: usize = 4;
-
-impl ActivationPlan {
-    /// What it takes more than a step that keeps everything, as a share of that step.
-    fn cost(&self) -> f64 {
-        self.extra_compute + self.waiting
-    }
-}
+const TRIED: usize = 8;
+/// Share of a step that moving layers must save where the run would fit without: it rests on guesses.
+const LEAST_GAIN: f64 = 0.02;
 
 impl StepShape {
-    /// The plan for a step in `memory` with the least to compute again or to wait for, what some of the first layers keep
-    /// being in host memory where that helps. Without where everything finds room, and on a CPU. If nothing fits, the
-    /// one that takes the least of the device.
+    /// The cheapest plan for a step in `memory`, what some of the first layers keep being in host memory where that helps.
+    /// Without where everything finds room, and on a CPU. If nothing fits, the one that takes the least of the device.
     #[must_use]
     pub fn plan_beside_host(&self, memory: StepMemory) -> ActivationPlan {
-        self.offloaded_if_it_pays(memory, |step| step.plan_by(memory, ActivationPlan::cost))
+        self.offloaded_if_it_pays(memory, |step| step.plan(memory))
     }
 
     /// What `plan` makes of this step, or of the same with layers in host memory where that costs less, or alone fits
@@ -41,19 +35,29 @@ impl StepShape {
         plan: impl Fn(&Self) -> ActivationPlan,
     ) -> ActivationPlan {
         let staying = plan(self);
-        if !self.on_gpu || (memory.holds(&staying) && staying.cost() == 0.0) {
+        if !self.on_gpu || (memory.holds(&staying) && staying.cost() <= LEAST_GAIN) {
             return staying;
         }
+        let first = self.first_reached();
         let most = self.layers.len().saturating_sub(offload::STAYING);
-        let numbers: BTreeSet<usize> = (1..=TRIED).map(|n| most * n / TRIED).collect();
-        let moved = numbers.into_iter().filter(|&layers| layers > 0);
+        let moved = most.saturating_sub(first);
+        let numbers: BTreeSet<usize> = (1..=TRIED).map(|n| first + moved * n / TRIED).collect();
+        let moved = numbers.into_iter().filter(|&layers| layers > first);
         let moved = moved.map(|layers| plan(&self.clone().with_offloaded(layers)));
-        // Of equals the first.
-        let mut plans = vec![staying];
-        plans.extend(moved.filter(|plan| plan.host <= memory.host));
-        let fitting = plans.iter().filter(|plan| memory.holds(plan));
+        let moved: Vec<_> = moved.filter(|plan| plan.host <= memory.host).collect();
+        let fitting = moved.iter().filter(|plan| memory.holds(plan));
         let cheapest = fitting.min_by(|a, b| a.cost().total_cmp(&b.cost()));
-        let smallest = || plans.iter().min_by_key(|plan| plan.bytes.total());
-        cheapest.or_else(smallest).cloned().unwrap_or_default()
+        let pays = |plan: &&ActivationPlan| {
+            !memory.holds(&staying) || plan.cost() + LEAST_GAIN <= staying.cost()
+        };
+        match cheapest.filter(pays) {
+            Some(plan) => plan.clone(),
+            None if memory.holds(&staying) => staying,
+            None => {
+                let plans = [staying].into_iter().chain(moved);
+                let smallest = plans.min_by_key(|plan| plan.bytes.total());
+                smallest.unwrap_or_default()
+            }
+        }
     }
 }

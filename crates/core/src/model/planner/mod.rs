@@ -145,6 +145,14 @@ pub struct ActivationPlan {
     pub waiting: f64,
 }
 
+impl ActivationPlan {
+    /// What it takes more than a step that keeps everything, as a share of that step.
+    #[must_use]
+    pub fn cost(&self) -> f64 {
+        self.extra_compute + self.waiting
+    }
+}
+
 /// Bytes for a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepMemory {
@@ -333,35 +341,23 @@ impl StepShape {
         (available - available / RESERVE).saturating_sub(taken)
     }
 
-    /// The plan with the least to compute again of those whose step finds room in `memory`, else the one
-    /// that takes the least.
+    /// The plan with the least [`ActivationPlan::cost`] of those whose step finds room in `memory`, else the one that
+    /// takes the least.
     ///
     /// Earlier layers keep less than later ones: backward ends with them, when what the others kept is
     /// free again for what they need to be computed anew.
     #[must_use]
     pub fn plan(&self, memory: StepMemory) -> ActivationPlan {
-        self.plan_by(memory, |plan| plan.extra_compute)
-    }
-
-    /// The same with the least `cost`.
-    fn plan_by(&self, memory: StepMemory, cost: impl Fn(&ActivationPlan) -> f64) -> ActivationPlan {
         let everything = self.predict(&[]);
-        if memory.holds(&everything) && cost(&everything) == 0.0 {
+        if memory.holds(&everything) && everything.cost() == 0.0 {
             return everything;
         }
         let reached = self.layers.len() - self.first_reached();
         let stride = reached.div_ceil(MOST_TRIED).max(1);
-        let mut best: Option<ActivationPlan> = None;
-        for recomputed in (0..=reached).step_by(stride) {
-            let Some(plan) = self.fewest_dropped(recomputed, reached, memory) else {
-                continue;
-            };
-            let better = |best: &ActivationPlan| cost(&plan) < cost(best);
-            if best.as_ref().is_none_or(better) {
-                best = Some(plan);
-            }
-        }
-        best.unwrap_or_else(|| self.smallest())
+        let numbers = (0..=reached).step_by(stride);
+        let plans = numbers.flat_map(|recomputed| self.of_recomputed(recomputed, reached, memory));
+        let cheapest = plans.min_by(|a, b| a.cost().total_cmp(&b.cost()));
+        cheapest.unwrap_or_else(|| self.smallest())
     }
 
     /// The plan that takes the least memory.
@@ -379,14 +375,14 @@ impl StepShape {
         }
     }
 
-    /// The first `recomputed` layers of those reached keep their input, and as few of the next as will
-    /// do drop gate and up.
-    fn fewest_dropped(
+    /// Plans that find room in `memory` and whose first `recomputed` layers of those reached keep their input: one in which as
+    /// few of the next as will do drop gate and up, and one in which all do that move to the host, which may wait less.
+    fn of_recomputed(
         &self,
         recomputed: usize,
         reached: usize,
         memory: StepMemory,
-    ) -> Option<ActivationPlan> {
+    ) -> Vec<ActivationPlan> {
         let first = self.first_reached();
         let plan = |dropped: usize| {
             let mut keep = vec![Keep::All; first];
@@ -394,20 +390,25 @@ impl StepShape {
             keep.resize(first + recomputed + dropped, Keep::DropGateUp);
             self.predict(&keep)
         };
-        let fits = |plan: &ActivationPlan| memory.holds(plan);
-        let (mut too_few, mut enough) = (None, reached - recomputed);
-        let mut found = Some(plan(enough)).filter(fits)?;
+        let all = reached - recomputed;
+        let (mut too_few, mut enough) = (None, all);
+        let mut fewest = plan(all);
+        if !memory.holds(&fewest) {
+            return Vec::new();
+        }
         while enough > too_few.map_or(0, |few: usize| few + 1) {
             let low = too_few.map_or(0, |few| few + 1);
             let middle = low + (enough - low) / 2;
             let candidate = plan(middle);
-            if fits(&candidate) {
-                (enough, found) = (middle, candidate);
+            if memory.holds(&candidate) {
+                (enough, fewest) = (middle, candidate);
             } else {
                 too_few = Some(middle);
             }
         }
-        Some(found)
+        let moved = self.offloaded.saturating_sub(first + recomputed).min(all);
+        let dropped = (moved > enough).then(|| plan(moved));
+        [fewest].into_iter().chain(dropped).collect()
     }
 
     /// The first layer that backward reaches.
