@@ -409,7 +409,7 @@ fn with_method(base: &Path, keys: &Value, dtype: DType, cuda_graph: bool) -> (Ou
     let mut object = keys.as_object().expect("an object").clone();
     object.insert(
         "target_modules".into(),
-        json!(["k_proj", "v_proj", "down_proj"]),
+        json!(["k_proj", "v_proj", "down_proj", "lm_head"]),
     );
     let config = PeftConfig::from_config("peft_config", &object).expect("a known method");
     let adapter = config.into_adapter("llama").expect("valid");

@@ -162,6 +162,17 @@ fn configurations() -> Vec<(Value, Start)> {
     ]
 }
 
+/// The same, and each with the head among its targets.
+fn configurations_and_on_the_head() -> Vec<(Value, Start)> {
+    let plain = configurations();
+    let on_the_head = plain.clone().into_iter().map(|(mut keys, start)| {
+        keys["target_modules"] = json!(["q_proj", "v_proj", "down_proj", "lm_head"]);
+        (keys, start)
+    });
+    let on_the_head: Vec<_> = on_the_head.collect();
+    [plain, on_the_head].concat()
+}
+
 fn base() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters/_bases/llama")
 }
@@ -238,7 +249,7 @@ fn trainer(keys: &Value) -> Trainer {
 #[test]
 fn adapters_start_as_they_say_and_learn() {
     let plain = logits_of(&base(), None);
-    for (keys, start) in configurations() {
+    for (keys, start) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         let error = relative_error(&logits(trainer.model(), trainer.params()), &plain);
         match start {
@@ -256,7 +267,7 @@ fn adapters_start_as_they_say_and_learn() {
 
 #[test]
 fn what_is_saved_is_what_was_trained_and_merges_to_the_same_model() {
-    for (keys, _) in configurations() {
+    for (keys, _) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         for _ in 0..3 {
             trainer.step(&[batch()], 1e-2).expect("a step");
@@ -377,7 +388,7 @@ fn constrained_rotations_do_not_leave_their_bounds() {
 /// Along the gradient the loss grows as the gradient says.
 #[test]
 fn gradients_are_slopes_of_the_loss() {
-    for (keys, _) in configurations() {
+    for (keys, _) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         // Away from the start, where many gradients are zero.
         for _ in 0..3 {
@@ -467,8 +478,8 @@ fn mistakes_in_a_configuration_are_named() {
             "a norm",
         ),
         (
-            json!({"peft_type": "VERA", "target_modules": ["lm_head"]}),
-            "output head",
+            json!({"peft_type": "VERA", "target_modules": ["embed_tokens"]}),
+            "an embedding",
         ),
         (
             json!({"peft_type": "LOHA", "rank_pattern": {"nope": 4}}),

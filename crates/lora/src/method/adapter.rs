@@ -267,15 +267,14 @@ impl Attached {
 
 fn require_linear<M: Method>(site: &Site) -> Result<()> {
     let kind = match site.kind {
-        SiteKind::Linear if !site.output_head => return Ok(()),
-        SiteKind::Linear => "the output head",
+        SiteKind::Linear => return Ok(()),
         SiteKind::Embedding => "an embedding",
         SiteKind::Norm => "a norm",
     };
     Err(Error::config(
         "target_modules",
         format!(
-            "`{}` is {kind}, and {} attaches to the linears of layers only; leave it out",
+            "`{}` is {kind}, and {} attaches to linears only; leave it out",
             site.name,
             M::PEFT_TYPE
         ),
