@@ -26,6 +26,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
     let dora_table = json!({"lora_target_modules": ["q_proj", "embed_tokens"], "use_dora": true});
+    let dora_head = json!({"lora_target_modules": ["q_proj", "lm_head"], "use_dora": true});
     let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
     let data = |init: &str| json!({"init_lora_weights": init, "lora_init_batches": 4});
     let switched = json!({
@@ -76,6 +77,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
         ("dora_table", biased.clone(), dora_table),
+        ("dora_head", biased.clone(), dora_head),
         ("layer_replication", biased.clone(), replicated),
         ("head_bias", biased.clone(), head_bias),
         ("tied_update", biased.clone(), tied_update),
