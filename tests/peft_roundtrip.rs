@@ -124,6 +124,13 @@ fn of_peft_config(base: &Shape) -> Vec<(&'static str, Shape, Value)> {
         let changes = json!({"peft_config": method, "learning_rate": 2e-2});
         variants.push((name, base.clone(), changes));
     }
+    for (name, keys) in methods_on_the_head() {
+        let mut method = json!({"target_modules": ["q_proj", "lm_head"]});
+        let keys = keys.as_object().expect("an object").clone();
+        method.as_object_mut().expect("an object").extend(keys);
+        let changes = json!({"peft_config": method, "learning_rate": 2e-2});
+        variants.push((name, base.clone(), changes));
+    }
     for (name, keys) in beside_methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
         let keys = keys.as_object().expect("an object").clone();
@@ -139,6 +146,23 @@ fn of_peft_config(base: &Shape) -> Vec<(&'static str, Shape, Value)> {
         }
     }
     variants
+}
+
+/// A method of each kind, which PEFT saves with the base's tables where the head is a target.
+fn methods_on_the_head() -> Vec<(&'static str, Value)> {
+    vec![
+        (
+            "adalora_head",
+            json!({"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5}),
+        ),
+        ("ia3_head", json!({"peft_type": "IA3"})),
+        ("loha_head", json!({"peft_type": "LOHA", "r": 4})),
+        ("oft_head", json!({"peft_type": "OFT", "oft_block_size": 8})),
+        (
+            "vera_head",
+            json!({"peft_type": "VERA", "r": 8, "modules_to_save": ["embed_tokens"]}),
+        ),
+    ]
 }
 
 /// Methods beside LoRA, with parts of the base that are trained beside them.
