@@ -425,6 +425,18 @@ fn gradients_are_slopes_of_the_loss() {
 }
 
 #[test]
+fn an_adapted_head_cannot_stay_tied() {
+    let keys = json!({
+        "peft_type": "ADALORA", "total_step": 100, "target_modules": ["q_proj", "lm_head"],
+        "ensure_weight_tying": true,
+    });
+    let config = DecoderConfig::open(&base().with_file_name("llama_tied")).expect("a config");
+    let error = attach(&config, adapter(&keys).as_ref()).expect_err("refused");
+    let error = error.to_string();
+    assert!(error.contains("leave the head out"), "{error}");
+}
+
+#[test]
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn mistakes_in_a_configuration_are_named() {
     let sites = |keys: Value| -> String {
