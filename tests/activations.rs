@@ -47,7 +47,7 @@ fn lora_with_dropout() -> Box<dyn Adapter> {
 }
 
 fn dora_with_dropout() -> Box<dyn Adapter> {
-    // Tables, whose columns are scaled, and linears, whose rows are.
+    // Tables, whose columns are scaled, and linears and the head, whose rows are.
     let modules = [
         "embed_tokens",
         "q_proj",
@@ -56,6 +56,7 @@ fn dora_with_dropout() -> Box<dyn Adapter> {
         "o_proj",
         "up_proj",
         "down_proj",
+        "lm_head",
     ];
     let config = LoraConfig {
         rank: 5,
@@ -69,7 +70,7 @@ fn dora_with_dropout() -> Box<dyn Adapter> {
 }
 
 fn method(mut keys: Value) -> Box<dyn Adapter> {
-    keys["target_modules"] = json!("all-linear");
+    keys["target_modules"] = json!(r".*_proj|lm_head");
     let object = keys.as_object().expect("an object");
     let config = PeftConfig::from_config("peft_config", object).expect("a known method");
     config.into_adapter("llama").expect("valid")

@@ -410,10 +410,19 @@ fn with_method(base: &Path, keys: &Value, dtype: DType, cuda_graph: bool) -> (Ou
     let mut object = keys.as_object().expect("an object").clone();
     object.insert(
         "target_modules".into(),
-        json!(["k_proj", "v_proj", "down_proj"]),
+        json!(["k_proj", "v_proj", "down_proj", "lm_head"]),
     );
     let config = PeftConfig::from_config("peft_config", &object).expect("a known method");
     let adapter = config.into_adapter("llama").expect("valid");
+    with_adapter(base, adapter, dtype, cuda_graph)
+}
+
+fn with_adapter(
+    base: &Path,
+    adapter: Box<dyn Adapter>,
+    dtype: DType,
+    cuda_graph: bool,
+) -> (Outcome, usize) {
     let device = gpu();
     let case = Case {
         dtype,
@@ -461,6 +470,31 @@ fn a_method_with_kernels_is_replayed_with_the_bits_of_an_issued_one() {
                 assert!(issued.allocations > 0, "{keys} {dtype}: nothing to replay");
             }
         }
+    }
+}
+
+#[test]
+fn dora_of_the_head_is_replayed_with_the_bits_of_an_issued_one() {
+    let base = base();
+    let run = |dtype, cuda_graph| {
+        let config = LoraConfig {
+            rank: 3,
+            dropout: 0.1,
+            use_dora: true,
+            target_modules: Some(TargetModules::List(
+                ["q_proj", "lm_head"].map(String::from).into(),
+            )),
+            ..LoraConfig::default()
+        };
+        let adapter = LoraAdapter::new(config, "llama").expect("valid");
+        with_adapter(base.path(), Box::new(adapter), dtype, cuda_graph)
+    };
+    for dtype in [DType::F32, DType::Bf16] {
+        let ((issued, none), (replayed, graphs)) = (run(dtype, false), run(dtype, true));
+        assert!(none == 0 && graphs >= 1, "{dtype}: {graphs} graphs");
+        assert_eq!(issued.reports, replayed.reports, "{dtype}");
+        assert!(issued.bits == replayed.bits, "{dtype}: other values");
+        assert_eq!(replayed.allocations, 0, "{dtype}");
     }
 }
 

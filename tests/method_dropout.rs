@@ -15,15 +15,19 @@ use ferrotune::lora::{PeftConfig, load};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-const CASES: [&str; 13] = [
+const CASES: [&str; 17] = [
     "adalora",
+    "adalora_head",
     "boft",
     "delora",
     "hira",
+    "hira_head",
     "loha",
+    "loha_head",
     "lokr",
     "lokr_scaled",
     "miss",
+    "miss_head",
     "miss_mini",
     "oft",
     "randlora",

@@ -169,6 +169,17 @@ fn configurations() -> Vec<(Value, Start)> {
     ]
 }
 
+/// The same, and each with the head among its targets.
+fn configurations_and_on_the_head() -> Vec<(Value, Start)> {
+    let plain = configurations();
+    let on_the_head = plain.clone().into_iter().map(|(mut keys, start)| {
+        keys["target_modules"] = json!(["q_proj", "v_proj", "down_proj", "lm_head"]);
+        (keys, start)
+    });
+    let on_the_head: Vec<_> = on_the_head.collect();
+    [plain, on_the_head].concat()
+}
+
 fn base() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters/_bases/llama")
 }
@@ -245,7 +256,7 @@ fn trainer(keys: &Value) -> Trainer {
 #[test]
 fn adapters_start_as_they_say_and_learn() {
     let plain = logits_of(&base(), None);
-    for (keys, start) in configurations() {
+    for (keys, start) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         let error = relative_error(&logits(trainer.model(), trainer.params()), &plain);
         match start {
@@ -263,7 +274,7 @@ fn adapters_start_as_they_say_and_learn() {
 
 #[test]
 fn what_is_saved_is_what_was_trained_and_merges_to_the_same_model() {
-    for (keys, _) in configurations() {
+    for (keys, _) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         for _ in 0..3 {
             trainer.step(&[batch()], 1e-2).expect("a step");
@@ -384,7 +395,7 @@ fn constrained_rotations_do_not_leave_their_bounds() {
 /// Along the gradient the loss grows as the gradient says.
 #[test]
 fn gradients_are_slopes_of_the_loss() {
-    for (keys, _) in configurations() {
+    for (keys, _) in configurations_and_on_the_head() {
         let mut trainer = trainer(&keys);
         // Away from the start, where many gradients are zero.
         for _ in 0..3 {
@@ -418,6 +429,18 @@ fn gradients_are_slopes_of_the_loss() {
             "{keys}: slope {slope}, gradient {norm}"
         );
     }
+}
+
+#[test]
+fn an_adapted_head_cannot_stay_tied() {
+    let keys = json!({
+        "peft_type": "ADALORA", "total_step": 100, "target_modules": ["q_proj", "lm_head"],
+        "ensure_weight_tying": true,
+    });
+    let config = DecoderConfig::open(&base().with_file_name("llama_tied")).expect("a config");
+    let error = attach(&config, adapter(&keys).as_ref()).expect_err("refused");
+    let error = error.to_string();
+    assert!(error.contains("leave the head out"), "{error}");
 }
 
 #[test]
@@ -474,8 +497,8 @@ fn mistakes_in_a_configuration_are_named() {
             "a norm",
         ),
         (
-            json!({"peft_type": "VERA", "target_modules": ["lm_head"]}),
-            "output head",
+            json!({"peft_type": "VERA", "target_modules": ["embed_tokens"]}),
+            "an embedding",
         ),
         (
             json!({"peft_type": "LOHA", "rank_pattern": {"nope": 4}}),

@@ -26,6 +26,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
     });
     let dora = json!({"lora_target_modules": ["q_proj", "down_proj"], "use_dora": true});
     let dora_table = json!({"lora_target_modules": ["q_proj", "embed_tokens"], "use_dora": true});
+    let dora_head = json!({"lora_target_modules": ["q_proj", "lm_head"], "use_dora": true});
     let own = |init: &str| json!({"init_lora_weights": init, "lora_convert_init": false});
     let data = |init: &str| json!({"init_lora_weights": init, "lora_init_batches": 4});
     let switched = json!({
@@ -76,6 +77,7 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
         ("patterns", plain, patterns),
         ("dora", biased.clone(), dora),
         ("dora_table", biased.clone(), dora_table),
+        ("dora_head", biased.clone(), dora_head),
         ("layer_replication", biased.clone(), replicated),
         ("head_bias", biased.clone(), head_bias),
         ("tied_update", biased.clone(), tied_update),
@@ -122,6 +124,13 @@ fn of_peft_config(base: &Shape) -> Vec<(&'static str, Shape, Value)> {
         let changes = json!({"peft_config": method, "learning_rate": 2e-2});
         variants.push((name, base.clone(), changes));
     }
+    for (name, keys) in methods_on_the_head() {
+        let mut method = json!({"target_modules": ["q_proj", "lm_head"]});
+        let keys = keys.as_object().expect("an object").clone();
+        method.as_object_mut().expect("an object").extend(keys);
+        let changes = json!({"peft_config": method, "learning_rate": 2e-2});
+        variants.push((name, base.clone(), changes));
+    }
     for (name, keys) in beside_methods() {
         let mut method = json!({"target_modules": ["q_proj", "v_proj", "down_proj"]});
         let keys = keys.as_object().expect("an object").clone();
@@ -137,6 +146,23 @@ fn of_peft_config(base: &Shape) -> Vec<(&'static str, Shape, Value)> {
         }
     }
     variants
+}
+
+/// A method of each kind, which PEFT saves with the base's tables where the head is a target.
+fn methods_on_the_head() -> Vec<(&'static str, Value)> {
+    vec![
+        (
+            "adalora_head",
+            json!({"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5}),
+        ),
+        ("ia3_head", json!({"peft_type": "IA3"})),
+        ("loha_head", json!({"peft_type": "LOHA", "r": 4})),
+        ("oft_head", json!({"peft_type": "OFT", "oft_block_size": 8})),
+        (
+            "vera_head",
+            json!({"peft_type": "VERA", "r": 8, "modules_to_save": ["embed_tokens"]}),
+        ),
+    ]
 }
 
 /// Methods beside LoRA, with parts of the base that are trained beside them.

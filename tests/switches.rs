@@ -128,6 +128,24 @@ fn configs() -> Vec<(&'static str, bool, LoraConfig)> {
             },
         ),
         (
+            "DoRA of a tied head with dropout",
+            true,
+            LoraConfig {
+                dropout: 0.3,
+                use_dora: true,
+                ..with(&["q_proj", "lm_head"])
+            },
+        ),
+        (
+            "DoRA of a head beside its embedding, trained apart",
+            true,
+            LoraConfig {
+                use_dora: true,
+                modules_to_save: vec!["embed_tokens".into()],
+                ..with(&["q_proj", "lm_head"])
+            },
+        ),
+        (
             "a tied table trained as one",
             true,
             LoraConfig {
@@ -251,7 +269,12 @@ fn store_head(base: &Path) {
 #[test]
 fn dora_starts_at_its_base() {
     let root = tempfile::tempdir().expect("temporary directory");
-    for names in [&["q_proj", "down_proj"][..], &["embed_tokens", "v_proj"]] {
+    let targeted = [
+        &["q_proj", "down_proj"][..],
+        &["embed_tokens", "v_proj"],
+        &["lm_head"],
+    ];
+    for names in targeted {
         let base = base(root.path(), true);
         let decoder = DecoderConfig::open(&base).expect("written");
         let files = ModelFiles::open(&base).expect("written");
@@ -303,11 +326,18 @@ fn furthest(a: &[f32], b: &[f32]) -> f32 {
 fn gradients_of_every_switch_are_the_slope_of_the_loss() {
     let root = tempfile::tempdir().expect("temporary directory");
     for (name, tied, config) in configs() {
-        let subject = subject(&base(root.path(), tied), config);
+        let subject = subject(&base(root.path(), tied), config.clone());
         let mode = Mode::Train { seed: 1, step: 2 };
         let (_, grads) = subject.loss_and_gradients(mode, &subject.params);
         let layout = subject.params.layout();
-        for (id, segment) in layout.by_name() {
+        // DoRA's gradients of A and B are those of norms that stay.
+        let is_slope = |name: &str| {
+            !config.use_dora || !name.contains(".lora_A.") && !name.contains(".lora_B.")
+        };
+        let parameters = layout
+            .by_name()
+            .filter(|(_, segment)| is_slope(&segment.spec.name));
+        for (id, segment) in parameters {
             let mut stream = Stream::new(segment.offset as u64 + 1);
             let direction: Vec<f32> = (0..segment.spec.len())
                 .map(|_| stream.normal() as f32)

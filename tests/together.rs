@@ -288,6 +288,11 @@ fn what_cannot_stand_beside_others_is_named() {
     assert!(error.contains("model.embed_tokens"), "{error}");
     let error = with(|c| c.modules_to_save = vec!["lm_head".into()]);
     assert!(error.contains("lm_head"), "{error}");
+    let error = with(|c| {
+        c.use_dora = true;
+        c.target_modules = Some(TargetModules::List(vec!["lm_head".into()]));
+    });
+    assert!(error.contains("lm_head"), "{error}");
     let error = with(|c| c.init_lora_weights = ferrotune::lora::InitLoraWeights::Olora);
     assert!(error.contains("other adapters of this run"), "{error}");
     let error = refusal(of_peft(

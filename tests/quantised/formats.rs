@@ -106,12 +106,15 @@ fn bench_of(name: &str) -> Workbench {
 /// Methods of every kind of attachment: folded into products, made of factors, weights, activations.
 fn methods() -> [(&'static str, Value); 5] {
     let peft = |kind: &str, more: Value| {
-        let own = json!({"peft_type": kind, "target_modules": ["q_proj", "v_proj", "down_proj"]});
+        let own = json!({"peft_type": kind, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]});
         json!({"peft_config": with(own, &more)})
     };
     [
         ("lora", json!({})),
-        ("dora", json!({"use_dora": true})),
+        (
+            "dora",
+            json!({"use_dora": true, "lora_target_modules": ["q_proj", "down_proj", "lm_head"]}),
+        ),
         ("olora", json!({"init_lora_weights": "olora"})),
         (
             "ia3",

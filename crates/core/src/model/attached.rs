@@ -2,7 +2,7 @@
 //! on the way back.
 
 use super::linear::{LinearGroup, Part, PartBias};
-use super::run::Run;
+use super::run::{Pass, Run};
 use crate::Result;
 use crate::adapter::{Attachment, LowRank, LowRankFactors};
 use crate::params::{FlatBuffer, ParamId};
@@ -79,7 +79,8 @@ impl Norms {
                 if let Some(low_rank) = scaled(attachment) {
                     let weight = weight.row_range(rows.clone());
                     let lengths = part.row_lengths(run, weight)?;
-                    let norms = row_norms(run, low_rank, weight, lengths.view())?;
+                    let norms =
+                        row_norms(run.pass(), run.params, low_rank, weight, lengths.view())?;
                     self.0.insert((part.site, place), norms);
                 }
             }
@@ -108,14 +109,15 @@ fn scaled(attachment: Option<&Attachment>) -> Option<&LowRank> {
 
 /// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made. `lengths` are those of
 /// W `[out, 1]`.
-fn row_norms(
-    run: &Run<'_>,
+pub(super) fn row_norms(
+    run: Pass<'_>,
+    params: &FlatBuffer,
     low_rank: &LowRank,
     weight: View<'_>,
     lengths: View<'_>,
 ) -> Result<Tensor> {
     let [out, rank] = [weight.rows(), low_rank.rank];
-    let [a, b] = [low_rank.a, low_rank.b].map(|id| run.params.view_as(id, run.dtype));
+    let [a, b] = [low_rank.a, low_rank.b].map(|id| params.view_as(id, run.dtype));
     let mut cross = run.take_fixed(DType::F32, rank, out);
     matmul::nt(cross.view_mut(), 0.0, 1.0, a, weight)?;
     let mut gram = run.take_fixed(b.dtype(), rank, rank);
@@ -125,7 +127,7 @@ fn row_norms(
     let mut norms = run.take_fixed(DType::F32, 1, out);
     let of = dora::Operands {
         weight: lengths,
-        b: run.params.view(low_rank.b),
+        b: params.view(low_rank.b),
         cross: cross.view(),
         spread: spread.view(),
         scale: low_rank.scale,
@@ -135,26 +137,31 @@ fn row_norms(
     Ok(norms)
 }
 
+/// Norms of the rows of `weight`, `[out, 1]` f32.
+pub(super) fn row_lengths(run: Pass<'_>, weight: View<'_>) -> Result<Tensor> {
+    let out = weight.rows();
+    let mut nothing = run.take_fixed(DType::F32, 1, out);
+    nothing.view_mut().fill(0.0);
+    let mut lengths = Tensor::empty(run.workspace.device(), DType::F32, 1, out);
+    let of = dora::Operands {
+        weight,
+        b: nothing.view().reshaped(out, 1),
+        cross: nothing.view(),
+        spread: nothing.view(),
+        scale: 0.0,
+    };
+    dora::row_norms(&of, lengths.view_mut())?;
+    run.give_fixed([nothing]);
+    Ok(Tensor::from_buffer(lengths.into_buffer(), out, 1))
+}
+
 impl Part {
     /// Norms of the rows of `weight`, which is this part's, `[out, 1]` f32: found once, for it is frozen.
     fn row_lengths(&self, run: &Run<'_>, weight: View<'_>) -> Result<&Tensor> {
         if let Some(known) = self.row_lengths.get() {
             return Ok(known);
         }
-        let out = weight.rows();
-        let mut nothing = run.take_fixed(DType::F32, 1, out);
-        nothing.view_mut().fill(0.0);
-        let mut lengths = Tensor::empty(run.workspace.device(), DType::F32, 1, out);
-        let of = dora::Operands {
-            weight,
-            b: nothing.view().reshaped(out, 1),
-            cross: nothing.view(),
-            spread: nothing.view(),
-            scale: 0.0,
-        };
-        dora::row_norms(&of, lengths.view_mut())?;
-        run.give_fixed([nothing]);
-        let lengths = Tensor::from_buffer(lengths.into_buffer(), out, 1);
+        let lengths = row_lengths(run.pass(), weight)?;
         Ok(self.row_lengths.get_or_init(|| lengths))
     }
 

@@ -83,11 +83,13 @@ impl BaseWeights for Model {
 }
 
 impl Model {
-    /// The table of tokens or of positions at `site`, if it is frozen.
+    /// The table of tokens, of positions or of the head at `site`, if it is frozen.
     fn frozen_table(&self, site: SiteId) -> Option<&Tensor> {
         let plan = ModelPlan::new(&self.config);
         let table = if site == plan.embedding {
             &self.embedding.table
+        } else if site == plan.head {
+            self.head_table()
         } else {
             let positions = self
                 .positions

@@ -1,28 +1,76 @@
-//! The output projection: the embedding's table or one of its own, with or without a low-rank update.
+//! The output projection: the embedding's table or one of its own, as it is or as a method changes it.
+
+mod changed;
+mod low_rank;
+mod made;
 
 use super::run::Run;
 use super::vocabulary::{Table, TrainedRows};
-use super::{Model, Pass};
+use super::{Mode, Model, Pass};
 use crate::Result;
-use crate::adapter::LowRank;
+use crate::adapter::{Attachment, LowRank, LowRankFactors, WeightUpdate};
 use crate::params::FlatBuffer;
 use ferrotune_kernels::linear_cross_entropy::{
-    self, Accumulator, Head as Projection, HeadGradients, Labels, Update, UpdateGradients,
+    self, Accumulator, Head as Projection, HeadGradients, Labels, UpdateGradients,
 };
-use ferrotune_kernels::{
-    DType, Device, Indices, Tensor, View, Workspace, axpby, embedding, lora_linear, matmul,
-};
+use ferrotune_kernels::{DType, Device, Indices, Tensor, View, ViewMut, matmul};
+use made::{At, Made, MadeGradients};
 use rayon::prelude::*;
+use std::sync::OnceLock;
 
 #[derive(Debug)]
 pub(super) struct Head {
     /// `None`: the embedding's.
     pub(super) table: Option<Table>,
-    pub(super) update: Option<LowRank>,
+    pub(super) update: Option<HeadUpdate>,
     /// Where the update is one of a table whose tokens have changed places.
     pub(super) moved: Option<Moved>,
     /// Index of its site; the key of its random draws.
     pub(super) site: usize,
+    /// Norms of the rows of its frozen table, once DoRA has asked for them.
+    pub(super) row_lengths: OnceLock<Tensor>,
+}
+
+/// What a method makes of the head.
+#[derive(Debug)]
+pub(super) enum HeadUpdate {
+    LowRank(LowRank),
+    Factors(Box<dyn LowRankFactors>),
+    Weight(Box<dyn WeightUpdate>),
+}
+
+impl HeadUpdate {
+    /// What stands at the head, or what is trained there instead.
+    pub(super) fn of(attachment: Option<Attachment>) -> (Option<Self>, Option<Attachment>) {
+        match attachment {
+            Some(Attachment::LowRank(update)) => (Some(Self::LowRank(update)), None),
+            Some(Attachment::Factors(method)) => (Some(Self::Factors(method)), None),
+            Some(Attachment::Weight(method)) => (Some(Self::Weight(method)), None),
+            other => (None, other),
+        }
+    }
+
+    /// Whether it can stand beside trained rows of the table: what changes the table reads all of it.
+    pub(super) fn adds_only(&self) -> bool {
+        matches!(self, Self::LowRank(update) if update.magnitude.is_none())
+    }
+
+    pub(super) fn computes_on_host(&self) -> bool {
+        match self {
+            Self::LowRank(_) => false,
+            Self::Factors(method) => method.computes_on_host(),
+            Self::Weight(method) => method.computes_on_host(),
+        }
+    }
+
+    /// Probability that an input is dropped.
+    fn dropout(&self) -> f32 {
+        match self {
+            Self::LowRank(update) => update.dropout,
+            Self::Factors(method) => method.dropout(),
+            Self::Weight(method) => method.dropout(),
+        }
+    }
 }
 
 /// Tokens and rows of a table that has its trained rows last.
@@ -43,17 +91,6 @@ impl Moved {
     }
 }
 
-/// What an update makes of hidden states, in the form the loss takes it: a bias of B is one more column of
-/// B, against a one behind each row of s.
-struct Updated {
-    /// `[T, width]` and room up to whole 16 bytes.
-    s: Tensor,
-    /// B with its bias, its rows where the table has their tokens, `[V, width]` and such room; unless that is B.
-    b: Option<Tensor>,
-    /// rank, and one more with a bias.
-    width: usize,
-}
-
 impl Model {
     /// The table that the head projects with.
     pub(super) fn head_table(&self) -> &Table {
@@ -69,128 +106,21 @@ impl Model {
         hidden: View<'_>,
         sums: &mut Accumulator,
     ) -> Result<Tensor> {
-        let (workspace, rows) = (run.workspace, hidden.rows());
-        let mut d_hidden = workspace.take(run.dtype, rows, hidden.cols());
-        let updated = self.head_down(run, hidden)?;
-        let projection = self.projection(run.params, run.dtype, updated.as_ref());
-        let mut d_s = updated
-            .as_ref()
-            .map(|Updated { s, .. }| workspace.take(s.dtype(), s.rows(), s.cols()));
-        let mut d_wide = updated.as_ref().and_then(|u| u.b.as_ref()).map(|b| {
-            let mut d_wide = self.wide(workspace, DType::F32, b.cols());
-            d_wide.view_mut().fill(0.0);
-            d_wide
-        });
-        let own_b = self.head.update.as_ref().filter(|_| d_wide.is_none());
-        let table = self.head_table();
-        let mut gradients = HeadGradients::default();
-        let (mut d_table, mut d_b) = (None, None);
-        match (table.param(), own_b) {
-            (Some(table), Some(update)) => {
-                let [table, b] = grads.view_two_mut(table, update.b);
-                (d_table, d_b) = (Some(table), Some(b));
-            }
-            (Some(table), None) => d_table = Some(grads.view_mut(table)),
-            (None, Some(update)) => d_b = Some(grads.view_mut(update.b)),
-            (None, None) => {}
-        }
-        if table.rows.is_some() {
-            gradients.tail = d_table;
-        } else {
-            gradients.weight = d_table;
-        }
-        let width = updated.as_ref().map_or(0, |updated| updated.width);
-        let d_b = match &mut d_wide {
-            Some(d_wide) => Some(d_wide.view_mut().columns(0..width)),
-            None => d_b,
-        };
-        if let (Some(d_s), Some(b)) = (&mut d_s, d_b) {
-            let s = d_s.view_mut().columns(0..width);
-            gradients.update = Some(UpdateGradients { s, b });
-        }
+        let (workspace, at) = (run.workspace, self.at(run));
+        let mut d_hidden = workspace.take(run.dtype, hidden.rows(), hidden.cols());
+        let made = self.made(&at, hidden)?;
+        let mut d = MadeGradients::of(&made, &at);
         linear_cross_entropy::forward_backward(
             hidden,
-            projection,
+            self.projection(&at, &made),
             self.labels(run),
             d_hidden.view_mut(),
-            gradients,
+            self.gradients(grads, &made, &mut d),
             sums,
             workspace,
         )?;
-        if let (Some(updated), Some(d_s), Some(update)) = (updated, d_s, &self.head.update) {
-            let d_a = grads.view_mut(update.a);
-            let ds = d_s.view().columns(0..update.rank);
-            let dx = Some(d_hidden.view_mut());
-            let factors = factors(run, self.head.site, update);
-            lora_linear::down_backward(hidden, &factors, ds, dx, d_a, workspace)?;
-            if let Some(d_wide) = d_wide {
-                self.add_wide(workspace, grads, update, d_wide)?;
-            }
-            give(workspace, updated);
-            workspace.give(d_s);
-        }
+        self.method_gradients(&at, grads, hidden, (made, d), d_hidden.view_mut())?;
         Ok(d_hidden)
-    }
-
-    /// A buffer `[V, cols]`, which does not grow with the batch.
-    fn wide(&self, workspace: &Workspace, dtype: DType, cols: usize) -> Tensor {
-        let vocabulary = self.config.vocab_size;
-        let buffer = workspace.take_scratch(dtype, vocabulary * cols);
-        Tensor::from_buffer(buffer, vocabulary, cols)
-    }
-
-    /// [`Updated::b`].
-    fn wide_b(
-        &self,
-        workspace: &Workspace,
-        params: &FlatBuffer,
-        dtype: DType,
-        update: &LowRank,
-    ) -> Result<Option<Tensor>> {
-        if update.bias.is_none() && self.head.moved.is_none() {
-            return Ok(None);
-        }
-        let b = params.view_as(update.b, dtype);
-        let width = width(update);
-        let cols = Workspace::aligned(b.dtype(), width);
-        let mut wide = self.wide(workspace, b.dtype(), cols);
-        let bias = update.bias.map(|id| {
-            let values = params.view_as(id, dtype);
-            (values.reshaped(b.rows(), 1), update.rank..width)
-        });
-        for (values, columns) in std::iter::once((b, 0..update.rank)).chain(bias) {
-            let to = wide.view_mut().columns(columns);
-            match &self.head.moved {
-                Some(moved) => embedding::forward(values, &moved.tokens, to)?,
-                None => to.copy_from(values),
-            }
-        }
-        Ok(Some(wide))
-    }
-
-    /// Adds the gradient of [`Updated::b`] to those of B and its bias.
-    fn add_wide(
-        &self,
-        workspace: &Workspace,
-        grads: &mut FlatBuffer,
-        update: &LowRank,
-        mut d_wide: Tensor,
-    ) -> Result<()> {
-        if let Some(moved) = &self.head.moved {
-            let mut placed = self.wide(workspace, DType::F32, d_wide.cols());
-            embedding::forward(d_wide.view(), &moved.places, placed.view_mut())?;
-            std::mem::swap(&mut d_wide, &mut placed);
-            workspace.give_scratch(placed.into_buffer());
-        }
-        let d_b = d_wide.view().columns(0..update.rank);
-        axpby::add(1.0, grads.view_mut(update.b), 1.0, d_b)?;
-        if let Some(bias) = update.bias {
-            let d_bias = d_wide.view().columns(update.rank..width(update));
-            let to = grads.view_mut(bias).reshaped(d_wide.rows(), 1);
-            axpby::add(1.0, to, 1.0, d_bias)?;
-        }
-        workspace.give_scratch(d_wide.into_buffer());
-        Ok(())
     }
 
     /// Adds the losses of the labels of `run` to `sums`.
@@ -200,13 +130,11 @@ impl Model {
         hidden: View<'_>,
         sums: &mut Accumulator,
     ) -> Result<()> {
-        let updated = self.head_down(run, hidden)?;
-        let projection = self.projection(run.params, run.dtype, updated.as_ref());
-        let labels = self.labels(run);
+        let at = self.at(run);
+        let made = self.made(&at, hidden)?;
+        let (projection, labels) = (self.projection(&at, &made), self.labels(run));
         linear_cross_entropy::forward(hidden, projection, labels, sums, run.workspace)?;
-        updated
-            .into_iter()
-            .for_each(|updated| give(run.workspace, updated));
+        made.give(at.pass);
         Ok(())
     }
 
@@ -219,33 +147,30 @@ impl Model {
     ) -> Result<Tensor> {
         let device = pass.workspace.device();
         let vocabulary = self.config.vocab_size;
+        let at = At {
+            pass: Pass {
+                mode: Mode::Eval,
+                ..pass
+            },
+            params,
+            mask: None,
+            draws: None,
+        };
+        let made = self.made(&at, hidden)?;
+        let head = self.projection(&at, &made);
         let mut logits = Tensor::empty(device, DType::F32, hidden.rows(), vocabulary);
-        let scale = self.config.logits_scale;
-        let (weight, tail) = self.head_table().pieces(params, pass.dtype);
-        let first = weight.rows();
+        let first = head.weight.rows();
         let to = logits.view_mut().columns(0..first);
-        matmul::nt(to, 0.0, scale, hidden, weight)?;
-        if let Some(tail) = tail {
+        matmul::nt(to, 0.0, head.scale, hidden, head.weight)?;
+        if let Some(tail) = head.tail {
             let to = logits.view_mut().columns(first..vocabulary);
-            matmul::nt(to, 0.0, scale, hidden, tail)?;
+            matmul::nt(to, 0.0, head.scale, hidden, tail)?;
         }
-        if let Some(update) = &self.head.update {
-            let wide = self.wide_b(pass.workspace, params, pass.dtype, update)?;
-            let [a, b] = [update.a, update.b].map(|id| params.view_as(id, pass.dtype));
-            let width = width(update);
-            let b = wide
-                .as_ref()
-                .map_or(b, |wide| wide.view().columns(0..width));
-            let cols = Workspace::aligned(a.dtype(), width);
-            let mut s = pass.workspace.take(a.dtype(), hidden.rows(), cols);
-            if update.bias.is_some() {
-                s.view_mut().fill(1.0);
-            }
-            matmul::nt(s.view_mut().columns(0..update.rank), 0.0, 1.0, hidden, a)?;
-            let s_wide = s.view().columns(0..width);
-            matmul::nt(logits.view_mut(), 1.0, scale * update.scale, s_wide, b)?;
-            give(pass.workspace, Updated { s, b: wide, width });
+        if let Some(update) = head.update {
+            let scale = head.scale * update.scale;
+            matmul::nt(logits.view_mut(), 1.0, scale, update.s, update.b)?;
         }
+        made.give(pass);
         if device.is_cuda() {
             logits = logits.to_device(&Device::Cpu);
             device.synchronize()?;
@@ -280,69 +205,99 @@ impl Model {
         }
     }
 
-    /// `dropout(hidden) A^T` of the head's update, and its B.
-    fn head_down(&self, run: &Run<'_>, hidden: View<'_>) -> Result<Option<Updated>> {
-        let Some(update) = &self.head.update else {
-            return Ok(None);
-        };
-        let factors = factors(run, self.head.site, update);
-        let dtype = factors.a.dtype();
-        let width = width(update);
-        let cols = Workspace::aligned(dtype, width);
-        let mut s = run.workspace.take(dtype, hidden.rows(), cols);
-        if update.bias.is_some() {
-            s.view_mut().fill(1.0);
+    /// The head's part of `run`.
+    fn at<'a>(&self, run: &'a Run<'_>) -> At<'a> {
+        let update = self.head.update.as_ref();
+        At {
+            pass: run.pass(),
+            params: run.params,
+            mask: update.and_then(|update| run.dropout(self.head.site, update.dropout())),
+            draws: run.draws(self.head.site),
         }
-        let b = self.wide_b(run.workspace, run.params, run.dtype, update)?;
-        let to = s.view_mut().columns(0..update.rank);
-        lora_linear::down(hidden, &factors, to, run.workspace)?;
-        Ok(Some(Updated { s, b, width }))
     }
 
-    fn projection<'a>(
-        &'a self,
-        params: &'a FlatBuffer,
-        dtype: DType,
-        updated: Option<&'a Updated>,
-    ) -> Projection<'a> {
-        let (weight, tail) = self.head_table().pieces(params, dtype);
-        let update = updated.zip(self.head.update.as_ref());
-        let update = update.map(|(Updated { s, b, width }, update)| Update {
-            s: s.view().columns(0..*width),
-            b: match b {
-                Some(b) => b.view().columns(0..*width),
-                None => params.view_as(update.b, dtype),
-            },
-            scale: update.scale,
-        });
+    /// What the method makes of the head and of `hidden`.
+    fn made(&self, at: &At<'_>, hidden: View<'_>) -> Result<Made> {
+        match &self.head.update {
+            None => Ok(Made::default()),
+            Some(HeadUpdate::LowRank(update)) => self.made_low_rank(at, update, hidden),
+            Some(HeadUpdate::Factors(method)) => self.made_factors(at, method.as_ref(), hidden),
+            Some(HeadUpdate::Weight(method)) => self.made_weight(at, method.as_ref(), hidden),
+        }
+    }
+
+    fn projection<'a>(&'a self, at: &At<'a>, made: &'a Made) -> Projection<'a> {
+        let (weight, tail) = match &made.weight {
+            Some(weight) => (weight.view(), None),
+            None => self.head_table().pieces(at.params, at.pass.dtype),
+        };
         Projection {
             weight,
             tail,
-            update,
+            update: made.as_update(at),
             scale: self.config.logits_scale,
             softcap: self.config.logits_softcap,
         }
     }
-}
 
-/// Columns of [`Updated::b`] that hold values.
-fn width(update: &LowRank) -> usize {
-    update.rank + usize::from(update.bias.is_some())
-}
-
-fn give(workspace: &Workspace, updated: Updated) {
-    workspace.give(updated.s);
-    if let Some(b) = updated.b {
-        workspace.give_scratch(b.into_buffer());
+    /// Where the loss adds gradients: to `d` those of what was made, to `grads` those of parameters.
+    fn gradients<'a>(
+        &self,
+        grads: &'a mut FlatBuffer,
+        made: &Made,
+        d: &'a mut MadeGradients,
+    ) -> HeadGradients<'a> {
+        let table = self.head_table();
+        let own_b = match (&self.head.update, &d.b) {
+            (Some(HeadUpdate::LowRank(update)), None) => Some(update.b),
+            _ => None,
+        };
+        let (mut d_table, mut d_b) = (None, None);
+        match (table.param(), own_b) {
+            (Some(table), Some(b)) => {
+                let [table, b] = grads.view_two_mut(table, b);
+                (d_table, d_b) = (Some(table), Some(b));
+            }
+            (Some(table), None) => d_table = Some(grads.view_mut(table)),
+            (None, Some(b)) => d_b = Some(grads.view_mut(b)),
+            (None, None) => {}
+        }
+        let mut gradients = HeadGradients::default();
+        if table.rows.is_some() {
+            gradients.tail = d_table;
+        } else {
+            gradients.weight = d.weight.as_mut().map(Tensor::view_mut).or(d_table);
+        }
+        let width = made.update.as_ref().map_or(0, |update| update.width);
+        let of_made = d.b.as_mut().map(|d_b| d_b.view_mut().columns(0..width));
+        if let (Some(d_s), Some(b)) = (&mut d.s, of_made.or(d_b)) {
+            let s = d_s.view_mut().columns(0..width);
+            gradients.update = Some(UpdateGradients { s, b });
+        }
+        gradients
     }
-}
 
-fn factors<'a>(run: &'a Run<'_>, site: usize, update: &LowRank) -> lora_linear::LowRank<'a> {
-    lora_linear::LowRank {
-        a: run.params.view_as(update.a, run.dtype),
-        b: run.params.view_as(update.b, run.dtype),
-        scale: update.scale,
-        dropout: run.dropout(site, update.dropout),
-        silent: None,
+    /// Adds the gradients of the method's parameters to `grads`, from those of what it made, and its share to that of
+    /// `hidden`.
+    fn method_gradients(
+        &self,
+        at: &At<'_>,
+        grads: &mut FlatBuffer,
+        hidden: View<'_>,
+        made: (Made, MadeGradients),
+        d_hidden: ViewMut<'_>,
+    ) -> Result<()> {
+        match &self.head.update {
+            None => Ok(()),
+            Some(HeadUpdate::LowRank(update)) => {
+                self.low_rank_gradients(at, grads, update, hidden, made, d_hidden)
+            }
+            Some(HeadUpdate::Factors(method)) => {
+                Self::factor_gradients(at, grads, method.as_ref(), hidden, made, d_hidden)
+            }
+            Some(HeadUpdate::Weight(method)) => {
+                self.weight_gradients(at, grads, method.as_ref(), made, d_hidden)
+            }
+        }
     }
 }

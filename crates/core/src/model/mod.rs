@@ -64,7 +64,7 @@ use ahead::{Ahead, WriteAhead};
 use angles::AngleTable;
 use ferrotune_kernels::linear_cross_entropy::{Accumulator, Sums};
 use ferrotune_kernels::{DType, Device, Tensor, ViewMut, axpby};
-use head::Head;
+use head::{Head, HeadUpdate};
 use invocation::Invocation;
 use layer::Layer;
 use linear::LinearGroup;
@@ -282,7 +282,9 @@ impl Model {
         if self.config.ropes.iter().any(RopeConfig::depends_on_length) {
             return Some("the angles of RoPE depend on the lengths of documents");
         }
-        let on_host = self.layers.iter().any(Layer::computes_on_host);
+        let of_head = self.head.update.as_ref();
+        let on_host = self.layers.iter().any(Layer::computes_on_host)
+            || of_head.is_some_and(HeadUpdate::computes_on_host);
         on_host.then_some("the method computes a part of each pass on the host")
     }
 

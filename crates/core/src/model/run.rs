@@ -35,6 +35,19 @@ pub struct Pass<'a> {
     pub mode: Mode,
 }
 
+impl Pass<'_> {
+    /// A matrix whose size does not grow with the batch, with unspecified contents.
+    pub(crate) fn take_fixed(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
+        Tensor::from_buffer(self.workspace.take_scratch(dtype, rows * cols), rows, cols)
+    }
+
+    /// Returns what [`take_fixed`](Self::take_fixed) gave.
+    pub(crate) fn give_fixed(&self, tensors: impl IntoIterator<Item = Tensor>) {
+        let buffers = tensors.into_iter().map(Tensor::into_buffer);
+        buffers.for_each(|buffer| self.workspace.give_scratch(buffer));
+    }
+}
+
 /// The surroundings of a forward and its backward.
 pub(crate) struct Run<'a> {
     pub(crate) params: &'a FlatBuffer,
@@ -131,15 +144,23 @@ impl<'a> Run<'a> {
         tensors.into_iter().for_each(|t| self.workspace.give(t));
     }
 
-    /// A matrix whose size does not grow with the batch, with unspecified contents.
+    /// [`Pass::take_fixed`].
     pub(crate) fn take_fixed(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
-        Tensor::from_buffer(self.workspace.take_scratch(dtype, rows * cols), rows, cols)
+        self.pass().take_fixed(dtype, rows, cols)
     }
 
-    /// Returns what [`take_fixed`](Self::take_fixed) gave.
+    /// [`Pass::give_fixed`].
     pub(crate) fn give_fixed(&self, tensors: impl IntoIterator<Item = Tensor>) {
-        let buffers = tensors.into_iter().map(Tensor::into_buffer);
-        buffers.for_each(|buffer| self.workspace.give_scratch(buffer));
+        self.pass().give_fixed(tensors);
+    }
+
+    /// Where and in which precision it runs.
+    pub(crate) fn pass(&self) -> Pass<'a> {
+        Pass {
+            workspace: self.workspace,
+            dtype: self.dtype,
+            mode: self.mode,
+        }
     }
 
     /// Adds the noise of training to embeddings `[T, D]`, if there is any.

@@ -54,7 +54,7 @@ impl From<DType> for WeightFormat {
 /// Whether a tied head has a frozen table of its own, because it keeps the base's or trains rows of it, or because
 /// the embedding's is trained.
 fn copies_head(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
-    use Attachment::{KeepBase, LowRank, TrainBase, TrainRows};
+    use Attachment::{Factors, KeepBase, LowRank, TrainBase, TrainRows, Weight};
     let at = |id: SiteId| {
         let here = attachments.iter().filter(move |(site, _)| *site == id);
         here.map(|(_, attachment)| attachment)
@@ -64,7 +64,7 @@ fn copies_head(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> bool {
         return false;
     };
     let own = at(plan.head).any(|a| matches!(a, KeepBase | TrainRows { .. }));
-    let updates = at(plan.head).any(|a| matches!(a, LowRank(_)));
+    let updates = at(plan.head).any(|a| matches!(a, LowRank(_) | Factors(_) | Weight(_)));
     own || (updates && at(tied_to).any(trained))
 }
 

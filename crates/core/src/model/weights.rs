@@ -5,7 +5,7 @@ use super::angles::AngleTable;
 use super::column_norms::ColumnNorms;
 use super::config::{DecoderConfig, NormKind};
 use super::frozen::{FrozenWeight, Scratch};
-use super::head::{Head, Moved};
+use super::head::{Head, HeadUpdate, Moved};
 use super::invocation::Invocation;
 use super::layer::Layer;
 use super::linear::{LinearGroup, Part, PartBias, PartWeight};
@@ -412,10 +412,7 @@ impl Builder<'_> {
 
     fn head(&mut self, embedding: &Embedding) -> Result<Head> {
         let site = self.plan.site(self.plan.head);
-        let (attachment, update) = match self.attachments.remove(&site.id) {
-            Some(Attachment::LowRank(update)) => (None, Some(update)),
-            other => (other, None),
-        };
+        let (update, attachment) = HeadUpdate::of(self.attachments.remove(&site.id));
         let own = |b: &mut Self, from: &Site, attachment| b.table(site, from, attachment).map(Some);
         let table = match (site.tied_to, attachment) {
             (None, attachment) => own(self, site, attachment)?,
@@ -436,12 +433,21 @@ impl Builder<'_> {
         };
         let of_table = table.as_ref().unwrap_or(&embedding.table).rows.as_ref();
         let moved = of_table.filter(|_| update.is_some());
+        if moved.is_some() && !update.as_ref().is_some_and(HeadUpdate::adds_only) {
+            let message = format!(
+                "`{}` has rows that are trained, and beside these only a plain low-rank update can stand; leave one of \
+                 both out",
+                site.name
+            );
+            return Err(Error::config("target_modules", message));
+        }
         let moved = moved.map(|rows| Moved::new(rows, self.params.device()));
         Ok(Head {
             table,
             update,
             moved,
             site: site.id.0,
+            row_lengths: OnceLock::new(),
         })
     }
 

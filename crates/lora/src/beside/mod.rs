@@ -130,8 +130,9 @@ impl<'a> Whole<'a> {
         params: &mut ParamLayoutBuilder,
     ) -> Vec<(SiteId, Attachment)> {
         let mut attachments = self.declare(params);
-        let free = attachments.iter().map(|(id, _)| *id).collect();
-        attachments.extend(self.kept_heads(&free));
+        let taken = attachments.iter().map(|(id, _)| *id);
+        let taken = taken.chain(adapted.iter().copied()).collect();
+        attachments.extend(self.kept_heads(&taken));
         let biases = self.biases(biases, adapted).into_iter();
         attachments.extend(biases.map(|(site, part)| {
             let bias = Attachment::TrainBias(vector(site, part, params));

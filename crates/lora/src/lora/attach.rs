@@ -43,6 +43,7 @@ pub(super) fn attach(
             require_free(sites, rows.site, &taken, |head| {
                 follows(indices, head, &targets)
             })?;
+            require_plain_head(config, sites, rows.site, &taken)?;
             attachments.push((rows.site.id, tokens::declare(rows, Part::TokenRows, params)));
         }
     }
@@ -98,6 +99,27 @@ fn require_stack(ranges: &[[usize; 2]], sites: &[Site]) -> Result<()> {
         "the model has other layers than it asks for: it must be the one that `Adapter::decoder` makes of the base, \
          whose architecture must be known",
     ))
+}
+
+/// Refuses DoRA on a head that shares `table`, of which rows are trained: its norms are of all rows.
+fn require_plain_head(
+    config: &LoraConfig,
+    sites: &[Site],
+    table: &Site,
+    taken: &BTreeSet<SiteId>,
+) -> Result<()> {
+    let mut heads = sites.iter().filter(|site| site.tied_to == Some(table.id));
+    match heads.find(|head| config.use_dora && taken.contains(&head.id)) {
+        None => Ok(()),
+        Some(head) => Err(Error::config(
+            "trainable_token_indices",
+            format!(
+                "trains rows of `{}`, which `{}` shares, and `use_dora` on that one is not supported beside them; leave \
+                 one of both out",
+                table.name, head.name
+            ),
+        )),
+    }
 }
 
 /// Refuses to train a bias that copies of a layer share.
@@ -291,16 +313,6 @@ fn require_adaptable(config: &LoraConfig, site: &Site) -> Result<()> {
             format!(
                 "true gives B a bias, and PEFT has none for an embedding such as `{}`; leave that out of \
                  `target_modules`, or this off",
-                site.name
-            ),
-        ));
-    }
-    if config.use_dora && site.output_head {
-        return Err(Error::config(
-            "use_dora",
-            format!(
-                "true is not supported yet on `{}`, only on linears inside the layers and on embeddings; leave \
-                 that out",
                 site.name
             ),
         ));

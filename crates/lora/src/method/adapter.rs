@@ -1,6 +1,7 @@
 //! A [`Method`] as core's [`Adapter`].
 
 use super::{Common, Frozen, Keys, Method, Place, Source, Target, files};
+use crate::beside::Whole;
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, SiteKind, StepDone};
 use ferrotune_core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
@@ -89,6 +90,7 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         for site in &targets {
             require_linear::<M>(site)?;
         }
+        require_untied::<M>(&whole, &targets)?;
         self.method.check(&targets)?;
         let frozen = self.method.frozen(&targets)?;
         // Shared tensors are ready when backward has passed the first target.
@@ -265,17 +267,34 @@ impl Attached {
     }
 }
 
+/// Refuses an update of a head that is to stay one weight with its embedding, which cannot have it.
+fn require_untied<M: Method>(whole: &Whole<'_>, targets: &[&Site]) -> Result<()> {
+    let pair = whole.pair.as_ref();
+    match pair.filter(|pair| targets.iter().any(|site| site.id == pair.head.id)) {
+        None => Ok(()),
+        Some(pair) => Err(Error::config(
+            "ensure_weight_tying",
+            format!(
+                "true keeps `{}` and `{}` one weight, and {} has no update of an embedding; leave the head out of \
+                 `target_modules`, or this off",
+                pair.embedding.name,
+                pair.head.name,
+                M::PEFT_TYPE
+            ),
+        )),
+    }
+}
+
 fn require_linear<M: Method>(site: &Site) -> Result<()> {
     let kind = match site.kind {
-        SiteKind::Linear if !site.output_head => return Ok(()),
-        SiteKind::Linear => "the output head",
+        SiteKind::Linear => return Ok(()),
         SiteKind::Embedding => "an embedding",
         SiteKind::Norm => "a norm",
     };
     Err(Error::config(
         "target_modules",
         format!(
-            "`{}` is {kind}, and {} attaches to the linears of layers only; leave it out",
+            "`{}` is {kind}, and {} attaches to linears only; leave it out",
             site.name,
             M::PEFT_TYPE
         ),

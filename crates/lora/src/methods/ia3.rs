@@ -139,10 +139,12 @@ impl Method for Ia3 {
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
-        Ok(if self.scales_inputs(site)? {
-            Attachment::Weight(Box::new(Inputs(at.ids[0])))
-        } else {
-            Attachment::Custom(Box::new(Outputs(at.ids[0])))
+        let id = at.ids[0];
+        Ok(match (self.scales_inputs(site)?, site.output_head) {
+            (true, _) => Attachment::Weight(Box::new(Inputs(id))),
+            // Whose outputs are never there as a whole.
+            (false, true) => Attachment::Weight(Box::new(Outputs(id))),
+            (false, false) => Attachment::Custom(Box::new(Outputs(id))),
         })
     }
 }
@@ -187,13 +189,34 @@ impl CustomLinear for Outputs {
         weight: ViewMut<'_>,
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let out = weight.rows();
         if let Some(bias) = bias {
-            let l = param(params, self.0, [1, out], bias.as_view());
+            let l = param(params, self.0, [1, weight.rows()], bias.as_view());
             hadamard::scale(bias, 0.0, l)?;
         }
-        let l = param(params, self.0, [out, 1], weight.as_view());
+        self.apply(params, weight)
+    }
+}
+
+/// The same as a factor per row of the weight, where there is no bias.
+impl WeightUpdate for Outputs {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        let l = param(params, self.0, [weight.rows(), 1], weight.as_view());
         Ok(hadamard::scale(weight, 0.0, l)?)
+    }
+
+    fn backward(
+        &self,
+        _: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let d_l = grad(grads, self.0, [weight.rows(), 1], weight);
+        Ok(hadamard::add_row_sums(d_l, 1.0, weight, d_weight)?)
     }
 }
 

@@ -11,7 +11,7 @@
 
 use super::matrix::{copy_of, device_of, elements, empty};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
-use ferrotune_core::adapter::{Attachment, CustomLinear, Site};
+use ferrotune_core::adapter::{Attachment, CustomLinear, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
@@ -82,13 +82,18 @@ impl Method for Road {
     }
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
-        Ok(Attachment::Custom(Box::new(Rotations {
+        let rotations = Box::new(Rotations {
             theta: at.ids[0],
             alpha: at.ids[1],
             variant: self.variant,
             half: self.group / 2,
             out: site.out_features,
-        })))
+        });
+        // The outputs of the head are never there as a whole.
+        Ok(match site.output_head {
+            true => Attachment::Weight(rotations),
+            false => Attachment::Custom(rotations),
+        })
     }
 }
 
@@ -150,6 +155,41 @@ impl Rotations {
         }
         Tensor::from_f32(values, self.out, group).to_device(&device_of(beside))
     }
+
+    /// Rotates a weight, which has one row per output, or a bias, which is one row of outputs.
+    fn rotate_outputs(&self, params: &FlatBuffer, matrix: ViewMut<'_>) {
+        let [rows, cols] = matrix.shape();
+        let before = elements(matrix.as_view());
+        let across = if rows == self.out { cols } else { 1 };
+        let mut after = before.clone();
+        for (i, [c, s]) in self.coefficients(params).into_iter().enumerate() {
+            let other = self.pair(i).0;
+            for k in 0..across {
+                after[i * across + k] = c * before[i * across + k] + s * before[other * across + k];
+            }
+        }
+        matrix.copy_from(View::from_f32(&after, rows, cols));
+    }
+
+    /// Adds what output `i` says of θ and α: `sums` are those of its gradient times it, and times the other of its
+    /// pair.
+    fn add_gradients(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        i: usize,
+        [own, other]: [f32; 2],
+    ) {
+        let (theta, alpha) = (params.get(self.theta), params.get(self.alpha));
+        let ([c, s], sign) = (self.places(i), self.pair(i).1);
+        let (d_c, d_s) = (own, sign * other);
+        let d_theta = grads.get_mut(self.theta);
+        d_theta[c] -= d_c * alpha[c] * theta[c].sin();
+        d_theta[s] += d_s * alpha[s] * theta[s].cos();
+        let d_alpha = grads.get_mut(self.alpha);
+        d_alpha[c] += d_c * theta[c].cos();
+        d_alpha[s] += d_s * theta[s].sin();
+    }
 }
 
 /// Writes to `y` what it holds times a block-diagonal matrix; returns what it held, f32.
@@ -182,16 +222,9 @@ impl CustomLinear for Rotations {
         let mut sums = empty(dy.view(), self.out, group);
         block_diagonal::gradient(sums.view_mut(), dy.view(), saved[0].view())?;
         let sums = elements(sums.view());
-        let (theta, alpha) = (params.get(self.theta), params.get(self.alpha));
         for (i, sums) in sums.chunks_exact(group).enumerate() {
-            let ([c, s], (other, sign)) = (self.places(i), self.pair(i));
-            let (d_c, d_s) = (sums[i % group], sign * sums[other % group]);
-            let d_theta = grads.get_mut(self.theta);
-            d_theta[c] -= d_c * alpha[c] * theta[c].sin();
-            d_theta[s] += d_s * alpha[s] * theta[s].cos();
-            let d_alpha = grads.get_mut(self.alpha);
-            d_alpha[c] += d_c * theta[c].cos();
-            d_alpha[s] += d_s * theta[s].sin();
+            let other = self.pair(i).0;
+            self.add_gradients(params, grads, i, [sums[i % group], sums[other % group]]);
         }
         Ok(())
     }
@@ -202,21 +235,38 @@ impl CustomLinear for Rotations {
         weight: ViewMut<'_>,
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let coefficients = self.coefficients(params);
         for matrix in [Some(weight), bias].into_iter().flatten() {
-            let [rows, cols] = matrix.shape();
-            let before = elements(matrix.as_view());
-            // A bias is one row of outputs, a weight one row per output.
-            let across = if rows == self.out { cols } else { 1 };
-            let mut after = before.clone();
-            for (i, [c, s]) in coefficients.iter().enumerate() {
-                let other = self.pair(i).0;
-                for k in 0..across {
-                    after[i * across + k] =
-                        c * before[i * across + k] + s * before[other * across + k];
-                }
-            }
-            matrix.copy_from(View::from_f32(&after, rows, cols));
+            self.rotate_outputs(params, matrix);
+        }
+        Ok(())
+    }
+}
+
+/// The same of the rows of the weight, where there is no bias.
+impl WeightUpdate for Rotations {
+    fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
+        self.rotate_outputs(params, weight);
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        params: &FlatBuffer,
+        grads: &mut FlatBuffer,
+        weight: View<'_>,
+        d_weight: View<'_>,
+    ) -> Result<()> {
+        let (weight, d_weight, cols) = (elements(weight), elements(d_weight), weight.cols());
+        let product = |of: usize, with: usize| -> f32 {
+            let row = |i: usize| i * cols..(i + 1) * cols;
+            let pairs = d_weight[row(of)].iter().zip(&weight[row(with)]);
+            pairs
+                .map(|(d, w)| f64::from(*d) * f64::from(*w))
+                .sum::<f64>() as f32
+        };
+        for i in 0..self.out {
+            let sums = [product(i, i), product(i, self.pair(i).0)];
+            self.add_gradients(params, grads, i, sums);
         }
         Ok(())
     }

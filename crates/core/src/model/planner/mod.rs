@@ -445,11 +445,20 @@ impl StepShape {
     }
 
     fn loss_bytes(&self) -> u64 {
-        let head = [self.vocabulary, self.hidden];
+        let head = [self.vocabulary, self.hidden + self.head_update()];
         let label_rows = self.label_rows.iter().copied();
         let logits =
             linear_cross_entropy::scratch_bytes(self.on_gpu, self.head, head, label_rows) as u64;
         logits.saturating_add(self.wide_bytes())
+    }
+
+    /// Columns of the update that is added to the head's product.
+    fn head_update(&self) -> usize {
+        match self.head_method {
+            Method::LowRank { rank, .. } => rank,
+            Method::Changed { dropout: true } => self.hidden,
+            _ => 0,
+        }
     }
 
     /// B of the head's update and its gradients, where it is copied.

@@ -163,17 +163,24 @@ pub(super) fn layers(
     (layers.collect(), [at(plan.embedding), head, positions])
 }
 
-/// Bytes of the largest weight that a method changes, written out in f32 with its gradient and two
-/// matrices of its size that the method makes on the way.
+/// Bytes of the matrices that a method makes of one linear, where that takes most: a changed weight in f32 with its
+/// gradient and two of its size on the way, the head's weight with its rows scaled by DoRA and its gradient, or
+/// factors as they are made, as products read them, and their gradients.
 pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> u64 {
-    let changed = attachments
-        .iter()
-        .filter(|(_, attachment)| matches!(attachment, Attachment::Weight(_)))
-        .map(|(id, _)| plan.site(*id));
-    let largest = changed
-        .map(|site| site.out_features * site.in_features)
-        .max();
-    4 * (largest.unwrap_or(0) * DType::F32.bytes()) as u64
+    let elements = |(id, attachment): &(SiteId, Attachment)| {
+        let site = plan.site(*id);
+        let [out, inputs] = [site.out_features, site.in_features];
+        match attachment {
+            Attachment::Weight(_) => 4 * out * inputs,
+            Attachment::LowRank(update) if update.magnitude.is_some() && *id == plan.head => {
+                2 * out * inputs
+            }
+            Attachment::Factors(method) => 3 * method.rank() * (out + inputs),
+            _ => 0,
+        }
+    };
+    let largest = attachments.iter().map(elements).max();
+    (largest.unwrap_or(0) * DType::F32.bytes()) as u64
 }
 
 /// Whether the head's update has a bias, which is one more rank there.

@@ -64,8 +64,12 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
     let d_hidden = trace.pool.take(act, width);
     let head = trace.head_update();
     if !shape.on_gpu {
-        let chunk = [(); 2].map(|()| trace.pool.take(DType::F32, width));
-        chunk.into_iter().for_each(|slot| trace.pool.give(slot));
+        let update = (shape.head_update() > 0).then_some(shape.head_update());
+        let [rows, turned] = [(); 2].map(|()| trace.pool.take(DType::F32, width));
+        let s = update.map(|cols| trace.pool.take(DType::F32, cols));
+        trace.pool.give(turned);
+        let d_s = update.map(|cols| trace.pool.take(DType::F32, cols));
+        trace.give_all([rows].into_iter().chain(s).chain(d_s));
     }
     trace.give_all(head);
     trace.give_all(flow.y);
@@ -472,18 +476,31 @@ impl Trace<'_> {
 
     /// What the head's update holds while the loss is computed: s and its gradient.
     fn head_update(&mut self) -> Vec<Slot> {
-        let Method::LowRank { rank, dropout, .. } = self.shape.head_method else {
+        let width = self.shape.head_update();
+        if width == 0 {
             return Vec::new();
-        };
-        let cols = self.aligned(rank);
+        }
+        let (cols, method) = (self.aligned(width), self.shape.head_method);
+        if matches!(method, Method::LowRank { scaled: true, .. }) {
+            self.scaled_head(width);
+        }
         let slots = [(); 2].map(|()| self.pool.take(self.shape.factors, cols));
-        if dropout {
-            let act = self.shape.activations;
-            let width = self.shape.hidden;
-            let dropped = [(); 2].map(|()| self.pool.take(act, width));
-            self.give_all(dropped);
+        if matches!(method, Method::LowRank { dropout: true, .. }) {
+            self.pool.pass(self.shape.activations, self.shape.hidden);
         }
         slots.to_vec()
+    }
+
+    /// DoRA's norms of the head's rows, a copy of B and its gradient, and three values per row on the way.
+    fn scaled_head(&mut self, rank: usize) {
+        let vocabulary = self.shape.vocabulary;
+        let elements = vocabulary * self.aligned(rank);
+        let copy = self.fixed.take(self.shape.factors, elements);
+        let norms = self.norms_of([rank, vocabulary], 0);
+        let gradient = self.fixed.take(DType::F32, elements);
+        let values = [(); 3].map(|()| self.fixed.take(DType::F32, vocabulary));
+        let taken = [copy, norms, gradient].into_iter().chain(values);
+        taken.for_each(|slot| self.fixed.give(slot));
     }
 
     /// Columns of a low-rank intermediate.
