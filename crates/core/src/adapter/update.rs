@@ -67,6 +67,12 @@ pub trait WeightUpdate: Debug + Send + Sync {
     /// If a kernel refuses its arguments.
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()>;
 
+    /// Matrices of W's size that [`WeightUpdate::apply`] or [`WeightUpdate::backward`] holds at a time, beside those it is
+    /// given: for the plan of memory.
+    fn temporaries(&self) -> usize {
+        2
+    }
+
     /// Probability that an element of x is dropped before the change of W, in training.
     fn dropout(&self) -> f32 {
         0.0

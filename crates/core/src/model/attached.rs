@@ -42,6 +42,15 @@ pub(crate) struct Scaled {
 }
 
 impl PartSaved {
+    /// Whether backward of the output adds to the gradient of the input.
+    pub(crate) fn adds_to_input(&self) -> bool {
+        match self {
+            Self::Custom(_) => true,
+            Self::Members(saved) => saved.iter().any(Self::adds_to_input),
+            _ => false,
+        }
+    }
+
     /// Whether the gradient of the base output is another than that of the output.
     pub(crate) fn changes_output(&self) -> bool {
         match self {
@@ -65,25 +74,50 @@ impl Norms {
         attached.any(|attachment| scaled(Some(attachment)).is_some())
     }
 
-    /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`.
+    /// Those of the parts of `group` that lie in `columns`, whose weight is `weight`; and the `product` of that with
+    /// an input `x`, written to `y`: on a CPU both read the weight at once.
     pub(crate) fn add(
         &mut self,
         group: &LinearGroup,
         run: &Run<'_>,
         columns: Range<usize>,
         weight: View<'_>,
+        product: Option<(View<'_>, ViewMut<'_>)>,
     ) -> Result<()> {
+        let mut wanted = Vec::new();
         for part in inside(group, &columns) {
             let rows = part.columns.start - columns.start..part.columns.end - columns.start;
             for (place, (attachment, run)) in part.attached(run).into_iter().enumerate() {
                 if let Some(low_rank) = scaled(attachment) {
-                    let weight = weight.row_range(rows.clone());
-                    let lengths = part.row_lengths(run, weight)?;
-                    let norms =
-                        row_norms(run.pass(), run.params, low_rank, weight, lengths.view())?;
-                    self.0.insert((part.site, place), norms);
+                    let cross = run.take_fixed(DType::F32, low_rank.rank, rows.len());
+                    let rows = rows.clone();
+                    wanted.push(Wanted {
+                        part,
+                        place,
+                        run,
+                        low_rank,
+                        rows,
+                        cross,
+                    });
                 }
             }
+        }
+        let others = wanted.iter_mut().map(|norms| matmul::Beside {
+            a: norms.run.params.view_as(norms.low_rank.a, norms.run.dtype),
+            rows: norms.rows.clone(),
+            dst: norms.cross.view_mut(),
+        });
+        match product {
+            Some((x, y)) => matmul::nt_beside(y, x, weight, others.collect())?,
+            None => {
+                for of in others {
+                    matmul::nt(of.dst, 0.0, 1.0, of.a, weight.row_range(of.rows))?;
+                }
+            }
+        }
+        for norms in wanted {
+            let (site, place) = (norms.part.site, norms.place);
+            self.0.insert((site, place), norms.finish(weight)?);
         }
         Ok(())
     }
@@ -107,19 +141,44 @@ fn scaled(attachment: Option<&Attachment>) -> Option<&LowRank> {
     }
 }
 
-/// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made. `lengths` are those of
-/// W `[out, 1]`.
+/// Norms that are being made.
+struct Wanted<'a, 'b> {
+    part: &'a Part,
+    place: usize,
+    run: &'a Run<'b>,
+    low_rank: &'a LowRank,
+    /// Those of the weight that are the part's.
+    rows: Range<usize>,
+    /// A W^T `[rank, out]`.
+    cross: Tensor,
+}
+
+impl Wanted<'_, '_> {
+    fn finish(self, weight: View<'_>) -> Result<Tensor> {
+        let run = self.run;
+        let weight = weight.row_range(self.rows);
+        let lengths = self.part.row_lengths(run, weight)?;
+        row_norms(
+            run.pass(),
+            run.params,
+            self.low_rank,
+            self.cross,
+            lengths.view(),
+        )
+    }
+}
+
+/// Norms of the rows of W + scale * B A `[1, out]`, in closed form: nothing of W's size is made. `cross` is A W^T
+/// `[rank, out]`, which is given back, and `lengths` are the norms of the rows of W `[out, 1]`.
 pub(super) fn row_norms(
     run: Pass<'_>,
     params: &FlatBuffer,
     low_rank: &LowRank,
-    weight: View<'_>,
+    cross: Tensor,
     lengths: View<'_>,
 ) -> Result<Tensor> {
-    let [out, rank] = [weight.rows(), low_rank.rank];
+    let [rank, out] = cross.view().shape();
     let [a, b] = [low_rank.a, low_rank.b].map(|id| params.view_as(id, run.dtype));
-    let mut cross = run.take_fixed(DType::F32, rank, out);
-    matmul::nt(cross.view_mut(), 0.0, 1.0, a, weight)?;
     let mut gram = run.take_fixed(b.dtype(), rank, rank);
     matmul::nt(gram.view_mut(), 0.0, 1.0, a, a)?;
     let mut spread = run.take_fixed(DType::F32, rank, out);
@@ -242,28 +301,33 @@ impl Part {
         }
     }
 
-    /// Turns `dy` from the gradient of the output into that of the base output, where a method makes a
-    /// difference.
+    /// Writes the gradient of the base output to `base_dy`; `dy` is that of the output.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "whose, where, and a linear's own"
+    )]
     pub(crate) fn output_backward(
         &self,
         run: &Run<'_>,
         grads: &mut FlatBuffer,
         x: View<'_>,
         saved: &PartSaved,
-        mut dy: ViewMut<'_>,
+        dy: View<'_>,
+        mut base_dy: ViewMut<'_>,
         mut dx: Option<ViewMut<'_>>,
     ) -> Result<()> {
         let PartSaved::Members(saved) = saved else {
             let attachment = self.attachment.as_ref();
-            return output_backward_of(attachment, run, grads, x, saved, dy, dx);
+            return output_backward_of(attachment, run, grads, x, saved, dy, base_dy, dx);
         };
         let attached = self.attached(run).into_iter().zip(&run.members);
         for (((attachment, own), member), saved) in attached.zip(saved) {
             let rows = || member.rows.clone();
             let dx = dx.as_mut().map(|dx| dx.reborrow().row_range(rows()));
-            let dy = dy.reborrow().row_range(rows());
+            let base_dy = base_dy.reborrow().row_range(rows());
+            let (x, dy) = (x.row_range(rows()), dy.row_range(rows()));
             let grads = &mut member.grads.borrow_mut();
-            output_backward_of(attachment, own, grads, x.row_range(rows()), saved, dy, dx)?;
+            output_backward_of(attachment, own, grads, x, saved, dy, base_dy, dx)?;
         }
         Ok(())
     }
@@ -414,18 +478,24 @@ impl Part {
     }
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "whose, where, and a linear's own"
+)]
 fn output_backward_of(
     attachment: Option<&Attachment>,
     run: &Run<'_>,
     grads: &mut FlatBuffer,
     x: View<'_>,
     saved: &PartSaved,
-    dy: ViewMut<'_>,
+    dy: View<'_>,
+    mut base_dy: ViewMut<'_>,
     dx: Option<ViewMut<'_>>,
 ) -> Result<()> {
     match (attachment, saved) {
         (Some(Attachment::Custom(custom)), PartSaved::Custom(saved)) => {
-            custom.backward(run.params, grads, x, saved, dy, dx)
+            base_dy.reborrow().copy_from(dy);
+            custom.backward(run.params, grads, x, saved, base_dy, dx)
         }
         (
             Some(Attachment::LowRank(LowRank {
@@ -433,15 +503,25 @@ fn output_backward_of(
                 ..
             })),
             PartSaved::LowRank {
-                scaled: Some(scaled),
+                scaled: Some(Scaled { u, norms }),
                 ..
             },
         ) => {
-            let (id, norms) = (magnitude.id(), scaled.norms.view());
-            dora::backward(dy.as_view(), scaled.u.view(), norms, grads.view_mut(id))?;
-            Ok(dora::scale(dy, run.params.view(id), norms)?)
+            let id = magnitude.id();
+            let (values, to) = (run.params.view(id), grads.view_mut(id));
+            Ok(dora::backward(
+                dy,
+                u.view(),
+                values,
+                norms.view(),
+                to,
+                base_dy,
+            )?)
         }
-        _ => Ok(()),
+        _ => {
+            base_dy.copy_from(dy);
+            Ok(())
+        }
     }
 }
 
@@ -471,7 +551,6 @@ fn low_rank_forward(
 /// DoRA's scaling of `y`, and what it keeps.
 fn scale(run: &Run<'_>, magnitude: ParamId, norms: Tensor, y: ViewMut<'_>) -> Result<Scaled> {
     let mut u = run.workspace.take(y.dtype(), y.rows(), y.cols());
-    u.view_mut().copy_from(y.as_view());
-    dora::scale(y, run.params.view(magnitude), norms.view())?;
+    dora::forward(y, u.view_mut(), run.params.view(magnitude), norms.view())?;
     Ok(Scaled { u, norms })
 }

@@ -141,7 +141,7 @@ impl LinearGroup {
             {
                 if Norms::are_wanted(self, &columns) {
                     weight.with_values(self.scratch, run.workspace, |values| {
-                        norms.add(self, run, columns, values)
+                        norms.add(self, run, columns, values, None)
                     })?;
                 }
                 weight.product(run, self.scratch, x, y)?;
@@ -152,8 +152,7 @@ impl LinearGroup {
                 continue;
             }
             self.with_base(run, base, |weight| {
-                norms.add(self, run, columns, weight)?;
-                Ok(matmul::nt(y.reborrow(), 0.0, 1.0, x, weight)?)
+                norms.add(self, run, columns, weight, Some((x, y.reborrow())))
             })?;
         }
         let mut saved = Vec::with_capacity(self.parts.len());
@@ -183,6 +182,8 @@ impl LinearGroup {
             (_, _, dy) => dy,
         };
         let dy = dy.view(self.out_features());
+        // Where it is, dx already holds what changing the output adds to it.
+        let begun = saved.iter().any(PartSaved::adds_to_input);
         let changed = self.output_backward(
             run,
             grads,
@@ -193,8 +194,7 @@ impl LinearGroup {
         )?;
         let base_dy = changed.as_ref().map_or(dy, Tensor::view);
         if let Some(dx) = &mut dx {
-            // Where the output is changed, dx already holds what that adds to it.
-            let mut beta = if changed.is_some() { 1.0 } else { 0.0 };
+            let mut beta = if begun { 1.0 } else { 0.0 };
             for (columns, base) in self.base_weights() {
                 let dy = base_dy.columns(columns);
                 match base {
@@ -248,7 +248,7 @@ impl LinearGroup {
         self.parts.iter().any(trains)
     }
 
-    /// The gradient of the base output where methods change that, with `dx` begun.
+    /// The gradient of the base output where methods change that, with `dx` begun if they add to it.
     fn output_backward(
         &self,
         run: &Run<'_>,
@@ -262,14 +262,16 @@ impl LinearGroup {
             return Ok(None);
         }
         let mut base_dy = run.workspace.take(dy.dtype(), dy.rows(), dy.cols());
-        base_dy.view_mut().copy_from(dy);
-        if let Some(dx) = &mut dx {
+        if let Some(dx) = &mut dx
+            && saved.iter().any(PartSaved::adds_to_input)
+        {
             dx.reborrow().fill(0.0);
         }
         for (part, saved) in self.parts.iter().zip(saved) {
-            let dy = base_dy.view_mut().columns(part.columns.clone());
+            let dy = dy.columns(part.columns.clone());
+            let base_dy = base_dy.view_mut().columns(part.columns.clone());
             let dx = dx.as_mut().map(ViewMut::reborrow);
-            part.output_backward(run, grads, x, saved, dy, dx)?;
+            part.output_backward(run, grads, x, saved, dy, base_dy, dx)?;
         }
         Ok(Some(base_dy))
     }

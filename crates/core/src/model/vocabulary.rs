@@ -206,12 +206,18 @@ impl Embedding {
         };
         // The rows again: to look them up costs less than to keep them.
         let unscaled = self.unscaled(run, ids)?;
-        let to = grads.view_mut(magnitude);
-        dora::backward(d_out, unscaled.view(), norms.view(), to)?;
-        let mut d_unscaled = unscaled;
-        d_unscaled.view_mut().copy_from(d_out);
-        let values = run.params.view(magnitude);
-        dora::scale(d_unscaled.view_mut(), values, norms.view())?;
+        let mut d_unscaled = run
+            .workspace
+            .take(d_out.dtype(), d_out.rows(), d_out.cols());
+        dora::backward(
+            d_out,
+            unscaled.view(),
+            run.params.view(magnitude),
+            norms.view(),
+            grads.view_mut(magnitude),
+            d_unscaled.view_mut(),
+        )?;
+        run.give([unscaled]);
         update_backward(run, grads, update, ids, d_unscaled.view())?;
         run.give([d_unscaled]);
         run.give_fixed([norms]);

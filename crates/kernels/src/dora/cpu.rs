@@ -1,4 +1,5 @@
 use crate::lanes::{LANES, total};
+use crate::matmul::block::SharedMut;
 use crate::simd::dispatch;
 use crate::{Element, Rows, RowsMut};
 use rayon::prelude::*;
@@ -48,7 +49,7 @@ fn squares<T: Element>(row: &[T]) -> f32 {
 }
 
 pub(super) fn scale<T: Element>(mut y: RowsMut<'_, T>, magnitude: &[f32], norms: &[f32]) {
-    let factors: Vec<f32> = magnitude.iter().zip(norms).map(|(m, n)| m / n).collect();
+    let factors = factors(magnitude, norms);
     y.par_rows_mut().with_min_len(16).for_each(|row| {
         dispatch(|| {
             for (y, factor) in row.iter_mut().zip(&factors) {
@@ -58,32 +59,66 @@ pub(super) fn scale<T: Element>(mut y: RowsMut<'_, T>, magnitude: &[f32], norms:
     });
 }
 
+pub(super) fn forward<T: Element>(
+    mut y: RowsMut<'_, T>,
+    mut u: RowsMut<'_, T>,
+    magnitude: &[f32],
+    norms: &[f32],
+) {
+    let factors = factors(magnitude, norms);
+    let rows = y.par_rows_mut().zip(u.par_rows_mut()).with_min_len(16);
+    rows.for_each(|(y, u)| {
+        dispatch(|| {
+            for ((y, u), factor) in y.iter_mut().zip(u).zip(&factors) {
+                *u = *y;
+                *y = T::from_f32(y.to_f32() * factor);
+            }
+        });
+    });
+}
+
+fn factors(magnitude: &[f32], norms: &[f32]) -> Vec<f32> {
+    magnitude.iter().zip(norms).map(|(m, n)| m / n).collect()
+}
+
+/// A matrix `[1, out]` each.
+pub(super) struct Scaling<'a> {
+    pub(super) magnitude: &'a [f32],
+    pub(super) norms: &'a [f32],
+}
+
+/// A task owns some columns, so that their sums are those of the rows in order.
 pub(super) fn backward<T: Element, U: Element>(
     dy: Rows<'_, T>,
     u: Rows<'_, U>,
-    norms: &[f32],
+    of: &Scaling<'_>,
     d_magnitude: &mut [f32],
+    mut du: RowsMut<'_, T>,
 ) {
-    let chunks = d_magnitude
-        .par_chunks_mut(COLUMNS)
-        .zip(norms.par_chunks(COLUMNS));
-    chunks
-        .enumerate()
-        .for_each(|(chunk, (d_magnitude, norms))| {
-            let (first, width) = (chunk * COLUMNS, norms.len());
-            let mut sums = [0.0_f32; COLUMNS];
+    let pitch = du.pitch();
+    let target = SharedMut::new(du.data_mut());
+    let factors = factors(of.magnitude, of.norms);
+    let chunks = d_magnitude.par_chunks_mut(COLUMNS).enumerate();
+    chunks.for_each(|(chunk, d_magnitude)| {
+        let (first, width) = (chunk * COLUMNS, d_magnitude.len());
+        let factors = &factors[first..first + width];
+        let mut sums = [0.0_f32; COLUMNS];
+        for r in 0..dy.rows() {
+            let (dy, u) = (&dy.row(r)[first..], &u.row(r)[first..]);
+            let start = r * pitch + first;
+            // SAFETY: columns of a row of `du` that no other task has; it is borrowed until all end.
+            let du = unsafe { target.slice(start..start + width) };
             dispatch(|| {
-                for r in 0..dy.rows() {
-                    let row = dy.row(r)[first..first + width]
-                        .iter()
-                        .zip(&u.row(r)[first..]);
-                    for (sum, (dy, u)) in sums.iter_mut().zip(row) {
-                        *sum += dy.to_f32() * u.to_f32();
-                    }
+                let row = du.iter_mut().zip(dy).zip(u);
+                for (((du, dy), u), (sum, factor)) in row.zip(sums.iter_mut().zip(factors)) {
+                    let dy = dy.to_f32();
+                    *sum += dy * u.to_f32();
+                    *du = T::from_f32(dy * factor);
                 }
             });
-            for ((d, sum), norm) in d_magnitude.iter_mut().zip(sums).zip(norms) {
-                *d += sum / norm;
-            }
-        });
+        }
+        for ((d, sum), norm) in d_magnitude.iter_mut().zip(sums).zip(&of.norms[first..]) {
+            *d += sum / norm;
+        }
+    });
 }

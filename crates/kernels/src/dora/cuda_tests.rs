@@ -1,4 +1,4 @@
-use super::{Operands, backward, row_norms, scale};
+use super::{Operands, backward, forward, row_norms};
 use crate::DType;
 use crate::test_support::DTYPES;
 use crate::twins::assert_cuda_matches;
@@ -35,16 +35,33 @@ fn scaling_and_its_gradient_match_the_cpu() {
                 // Norms around 1, none near 0.
                 let values = (0..shape[1]).map(|c| 1.0 + (c % 7) as f32 / 8.0).collect();
                 let norms = crate::Tensor::from_f32(values, 1, shape[1]).to_device(place.device());
+                let magnitude = place.dense(5, [1, shape[1]]);
                 let mut d_magnitude = place.dense(3, [1, shape[1]]);
-                backward(dy.view(), u.view(), norms.view(), d_magnitude.view_mut()).unwrap();
-                let mut y = place.matrix(4, shape, dtype);
-                scale(
+                let mut du = place.poisoned(shape, dtype);
+                backward(
+                    dy.view(),
+                    u.view(),
+                    magnitude.view(),
+                    norms.view(),
+                    d_magnitude.view_mut(),
+                    du.view_mut(),
+                )
+                .unwrap();
+                let (mut y, mut kept) =
+                    (place.matrix(4, shape, dtype), place.poisoned(shape, dtype));
+                forward(
                     y.view_mut(),
-                    place.dense(5, [1, shape[1]]).view(),
+                    kept.view_mut(),
+                    magnitude.view(),
                     norms.view(),
                 )
                 .unwrap();
-                vec![(dtype, y.values()), (DType::F32, d_magnitude.to_f32_vec())]
+                vec![
+                    (dtype, y.values()),
+                    (dtype, kept.values()),
+                    (dtype, du.values()),
+                    (DType::F32, d_magnitude.to_f32_vec()),
+                ]
             });
         }
     }

@@ -21,7 +21,7 @@ mod cuda_tests;
 mod tests;
 
 use crate::device::common;
-use crate::error::check_shape;
+use crate::error::{check_dtype, check_shape};
 use crate::tensor::with_dtype;
 use crate::{Result, View, ViewMut};
 
@@ -79,11 +79,7 @@ pub fn row_norms(of: &Operands<'_>, norms: ViewMut<'_>) -> Result<()> {
 /// If a shape or dtype does not fit.
 pub fn scale(y: ViewMut<'_>, magnitude: View<'_>, norms: View<'_>) -> Result<()> {
     const OP: &str = "dora::scale";
-    let vector = |what, view: View<'_>| check_shape(OP, what, [1, y.cols()], view.shape());
-    vector("magnitude", magnitude)?;
-    vector("norms", norms)?;
-    let magnitude = magnitude.dense_f32(OP, "magnitude")?;
-    let norms = norms.dense_f32(OP, "norms")?;
+    let [magnitude, norms] = vectors(OP, y.cols(), magnitude, norms)?;
     if let Some(device) = common(OP, &[y.device(), magnitude.device(), norms.device()])? {
         return cuda::scale(device, y, magnitude, norms);
     }
@@ -97,7 +93,37 @@ pub fn scale(y: ViewMut<'_>, magnitude: View<'_>, norms: View<'_>) -> Result<()>
     Ok(())
 }
 
-/// Adds to `d_magnitude [1, out]` f32 the column sums of `dy * u / norms`.
+/// [`scale`] of `y`, which is first copied to `u`, of its shape and dtype, for [`backward`].
+///
+/// # Errors
+/// If a shape or dtype does not fit.
+pub fn forward(
+    y: ViewMut<'_>,
+    mut u: ViewMut<'_>,
+    magnitude: View<'_>,
+    norms: View<'_>,
+) -> Result<()> {
+    const OP: &str = "dora::forward";
+    check_shape(OP, "u", y.shape(), u.shape())?;
+    check_dtype(OP, "u", y.dtype(), u.dtype())?;
+    let [magnitude, norms] = vectors(OP, y.cols(), magnitude, norms)?;
+    let devices = [y.device(), u.device(), magnitude.device(), norms.device()];
+    if let Some(device) = common(OP, &devices)? {
+        u.reborrow().copy_from(y.as_view());
+        return cuda::scale(device, y, magnitude, norms);
+    }
+    let magnitude = magnitude.contiguous(OP, "magnitude")?;
+    let norms = norms.contiguous(OP, "norms")?;
+    with_dtype!(y.dtype(), T => {
+        if let (Some(y), Some(u)) = (y.typed::<T>(), u.typed::<T>()) {
+            cpu::forward(y, u, magnitude, norms);
+        }
+    });
+    Ok(())
+}
+
+/// Adds to `d_magnitude [1, out]` f32 the column sums of `dy * u / norms`, and writes
+/// `du = dy * magnitude / norms` `[T, out]`, of the dtype of `dy`.
 ///
 /// `dy` and `u`, the output before [`scale`], are `[T, out]`, f32 or bf16. Rows are summed in order.
 ///
@@ -106,27 +132,56 @@ pub fn scale(y: ViewMut<'_>, magnitude: View<'_>, norms: View<'_>) -> Result<()>
 pub fn backward(
     dy: View<'_>,
     u: View<'_>,
+    magnitude: View<'_>,
     norms: View<'_>,
     d_magnitude: ViewMut<'_>,
+    mut du: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "dora::backward";
     check_shape(OP, "u", dy.shape(), u.shape())?;
-    check_shape(OP, "norms", [1, dy.cols()], norms.shape())?;
+    check_shape(OP, "du", dy.shape(), du.shape())?;
+    check_dtype(OP, "du", dy.dtype(), du.dtype())?;
     check_shape(OP, "d_magnitude", [1, dy.cols()], d_magnitude.shape())?;
-    let norms = norms.dense_f32(OP, "norms")?;
+    let [magnitude, norms] = vectors(OP, dy.cols(), magnitude, norms)?;
     let d_magnitude = d_magnitude.dense_f32(OP, "d_magnitude")?;
-    let devices = [dy.device(), u.device(), norms.device()];
+    let devices = [
+        dy.device(),
+        u.device(),
+        magnitude.device(),
+        norms.device(),
+        du.device(),
+    ];
     if let Some(device) = common(OP, &devices)? {
-        return cuda::backward(device, dy, u, norms, d_magnitude);
+        cuda::backward(device, dy, u, norms, d_magnitude)?;
+        du.reborrow().copy_from(dy);
+        return cuda::scale(device, du, magnitude, norms);
     }
-    let norms = norms.contiguous(OP, "norms")?;
+    let of = cpu::Scaling {
+        magnitude: magnitude.contiguous(OP, "magnitude")?,
+        norms: norms.contiguous(OP, "norms")?,
+    };
     let d_magnitude = d_magnitude.contiguous(OP, "d_magnitude")?;
     with_dtype!(dy.dtype(), T => {
         with_dtype!(u.dtype(), U => {
-            if let (Some(dy), Some(u)) = (dy.typed::<T>(), u.typed::<U>()) {
-                cpu::backward(dy, u, norms, d_magnitude);
+            let matrices = (dy.typed::<T>(), u.typed::<U>(), du.reborrow().typed::<T>());
+            if let (Some(dy), Some(u), Some(du)) = matrices {
+                cpu::backward(dy, u, &of, d_magnitude, du);
             }
         });
     });
     Ok(())
+}
+
+/// `magnitude` and `norms`, if they are `[1, cols]` f32.
+fn vectors<'a>(
+    op: &'static str,
+    cols: usize,
+    magnitude: View<'a>,
+    norms: View<'a>,
+) -> Result<[View<'a>; 2]> {
+    let vector = |what, view: View<'a>| {
+        check_shape(op, what, [1, cols], view.shape())?;
+        view.dense_f32(op, what)
+    };
+    Ok([vector("magnitude", magnitude)?, vector("norms", norms)?])
 }

@@ -1,4 +1,4 @@
-use super::{Operands, backward, row_norms, scale};
+use super::{Operands, backward, forward, row_norms, scale};
 use crate::test_support::normal;
 use crate::{DType, Tensor, View, ViewMut, matmul};
 
@@ -64,25 +64,41 @@ fn the_gradient_is_that_of_the_scaling() {
             .collect::<Vec<f32>>()
     };
     let (magnitude, norms) = (positive(3), positive(4));
-    let mut y = u.clone();
-    scale(
+    let (mut y, mut kept) = (u.clone(), vec![f32::NAN; u.len()]);
+    forward(
         ViewMut::from_f32(&mut y, rows, cols),
+        ViewMut::from_f32(&mut kept, rows, cols),
         View::vector(&magnitude),
         View::vector(&norms),
     )
     .expect("shapes agree");
+    assert_eq!(kept, u);
+    let mut again = u.clone();
+    scale(
+        ViewMut::from_f32(&mut again, rows, cols),
+        View::vector(&magnitude),
+        View::vector(&norms),
+    )
+    .expect("shapes agree");
+    assert_eq!(again, y);
     let mut d_magnitude = vec![1.0; cols];
+    let mut du = vec![f32::NAN; dy.len()];
     let [dy_view, u_view] = [&dy, &u].map(|v| View::from_f32(v, rows, cols));
     backward(
         dy_view,
         u_view,
+        View::vector(&magnitude),
         View::vector(&norms),
         ViewMut::vector(&mut d_magnitude),
+        ViewMut::from_f32(&mut du, rows, cols),
     )
     .expect("shapes agree");
     for c in 0..cols {
         let column = |values: &[f32], r: usize| f64::from(values[r * cols + c]);
         assert!((0..rows).all(|r| y[r * cols + c] == u[r * cols + c] * (magnitude[c] / norms[c])));
+        assert!(
+            (0..rows).all(|r| du[r * cols + c] == dy[r * cols + c] * (magnitude[c] / norms[c]))
+        );
         let sum: f64 = (0..rows).map(|r| column(&dy, r) * column(&u, r)).sum();
         let want = 1.0 + sum / f64::from(norms[c]);
         assert!(
@@ -112,8 +128,15 @@ fn wrong_shapes_are_refused() {
         )
         .is_err()
     );
-    let mut d = [0.0; 2];
+    let (mut d, mut du) = ([0.0; 2], [0.0; 6]);
     let x = [0.0; 6];
     let x = View::from_f32(&x, 2, 3);
-    assert!(backward(x, x, View::vector(&[1.0; 3]), ViewMut::vector(&mut d)).is_err());
+    let ones = View::vector(&[1.0; 3]);
+    let d = ViewMut::vector(&mut d);
+    assert!(backward(x, x, ones, ones, d, ViewMut::from_f32(&mut du, 2, 3)).is_err());
+    let mut d = [0.0; 3];
+    let d = ViewMut::vector(&mut d);
+    assert!(backward(x, x, ones, ones, d, ViewMut::from_f32(&mut du, 3, 2)).is_err());
+    let u = ViewMut::from_f32(&mut du, 3, 2);
+    assert!(forward(ViewMut::from_f32(&mut y, 2, 3), u, ones, ones).is_err());
 }

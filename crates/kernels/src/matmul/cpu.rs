@@ -1,6 +1,6 @@
-use super::block::{SharedMut, flipped, gemm_raw, operand, with_scratch};
+use super::block::{Matrix, SharedMut, gemm_raw, view_flipped, view_operand, with_scratch};
 use super::{Layout, Product};
-use crate::{DType, Element, Rows, RowsMut, simd};
+use crate::{DType, Element, RowsMut, View, simd};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -28,15 +28,45 @@ const PAGE: usize = 1024;
 /// Rows of `dst` from which transposing a block of `b` first pays for itself.
 const TRANSPOSE_ROWS: usize = 48;
 
-/// The product in tiles of `dst`, whose bounds depend on the shape alone.
-pub(super) fn product<D: Element, A: Element, B: Element>(
+/// Another product `dst [M',rows] = a [M',K] b[rows]^T` over rows of the same `b` `[N,K]`.
+pub(super) struct Beside<'a> {
+    a: View<'a>,
+    rows: Range<usize>,
+    dst: SharedMut<f32>,
+    pitch: usize,
+}
+
+impl<'a> Beside<'a> {
+    /// `dst` is borrowed for as long as this lives.
+    pub(super) fn new(a: View<'a>, rows: Range<usize>, dst: &'a mut RowsMut<'_, f32>) -> Self {
+        let pitch = dst.pitch();
+        let dst = SharedMut::new(dst.data_mut());
+        Self {
+            a,
+            rows,
+            dst,
+            pitch,
+        }
+    }
+
+    /// Its part in the columns `cols` of the whole product.
+    fn within(&self, cols: &Range<usize>) -> Range<usize> {
+        let start = self.rows.start.max(cols.start);
+        start..self.rows.end.min(cols.end).max(start)
+    }
+}
+
+/// The product in tiles of `dst`, whose bounds depend on the shape alone, and those `beside` it, whose values of `b`
+/// are then in the cache.
+pub(super) fn product<D: Element>(
     mut dst: RowsMut<'_, D>,
-    a: Rows<'_, A>,
-    b: Rows<'_, B>,
+    a: View<'_>,
+    b: View<'_>,
     product: &Product,
+    beside: &[Beside<'_>],
 ) {
     let (m, n) = (product.m, product.n);
-    if m == 0 || n == 0 {
+    if n == 0 || (m == 0 && beside.is_empty()) {
         return;
     }
     let (tile_rows, tile_cols) = if m * n * product.k < PARALLEL_WORK {
@@ -48,20 +78,28 @@ pub(super) fn product<D: Element, A: Element, B: Element>(
     } else {
         (m.div_ceil(m.div_ceil(TILE_ROWS)), even_tiles(n, TILE_COLS))
     };
-    let pitch = dst.pitch();
-    let target = SharedMut::new(dst.data_mut());
-    let row_tiles = m.div_ceil(tile_rows);
+    let tile_rows = tile_rows.max(1);
+    let tiles = Tiles {
+        pitch: dst.pitch(),
+        dst: SharedMut::new(dst.data_mut()),
+        a,
+        b,
+        product,
+        beside,
+    };
+    // Without rows, what stands beside them is still to be made.
+    let row_tiles = m.div_ceil(tile_rows).max(1);
     let run = |tile: usize| {
         let (i, j) = (tile % row_tiles * tile_rows, tile / row_tiles * tile_cols);
-        let (rows, cols) = (i..m.min(i + tile_rows), j..n.min(j + tile_cols));
-        // SAFETY: tiles are disjoint rectangles inside `dst`, which is borrowed until all end.
-        unsafe { compute_tile(&target, pitch, &a, &b, product, rows, cols) }
+        // SAFETY: tiles are disjoint rectangles inside `dst`, and inside those beside it, which are borrowed until all
+        // end.
+        unsafe { tiles.compute(i..m.min(i + tile_rows), j..n.min(j + tile_cols)) }
     };
-    let tiles = row_tiles * n.div_ceil(tile_cols);
+    let count = row_tiles * n.div_ceil(tile_cols);
     if m * n * product.k < PARALLEL_WORK {
-        (0..tiles).for_each(run);
+        (0..count).for_each(run);
     } else {
-        (0..tiles).into_par_iter().with_max_len(1).for_each(run);
+        (0..count).into_par_iter().with_max_len(1).for_each(run);
     }
 }
 
@@ -72,41 +110,105 @@ fn even_tiles(len: usize, longest: usize) -> usize {
     len.div_ceil(tiles).next_multiple_of(16)
 }
 
-/// One tile of the result, `product.k` deep.
-///
-/// # Safety
-/// `rows` x `cols` must lie inside the matrix behind `dst`, and be accessed by nobody else.
-unsafe fn compute_tile<D: Element, A: Element, B: Element>(
-    dst: &SharedMut<D>,
+/// What all tiles of a product share.
+struct Tiles<'a, D> {
+    dst: SharedMut<D>,
     pitch: usize,
-    a: &Rows<'_, A>,
-    b: &Rows<'_, B>,
-    product: &Product,
+    a: View<'a>,
+    b: View<'a>,
+    product: &'a Product,
+    beside: &'a [Beside<'a>],
+}
+
+/// The f32 tile of one product: the `rows` of `a` with the columns `cols` of op(b).
+struct Part<'a> {
+    a: View<'a>,
     rows: Range<usize>,
     cols: Range<usize>,
-) {
-    let (m, n) = (rows.len(), cols.len());
-    let start = rows.start * pitch + cols.start;
-    if D::DTYPE == DType::F32 {
-        // SAFETY: D is f32, and the caller vouches for the rectangle.
-        unsafe {
-            let dst = dst.at(start).cast::<f32>();
-            accumulate(dst, pitch, product.beta, a, b, product, rows, cols);
+    dst: *mut f32,
+    pitch: usize,
+    beta: f32,
+    alpha: f32,
+}
+
+impl<D: Element> Tiles<'_, D> {
+    /// One tile of the result, `product.k` deep, and once for each column what is beside it.
+    ///
+    /// # Safety
+    /// `rows` x `cols` must lie inside the matrix behind `dst`, and be accessed by nobody else; so too the columns
+    /// `cols` of those beside it where `rows` are the first.
+    unsafe fn compute(&self, rows: Range<usize>, cols: Range<usize>) {
+        let (m, n) = (rows.len(), cols.len());
+        let start = rows.start * self.pitch + cols.start;
+        let beside = if rows.start == 0 { self.beside } else { &[] };
+        if D::DTYPE == DType::F32 || m == 0 {
+            // SAFETY: D is f32, and the caller vouches for the rectangle.
+            unsafe {
+                let dst = self.dst.at(if m == 0 { 0 } else { start }).cast::<f32>();
+                self.accumulate(dst, self.pitch, self.product.beta, rows, cols, beside);
+            }
+            return;
         }
-        return;
+        with_scratch(m * n, |sum| {
+            // SAFETY: `sum` is [m, n] with pitch n, and belongs to this thread.
+            unsafe { self.accumulate(sum.as_mut_ptr(), n, 0.0, rows, cols, beside) };
+            for (r, sum) in sum.chunks_exact(n).enumerate() {
+                let start = start + r * self.pitch;
+                // SAFETY: row r of the rectangle that the caller vouches for.
+                let row = unsafe { self.dst.slice(start..start + n) };
+                simd::dispatch(
+                    #[inline(always)]
+                    || round_row(row, self.product.beta, sum),
+                );
+            }
+        });
     }
-    with_scratch(m * n, |sum| {
-        // SAFETY: `sum` is [m, n] with pitch n, and belongs to this thread.
-        unsafe { accumulate(sum.as_mut_ptr(), n, 0.0, a, b, product, rows, cols) };
-        for (r, sum) in sum.chunks_exact(n).enumerate() {
-            // SAFETY: row r of the rectangle that the caller vouches for.
-            let row = unsafe { dst.slice(start + r * pitch..start + r * pitch + n) };
-            simd::dispatch(
-                #[inline(always)]
-                || round_row(row, product.beta, sum),
-            );
-        }
-    });
+
+    /// The f32 tile `dst = beta * dst + alpha * a b` and what is `beside` it.
+    ///
+    /// # Safety
+    /// As [`gemm_raw`], and as [`Tiles::compute`] for those beside.
+    unsafe fn accumulate(
+        &self,
+        dst: *mut f32,
+        pitch: usize,
+        beta: f32,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        beside: &[Beside<'_>],
+    ) {
+        let mut parts = Vec::with_capacity(1 + beside.len());
+        parts.push(Part {
+            a: self.a,
+            rows,
+            cols: cols.clone(),
+            dst,
+            pitch,
+            beta,
+            alpha: self.product.alpha,
+        });
+        parts.extend(beside.iter().map(|of| {
+            let own = of.within(&cols);
+            let first = if own.is_empty() {
+                0
+            } else {
+                own.start - of.rows.start
+            };
+            Part {
+                a: of.a,
+                rows: 0..of.a.rows(),
+                cols: own,
+                // SAFETY: a column of the first row of its result, or its start.
+                dst: unsafe { of.dst.at(first) },
+                pitch: of.pitch,
+                beta: 0.0,
+                alpha: 1.0,
+            }
+        }));
+        parts.retain(|part| !part.rows.is_empty() && !part.cols.is_empty());
+        // SAFETY: the caller's promise.
+        unsafe { accumulate(self.b, self.product, &cols, &mut parts) };
+    }
 }
 
 #[inline(always)]
@@ -122,64 +224,75 @@ fn round_row<D: Element>(row: &mut [D], beta: f32, sum: &[f32]) {
     }
 }
 
-/// The f32 tile: `dst = beta * dst + alpha * a b`, in steps of at most `TILE_DEPTH`.
+/// `parts` of products over the columns `cols` of op(b), in steps of at most `TILE_DEPTH`.
 ///
 /// # Safety
-/// As [`gemm_raw`].
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a tile of a product of two matrices"
-)]
-unsafe fn accumulate<A: Element, B: Element>(
-    dst: *mut f32,
-    pitch: usize,
-    beta: f32,
-    a: &Rows<'_, A>,
-    b: &Rows<'_, B>,
-    product: &Product,
-    rows: Range<usize>,
-    cols: Range<usize>,
-) {
-    let slow_to_pack = B::DTYPE != DType::F32 || b.pitch().is_multiple_of(PAGE);
+/// As [`gemm_raw`], for each of them.
+unsafe fn accumulate(b: View<'_>, product: &Product, cols: &Range<usize>, parts: &mut [Part<'_>]) {
+    let slow_to_pack = b.dtype() != DType::F32 || b.pitch().is_multiple_of(PAGE);
+    let tall = parts.iter().map(|part| part.rows.len()).sum::<usize>() >= TRANSPOSE_ROWS;
     // The crate sums a small product of two K-contiguous operands in another order.
-    let small = rows.len() * cols.len() <= HORIZONTAL;
-    let long = rows.len() >= TRANSPOSE_ROWS && slow_to_pack;
-    let flip = product.layout == Layout::Nt && rows.len() > 1 && (small || long);
+    let small = |part: &Part<'_>| part.rows.len() * part.cols.len() <= HORIZONTAL;
+    // With any number of rows but one the bits are the same whether b is transposed first or not.
+    let can = |part: &Part<'_>| product.layout == Layout::Nt && part.rows.len() > 1;
+    let flip = parts
+        .iter()
+        .any(|part| can(part) && (small(part) || tall && slow_to_pack));
+    let straight = !flip || parts.iter().any(|part| !can(part));
     // A function of K alone: a row of the result has the same bits whatever rows stand beside it.
     let depth = product
         .k
         .div_ceil(product.k.div_ceil(TILE_DEPTH).max(1))
         .max(1);
-    let scratch_a = scratch_len::<A>(rows.len(), depth);
-    let scratch_b = if flip {
-        cols.len() * depth
+    let lengths = parts
+        .iter()
+        .map(|part| scratch_len(part.a, part.rows.len(), depth));
+    let scratch_a = lengths.max().unwrap_or(0);
+    let scratch_b = if straight {
+        scratch_len(b, cols.len(), depth)
     } else {
-        scratch_len::<B>(cols.len(), depth)
+        0
     };
-    with_scratch(scratch_a + scratch_b, |scratch| {
-        let (scratch_a, scratch_b) = scratch.split_at_mut(scratch_a);
-        let mut beta = beta;
+    let scratch_flipped = if flip { cols.len() * depth } else { 0 };
+    with_scratch(scratch_a + scratch_b + scratch_flipped, |scratch| {
+        let (scratch_a, scratch) = scratch.split_at_mut(scratch_a);
+        let (scratch_b, scratch_flipped) = scratch.split_at_mut(scratch_b);
         // One pass even if K = 0: it scales or zeroes dst.
         for k in (0..product.k.max(1)).step_by(depth) {
             let ks = k..product.k.min(k + depth);
-            let a = match product.layout {
-                Layout::Nt | Layout::Nn => operand(a, rows.clone(), ks.clone(), scratch_a),
-                Layout::Tn => operand(a, ks.clone(), rows.clone(), scratch_a).transposed(),
+            let flipped = flip.then(|| view_flipped(b, cols.clone(), ks.clone(), scratch_flipped));
+            let [b_rows, b_cols] = match product.layout {
+                Layout::Nt => [cols.clone(), ks.clone()],
+                Layout::Nn | Layout::Tn => [ks.clone(), cols.clone()],
             };
-            let b = match product.layout {
-                Layout::Nt if flip => flipped(b, cols.clone(), ks, scratch_b),
-                Layout::Nt => operand(b, cols.clone(), ks, scratch_b).transposed(),
-                Layout::Nn | Layout::Tn => operand(b, ks, cols.clone(), scratch_b),
+            let plain = if straight {
+                view_operand(b, b_rows, b_cols, scratch_b)
+            } else {
+                Matrix::new(&[], 0, 0, 0)
             };
-            // SAFETY: the caller's promise.
-            unsafe { gemm_raw(dst, pitch, beta, product.alpha, a, b) };
-            beta = 1.0;
+            for part in &mut *parts {
+                let own = part.cols.start - cols.start..part.cols.end - cols.start;
+                let b = match (flipped, product.layout) {
+                    (Some(flipped), _) if can(part) => flipped.columns(own),
+                    (_, Layout::Nt) => plain.rows(own).transposed(),
+                    (_, Layout::Nn | Layout::Tn) => plain.columns(own),
+                };
+                let rows = part.rows.clone();
+                let a = match product.layout {
+                    Layout::Nt | Layout::Nn => view_operand(part.a, rows, ks.clone(), scratch_a),
+                    Layout::Tn => view_operand(part.a, ks.clone(), rows, scratch_a).transposed(),
+                };
+                // SAFETY: the caller's promise.
+                unsafe { gemm_raw(part.dst, part.pitch, part.beta, part.alpha, a, b) };
+                part.beta = 1.0;
+            }
         }
     });
 }
 
-fn scratch_len<T: Element>(rows: usize, depth: usize) -> usize {
-    if T::DTYPE == DType::F32 {
+/// Room for a block of `source` in f32, if it is not.
+fn scratch_len(source: View<'_>, rows: usize, depth: usize) -> usize {
+    if source.dtype() == DType::F32 {
         0
     } else {
         rows * depth

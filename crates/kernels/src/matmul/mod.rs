@@ -3,6 +3,7 @@
 //! | function | formula | use |
 //! |---|---|---|
 //! | [`nt`] | `a b^T` | forward of a linear layer, `y = x W^T` |
+//! | [`nt_beside`] | the same, and others over rows of the same `b` | a weight that several products read |
 //! | [`nn`] | `a b` | gradient of its input, `dx = dy W` |
 //! | [`tn`] | `a^T b` | gradient of its weight, `dW = dy^T x` |
 //!
@@ -19,9 +20,11 @@ mod tests;
 mod transpose;
 
 use crate::device::common;
-use crate::error::check_shape;
+use crate::error::{check_dtype, check_shape};
+use crate::row_blocks::typed_mut;
 use crate::tensor::with_dtype;
-use crate::{Result, View, ViewMut};
+use crate::{DType, Error, Result, RowsMut, View, ViewMut};
+use std::ops::Range;
 
 /// Which operand is stored transposed.
 #[derive(
@@ -81,6 +84,79 @@ pub fn nt(dst: ViewMut<'_>, beta: f32, alpha: f32, a: View<'_>, b: View<'_>) -> 
             alpha,
         },
     )
+}
+
+/// Another product over the `b` of [`nt_beside`].
+#[derive(Debug)]
+pub struct Beside<'a> {
+    /// `[M',K]`, f32 or bf16.
+    pub a: View<'a>,
+    /// The rows of `b` `[N,K]` that it is multiplied with.
+    pub rows: Range<usize>,
+    /// `[M',rows]`, f32.
+    pub dst: ViewMut<'a>,
+}
+
+/// `dst [M,N] = a [M,K] b [N,K]^T`, and for each of `others` `dst [M',rows] = a [M',K] b[rows]^T`.
+///
+/// The results are those of a call of [`nt`] for each, to the bit but where one row or one column of another product
+/// lies in a tile. A CPU reads `b` only once, which is most of the work where there are few rows; a GPU makes one
+/// product after the other.
+///
+/// # Errors
+/// If the shapes do not fit together, or one of the other results is not f32.
+pub fn nt_beside(
+    dst: ViewMut<'_>,
+    a: View<'_>,
+    b: View<'_>,
+    mut others: Vec<Beside<'_>>,
+) -> Result<()> {
+    const OP: &str = "matmul::nt_beside";
+    let ([m, k], n) = (a.shape(), b.rows());
+    check_shape(OP, "b [N,K]", [n, k], b.shape())?;
+    check_shape(OP, "dst [M,N]", [m, n], dst.shape())?;
+    for other in &others {
+        let rows = &other.rows;
+        if rows.start > rows.end || rows.end > n {
+            let message = format!("rows {rows:?} of b, which has {n}");
+            return Err(Error::Invalid { op: OP, message });
+        }
+        check_shape(OP, "another a [M',K]", [other.a.rows(), k], other.a.shape())?;
+        let shape = [other.a.rows(), rows.len()];
+        check_shape(OP, "another dst [M',rows]", shape, other.dst.shape())?;
+        check_dtype(OP, "another dst", DType::F32, other.dst.dtype())?;
+    }
+    let product = Product {
+        layout: Layout::Nt,
+        m,
+        n,
+        k,
+        beta: 0.0,
+        alpha: 1.0,
+    };
+    let views = others
+        .iter()
+        .flat_map(|of| [of.a.device(), of.dst.device()]);
+    let devices: Vec<_> = [dst.device(), a.device(), b.device()]
+        .into_iter()
+        .chain(views)
+        .collect();
+    if common(OP, &devices)?.is_some() {
+        run(OP, dst, a, b, &product)?;
+        for other in others {
+            nt(other.dst, 0.0, 1.0, other.a, b.row_range(other.rows))?;
+        }
+        return Ok(());
+    }
+    let others = others
+        .iter_mut()
+        .map(|of| (of.a, of.rows.clone(), typed_mut(of.dst.reborrow())));
+    let mut others: Vec<(View<'_>, Range<usize>, RowsMut<'_, f32>)> = others.collect();
+    let others = others
+        .iter_mut()
+        .map(|(a, rows, dst)| cpu::Beside::new(*a, rows.clone(), dst));
+    on_host(dst, a, b, &product, &others.collect::<Vec<_>>());
+    Ok(())
 }
 
 /// `dst [M,N] = beta * dst + alpha * a [M,K] b [K,N]`.
@@ -143,10 +219,20 @@ fn run(
     if let Some(device) = common(op, &[dst.device(), a.device(), b.device()])? {
         return cuda::product(device, &dst, a, b, product);
     }
-    with_dtype!(dst.dtype(), D => with_dtype!(a.dtype(), A => with_dtype!(b.dtype(), B => {
-        if let (Some(dst), Some(a), Some(b)) = (dst.typed::<D>(), a.typed::<A>(), b.typed::<B>()) {
-            cpu::product(dst, a, b, product);
-        }
-    })));
+    on_host(dst, a, b, product, &[]);
     Ok(())
+}
+
+fn on_host(
+    dst: ViewMut<'_>,
+    a: View<'_>,
+    b: View<'_>,
+    product: &Product,
+    beside: &[cpu::Beside<'_>],
+) {
+    with_dtype!(dst.dtype(), D => {
+        if let Some(dst) = dst.typed::<D>() {
+            cpu::product(dst, a, b, product, beside);
+        }
+    });
 }

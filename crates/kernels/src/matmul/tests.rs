@@ -1,4 +1,4 @@
-use super::{nn, nt, tn};
+use super::{Beside, nn, nt, nt_beside, tn};
 use crate::rng::Stream;
 use crate::{DType, Error, Tensor, View, ViewMut};
 
@@ -262,6 +262,91 @@ fn bits_of_a_row_do_not_depend_on_the_number_of_rows() {
             }
         }
     }
+}
+
+/// Products beside one another are those that stand alone, to the bit, on any number of threads.
+#[test]
+fn products_beside_one_another_are_those_alone() {
+    let mut stream = Stream::new(5);
+    for (dst_type, a_type, b_type) in [
+        (DType::F32, DType::F32, DType::F32),
+        (DType::Bf16, DType::F32, DType::Bf16),
+        (DType::Bf16, DType::Bf16, DType::Bf16),
+    ] {
+        for [m, n, k, gap] in [
+            [256, 700, 1024, 0], // b is transposed first
+            [256, 700, 1023, 3],
+            [1, 500, 1024, 0],
+            [0, 40, 64, 0],
+            [700, 390, 600, 1],
+            [3, 6, 7, 1],
+            [4200, 100, 33, 0],
+        ] {
+            let a = Padded::random(a_type, [m, k], 0, &mut stream);
+            let b = Padded::random(b_type, [n, k], gap, &mut stream);
+            // Parts of one row range each, two over the same, one of no rows.
+            let ranges = [0..n / 3, n / 3..n, n / 3..n, n..n];
+            let beside: Vec<Padded> = [16, 2, 60, 4]
+                .iter()
+                .map(|&rows| Padded::random(a_type, [rows, k], 2, &mut stream))
+                .collect();
+            let alone = |a: &Padded, b: View<'_>, dtype| {
+                let mut dst = Tensor::zeros(dtype, a.view().rows(), b.rows());
+                nt(dst.view_mut(), 0.0, 1.0, a.view(), b).expect("shapes fit");
+                dst.to_f32_vec()
+            };
+            let mut want = vec![alone(&a, b.view(), dst_type)];
+            for (a, rows) in beside.iter().zip(&ranges) {
+                want.push(alone(a, b.view().row_range(rows.clone()), DType::F32));
+            }
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                let mut dst = Padded::random(dst_type, [m, n], 3, &mut stream);
+                let mut results: Vec<Tensor> = beside
+                    .iter()
+                    .zip(&ranges)
+                    .map(|(a, rows)| Tensor::zeros(DType::F32, a.view().rows(), rows.len()))
+                    .collect();
+                let others = beside.iter().zip(&ranges).zip(&mut results);
+                let others = others.map(|((a, rows), dst)| Beside {
+                    a: a.view(),
+                    rows: rows.clone(),
+                    dst: dst.view_mut(),
+                });
+                let others = others.collect();
+                pool.expect("threads start").install(|| {
+                    nt_beside(dst.view_mut(), a.view(), b.view(), others).expect("shapes fit");
+                });
+                let mut got = vec![dst.view().to_f32_vec()];
+                got.extend(results.iter().map(Tensor::to_f32_vec));
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let what = format!("{b_type} {m} {n} {k}, {threads} threads, product {i}");
+                    assert!(got == want, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_beside_that_do_not_fit_are_refused() {
+    let [a, b] = [[2, 3], [4, 3]].map(|[rows, cols]| Tensor::zeros(DType::F32, rows, cols));
+    let with = |rows: std::ops::Range<usize>, mut other: Tensor| {
+        let mut dst = Tensor::zeros(DType::F32, 2, 4);
+        let dst_view = other.view_mut();
+        let beside = Beside {
+            a: a.view(),
+            rows,
+            dst: dst_view,
+        };
+        nt_beside(dst.view_mut(), a.view(), b.view(), vec![beside])
+    };
+    let tensor = |dtype, cols| Tensor::zeros(dtype, 2, cols);
+    assert!(with(1..4, tensor(DType::F32, 3)).is_ok());
+    let error = with(1..5, tensor(DType::F32, 4)).expect_err("b has 4 rows");
+    assert!(error.to_string().contains("rows 1..5"), "{error}");
+    assert!(with(1..4, tensor(DType::F32, 2)).is_err());
+    assert!(with(1..4, tensor(DType::Bf16, 3)).is_err());
 }
 
 #[test]

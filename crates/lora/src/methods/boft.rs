@@ -264,6 +264,14 @@ impl WeightUpdate for Butterfly {
         self.dropout > 0.0
     }
 
+    /// What each factor but the first reads, and four on the way back through one.
+    fn temporaries(&self) -> usize {
+        match self.factors.len() {
+            1 => 2,
+            several => several + 3,
+        }
+    }
+
     /// Blocks of one factor.
     fn drawn(&self, mut draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
         let chosen = match self.factors.len() {

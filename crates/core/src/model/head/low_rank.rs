@@ -15,7 +15,7 @@ use crate::adapter::{LowRank, LowRankFactors, Magnitude};
 use crate::model::{Model, attached};
 use crate::params::FlatBuffer;
 use ferrotune_kernels::{
-    DType, Tensor, View, ViewMut, Workspace, axpby, dora, embedding, hadamard, lora_linear,
+    DType, Tensor, View, ViewMut, Workspace, axpby, dora, embedding, hadamard, lora_linear, matmul,
 };
 
 impl Model {
@@ -154,7 +154,10 @@ impl Model {
                 self.head.row_lengths.get_or_init(|| lengths)
             }
         };
-        attached::row_norms(at.pass, at.params, update, table, lengths.view())
+        let a = at.params.view_as(update.a, at.pass.dtype);
+        let mut cross = (at.pass).take_fixed(DType::F32, update.rank, table.rows());
+        matmul::nt(cross.view_mut(), 0.0, 1.0, a, table)?;
+        attached::row_norms(at.pass, at.params, update, cross, lengths.view())
     }
 
     /// Adds the gradient of m to `grads`, and turns that of B times f into that of B.

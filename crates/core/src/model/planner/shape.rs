@@ -164,14 +164,14 @@ pub(super) fn layers(
 }
 
 /// Bytes of the matrices that a method makes of one linear, where that takes most: a changed weight in f32 with its
-/// gradient and two of its size on the way, the head's weight with its rows scaled by DoRA and its gradient, or
+/// gradient and those of its size on the way, the head's weight with its rows scaled by DoRA and its gradient, or
 /// factors as they are made, as products read them, and their gradients.
 pub(super) fn changed_bytes(plan: &ModelPlan, attachments: &[(SiteId, Attachment)]) -> u64 {
     let elements = |(id, attachment): &(SiteId, Attachment)| {
         let site = plan.site(*id);
         let [out, inputs] = [site.out_features, site.in_features];
         match attachment {
-            Attachment::Weight(_) => 4 * out * inputs,
+            Attachment::Weight(update) => (2 + update.temporaries()) * out * inputs,
             Attachment::LowRank(update) if update.magnitude.is_some() && *id == plan.head => {
                 2 * out * inputs
             }

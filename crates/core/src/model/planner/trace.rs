@@ -212,7 +212,7 @@ impl Trace<'_> {
         };
         self.pool.pass(self.shape.factors, self.aligned(rank));
         if scaled {
-            let norms = self.norms_of([rank, self.shape.hidden], rank * self.shape.hidden);
+            let norms = self.norms_of([rank, self.shape.hidden], None, rank * self.shape.hidden);
             self.fixed.give(norms);
         }
     }
@@ -229,16 +229,20 @@ impl Trace<'_> {
         self.give_all(both.into_iter().chain(unscaled));
     }
 
-    /// DoRA's norms of `width` rows or columns, from products of such a shape; `more` values beside them on the way.
-    fn norms_of(&mut self, [rank, width]: [usize; 2], more: usize) -> Slot {
-        let products = [rank * width, rank * width, more].map(|len| (DType::F32, len));
+    /// DoRA's norms of `width` rows or columns, from two products of such a shape, of which `cross` has been taken where it
+    /// is given; `more` values beside them on the way.
+    fn norms_of(&mut self, [rank, width]: [usize; 2], cross: Option<Slot>, more: usize) -> Slot {
+        let cross = cross.unwrap_or_else(|| self.fixed.take(DType::F32, rank * width));
         let gram = (self.shape.factors, rank * rank);
-        let made = products.into_iter().chain([gram]).filter(|slot| slot.1 > 0);
+        let made = [gram, (DType::F32, rank * width), (DType::F32, more)];
+        let made = made.into_iter().filter(|slot| slot.1 > 0);
         let made: Vec<Slot> = made
             .map(|(dtype, len)| self.fixed.take(dtype, len))
             .collect();
         let norms = self.fixed.take(DType::F32, width);
-        made.into_iter().for_each(|slot| self.fixed.give(slot));
+        made.into_iter()
+            .chain([cross])
+            .for_each(|slot| self.fixed.give(slot));
         norms
     }
 
@@ -496,7 +500,7 @@ impl Trace<'_> {
         let vocabulary = self.shape.vocabulary;
         let elements = vocabulary * self.aligned(rank);
         let copy = self.fixed.take(self.shape.factors, elements);
-        let norms = self.norms_of([rank, vocabulary], 0);
+        let norms = self.norms_of([rank, vocabulary], None, 0);
         let gradient = self.fixed.take(DType::F32, elements);
         let values = [(); 3].map(|()| self.fixed.take(DType::F32, vocabulary));
         let taken = [copy, norms, gradient].into_iter().chain(values);
@@ -526,13 +530,17 @@ impl Trace<'_> {
             return kept;
         }
         self.changed(group);
-        for part in &group.parts {
-            if let Method::LowRank {
+        let scaled = group.parts.iter().filter_map(|part| match part.method {
+            Method::LowRank {
                 rank, scaled: true, ..
-            } = part.method
-            {
-                kept.norms.push(self.norms_of([rank, part.out_features], 0));
-            }
+            } => Some([rank, part.out_features]),
+            _ => None,
+        });
+        let crosses: Vec<Slot> = (scaled.clone())
+            .map(|[rank, width]| self.fixed.take(DType::F32, rank * width))
+            .collect();
+        for (shape, cross) in scaled.zip(crosses) {
+            kept.norms.push(self.norms_of(shape, Some(cross), 0));
         }
         for part in &group.parts {
             if let Method::LowRank {
