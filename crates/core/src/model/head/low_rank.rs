@@ -181,11 +181,18 @@ impl Model {
         let d_rank = d_b.view().columns(0..update.rank);
         hadamard::add_row_sums(sums.view_mut(), 1.0, d_rank, b)?;
         let ones = ones(at, vocabulary);
-        let sums_row = sums.view().reshaped(1, vocabulary);
-        let d_magnitude = grads.view_mut(magnitude.id());
-        dora::backward(ones.view(), sums_row, norms, d_magnitude)?;
-        let factors = row_factors(at, magnitude, norms)?;
-        hadamard::scale(d_b.view_mut(), 0.0, factors.view())?;
+        // Of ones it makes the factors.
+        let mut factors = at.pass.take_fixed(DType::F32, 1, vocabulary);
+        dora::backward(
+            ones.view(),
+            sums.view().reshaped(1, vocabulary),
+            at.params.view(magnitude.id()),
+            norms,
+            grads.view_mut(magnitude.id()),
+            factors.view_mut(),
+        )?;
+        let of_rows = factors.view().reshaped(vocabulary, 1);
+        hadamard::scale(d_b.view_mut(), 0.0, of_rows)?;
         at.pass.give_fixed([sums, ones, factors]);
         Ok(())
     }
