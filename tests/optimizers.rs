@@ -12,6 +12,7 @@ use ferrotune::core::model::DecoderConfig;
 use ferrotune::core::process_group::{ProcessGroup, Solo};
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::dist::Local;
+use ferrotune::kernels::cuda::CudaDevice;
 use ferrotune::kernels::{Device, host_cuda};
 use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use serde_json::{Value, json};
@@ -187,6 +188,11 @@ fn a_plan_counts_the_state_of_the_optimizer() {
     assert_eq!(bytes("sgd"), [8 * trainable, 4 * trainable, trainable]);
 }
 
+/// A device of its own: nothing else may use it while a graph is recorded.
+fn own_gpu() -> Device {
+    Device::Cuda(CudaDevice::open(host_cuda::device().ordinal()).expect("opens twice"))
+}
+
 #[test]
 fn a_gpu_updates_to_the_values_of_the_host() {
     let base = base();
@@ -203,7 +209,7 @@ fn a_gpu_updates_to_the_values_of_the_host() {
             train(&mut trainer, 3);
             trainer.params().as_slice().to_vec()
         };
-        let (host, gpu) = (run(Device::Cpu), run(Device::Cuda(host_cuda::device())));
+        let (host, gpu) = (run(Device::Cpu), run(own_gpu()));
         let apart = apart(&gpu, &host);
         assert!(apart < DEVICES, "{optim}: {apart}");
     }
@@ -243,7 +249,7 @@ fn adapters_of_one_run_have_an_optimizer_each() {
 #[test]
 fn a_step_that_is_not_finite_changes_neither_values_nor_state() {
     let base = base();
-    for device in [Device::Cpu, Device::Cuda(host_cuda::device())] {
+    for device in [Device::Cpu, own_gpu()] {
         for optim in ["adamw_8bit", "adafactor", "muon"] {
             let mut trainer = trainer(base.path(), optim, device.clone(), Box::new(Solo));
             train(&mut trainer, 2);
