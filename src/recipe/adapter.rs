@@ -104,7 +104,8 @@ pub(super) fn attach(
 ) -> Result<Attached> {
     let sites = ModelPlan::new(decoder).sites;
     let mut builder = ParamLayoutBuilder::new();
-    let attachments = adapter_of(config, base, decoder)?
+    let adapter = adapter_of(config, base, decoder)?;
+    let attachments = adapter
         .attach(&sites, &mut builder)
         .map_err(|e| in_its_names(config, e))?;
     require_biases(config, &attachments)?;
@@ -113,6 +114,7 @@ pub(super) fn attach(
     Ok(Attached {
         trainable: layout.trainable(),
         layout,
+        frozen: adapter.frozen_bytes(),
         notes: notes(config, &sites, &attachments),
         sites,
         attachments,
@@ -175,6 +177,8 @@ pub(super) struct Attached {
     pub(super) trainable: usize,
     /// The tensors they are of.
     pub(super) layout: Arc<ParamLayout>,
+    /// Bytes of tensors that a method draws and nobody trains.
+    pub(super) frozen: u64,
     /// The modules of the base.
     pub(super) sites: Vec<Site>,
     /// What stands at which site.

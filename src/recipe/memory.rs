@@ -156,7 +156,8 @@ impl<'a> Base<'a> {
         let format = weight_format(config, self.files, self.device);
         let plan = ModelPlan::new(self.decoder);
         let margins = self.step(config, attached, &Workload::default()).margins();
-        let weights = margins + format.bytes(&plan, &attached.attachments, self.files);
+        let held = format.bytes(&plan, &attached.attachments, self.files);
+        let weights = margins + held + attached.frozen;
         let trainable = attached.trainable as u64;
         // Products of a GPU in bf16 read a rounded copy.
         let activations = activation_dtype(config, format.dtype, self.device);

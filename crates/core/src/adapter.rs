@@ -225,6 +225,11 @@ pub trait Adapter: Debug + Send + Sync {
         Ok(base)
     }
 
+    /// Bytes of the tensors that nobody trains and all targets share, once it is attached.
+    fn frozen_bytes(&self) -> u64 {
+        0
+    }
+
     /// Declares what is trained and where it attaches, from names and shapes alone.
     ///
     /// # Errors

@@ -189,7 +189,7 @@ impl<D: Element> Tiles<'_, D> {
         });
         parts.extend(beside.iter().map(|of| {
             let own = of.within(&cols);
-            let first = if own.is_empty() {
+            let first = if own.is_empty() || of.a.rows() == 0 {
                 0
             } else {
                 own.start - of.rows.start

@@ -134,6 +134,11 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         attachments.chain(beside.into_iter().map(Ok)).collect()
     }
 
+    fn frozen_bytes(&self) -> u64 {
+        let attached = self.attached.get();
+        attached.map_or(0, |attached| attached.frozen.bytes())
+    }
+
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
         let layout = params.layout().clone();
         for (_, segment) in layout.by_name() {

@@ -44,6 +44,13 @@ impl Frozen {
         }
     }
 
+    /// Bytes of all of them.
+    pub(crate) fn bytes(&self) -> u64 {
+        let tensors = self.tensors.values().map(|tensor| tensor.host.view());
+        let elements = tensors.map(|view| view.rows() * view.cols() * view.dtype().bytes());
+        elements.sum::<usize>() as u64
+    }
+
     /// The tensor called `name`, in host memory.
     ///
     /// # Panics

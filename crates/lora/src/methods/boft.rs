@@ -65,7 +65,7 @@ impl Boft {
             false => 1,
         };
         let message = format!(
-            "is {}, but `{}` has {count} blocks of {size} inputs: a factor more takes blocks of an even size, and twice \
+            "is {}, but the blocks of `{}` are {count}, of {size} inputs: a factor more takes blocks of an even size, and twice \
              as many; at most {most} here",
             self.factors, site.name
         );

@@ -408,6 +408,7 @@ impl StepShape {
         }
         let moved = self.offloaded.saturating_sub(first + recomputed).min(all);
         let dropped = (moved > enough).then(|| plan(moved));
+        let dropped = dropped.filter(|plan| memory.holds(plan));
         [fewest].into_iter().chain(dropped).collect()
     }
 
