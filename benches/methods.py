@@ -4,7 +4,8 @@
     benches/methods.py --ferrotune target/release/ferrotune [--shape 1B] [--steps 5] [--repeats 3] [--dtype float32] [--nf4-dtype bfloat16] [--seq 128] [--batch 1]
 
 Each side is a `ferrotune bench` in a process of its own, on the same random base and tokens, in turns. Times are
-medians over the steps of all repeats' medians; memory is the largest resident memory of any repeat, less what was
+medians over the steps of all repeats' medians; processor time of a step is that of the whole process, the median over
+repeats, and says more on a machine that does other work. Memory is the largest resident memory of any repeat, less what was
 resident before anything was loaded. Prints one JSON document.
 """
 
@@ -55,6 +56,9 @@ def main():
     def seconds(side):
         return statistics.median(r["step_seconds"]["median"] for r in reports[side])
 
+    def processor(side):
+        return statistics.median(r["cpu_seconds_per_step"] for r in reports[side])
+
     def memory(side):
         return max(r["memory_above_start"] for r in reports[side])
 
@@ -72,11 +76,13 @@ def main():
         "load_average_at_end": os.getloadavg()[0],
         "sides": {
             side: {"step_seconds": seconds(side), "of_each_repeat": [r["step_seconds"]["median"] for r in of],
+                   "processor_seconds": processor(side), "processor_of_each": [r["cpu_seconds_per_step"] for r in of],
                    "memory_above_start": memory(side), "memory_above_loaded": max(r["memory_above_loaded"] for r in of)}
             for side, of in reports.items()
         },
         "weights_in_f32": 4 * reports["lora"][0]["parameters"],
         "dora_step_over_lora": seconds("dora") / seconds("lora"),
+        "dora_processor_over_lora": processor("dora") / processor("lora"),
         "dora_memory_more": memory("dora") - memory("lora"),
         "nf4_step_over_lora": seconds("nf4") / seconds("lora"),
         "nf4_memory_over_f32_weights": memory("nf4") / (4 * reports["lora"][0]["parameters"]),

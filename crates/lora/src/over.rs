@@ -75,6 +75,10 @@ impl<A: Above> Adapter for Over<A> {
         Ok(attachments)
     }
 
+    fn frozen_bytes(&self) -> u64 {
+        self.method.frozen_bytes()
+    }
+
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
         self.method.prepare(params, base)
     }
