@@ -123,7 +123,9 @@ impl Trainer {
                 _ => Ok(()),
             }
         };
-        let (Device::Cuda(device), Some(generation)) = (&options.device, workspace.generation())
+        // What peers begin to sum meanwhile is not in a graph.
+        let (Device::Cuda(device), Some(generation), false) =
+            (&options.device, workspace.generation(), is_last)
         else {
             return issue();
         };

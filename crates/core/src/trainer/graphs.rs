@@ -42,6 +42,8 @@ impl Recorded {
 pub(super) struct Graphs {
     /// Nothing is recorded.
     off: bool,
+    /// Why it is not is told to the user.
+    speaks: bool,
     passes: OnMemory,
     updates: OnMemory,
 }
@@ -55,9 +57,12 @@ struct OnMemory {
 }
 
 impl Graphs {
-    /// Records, unless there is an `obstacle`, which is told to the user.
-    pub(super) fn new(obstacle: Option<&str>) -> Self {
-        let mut graphs = Self::default();
+    /// Records, unless there is an `obstacle`, which is told to the user if it `speaks`.
+    pub(super) fn new(speaks: bool, obstacle: Option<&str>) -> Self {
+        let mut graphs = Self {
+            speaks,
+            ..Self::default()
+        };
         if let Some(obstacle) = obstacle {
             graphs.give_up(obstacle);
         }
@@ -127,8 +132,10 @@ impl Graphs {
     }
 
     fn give_up(&mut self, reason: &str) {
+        if self.speaks {
+            tracing::warn!("cuda_graph: kernels are launched one by one: {reason}");
+        }
         *self = Self::off();
-        tracing::warn!("cuda_graph: kernels are launched one by one: {reason}");
     }
 }
 

@@ -308,6 +308,7 @@ impl Trainer {
     /// Whether an update is made of the gradient alone, where that is: by one rank on a GPU.
     fn updates_on_its_own(&mut self) -> bool {
         self.graphs.are_on()
+            && self.group.world_size() == 1
             && !self.adapter.completes_gradients()
             && !self.adapter.preconditions()
             && self.optimizer.on_gpu().is_some()
@@ -544,17 +545,15 @@ fn inputs<'a>(
 
 /// The recorder of micro-steps, or why there is none.
 fn graphs(model: &Model, group: &dyn ProcessGroup, options: &TrainerOptions) -> Graphs {
-    // Rank 0 speaks for all.
-    if !options.device.is_cuda() || !options.cuda_graph || group.rank() > 0 {
+    if !options.device.is_cuda() || !options.cuda_graph {
         return Graphs::off();
     }
-    let ranks = "ranks sum gradients while backward goes on";
     let in_order = "deterministic_reduction reads every gradient";
     let on_host = "the optimizer computes on the host";
+    // Rank 0 speaks for all.
     Graphs::new(
-        (group.world_size() > 1)
-            .then_some(ranks)
-            .or_else(|| options.deterministic_reduction.then_some(in_order))
+        group.rank() == 0,
+        (options.deterministic_reduction.then_some(in_order))
             .or_else(|| options.optimizer.needs_host().then_some(on_host))
             .or_else(|| model.replay_obstacle()),
     )
