@@ -75,7 +75,7 @@ impl Subject {
         let directory = fixtures().join("method_dropout").join(case);
         let config = DecoderConfig::open(&base()).expect("config");
         let files = ModelFiles::open(base()).expect("weights");
-        let adapter = load(&directory, "llama").expect("an adapter of PEFT");
+        let adapter = load(&directory, &config).expect("an adapter of PEFT");
         let (attachments, mut params) = attach(&config, adapter.as_ref()).expect("attaches");
         params.move_to(device);
         let model = Model::load(&config, attachments, &files, &mut params, DType::F32);

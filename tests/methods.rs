@@ -228,7 +228,7 @@ fn logits_of(directory: &Path, from: Option<&Path>) -> Vec<f32> {
         let model = Model::load(&config, Vec::new(), &files, &mut none, DType::F32).expect("loads");
         return logits(&model, &none);
     };
-    let method = load(from, &config.model_type).expect("an adapter");
+    let method = load(from, &config).expect("an adapter");
     let (attachments, mut params) = attach(&config, method.as_ref()).expect("fits");
     let mut model =
         Model::load(&config, attachments, &files, &mut params, DType::F32).expect("loads");
@@ -293,12 +293,9 @@ fn what_is_saved_is_what_was_trained_and_merges_to_the_same_model() {
             "{keys}: reads back differently"
         );
 
-        let method = load(&saved, "llama").expect("an adapter");
-        let (_, mut params) = attach(
-            &DecoderConfig::open(&base()).expect("a config"),
-            method.as_ref(),
-        )
-        .expect("fits");
+        let config = DecoderConfig::open(&base()).expect("a config");
+        let method = load(&saved, &config).expect("an adapter");
+        let (_, mut params) = attach(&config, method.as_ref()).expect("fits");
         method.load(&mut params, &saved).expect("tensors");
         method.save(&params, &again).expect("saved");
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
@@ -368,7 +365,8 @@ fn adalora_cuts_ranks_and_goes_on_where_it_stopped() {
     let mut config: Value = serde_json::from_slice(&text).expect("JSON");
     config["rank_pattern"]["model.layers.0.self_attn.q_proj.lora_E"] = json!([true, false]);
     std::fs::write(&path, config.to_string()).expect("writable");
-    let error = load(place.path(), "llama").expect_err("a pattern of numbers");
+    let config = DecoderConfig::open(&base()).expect("a config");
+    let error = load(place.path(), &config).expect_err("a pattern of numbers");
     assert!(error.to_string().contains("a list of 6"), "{error}");
 }
 

@@ -5,7 +5,7 @@
 
 LOGITS_FILE is a safetensors file written by ferrotune for this base and adapter:
 `input_ids` [B, T] int64, `logits` [B, T, V] float32, and, optional, `attention_mask` [B, T]
-int64. Logits are compared where the mask is 1.
+int64. Logits are compared where the mask is 1; of a classifier, those of the last token.
 
 The base and the adapter are loaded by transformers and peft in float32. The error is
 max|a - b| / max|b|, b being PEFT's. PEFT only warns about tensors it did not find or could not
@@ -52,15 +52,18 @@ def fail(status, message):
 def load_with_peft(base_directory, adapter_directory):
     """The adapted model, after checking that every tensor of the file found its place."""
     import torch
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    base = AutoModelForCausalLM.from_pretrained(
-        base_directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    saved = load_file(os.path.join(adapter_directory, "adapter_model.safetensors"))
+    auto, keys = AutoModelForCausalLM, {}
+    if PeftConfig.from_pretrained(adapter_directory).task_type == "SEQ_CLS":
+        auto, keys = AutoModelForSequenceClassification, {"num_labels": len(saved["base_model.model.score.weight"])}
+    base = auto.from_pretrained(
+        base_directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **keys
     )
     model = PeftModel.from_pretrained(base, adapter_directory).eval()
-    saved = load_file(os.path.join(adapter_directory, "adapter_model.safetensors"))
     # Without the whole embedding matrices that PEFT adds where it finds the hub's config.
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     # What head and embedding share where they stay tied is in PEFT under both.
@@ -105,6 +108,8 @@ def main():
         theirs = model(input_ids=ids, attention_mask=mask).logits.float()
     if model.active_peft_config.is_prompt_learning:
         theirs = theirs[:, -ids.shape[1]:]  # without those of virtual tokens
+    if theirs.dim() == 2:
+        ours, mask = ours[:, -1], None
     if ours.shape != theirs.shape:
         fail(DIFFERENT, f"logits are {list(ours.shape)} here and {list(theirs.shape)} in PEFT")
     if mask is not None:

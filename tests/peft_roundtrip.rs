@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Shape, Workbench, copy_dir, ferrotune, text};
+use common::{Shape, Workbench, chat_rows, copy_dir, ferrotune, text, write_rows};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -88,7 +88,12 @@ fn variants() -> Vec<(&'static str, Shape, Value)> {
             json!({"lora_target_modules": "all-linear", "alora_invocation_tokens": [3]}),
         ),
     ];
+    let classes = json!({"lora_task_type": "SEQ_CLS", "num_labels": 3, "lora_modules_to_save": ["model.norm"]});
+    variants.push(("classifier", biased.clone(), classes));
     variants.extend(of_peft_config(&biased));
+    let classes =
+        json!({"lora_task_type": "SEQ_CLS", "num_labels": 3, "peft_config": {"peft_type": "IA3"}});
+    variants.push(("ia3_classifier", biased, classes));
     variants
 }
 
@@ -289,6 +294,11 @@ fn adapters_are_written_with_their_logits() {
         let mut all = json!({"max_steps": 20, "lr_scheduler_type": "constant"});
         let changes = changes.as_object().expect("an object").clone();
         all.as_object_mut().expect("an object").extend(changes);
+        let mut rows = chat_rows(16);
+        for (i, row) in rows.iter_mut().enumerate() {
+            row["label"] = json!(i % 3);
+        }
+        write_rows(&bench.path("rows.jsonl"), &rows);
         bench.train("adapter", &all).expect(0);
         let (base, adapter) = (bench.path("base"), bench.path("adapter"));
         let logits = |file: &PathBuf, adapter: Option<&PathBuf>| {
@@ -307,8 +317,10 @@ fn adapters_are_written_with_their_logits() {
             .iter()
             .zip(&without)
             .fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
+        // A new head gives other logits than the base's.
+        let has_new_head = all.get("num_labels").is_some();
         assert!(
-            moved > 0.1,
+            moved > 0.1 && has_new_head == (with.len() != without.len()),
             "{name}: the adapter moves logits by {moved} only"
         );
         if let Some(keep) = std::env::var_os(KEEP) {

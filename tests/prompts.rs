@@ -372,7 +372,7 @@ fn prompts_learn_stop_go_on_and_are_saved() {
         let rows = whole.params().get(rows);
         // With its encoder, and as PEFT leaves it, without.
         for _ in 0..2 {
-            let method = load(saved.path(), "llama").expect("an adapter");
+            let method = load(saved.path(), whole.model().config()).expect("an adapter");
             let mut read = Prompted::new(base.path(), method, &Device::Cpu);
             let loaded = read.method.load(&mut read.params, saved.path());
             loaded.expect("its tensors");

@@ -6,7 +6,7 @@ use ferrotune::core::data::{Dataset, PackedBatch, PrepareOptions, PrepareReport,
 use ferrotune::core::io::{FileDType, TensorData, write_safetensors};
 use ferrotune::core::{Error, ExitCode, Result};
 use ferrotune::kernels::linear_cross_entropy::Sums;
-use ferrotune::recipe::row_files;
+use ferrotune::recipe::{classes, row_files};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -143,6 +143,7 @@ fn prepare(args: &Args, model: &TextModel, rows: Vec<Row>) -> Result<Dataset> {
     let context = model.model.config().max_position_embeddings;
     let options = PrepareOptions {
         vocab_size: Some(model.model.config().vocab_size),
+        classes: classes(&model.base, model.model.config())?,
         ..args.rows.options(context)
     };
     let dataset = Dataset::from_rows(rows, model.tokenizer(), &options)?;

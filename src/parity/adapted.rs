@@ -1,6 +1,8 @@
 //! A base with or without an adapter, forward and backward, beside what was recorded of it.
 
-use super::arch::{BF16_FACTOR, FORWARD, GRADIENT, largest_gradient, mean_gradient, select};
+use super::arch::{
+    BF16_FACTOR, FORWARD, GRADIENT, judged_rows, largest_gradient, mean_gradient, select,
+};
 use super::case::scalar;
 use super::compare::{Comparison, relative_error};
 use super::padded::PaddedBatch;
@@ -87,8 +89,8 @@ impl Adapted {
                 method,
             });
         };
-        let model_type = DecoderConfig::open(base)?.model_type;
-        let method = ferrotune_lora::load_as_peft(directory, &model_type)?;
+        let config = DecoderConfig::open(base)?;
+        let method = ferrotune_lora::load_as_peft(directory, &config)?;
         let adapted = Self::with(
             base,
             method.as_ref(),
@@ -140,13 +142,14 @@ impl Adapted {
     }
 
     pub(super) fn run(&self, dtype: DType, batch: &PackedBatch) -> Result<Recomputed> {
-        let workspace = Workspace::on(self.model.device().clone(), batch.tokens());
+        let workspace = Workspace::on(self.model.device().clone(), batch.rows());
         let pass = Pass {
             workspace: &workspace,
             dtype,
             mode: Mode::Eval,
         };
-        let logits = self.model.logits(pass, &self.params, batch)?.to_f32_vec();
+        let logits = self.model.logits(pass, &self.params, batch)?;
+        let logits = judged_rows(&self.model, &logits, batch);
         let (mut loss, mut grads) = mean_gradient(&self.model, pass, &self.params, batch)?;
         if let Some(method) = &self.method
             && method.completes_gradients()

@@ -1,7 +1,7 @@
 //! A saved PEFT adapter on its base: logits, loss, gradients of its parameters, merged weights.
 
 use super::adapted::{Adapted, Recorded};
-use super::arch::{FORWARD, GRADIENT, norm};
+use super::arch::{FORWARD, GRADIENT, compare_generations, norm};
 use super::case::{Case, dtype_of, inputs, scalar};
 use super::compare::Comparison;
 use super::initialised::Initialised;
@@ -17,6 +17,30 @@ use std::path::Path;
 const HEAD: &str = "lm_head.weight";
 /// Largest difference of logits between a recorded adapter and its merged weights that is rounding.
 const MERGED_NOISE: f64 = 1e-3;
+
+/// A base of such cases alone: logits and loss.
+pub(super) fn compare_base(case: &Case) -> Result<Comparison> {
+    let base = &case.directory;
+    let expected = SafetensorsFile::open(case.path("expected.safetensors"))?;
+    let padded = inputs(&SafetensorsFile::open(case.path("inputs.safetensors"))?, "")?;
+    let (batch, places) = padded.pack();
+    let dtype = dtype_of(&ModelFiles::open(base)?.shards()[0]);
+    let recorded = Recorded {
+        file: &expected,
+        prefix: "",
+        padded: &padded,
+        places: &places,
+    };
+    let mut comparison = Comparison::default();
+    compare_generations(&mut comparison, case)?;
+    let run = |dtype| Adapted::load(base, None, dtype, &case.device)?.run(dtype, &batch);
+    let ours = run(dtype)?;
+    match dtype {
+        DType::F32 => recorded.compare_f32(&mut comparison, &ours)?,
+        DType::Bf16 => recorded.compare_bf16(&mut comparison, &ours, &run(DType::F32)?)?,
+    }
+    Ok(comparison)
+}
 
 pub(super) fn compare(case: &Case) -> Result<Comparison> {
     let (base, adapter) = (case.base()?, case.path("adapter"));
@@ -94,7 +118,7 @@ impl Shared {
     fn of(base: &Path, adapter: &Path) -> Result<Self> {
         let config = DecoderConfig::open(base)?;
         let names = config.modules;
-        let method = ferrotune_lora::load(adapter, &config.model_type)?;
+        let method = ferrotune_lora::load(adapter, &config)?;
         let weights = SafetensorsFile::open(adapter.join("adapter_model.safetensors"))?;
         let of_head = format!(".{}.", names.head);
         let head_is_adapted = weights.names().any(|name| name.contains(&of_head));

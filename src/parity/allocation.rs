@@ -76,7 +76,7 @@ fn trainer(case: &Case, max_tokens: usize) -> Result<Trainer> {
     let files = ModelFiles::open(&base)?;
     let config = DecoderConfig::open(&base)?;
     let initial = case.path("initial_adapter");
-    let read = || ferrotune_lora::load(&initial, &config.model_type);
+    let read = || ferrotune_lora::load(&initial, &config);
     let options = TrainerOptions {
         device: case.device.clone(),
         max_grad_norm: None,

@@ -47,13 +47,7 @@ pub(super) fn compare_base(case: &Case) -> Result<Comparison> {
     let logits = select(&expected, "logits", &padded, &ours.places)?;
     let mut comparison = Comparison::default();
     compare_generations(&mut comparison, case)?;
-    comparison.tensor(
-        "logits",
-        "logits",
-        &ours.logits.to_f32_vec(),
-        &logits,
-        FORWARD,
-    );
+    comparison.tensor("logits", "logits", &ours.logits, &logits, FORWARD);
     comparison.number(
         "loss",
         "loss",
@@ -65,7 +59,7 @@ pub(super) fn compare_base(case: &Case) -> Result<Comparison> {
 }
 
 /// The same model in the keys of Transformers 4, where the case has them.
-fn compare_generations(comparison: &mut Comparison, case: &Case) -> Result<()> {
+pub(super) fn compare_generations(comparison: &mut Comparison, case: &Case) -> Result<()> {
     let older = case.path("config_v4.json");
     if older.is_file() {
         let [newer, older] = [case.path("config.json"), older]
@@ -77,7 +71,7 @@ fn compare_generations(comparison: &mut Comparison, case: &Case) -> Result<()> {
 
 /// What our engine makes of the case.
 struct Recomputed {
-    logits: Tensor,
+    logits: Vec<f32>,
     states: Vec<Tensor>,
     loss: f64,
     grads: FlatBuffer,
@@ -98,7 +92,7 @@ impl Recomputed {
             dtype,
             mode: Mode::Eval,
         };
-        let logits = model.logits(pass, &params, &batch)?;
+        let logits = judged_rows(&model, &model.logits(pass, &params, &batch)?, &batch);
         let states = model.hidden_states(pass, &params, &batch)?;
         let (loss, grads) = mean_gradient(&model, pass, &params, &batch)?;
         Ok(Self {
@@ -108,6 +102,19 @@ impl Recomputed {
             grads,
             places,
         })
+    }
+}
+
+/// The logits that were recorded: those of all tokens, or of what a classifier reads.
+pub(super) fn judged_rows(model: &Model, logits: &Tensor, batch: &PackedBatch) -> Vec<f32> {
+    let rows = |range| logits.view().row_range(range).to_f32_vec();
+    match &model.config().classifier {
+        None => rows(0..batch.tokens()),
+        Some(classifier) => {
+            let read = classifier.rows(batch).into_iter();
+            read.flat_map(|row| rows(row as usize..row as usize + 1))
+                .collect()
+        }
     }
 }
 
@@ -146,18 +153,13 @@ impl Judge<'_> {
         padded: &PaddedBatch,
         ours: &Recomputed,
     ) -> Result<()> {
-        self.activation(
-            comparison,
-            quantity,
-            name,
-            padded,
-            &ours.places,
-            &ours.logits,
-        )?;
+        let places = &ours.places;
+        self.activation(comparison, quantity, name, padded, places, &ours.logits)?;
         for (k, state) in ours.states.iter().enumerate() {
             let name = format!("hidden.{}", k + 1);
             if self.expected.meta(&name).is_some() {
-                self.activation(comparison, "hidden", &name, padded, &ours.places, state)?;
+                let state = state.to_f32_vec();
+                self.activation(comparison, "hidden", &name, padded, places, &state)?;
             }
         }
         Ok(())
@@ -170,13 +172,12 @@ impl Judge<'_> {
         name: &str,
         padded: &PaddedBatch,
         places: &[usize],
-        ours: &Tensor,
+        ours: &[f32],
     ) -> Result<()> {
         let recorded = select(self.expected, name, padded, places)?;
-        let ours = ours.to_f32_vec();
         if let Some(twin) = self.fp32_name(name) {
             let reference = select(self.expected, &twin, padded, places)?;
-            self.bf16(comparison, quantity, name, &ours, &recorded, &reference);
+            self.bf16(comparison, quantity, name, ours, &recorded, &reference);
         } else if quantity == "logits" || !self.is_bf16() {
             let scale = recorded
                 .iter()
@@ -186,7 +187,7 @@ impl Judge<'_> {
                 .number(&["fp32_vs_fp64", "logits_max_abs"])
                 .unwrap_or(0.0)
                 / scale;
-            comparison.tensor(quantity, name, &ours, &recorded, FORWARD.max(2.0 * floor));
+            comparison.tensor(quantity, name, ours, &recorded, FORWARD.max(2.0 * floor));
         }
         Ok(())
     }
@@ -302,7 +303,7 @@ pub(super) fn largest_gradient(file: &SafetensorsFile, prefix: &str) -> Result<f
         .try_fold(0.0, |largest, peak: Result<f64>| Ok(peak?.max(largest)))
 }
 
-/// Rows of the recorded `[rows, cols, width]` at `places`.
+/// Rows of the recorded `[rows, cols, width]` at `places`; of a classifier's `[rows, classes]`, all.
 pub(super) fn select(
     file: &SafetensorsFile,
     name: &str,
@@ -321,6 +322,11 @@ pub(super) fn select_behind(
     before: usize,
 ) -> Result<Vec<f32>> {
     let shape = file.meta(name).map(|m| m.shape.clone()).unwrap_or_default();
+    if let ([rows, _], true) = (&shape[..], padded.classes.is_some())
+        && *rows == padded.rows
+    {
+        return file.read_f32(name);
+    }
     let [rows, cols, width] = shape[..] else {
         let message = format!("`{name}` is {shape:?}, expected [rows, columns, width]");
         return Err(Error::data(file.path(), None, message));

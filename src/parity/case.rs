@@ -112,18 +112,25 @@ pub(super) fn inputs(file: &SafetensorsFile, prefix: &str) -> Result<PaddedBatch
         };
         if meta.shape != shape {
             let message = format!(
-                "`{name}` is {:?}, expected {shape:?} like input_ids; only causal language models are compared",
+                "`{name}` is {:?}, expected {shape:?} like input_ids; or [rows], of a classifier",
                 meta.shape
             );
             return Err(Error::data(file.path(), None, message));
         }
         file.read_i64(&name).map(Some)
     };
+    let labels = format!("{prefix}labels");
+    let of_rows = file.meta(&labels).is_some_and(|meta| meta.shape == [rows]);
+    let (labels, classes) = match of_rows {
+        true => (None, Some(file.read_i64(&labels)?)),
+        false => (read("labels")?, None),
+    };
     let batch = PaddedBatch {
         rows,
         cols,
         input_ids: read("input_ids")?.unwrap_or_default(),
-        labels: read("labels")?,
+        labels,
+        classes,
         attention_mask: read("attention_mask")?,
         position_ids: read("position_ids")?,
     };

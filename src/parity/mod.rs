@@ -80,6 +80,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         "causal_lm" => arch::compare(case),
         "base of the quant cases" => arch::compare_base(case),
         "adapter" => adapter::compare(case),
+        "adapter base" => adapter::compare_base(case),
         "adalora allocation" => allocation::compare(case),
         "multi-adapter" => combined::compare(case),
         "training trajectory" => trajectory::compare(case),
@@ -95,7 +96,7 @@ fn compare_case(case: &Case) -> Result<Comparison> {
         other => Err(Error::config(
             "kind",
             format!(
-                "{}: `{other}` is not a kind of case known here; known: causal_lm, base of the quant cases, adapter, adalora allocation, multi-adapter, \
+                "{}: `{other}` is not a kind of case known here; known: causal_lm, base of the quant cases, adapter, adapter base, adalora allocation, multi-adapter, \
                  training trajectory, lr schedules, HF bitsandbytes checkpoint, bitsandbytes primitives on CPU, \
                  optimizers on fixed gradients, bitsandbytes 8-bit optimizers on CPU, tokenizer, chat templates, packing, SFT preprocessing",
                 case.directory.join("case.json").display()

@@ -9,6 +9,8 @@ pub(super) struct PaddedBatch {
     pub(super) cols: usize,
     pub(super) input_ids: Vec<i64>,
     pub(super) labels: Option<Vec<i64>>,
+    /// The class of each row, `[rows]`, where that is what is learned.
+    pub(super) classes: Option<Vec<i64>>,
     pub(super) attention_mask: Option<Vec<i64>>,
     pub(super) position_ids: Option<Vec<i64>>,
 }
@@ -43,6 +45,36 @@ impl PaddedBatch {
                 places.push(at);
             }
             self.close(&mut batch);
+            if let (Some(classes), Some(label)) = (&self.classes, batch.labels.last_mut()) {
+                *label = classes[row] as i32;
+            }
+        }
+        (batch, places)
+    }
+
+    /// [`Self::pack`] with the padding of right-padded rows, computed as Transformers computes it.
+    pub(super) fn pack_with_padding(&self) -> (PackedBatch, Vec<usize>) {
+        let (mut batch, places) = self.pack();
+        let rows: Vec<usize> = places.iter().map(|at| at / self.cols).collect();
+        let documents = batch.cu_seqlens.windows(2);
+        let rows_of_documents: Vec<usize> = documents.map(|d| rows[d[0] as usize]).collect();
+        for at in (0..self.rows * self.cols).filter(|at| places.binary_search(at).is_err()) {
+            let last = rows_of_documents
+                .iter()
+                .rposition(|&row| row == at / self.cols);
+            let Some(document) =
+                last.filter(|&d| places[batch.cu_seqlens[d + 1] as usize - 1] < at)
+            else {
+                continue;
+            };
+            let position = self
+                .position_ids
+                .as_ref()
+                .map_or((at % self.cols) as i64, |p| p[at]);
+            batch.input_ids.push(self.input_ids[at] as u32);
+            batch.labels.push(IGNORE_INDEX);
+            batch.position_ids.push(position as u32);
+            batch.padding_of.push(document as u32);
         }
         (batch, places)
     }
@@ -74,6 +106,7 @@ mod tests {
             cols: 3,
             input_ids: vec![0, 7, 8, 4, 5, 6],
             labels: Some(vec![-100, -100, 8, 4, 5, 6]),
+            classes: None,
             attention_mask: Some(vec![0, 1, 1, 1, 1, 1]),
             position_ids: None,
         };
@@ -86,12 +119,32 @@ mod tests {
     }
 
     #[test]
+    fn padding_that_is_computed_comes_behind_all_documents() {
+        let padded = PaddedBatch {
+            rows: 2,
+            cols: 4,
+            input_ids: vec![5, 6, 0, 0, 0, 7, 8, 9],
+            labels: None,
+            classes: None,
+            attention_mask: Some(vec![1, 1, 0, 0, 0, 1, 1, 1]),
+            position_ids: None,
+        };
+        let (batch, places) = padded.pack_with_padding();
+        assert_eq!(batch.input_ids, [5, 6, 7, 8, 9, 0, 0]);
+        assert_eq!(batch.position_ids, [0, 1, 1, 2, 3, 2, 3]);
+        assert_eq!((batch.tokens(), batch.rows()), (5, 7));
+        assert_eq!(batch.padding_of, [0, 0]);
+        assert_eq!(places, [0, 1, 5, 6, 7]);
+    }
+
+    #[test]
     fn documents_start_where_positions_restart() {
         let padded = PaddedBatch {
             rows: 1,
             cols: 4,
             input_ids: vec![1, 2, 3, 4],
             labels: None,
+            classes: None,
             attention_mask: None,
             position_ids: Some(vec![0, 1, 0, 1]),
         };

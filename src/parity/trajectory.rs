@@ -244,7 +244,7 @@ fn trainer(case: &Case, steps: &[Vec<PackedBatch>], dtype: DType) -> Result<Trai
     let config = DecoderConfig::open(&base)?;
     let lr_ratio = case.number(&["loraplus_ratio"]);
     let read = || -> Result<Box<dyn Adapter>> {
-        let adapter = ferrotune_lora::load(&initial, &config.model_type)?;
+        let adapter = ferrotune_lora::load(&initial, &config)?;
         let adapter = match case.json.get("lora_fa") == Some(&Value::Bool(true)) {
             true => Box::new(LoraFa::new(adapter)),
             false => adapter,

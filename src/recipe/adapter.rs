@@ -41,6 +41,7 @@ pub(super) fn adapter_from(
             require_no_lora_keys(config)?;
             let object = keys.clone().into_iter().collect();
             let method = PeftConfig::from_config(PEFT_CONFIG, &object)?.for_base(base);
+            let method = method.for_task(&config.lora.lora_task_type);
             let adapter = method.into_adapter(&decoder.model_type);
             adapter.map_err(|e| in_its_names(config, e))?
         }
@@ -389,10 +390,10 @@ fn lora_config(config: &TrainConfig, base: &Path) -> Result<LoraConfig> {
         ensure_weight_tying: lora.lora_ensure_weight_tying,
         layer_replication: lora.lora_layer_replication.clone(),
         alora_invocation_tokens: invocation(&lora.alora_invocation_tokens)?,
-        task_type: Some(lora.lora_task_type.clone()),
         base_model_name_or_path: Some(name_of(config, base)),
         ..LoraConfig::default()
-    })
+    }
+    .for_task(&lora.lora_task_type))
 }
 
 /// What others are to find the base by: its name on the hub, or where it is.

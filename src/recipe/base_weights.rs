@@ -3,7 +3,9 @@
 use crate::device;
 use ferrotune_core::config::{Dtype, TrainConfig};
 use ferrotune_core::io::ModelFiles;
-use ferrotune_core::model::{DecoderConfig, ModelPlan, Quantise, WeightFormat, WeightSource};
+use ferrotune_core::model::{
+    DecoderConfig, ModelPlan, NewHead, Quantise, RandomWeights, WeightFormat, WeightSource,
+};
 use ferrotune_core::{Error, Result, suggest};
 use ferrotune_kernels::{DType, Device};
 use std::path::Path;
@@ -19,7 +21,15 @@ pub(super) fn weights(
         return Ok(None);
     }
     let files = ModelFiles::open(base)?;
-    files.check(&ModelPlan::new(decoder))?;
+    let plan = ModelPlan::new(decoder);
+    match NewHead::is_needed(decoder, &files) && config.model.num_labels.is_some() {
+        true => NewHead {
+            rest: &files,
+            head: RandomWeights { seed: 0 },
+        }
+        .check(&plan)?,
+        false => files.check(&plan)?,
+    }
     if let Some(held) = files.quantisation()
         && !config.lora.use_peft
     {

@@ -9,13 +9,14 @@ pub(crate) use files::is_of_split;
 
 pub(super) use workload::workload;
 
+use super::classifier::classes;
 use crate::hub;
 use ferrotune_core::config::{
     DataArguments, PackingStrategy, SamplingStrategy, TrainConfig, TruncationMode,
 };
 use ferrotune_core::data::{
-    BatchPlan, ChatTemplate, Dataset, EpochPlan, Examples, Order, PackedBatch, PrepareOptions,
-    Record, Row, Tokenizer, pack_bfd,
+    BatchPlan, ChatTemplate, Classes, Dataset, EpochPlan, Examples, Order, PackedBatch,
+    PrepareOptions, Record, Row, Tokenizer, pack_bfd,
 };
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::process_group::Place;
@@ -27,6 +28,25 @@ use std::sync::Arc;
 
 /// Training rows, and rows held out of them.
 pub(super) type Prepared = (Dataset, Option<Dataset>);
+
+/// What preparing rows needs to know of the model.
+#[derive(Debug, Default)]
+pub(super) struct OfModel {
+    /// Token ids that it has rows for; `None` for the tokenizer's.
+    vocab_size: Option<usize>,
+    /// Of a classifier.
+    classes: Option<Classes>,
+}
+
+impl OfModel {
+    /// Of the model `decoder` over the base in a directory.
+    pub(super) fn of(base: &Path, decoder: &DecoderConfig) -> Result<Self> {
+        Ok(Self {
+            vocab_size: Some(decoder.vocab_size),
+            classes: classes(base, decoder)?,
+        })
+    }
+}
 
 /// The tokenizer of the base, with the configured chat template.
 pub(super) fn tokenizer(config: &TrainConfig, base: &Path) -> Result<Tokenizer> {
@@ -90,11 +110,11 @@ pub fn row_files(name: &str, split: &str, key: &str) -> Result<Vec<PathBuf>> {
 pub(super) fn all(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
-    vocab_size: Option<usize>,
-    training: impl FnOnce(&TrainConfig, &Tokenizer, Option<usize>) -> Result<Prepared>,
+    of_model: &OfModel,
+    training: impl FnOnce(&TrainConfig, &Tokenizer, &OfModel) -> Result<Prepared>,
 ) -> Result<Prepared> {
-    let (dataset, held_out) = training(config, tokenizer, vocab_size)?;
-    let eval_dataset = evaluation(config, tokenizer, vocab_size, held_out)?;
+    let (dataset, held_out) = training(config, tokenizer, of_model)?;
+    let eval_dataset = evaluation(config, tokenizer, of_model, held_out)?;
     check_renamed(&dataset, eval_dataset.as_ref())?;
     Ok((dataset, eval_dataset))
 }
@@ -122,7 +142,7 @@ fn check_renamed(dataset: &Dataset, eval_dataset: Option<&Dataset>) -> Result<()
 pub(super) fn training(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
-    vocab_size: Option<usize>,
+    of_model: &OfModel,
 ) -> Result<Prepared> {
     let data = &config.data;
     let mut files = Vec::new();
@@ -141,7 +161,7 @@ pub(super) fn training(
         ));
     }
     files::require_files(&files)?;
-    let options = options(config, data.packing, vocab_size);
+    let options = options(config, data.packing, of_model);
     let dataset = load(config, &files, tokenizer, &options)?;
     arrange::training(config, dataset, &weights)
 }
@@ -150,7 +170,7 @@ pub(super) fn training(
 pub(super) fn training_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
-    vocab_size: Option<usize>,
+    of_model: &OfModel,
     rows: impl IntoIterator<Item = Record>,
 ) -> Result<Prepared> {
     let name = config.data.dataset_name.first();
@@ -159,8 +179,9 @@ pub(super) fn training_rows(
         record,
         path: Arc::clone(&path),
         line,
+        label: None,
     });
-    let options = options(config, config.data.packing, vocab_size);
+    let options = options(config, config.data.packing, of_model);
     let dataset = Dataset::from_rows(rows.collect(), tokenizer, &options)?;
     arrange::training(config, dataset, &[])
 }
@@ -174,14 +195,14 @@ pub fn prepare_rows(
     tokenizer: &Tokenizer,
     rows: impl IntoIterator<Item = Record>,
 ) -> Result<Dataset> {
-    training_rows(config, tokenizer, None, rows).map(|(dataset, _)| dataset)
+    training_rows(config, tokenizer, &OfModel::default(), rows).map(|(dataset, _)| dataset)
 }
 
 /// The evaluation rows, if there are any: of their own files, else those held out.
 fn evaluation(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
-    vocab_size: Option<usize>,
+    of_model: &OfModel,
     held_out: Option<Dataset>,
 ) -> Result<Option<Dataset>> {
     let data = &config.data;
@@ -198,7 +219,7 @@ fn evaluation(
     }
     let packing = data.packs_evaluation();
     files::require_files(&files)?;
-    let options = options(config, packing, vocab_size);
+    let options = options(config, packing, of_model);
     let mut dataset = load(config, &files, tokenizer, &options)?;
     arrange::cut(config, packing, &mut dataset)?;
     Ok(Some(dataset))
@@ -217,7 +238,7 @@ fn load(
     }
 }
 
-fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> PrepareOptions {
+fn options(config: &TrainConfig, packing: bool, of_model: &OfModel) -> PrepareOptions {
     let data = &config.data;
     let cut_later = packing && data.packing_strategy != PackingStrategy::Bfd;
     PrepareOptions {
@@ -234,7 +255,8 @@ fn options(config: &TrainConfig, packing: bool, vocab_size: Option<usize>) -> Pr
         dataset_columns: data.dataset_columns.clone(),
         bad_rows: data.bad_rows,
         keep_unlabelled: packing || data.max_length.is_none(),
-        vocab_size,
+        vocab_size: of_model.vocab_size,
+        classes: of_model.classes.clone(),
         ..PrepareOptions::default()
     }
 }

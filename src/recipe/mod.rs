@@ -3,6 +3,7 @@
 
 mod adapter;
 mod base_weights;
+mod classifier;
 mod data;
 mod fitting;
 mod host_memory;
@@ -21,6 +22,7 @@ mod together;
 
 use adapter::adapter_from;
 pub use adapter::adapter_of;
+pub use classifier::classes;
 #[cfg(feature = "hub")]
 pub(crate) use data::is_of_split;
 pub use data::{EpochData, eval_batches, prepare_rows, row_files};
@@ -41,7 +43,7 @@ use ferrotune_core::data::{Dataset, PackedBatch, Record, Tokenizer};
 use ferrotune_core::io::{ModelFiles, OutputLock};
 use ferrotune_core::lr_schedule::LrSchedule;
 use ferrotune_core::model::{
-    ActivationPlan, DecoderConfig, RandomWeights, WeightFormat, WeightSource, Workload,
+    ActivationPlan, DecoderConfig, NewHead, RandomWeights, WeightFormat, WeightSource, Workload,
 };
 use ferrotune_core::process_group::{Place, ProcessGroup, Solo};
 use ferrotune_core::run_log::{LogWindow, Observer, RunStarted, TrainerState};
@@ -130,15 +132,15 @@ impl Recipe {
     ) -> Result<Self> {
         config.data.dataset_name = vec![name.to_owned()];
         config.data.train_file.clear();
-        Self::prepare_from(Place::SOLO, config, |config, tokenizer, vocab_size| {
-            data::training_rows(config, tokenizer, vocab_size, rows)
+        Self::prepare_from(Place::SOLO, config, |config, tokenizer, model| {
+            data::training_rows(config, tokenizer, model, rows)
         })
     }
 
     fn prepare_from(
         place: Place,
         mut config: TrainConfig,
-        training: impl FnOnce(&TrainConfig, &Tokenizer, Option<usize>) -> Result<data::Prepared>,
+        training: impl FnOnce(&TrainConfig, &Tokenizer, &data::OfModel) -> Result<data::Prepared>,
     ) -> Result<Self> {
         config.validate()?;
         threads::start(threads::share_of(place, config.runtime.num_threads))?;
@@ -147,7 +149,7 @@ impl Recipe {
         if place.is_first() {
             output_dir::check(&config, &base)?;
         }
-        let decoder = DecoderConfig::open(&base)?;
+        let decoder = classifier::decoder(&config, &base)?;
         let files = weights(&config, &base, &decoder)?;
         start::require_readable(&config, &base, &decoder, files.as_ref())?;
         let decoder = adapter::decoder(&config, &base, decoder)?;
@@ -168,7 +170,8 @@ impl Recipe {
         config.notes.extend_from_slice(&attached.notes);
         config.notes.extend(where_updated(&config, &device)?);
         let tokenizer = data::tokenizer(&config, &base)?;
-        let rows = data::all(&config, &tokenizer, Some(decoder.vocab_size), training)?;
+        let of_model = data::OfModel::of(&base, &decoder)?;
+        let rows = data::all(&config, &tokenizer, &of_model, training)?;
         let prompt_tokens = attached.prompt_tokens();
         data::check_fit(&config, &tokenizer, &rows, prompt_tokens, &decoder, &base)?;
         let (dataset, eval_dataset) = rows;
@@ -411,22 +414,22 @@ impl Recipe {
     ) -> Result<Trainer> {
         let start = start::agree(self, group.as_mut(), from)?;
         let adapter = self.adapter_from(start)?;
-        let random = self.random_weights();
-        let source = self.source(&random);
-        Trainer::new(&self.decoder, source, adapter, group, self.options()?)
+        let options = self.options()?;
+        self.with_source(|source| Trainer::new(&self.decoder, source, adapter, group, options))
     }
 
-    /// What the base is where there are no files of it.
-    fn random_weights(&self) -> RandomWeights {
-        RandomWeights {
+    /// `body` on the weights of the base: its files, random ones where there are none, or files with a new head.
+    fn with_source<R>(&self, body: impl FnOnce(&dyn WeightSource) -> R) -> R {
+        let random = RandomWeights {
             seed: self.config.runtime.seed,
-        }
-    }
-
-    fn source<'a>(&'a self, random: &'a RandomWeights) -> &'a dyn WeightSource {
+        };
         match &self.files {
-            Some(files) => files,
-            None => random,
+            None => body(&random),
+            Some(files) if NewHead::is_needed(&self.decoder, files) => body(&NewHead {
+                rest: files,
+                head: random,
+            }),
+            Some(files) => body(files),
         }
     }
 

@@ -338,9 +338,13 @@ fn model_card(recipe: &Recipe, finished: &RunFinished) -> ModelCard {
         location: config.output.output_dir.clone(),
         datasets,
         tags: Vec::new(),
-        prompt_style: match recipe.tokenizer.chat_template(None) {
-            Some(_) => PromptStyle::Chat,
-            None => PromptStyle::Text,
+        prompt_style: match (
+            recipe.decoder.classifier,
+            recipe.tokenizer.chat_template(None),
+        ) {
+            (Some(classifier), _) => PromptStyle::Classes(classifier.classes),
+            (None, Some(_)) => PromptStyle::Chat,
+            (None, None) => PromptStyle::Text,
         },
         facts: vec![
             (

@@ -1,6 +1,6 @@
 //! What training would see of its rows, before anything is spent: `inspect data` and `--dry-run`.
 
-use super::{adapter, data};
+use super::{adapter, classifier, data};
 use ferrotune_core::Result;
 use ferrotune_core::config::TrainConfig;
 use ferrotune_core::data::{Dataset, Decoding, Example, Examples, IGNORE_INDEX, Tokenizer};
@@ -46,9 +46,15 @@ pub fn prepare_data(config: &TrainConfig) -> Result<(Tokenizer, Dataset)> {
     let base = super::base_directory(config)?;
     let tokenizer = data::tokenizer(config, &base)?;
     // A base of an unknown kind has a tokenizer too.
-    let decoder = DecoderConfig::open(&base).ok();
-    let vocab_size = decoder.as_ref().map(|decoder| decoder.vocab_size);
-    let rows = data::all(config, &tokenizer, vocab_size, data::training)?;
+    let decoder = match (DecoderConfig::open(&base), config.lora.classifies()) {
+        (Err(_), false) => None,
+        _ => Some(classifier::decoder(config, &base)?),
+    };
+    let of_model = decoder
+        .as_ref()
+        .map(|decoder| data::OfModel::of(&base, decoder));
+    let of_model = of_model.transpose()?.unwrap_or_default();
+    let rows = data::all(config, &tokenizer, &of_model, data::training)?;
     if let Some(decoder) = decoder {
         // What is wrong with the method is no matter of the rows.
         let attached = adapter::attach(config, &base, &decoder);
@@ -304,6 +310,7 @@ mod tests {
             },
             path: Arc::from(Path::new("rows")),
             line,
+            label: None,
         };
         let rows = (1..).zip(rows).map(row).collect();
         let options = PrepareOptions {

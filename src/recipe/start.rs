@@ -76,15 +76,10 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
     require_room(recipe, adapter, seen.bytes())?;
     let options = recipe.options()?;
     let [mut params, mut grads] = [(); 2].map(|()| FlatBuffer::empty_on(&options.device));
-    let (random, decoder) = (recipe.random_weights(), &recipe.decoder);
-    let source = recipe.source(&random);
-    let mut model = Model::load(
-        decoder,
-        seen.attachments(),
-        source,
-        &mut params,
-        options.weights.clone(),
-    )?;
+    let mut model = recipe.with_source(|source| {
+        let (attachments, weights) = (seen.attachments(), options.weights.clone());
+        Model::load(&recipe.decoder, attachments, source, &mut params, weights)
+    })?;
     model.set_keep(&options.keep);
     model.set_offload(options.offload)?;
     let workspace = Workspace::on(options.device.clone(), 0);

@@ -91,8 +91,8 @@ impl Together {
             options.keep.clone_from(&self.activations.keep);
             adapters.push((recipe.adapter()?, options));
         }
-        let random = first.random_weights();
-        let trainers = Trainer::together(&first.decoder, first.source(&random), adapters)?;
+        let trainers =
+            first.with_source(|source| Trainer::together(&first.decoder, source, adapters))?;
         let observers = &observers;
         let ended: Vec<Ended> = std::thread::scope(|scope| {
             let runs = self.runs.iter().zip(trainers);

@@ -141,7 +141,7 @@ impl TextModel {
         }
         let config = self.model.config().clone();
         let files = ModelFiles::open(&self.base)?;
-        let method = ferrotune_lora::load(directory, &config.model_type)?;
+        let method = ferrotune_lora::load(directory, &config)?;
         if method.decoder(config.clone()).map_err(of_adapter)? != config {
             let message = "another stack of layers than the base has cannot stand beside other adapters; use it alone";
             return Err(of_adapter(Error::config("layer_replication", message)));

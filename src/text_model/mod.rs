@@ -7,7 +7,8 @@ use crate::generate::{GenerateOptions, Question, Voice, generate};
 use ferrotune_core::data::{Decoding, PackedBatch, Prompt, Tokenizer};
 use ferrotune_core::io::ModelFiles;
 use ferrotune_core::model::{
-    DecoderConfig, LoadedBase, MemberPass, Mode, Model, ModelPlan, Pass, Quantise, WeightFormat,
+    Classifier, DecoderConfig, HfConfig, LoadedBase, MemberPass, Mode, Model, ModelPlan, NewHead,
+    Pass, Quantise, RandomWeights, WeightFormat, WeightSource,
 };
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::trainer::attach;
@@ -89,7 +90,7 @@ impl TextModel {
         adapter: Option<&Path>,
         quantise: Option<Quantise>,
     ) -> Result<Self> {
-        let config = DecoderConfig::open(base)?;
+        let config = config_of(base, adapter)?;
         let files = ModelFiles::open(base)?;
         let format = WeightFormat {
             dtype: files.dtype(),
@@ -97,7 +98,7 @@ impl TextModel {
         };
         let (model, params) = match adapter {
             Some(directory) => {
-                let method = ferrotune_lora::load(directory, &config.model_type)?;
+                let method = ferrotune_lora::load(directory, &config)?;
                 let config = method
                     .decoder(config)
                     .map_err(|e| e.of_adapter(directory))?;
@@ -105,11 +106,20 @@ impl TextModel {
                     attach(&config, method.as_ref()).map_err(|e| e.of_adapter(directory))?;
                 params.move_to(device);
                 let sites = ModelPlan::new(&config).sites;
-                let source = AdapterBase::new(&files, directory, &sites, params.layout())?;
-                let mut model = Model::load(&config, attachments, &source, &mut params, format)?;
+                let own = AdapterBase::new(&files, directory, &sites, params.layout())?;
+                let with_head = NewHead {
+                    rest: &own,
+                    head: RandomWeights { seed: 0 },
+                };
+                // What is drawn is the adapter's before anything reads it.
+                let source: &dyn WeightSource = match NewHead::is_needed(&config, &files) {
+                    true => &with_head,
+                    false => &own,
+                };
+                let mut model = Model::load(&config, attachments, source, &mut params, format)?;
                 let mut loaded = LoadedBase {
                     model: &mut model,
-                    source: &source,
+                    source,
                 };
                 method.prepare(&mut params, &mut loaded)?;
                 method.load(&mut params, directory)?;
@@ -254,6 +264,10 @@ impl TextModel {
         questions: &[Question],
         options: &GenerateOptions,
     ) -> Result<Vec<String>> {
+        if self.model.config().classifier.is_some() {
+            let message = "is a classifier, which says nothing; `eval` finds its loss and accuracy on rows with a `label`";
+            return Err(Error::config("model", message));
+        }
         self.check_vocabulary(questions.iter().flat_map(|question| &question.ids))?;
         let voices: Vec<Voice<'_>> = self.adapters.iter().map(Loaded::voice).collect();
         let answers = generate(&self.model, &voices, self.pass(), questions, options)?;
@@ -262,6 +276,17 @@ impl TextModel {
             tokenizer.decode(ids, Decoding::SkipSpecialTokens)
         };
         answers.iter().zip(questions).map(decode).collect()
+    }
+}
+
+/// The model that `base` is for `adapter`: under that of a classifier, a language model gets its head.
+fn config_of(base: &Path, adapter: Option<&Path>) -> Result<DecoderConfig> {
+    let keys = HfConfig::open(base)?;
+    let config = DecoderConfig::from_hf(&keys)?;
+    let classes = adapter.map(ferrotune_lora::classes_of).transpose()?;
+    match (config.classifier, classes.flatten()) {
+        (None, Some(classes)) => Ok(config.with_classifier(Classifier::over(&keys, classes)?)),
+        _ => Ok(config),
     }
 }
 

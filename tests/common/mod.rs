@@ -381,7 +381,7 @@ impl Workbench {
         config_keys.extend(keys);
         if config_keys.contains_key("peft_config") {
             // LoRA's keys have no meaning beside another method's.
-            config_keys.retain(|key, _| !key.starts_with("lora_"));
+            config_keys.retain(|key, _| !key.starts_with("lora_") || key == "lora_task_type");
         }
         let path = self.path(&format!("{name}.yaml"));
         // JSON is YAML.

@@ -44,6 +44,8 @@ pub enum PromptStyle {
     Chat,
     /// As plain text.
     Text,
+    /// As plain text, for which of this many classes it is of.
+    Classes(usize),
 }
 
 /// A JSON string, which is a double-quoted YAML scalar and a Python string as well.
@@ -105,10 +107,14 @@ impl ModelCard {
             Artifact::Adapter => ("peft", vec!["lora"]),
             Artifact::Model => ("transformers", vec![]),
         };
-        tags.extend(["sft", "ferrotune"]);
+        let (task, training) = match self.prompt_style {
+            PromptStyle::Classes(_) => ("text-classification", None),
+            PromptStyle::Chat | PromptStyle::Text => ("text-generation", Some("sft")),
+        };
+        tags.extend(training.into_iter().chain(["ferrotune"]));
         tags.extend(self.tags.iter().map(String::as_str));
         let mut text = format!(
-            "---\nlibrary_name: {library}\npipeline_tag: text-generation\nbase_model: {}\n",
+            "---\nlibrary_name: {library}\npipeline_tag: {task}\nbase_model: {}\n",
             quoted(&self.base_model)
         );
         if !self.datasets.is_empty() {
@@ -133,16 +139,23 @@ impl ModelCard {
     fn quick_start(&self) -> String {
         let base = quoted(&self.base_model);
         let location = quoted(&self.location);
+        let (class, classes) = match self.prompt_style {
+            PromptStyle::Classes(classes) => {
+                let classes = format!(", num_labels={classes}");
+                ("AutoModelForSequenceClassification", classes)
+            }
+            PromptStyle::Chat | PromptStyle::Text => ("AutoModelForCausalLM", String::new()),
+        };
         let load = match self.artifact {
             Artifact::Adapter => format!(
                 "from peft import PeftModel\n\
-                 from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
-                 base = AutoModelForCausalLM.from_pretrained({base})\n\
+                 from transformers import {class}, AutoTokenizer\n\n\
+                 base = {class}.from_pretrained({base}{classes})\n\
                  model = PeftModel.from_pretrained(base, {location})\n"
             ),
             Artifact::Model => format!(
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
-                 model = AutoModelForCausalLM.from_pretrained({location})\n"
+                "from transformers import {class}, AutoTokenizer\n\n\
+                 model = {class}.from_pretrained({location})\n"
             ),
         };
         let ask = match self.prompt_style {
@@ -151,14 +164,20 @@ impl ModelCard {
                  inputs = tokenizer.apply_chat_template(\n    \
                  messages, add_generation_prompt=True, return_tensors=\"pt\", return_dict=True\n)\n"
             }
-            PromptStyle::Text => "inputs = tokenizer(\"Hello\", return_tensors=\"pt\")\n",
+            PromptStyle::Text | PromptStyle::Classes(_) => {
+                "inputs = tokenizer(\"Hello\", return_tensors=\"pt\")\n"
+            }
+        };
+        let answer = match self.prompt_style {
+            PromptStyle::Classes(_) => "print(model(**inputs).logits.argmax(-1).item())\n",
+            PromptStyle::Chat | PromptStyle::Text => {
+                "output = model.generate(**inputs, max_new_tokens=64)\n\
+                 print(tokenizer.decode(output[0][inputs[\"input_ids\"].shape[1]:], skip_special_tokens=True))\n"
+            }
         };
         format!(
             "## Quick start\n\n```python\n{load}\
-             tokenizer = AutoTokenizer.from_pretrained({location})\n\n{ask}\
-             output = model.generate(**inputs, max_new_tokens=64)\n\
-             print(tokenizer.decode(output[0][inputs[\"input_ids\"].shape[1]:], skip_special_tokens=True))\n\
-             ```\n"
+             tokenizer = AutoTokenizer.from_pretrained({location})\n\n{ask}{answer}```\n"
         )
     }
 
@@ -225,6 +244,20 @@ mod tests {
         let text = card.render();
         assert_eq!(front_matter(&text)["library_name"], "transformers");
         assert!(!text.contains("peft"));
+    }
+
+    #[test]
+    fn a_classifier_is_asked_for_a_class() {
+        let mut card = card("out");
+        card.prompt_style = PromptStyle::Classes(3);
+        let text = card.render();
+        assert_eq!(front_matter(&text)["pipeline_tag"], "text-classification");
+        assert!(
+            text.contains(
+                "AutoModelForSequenceClassification.from_pretrained(\"out\", num_labels=3)"
+            )
+        );
+        assert!(!text.contains("generate"));
     }
 
     #[test]

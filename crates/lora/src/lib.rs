@@ -84,5 +84,5 @@ pub use lora_fa::LoraFa;
 pub use lora_plus::LoraPlus;
 pub use merge::{MergeDType, MergeOptions, MergeReport, MergedTensor, OutputDirectory, merge};
 pub use parts::{PartsAdapter, PartsConfig};
-pub use registry::{OtherConfig, PeftConfig, load, load_as_peft};
+pub use registry::{OtherConfig, PeftConfig, classes_of, load, load_as_peft};
 pub use target::{ExcludeModules, TargetModules};

@@ -9,6 +9,7 @@ use crate::PeftConfig;
 use crate::beside::{Biases, Whole};
 use crate::files::CONFIG_FILE;
 use crate::lora::{LoraConfig, TokenIndices, read_tensors, tokens, write_tensors};
+use crate::modules;
 use crate::names::{self, Part};
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::{Adapter, Attachment, Site, SiteId, SiteKind};
@@ -129,6 +130,12 @@ impl PartsConfig {
         self
     }
 
+    /// The same for a task of PEFT's.
+    pub(crate) fn for_task(mut self, task: &str) -> Self {
+        self.common = self.common.for_task(task);
+        self
+    }
+
     /// Path or hub name of the base model.
     pub(crate) fn base_model_name_or_path(&self) -> Option<&str> {
         self.common.base_model_name_or_path.as_deref()
@@ -174,8 +181,12 @@ impl PartsConfig {
             Some(ExcludeModules::Regex(source)) => keys["exclude_modules"] = json!(source),
             Some(ExcludeModules::List(names)) => keys["exclude_modules"] = json!(names),
         }
-        if !self.common.modules_to_save.is_empty() {
-            keys["modules_to_save"] = json!(self.common.modules_to_save);
+        let saved = modules::as_in_file(
+            self.common.task_type.as_deref(),
+            &self.common.modules_to_save,
+        );
+        if !saved.is_empty() {
+            keys["modules_to_save"] = json!(saved);
         }
         if let Kind::Rows { indices, from_base } = &self.kind {
             keys["token_indices"] = json!(indices);
@@ -266,6 +277,8 @@ impl Adapter for PartsAdapter {
                 Ok(attachments)
             }
             (Kind::Rows { indices, .. }, targets) => {
+                let task = self.config.common.task_type.as_deref();
+                modules::require_tokens(task, self.config.peft_type())?;
                 let tokens = match targets {
                     None => TokenIndices::Embedding(indices.clone()),
                     Some(targets) => {
@@ -365,7 +378,7 @@ mod tests {
     /// The recorded adapter on a Llama of two layers.
     fn recorded(case: &str) -> (Box<dyn Adapter>, FlatBuffer) {
         let directory = golden(case).join("adapter");
-        let adapter = crate::load(&directory, "llama").expect("fixture");
+        let adapter = crate::testing::load(&directory).expect("fixture");
         let mut params = ParamLayoutBuilder::new();
         adapter
             .attach(&llama_sites(2), &mut params)

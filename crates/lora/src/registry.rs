@@ -3,14 +3,16 @@
 mod absent;
 
 use crate::beside::tied;
-use crate::files::CONFIG_FILE;
+use crate::files::{CONFIG_FILE, Weights};
 use crate::lora::tokens::counting;
 use crate::lora::{LoraAdapter, LoraConfig};
 use crate::method::{Configured, Source};
 use crate::methods::METHODS;
+use crate::modules::{self, SEQUENCE_CLASSIFICATION};
 use crate::names;
 use crate::parts::{PartsAdapter, PartsConfig};
 use ferrotune_core::adapter::Adapter;
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::io::Read;
@@ -182,6 +184,16 @@ impl PeftConfig {
         }
     }
 
+    /// The method for a task of PEFT's (`task_type`). With `SEQ_CLS` it also trains the head of the classifier.
+    #[must_use]
+    pub fn for_task(self, task: &str) -> Self {
+        match self {
+            Self::Lora(config) => Self::Lora(config.for_task(task)),
+            Self::Parts(config) => Self::Parts(config.for_task(task)),
+            Self::Other(OtherConfig(config)) => Self::Other(OtherConfig(config.for_task(task))),
+        }
+    }
+
     /// The base the adapter was trained on, as its file says: a path or a name on the hub.
     #[must_use]
     pub fn base_model_name_or_path(&self) -> Option<&str> {
@@ -226,14 +238,33 @@ pub(crate) fn lora_of(
     })
 }
 
-/// The adapter that lies in `directory`, for a base of `model_type`; its tensors are read by
-/// [`Adapter::load`] once it is attached.
+/// The adapter that lies in `directory`, for the model `base`; its tensors are read by [`Adapter::load`] once it is
+/// attached.
 ///
 /// # Errors
-/// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`].
-pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
-    require_language_model(directory)?;
-    PeftConfig::load(directory)?.into_adapter_of(directory, model_type)
+/// As [`PeftConfig::load`] and [`PeftConfig::into_adapter`]; [`Error::Adapter`] if its `task_type` is of a model with
+/// another head.
+pub fn load(directory: &Path, base: &DecoderConfig) -> Result<Box<dyn Adapter>> {
+    require_task(directory, base.classifier.is_some())?;
+    PeftConfig::load(directory)?.into_adapter_of(directory, &base.model_type)
+}
+
+/// The number of classes that the adapter in `directory` tells apart, if it is of a classifier with a head of its own.
+///
+/// # Errors
+/// As [`PeftConfig::load`]; [`Error::Adapter`] if its tensors cannot be read.
+pub fn classes_of(directory: &Path) -> Result<Option<usize>> {
+    let path = directory.join(CONFIG_FILE);
+    if !path.exists() {
+        return Err(absent::no_adapter(directory));
+    }
+    let task = read_object(&path)?.get("task_type").cloned();
+    if task.as_ref().and_then(Value::as_str) != Some(SEQUENCE_CLASSIFICATION) {
+        return Ok(None);
+    }
+    let weights = Weights::open(directory)?;
+    let shape = weights.file.meta(modules::CLASSIFIER_WEIGHT);
+    Ok(shape.and_then(|meta| meta.shape.first().copied()))
 }
 
 /// [`load`] for comparisons with PEFT: computes what PEFT computes where that is wrong.
@@ -242,29 +273,34 @@ pub fn load(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_as_peft(directory: &Path, model_type: &str) -> Result<Box<dyn Adapter>> {
-    PeftConfig::read(directory, true)?.into_adapter_of(directory, model_type)
+pub fn load_as_peft(directory: &Path, base: &DecoderConfig) -> Result<Box<dyn Adapter>> {
+    PeftConfig::read(directory, true)?.into_adapter_of(directory, &base.model_type)
 }
 
-/// Refuses the adapter in `directory` if it is one of a model with another head than a causal language model's.
+/// Refuses the adapter in `directory` for a base with another head than its own: a classifier's, or a causal language
+/// model's.
 ///
 /// # Errors
 /// [`Error::Adapter`] naming its `task_type`.
-pub(crate) fn require_language_model(directory: &Path) -> Result<()> {
+pub(crate) fn require_task(directory: &Path, base_classifies: bool) -> Result<()> {
     let path = directory.join(CONFIG_FILE);
     if !path.exists() {
         return Err(absent::no_adapter(directory));
     }
     let object = read_object(&path)?;
-    match object.get("task_type").and_then(Value::as_str) {
-        Some(task @ ("QUESTION_ANS" | "SEQ_2_SEQ_LM" | "SEQ_CLS" | "TOKEN_CLS")) => {
-            let message = format!(
-                "`task_type` is {task}: an adapter of a model with another head than this base; expected CAUSAL_LM or null"
-            );
-            Err(Error::adapter(path, message))
-        }
-        _ => Ok(()),
-    }
+    let task = object.get("task_type").and_then(Value::as_str);
+    let of_classifier = task == Some(SEQUENCE_CLASSIFICATION);
+    let expected = match (base_classifies, task) {
+        (true, Some("CAUSAL_LM" | "QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS")) => "SEQ_CLS",
+        (false, Some("QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS")) => "CAUSAL_LM",
+        (false, _) if of_classifier => "CAUSAL_LM",
+        _ => return Ok(()),
+    };
+    let task = task.unwrap_or_default();
+    let message = format!(
+        "`task_type` is {task}: an adapter of a model with another head than this base; expected {expected} or null"
+    );
+    Err(Error::adapter(path, message))
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {

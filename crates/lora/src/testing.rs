@@ -1,8 +1,10 @@
 //! Fixtures and sites for the tests of this crate.
 
 use crate::{LoraAdapter, LoraConfig, PeftConfig, TargetModules};
+use ferrotune_core::Result;
 use ferrotune_core::adapter::{Adapter, Attachment, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::{self, SafetensorsFile, TensorData};
+use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -102,6 +104,11 @@ pub(crate) fn attach(adapter: &LoraAdapter) -> (FlatBuffer, Vec<LowRank>) {
         .collect();
     let layout = builder.build().expect("names are unique");
     (FlatBuffer::zeros(&layout), attachments)
+}
+
+/// The adapter in `directory` for the recorded Llama.
+pub(crate) fn load(directory: &Path) -> Result<Box<dyn Adapter>> {
+    crate::load(directory, &DecoderConfig::open(&golden("_bases/llama"))?)
 }
 
 /// Adapter and parameters as PEFT saved them.

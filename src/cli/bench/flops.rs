@@ -18,7 +18,7 @@ pub(super) fn flops_per_token(decoder: &DecoderConfig, trainable: usize, mean_le
         .filter(|site| site.layer.is_some() && site.in_features > 1)
         .map(|site| site.in_features * site.out_features)
         .sum();
-    let head = decoder.vocab_size * decoder.hidden_size;
+    let head = decoder.outputs() * decoder.hidden_size;
     let attention = 7.0 * mean_length * (decoder.layers * decoder.q_width()) as f64;
     (4 * (linears + head) + 6 * trainable) as f64 + attention
 }

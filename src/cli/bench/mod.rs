@@ -246,7 +246,7 @@ fn trainer(
 fn adapter(args: &Args, decoder: &DecoderConfig) -> Result<Box<dyn Adapter>> {
     if let Some(name) = &args.adapter {
         let directory = &hub::adapter(name, "adapter")?;
-        return ferrotune::lora::load(directory, &decoder.model_type);
+        return ferrotune::lora::load(directory, decoder);
     }
     let config = LoraConfig {
         rank: args.rank,

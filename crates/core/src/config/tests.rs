@@ -409,7 +409,9 @@ fn ranges_and_combinations_are_checked() {
         ("num_threads", "0", "1 to"),
         ("model_name_or_path", "null", "not set"),
         ("dataset_name", "[]", "not set"),
-        ("lora_task_type", "SEQ_CLS", "not supported yet"),
+        ("lora_task_type", "TOKEN_CLS", "not supported"),
+        ("num_labels", "3", "SEQ_CLS alone"),
+        ("num_labels", "1", "2 or more"),
     ] {
         let message = fault(&[(key, value)]);
         assert!(message.contains(part), "{key}={value}: {message}");

@@ -1,5 +1,6 @@
 //! Ranges and combinations of values.
 
+use super::arguments::SEQUENCE_CLASSIFICATION;
 use super::{IntervalStrategy, TrainConfig, TruncationMode};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
 use crate::optimizer::ADAM_KEYS;
@@ -134,13 +135,44 @@ impl TrainConfig {
         )
     }
 
+    /// What is learned: tokens, or classes of rows.
+    fn check_task(&self) -> Result<()> {
+        let (lora, data) = (&self.lora, &self.data);
+        let is_known = ["CAUSAL_LM", SEQUENCE_CLASSIFICATION].contains(&&*lora.lora_task_type);
+        self.require(is_known, "lora_task_type", |value| {
+            format!("{value} is not supported; expected \"CAUSAL_LM\" or \"SEQ_CLS\"")
+        })?;
+        let classes = self.model.num_labels;
+        self.require(classes.is_none_or(|n| n >= 2), "num_labels", |value| {
+            format!(
+                "got {value}, expected 2 or more: one output is regression, which is not supported"
+            )
+        })?;
+        if !lora.classifies() {
+            return self.require(classes.is_none(), "num_labels", |value| {
+                format!("{value}, and classes are learned with lora_task_type: SEQ_CLS alone")
+            });
+        }
+        let packs = data.packing || data.eval_packing == Some(true);
+        let of_tokens = [
+            ("packing", packs),
+            ("assistant_only_loss", data.assistant_only_loss),
+            (
+                "completion_only_loss",
+                data.completion_only_loss == Some(true),
+            ),
+        ];
+        of_tokens.into_iter().try_for_each(|(key, asked)| {
+            self.require(!asked, key, |_| {
+                "is of tokens that are learned, and lora_task_type: SEQ_CLS learns the class of a row; leave it out"
+                    .to_owned()
+            })
+        })
+    }
+
     fn check_lora(&self) -> Result<()> {
         let lora = &self.lora;
-        self.require(
-            lora.lora_task_type == "CAUSAL_LM",
-            "lora_task_type",
-            |value| format!("{value} is not supported yet; expected \"CAUSAL_LM\""),
-        )?;
+        self.check_task()?;
         let formats = [
             ("load_in_4bit", self.model.load_in_4bit),
             ("load_in_8bit", self.model.load_in_8bit),

@@ -58,6 +58,10 @@ pub struct PackedBatch {
     /// Length by which dynamic RoPE scales each document, `[S]`: its own length, unless a caller
     /// reproduces a padded batch.
     pub rope_lengths: Vec<u32>,
+    /// The document that each row of padding follows, `[rows() - tokens()]`, where padding is computed as
+    /// Transformers computes it: as queries that see the keys of that document. Nothing else depends on them but
+    /// which columns `LLM.int8()` leaves in floating point. Empty where padding is of no document.
+    pub padding_of: Vec<u32>,
 }
 
 impl PackedBatch {

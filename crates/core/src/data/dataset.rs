@@ -1,5 +1,6 @@
 //! A data set: every example of the files, in their order.
 
+use crate::data::classes;
 use crate::data::columns::Columns;
 use crate::data::examples::{Collector, Examples};
 use crate::data::prepare::{BadRows, PrepareOptions, PrepareReport, Prepared, Preparer, Row};
@@ -315,8 +316,16 @@ impl Row {
         if Record::leaves_mask_out(&mut row, options.completion_only_loss) {
             columns.see_left_out(COMPLETION_MASK);
         }
+        let class = options.classes.as_ref().and_then(|_| classes::column(&row));
+        let class = class.and_then(|name| row.remove_entry(name));
         columns.see_unused(&row, &options.dataset_text_field);
-        Self::of_columns(path, number, &row, &options.dataset_text_field)
+        let mut rows = Self::of_columns(path, number, &row, &options.dataset_text_field)?;
+        if let Some((_, class)) = class {
+            for row in &mut rows {
+                row.label = Some(class.clone());
+            }
+        }
+        Ok(rows)
     }
 
     /// Reads the columns of a row, which is at `line` of `path`, as a row for each document that is packed into
@@ -332,10 +341,12 @@ impl Row {
     ) -> Result<Vec<Self>> {
         let documents = Record::documents_of_row(columns, text_field)
             .map_err(|message| Error::data(path, line, message))?;
+        let label = classes::column(columns).and_then(|name| columns.get(name));
         let row = |record| Self {
             record,
             path: path.clone(),
             line,
+            label: label.cloned(),
         };
         Ok(documents.into_iter().map(row).collect())
     }

@@ -3,6 +3,7 @@
 mod assistant;
 mod batch;
 mod chat_template;
+mod classes;
 mod columns;
 mod compressed;
 mod dataset;
@@ -27,6 +28,7 @@ mod tokenizer;
 pub use assistant::mask_of_spans;
 pub use batch::{BatchSize, Example, IGNORE_INDEX, PackedBatch};
 pub use chat_template::{ChatTemplate, Conversation, DEFAULT_DATE, Ending, Rendered};
+pub use classes::Classes;
 pub use dataset::Dataset;
 pub use examples::Examples;
 pub use pack::pack_bfd;

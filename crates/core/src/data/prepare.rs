@@ -17,6 +17,7 @@ pub(super) use report::Prepared;
 use crate::data::assistant::{Untagged, excerpt, mask_of_spans};
 use crate::data::batch::{Example, IGNORE_INDEX};
 use crate::data::chat_template::{ChatTemplate, Conversation, Ending, Rendered};
+use crate::data::classes::Classes;
 use crate::data::record::{Message, Record, RecordKind, TemplateInputs};
 use crate::data::roles;
 use crate::data::tokenizer::{Encoded, SpecialTokens, Tokenizer};
@@ -53,6 +54,9 @@ pub struct PrepareOptions {
     pub keep_unlabelled: bool,
     /// The number of token ids that a row of `input_ids` may hold; none: the tokenizer's.
     pub vocab_size: Option<usize>,
+    /// The classes that rows are of, where those are learned instead of tokens; nothing is added to text then, and
+    /// options of what is trained mean nothing.
+    pub classes: Option<Classes>,
 }
 
 impl Default for PrepareOptions {
@@ -69,6 +73,7 @@ impl Default for PrepareOptions {
             bad_rows: BadRows::Error,
             keep_unlabelled: false,
             vocab_size: None,
+            classes: None,
         }
     }
 }
@@ -82,6 +87,8 @@ pub struct Row {
     pub path: Arc<Path>,
     /// Its line in the file, from 1.
     pub line: u64,
+    /// Its class as the row has it, if it does.
+    pub label: Option<Value>,
 }
 
 /// Turns the rows of one data set into examples.
@@ -115,7 +122,7 @@ impl<'a> Preparer<'a> {
             RecordKind::Messages | RecordKind::PromptCompletionMessages
         );
         let eos = options.eos_token.as_deref().or(tokenizer.eos_token());
-        if plain && eos.is_none() {
+        if plain && eos.is_none() && options.classes.is_none() {
             return Err(Error::model(
                 tokenizer.path(),
                 "the tokenizer has no EOS token, so no text would ever end; set `eos_token`",
@@ -145,7 +152,9 @@ impl<'a> Preparer<'a> {
             options,
             kind,
             eos: eos.unwrap_or_default(),
-            mask_prompt: has_completion && options.completion_only_loss != Some(false),
+            mask_prompt: has_completion
+                && options.completion_only_loss != Some(false)
+                && options.classes.is_none(),
         };
         if is_chat {
             preparer.template(None)?;
@@ -181,8 +190,13 @@ impl<'a> Preparer<'a> {
             ));
         }
         let example = self.example(&row.record);
-        let example = example.map_err(|error| error.in_row(&row.path, row.line))?;
+        let mut example = example.map_err(|error| error.in_row(&row.path, row.line))?;
         self.check_bos(row, &example)?;
+        if let Some(classes) = &self.options.classes {
+            let number = classes.number(row.label.as_ref());
+            let number = number.map_err(|message| Error::data(&row.path, row.line, message))?;
+            classes.mark(&mut example, number);
+        }
         Ok(example)
     }
 
@@ -244,9 +258,9 @@ impl<'a> Preparer<'a> {
         Err(Error::config(column, message))
     }
 
-    /// Text that ends with the EOS token, once.
+    /// Text that ends with the EOS token, once; as it is where its class is learned.
     fn with_eos(&self, text: &str) -> String {
-        if text.ends_with(self.eos) {
+        if text.ends_with(self.eos) || self.options.classes.is_some() {
             text.to_owned()
         } else {
             format!("{text}{}", self.eos)
@@ -413,8 +427,14 @@ impl<'a> Preparer<'a> {
             TruncationMode::KeepEnd => lost..example.len(),
         };
         if lost > 0 {
+            let last = example.labels.last().copied();
             example.input_ids = example.input_ids[kept.clone()].to_vec();
             example.labels = example.labels[kept].to_vec();
+            if let (Some(_), Some(class), Some(label)) =
+                (&self.options.classes, last, example.labels.last_mut())
+            {
+                *label = class;
+            }
         }
         lost
     }

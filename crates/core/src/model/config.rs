@@ -1,5 +1,6 @@
 //! What a decoder is, in numbers: everything the engine needs to know of an architecture.
 
+use super::classifier::{self, Classifier};
 use super::hf_config::HfConfig;
 use super::modules::ModuleNames;
 use super::rope::RopeConfig;
@@ -154,6 +155,8 @@ pub struct DecoderConfig {
     pub logits_softcap: Option<f32>,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
+    /// What makes it a classifier of sequences; `None` predicts tokens.
+    pub classifier: Option<Classifier>,
 }
 
 impl DecoderConfig {
@@ -165,14 +168,15 @@ impl DecoderConfig {
         Self::from_hf(&HfConfig::open(directory)?)
     }
 
-    /// Whether a config is of a causal language model whose `model_type` is among the architectures.
+    /// Whether a config is of a causal language model, or a classifier of sequences, whose `model_type` is among the
+    /// architectures.
     #[must_use]
     pub fn covers(config: &HfConfig) -> bool {
-        let classes = config.get("architectures").and_then(Value::as_array);
-        let class = classes.and_then(|c| c.first()?.as_str());
         // Saved without its head, a model is of the class that has none.
         let is_causal = |c: &str| c.ends_with("ForCausalLM") || c.ends_with("Model");
-        models::is_known(config) && class.is_none_or(is_causal)
+        let class = classifier::model_class(config);
+        let covered = class.is_none_or(is_causal) || classifier::is_classifier(config);
+        models::is_known(config) && covered
     }
 
     /// The same from a config already read.
@@ -185,8 +189,29 @@ impl DecoderConfig {
             return Err(config.error("is_causal", message));
         }
         let decoder = models::architecture(config)?;
+        let decoder = match Classifier::of(config)? {
+            Some(classifier) => decoder.with_classifier(classifier),
+            None => decoder,
+        };
         decoder.check(config)?;
         Ok(decoder)
+    }
+
+    /// The same layers under the head of a classifier, which is never the embedding and has no bounds or factors.
+    #[must_use]
+    pub fn with_classifier(mut self, classifier: Classifier) -> Self {
+        self.modules.head = classifier::HEAD;
+        self.tie_word_embeddings = false;
+        self.logits_scale = 1.0;
+        self.logits_softcap = None;
+        self.classifier = Some(classifier);
+        self
+    }
+
+    /// Rows of the head: of a language model, the vocabulary.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.classifier.map_or(self.vocab_size, |c| c.classes)
     }
 
     /// The keys that every Llama-like architecture shares, under their common names.
@@ -259,6 +284,7 @@ impl DecoderConfig {
             logits_scale: 1.0,
             logits_softcap: None,
             tie_word_embeddings: ties(config)?,
+            classifier: None,
         })
     }
 

@@ -125,7 +125,7 @@ impl FrozenWeight {
                 Ok(())
             }
             Self::Codes(Quantised::Int8(codes)) => {
-                let (threshold, documents) = (codes.threshold(), &run.inputs.cu_seqlens);
+                let (threshold, documents) = (codes.threshold(), run.inputs.computed_rows());
                 let (dtype, columns, workspace) = (scratch.dtype, scratch.columns, run.workspace);
                 let input = match input {
                     Some(input) => input,

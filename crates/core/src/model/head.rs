@@ -146,7 +146,7 @@ impl Model {
         hidden: View<'_>,
     ) -> Result<Tensor> {
         let device = pass.workspace.device();
-        let vocabulary = self.config.vocab_size;
+        let vocabulary = self.config.outputs();
         let at = At {
             pass: Pass {
                 mode: Mode::Eval,

@@ -2,6 +2,7 @@
 
 use super::Model;
 use super::angles::{self, Angles};
+use super::padding::Padding;
 use super::prompt;
 use super::rope::RopeConfig;
 use super::run::{Mode, Pass};
@@ -40,6 +41,8 @@ pub struct Inputs<'a> {
     /// Where updates do not act, as [`Invocation::silent`] has it, if they act in places.
     silent: Indices<'a>,
     zeros: Option<Arc<Tensor>>,
+    /// Padding that is computed.
+    pub(crate) padding: Option<Padding>,
 }
 
 /// What rows of a micro-batch are marked as; empty where none is.
@@ -95,7 +98,10 @@ impl<'a> Inputs<'a> {
             mut silent,
         } = marks;
         let device = pass.workspace.device();
-        let (mut label_rows, mut targets) = batch.targets();
+        let (mut label_rows, mut targets) = match &model.config.classifier {
+            Some(classifier) => classifier.targets(batch),
+            None => batch.targets(),
+        };
         let mut draws = match pass.mode {
             Mode::Eval => Vec::new(),
             Mode::Train { .. } => draws(batch),
@@ -181,7 +187,14 @@ impl<'a> Inputs<'a> {
             prompt_rows,
             silent,
             zeros: model.invocation.as_ref().map(|of| Arc::clone(&of.zeros)),
+            padding: Padding::of(batch, device),
         }
+    }
+
+    /// Bounds whose last one ends the rows that are computed.
+    pub(crate) fn computed_rows(&self) -> &Indices<'_> {
+        let padding = self.padding.as_ref();
+        padding.map_or(&self.cu_seqlens, |padding| &padding.counted)
     }
 
     /// Where updates do not act, and a row of zeros `[1, rank]`; none if they act everywhere.

@@ -111,6 +111,11 @@ impl Layer {
             attended.view_mut().columns(0..self.o.in_features),
             lse.view_mut(),
         )?;
+        if let Some(padding) = &run.inputs.padding {
+            let out = attended.view_mut().columns(0..self.o.in_features);
+            let device = workspace.device();
+            padding.attend(&self.attention, [q, k, v], out, lse.view_mut(), device)?;
+        }
         run.give(positioned);
         let mut output = workspace.take(dtype, tokens, self.o.out_features());
         let x = Wide::WithRoom(attended.view_mut());

@@ -9,6 +9,7 @@ mod angles;
 mod attached;
 mod base;
 mod changed;
+mod classifier;
 mod column_norms;
 mod config;
 mod decode;
@@ -23,6 +24,7 @@ mod linear;
 mod modules;
 mod norm;
 mod offload;
+mod padding;
 mod plan;
 mod planner;
 mod positions;
@@ -41,6 +43,7 @@ mod weight_source;
 mod weights;
 
 pub use base::{LoadedBase, SharedBase};
+pub use classifier::Classifier;
 pub use config::{DecoderConfig, EmbeddingScale, NormKind, QkNorm};
 pub(crate) use config::{activation, nearest_divisor, norm_eps};
 pub use decode::{KvCache, MemberDocuments};
@@ -54,7 +57,7 @@ pub use rope::{RopeConfig, RopeScaling};
 pub use run::{Mode, Pass};
 pub use together::MemberPass;
 pub use weight_format::{Quantise, WeightFormat};
-pub use weight_source::{RandomWeights, WeightSource};
+pub use weight_source::{NewHead, RandomWeights, WeightSource};
 
 use crate::Result;
 use crate::adapter::{Attachment, Prompt, PromptOf, SiteId};
@@ -192,6 +195,9 @@ impl Model {
     /// predicts, behind a prompt of embeddings too.
     #[must_use]
     pub fn trained_tokens(&self, batch: &PackedBatch) -> usize {
+        if let Some(classifier) = &self.config.classifier {
+            return classifier.targets(batch).0.len();
+        }
         let first = match self.prompt {
             Some(prompt) if prompt.of == PromptOf::Embeddings => batch.trained_first_tokens(),
             _ => 0,

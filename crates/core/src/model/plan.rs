@@ -99,7 +99,7 @@ impl ModelPlan {
         let has_bias = config.norm == NormKind::Layer;
         let norm = sites.norm(names.norm.to_owned(), d, has_bias, None);
         let head = sites.add(Place {
-            out_features: config.vocab_size,
+            out_features: config.outputs(),
             in_features: d,
             ..Place::new(names.head)
         });

@@ -1,5 +1,6 @@
 //! Where base weights come from, and which tensors a model wants of there.
 
+use super::config::DecoderConfig;
 use super::plan::ModelPlan;
 use crate::adapter::SiteKind;
 use crate::io::{ModelFiles, SafetensorsFile, is_buffer};
@@ -74,6 +75,56 @@ impl WeightSource for RandomWeights {
         }
         to_rows(to, &values);
         Ok(())
+    }
+}
+
+/// A language model that is to be a classifier: the weights of `rest`, and a head of random ones.
+#[derive(Clone, Copy)]
+pub struct NewHead<'a> {
+    /// Where all but the head comes from.
+    pub rest: &'a dyn WeightSource,
+    /// The head; its values are drawn by name.
+    pub head: RandomWeights,
+}
+
+impl NewHead<'_> {
+    /// Whether `files` lack the head of a classifier.
+    #[must_use]
+    pub fn is_needed(config: &DecoderConfig, files: &ModelFiles) -> bool {
+        config.classifier.is_some() && files.meta(Self::TENSOR).is_none()
+    }
+
+    const TENSOR: &'static str = "score.weight";
+}
+
+impl WeightSource for NewHead<'_> {
+    fn check(&self, plan: &ModelPlan) -> Result<()> {
+        // What is tied is not looked for.
+        let mut stored = plan.clone();
+        stored.sites[plan.head.0].tied_to = Some(plan.embedding);
+        self.rest.check(&stored)
+    }
+
+    fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
+        match name {
+            Self::TENSOR => self.head.read(name, to),
+            _ => self.rest.read(name, to),
+        }
+    }
+
+    fn place(&self, name: &str) -> &Path {
+        self.rest.place(name)
+    }
+
+    fn multiplies_bytes(&self) -> bool {
+        self.rest.multiplies_bytes()
+    }
+
+    fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
+        match name {
+            Self::TENSOR => Ok(None),
+            _ => self.rest.read_quantised(name),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod write;
 
 use super::{InitLoraWeights, TokenIndices};
 use crate::beside::{Biases, Wanted};
+use crate::modules;
 use crate::target::{
     ExcludeModules, PatternMap, RankAndAlpha, Selection, TargetModules, default_target_modules,
 };
@@ -262,6 +263,14 @@ impl LoraConfig {
             })?);
         }
         Ok(self)
+    }
+
+    /// The same for a task of PEFT's (`task_type`). With `SEQ_CLS` it also trains the head of the classifier.
+    #[must_use]
+    pub fn for_task(mut self, task: &str) -> Self {
+        self.task_type = Some(task.into());
+        modules::complete_for_task(Some(task), &mut self.modules_to_save);
+        self
     }
 
     /// What it says of modules that are trained as a whole.

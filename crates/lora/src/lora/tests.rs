@@ -159,7 +159,7 @@ fn values_out_of_range_are_refused() {
 fn dropout_of_a_file_may_drop_everything() {
     let copy = copy_of("lora_qv");
     edit_config(copy.path(), "lora_dropout", serde_json::json!(1.0));
-    let adapter = crate::load(copy.path(), "llama").expect("loads");
+    let adapter = crate::testing::load(copy.path()).expect("loads");
     let mut params = ParamLayoutBuilder::new();
     adapter
         .attach(&llama_sites(2), &mut params)

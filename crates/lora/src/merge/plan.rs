@@ -2,7 +2,7 @@
 
 use super::output::BaseConfig;
 use crate::modules::{EMBEDDINGS, HEADS};
-use crate::registry::{lora_of, require_language_model};
+use crate::registry::{lora_of, require_task};
 use crate::{AdapterBase, LoraConfig, PeftConfig};
 use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, LowRank, Site, SiteId, SiteKind};
 use ferrotune_core::io::ModelFiles;
@@ -107,8 +107,8 @@ pub(super) fn plan(
         .into_adapter(model_type)
         .map_err(in_adapter)?;
     let decoder = base_config.decoder()?;
-    if decoder.is_some() {
-        require_language_model(adapter_directory)?;
+    if let Some(decoder) = &decoder {
+        require_task(adapter_directory, decoder.classifier.is_some())?;
     }
     let decoder = decoder.map(|base| method.decoder(base)).transpose();
     let decoder = decoder.map_err(in_adapter)?;

@@ -19,6 +19,8 @@ pub(crate) trait Configured: Debug + Send + Sync {
     fn into_adapter(self: Box<Self>, model_type: &str) -> Result<Box<dyn Adapter>>;
     /// For a base of this name.
     fn for_base(self: Box<Self>, base: &Path) -> Box<dyn Configured>;
+    /// For a task of PEFT's.
+    fn for_task(self: Box<Self>, task: &str) -> Box<dyn Configured>;
 }
 
 /// Reads the configuration of `M`.
@@ -75,6 +77,11 @@ impl<M: Method> Configured for MethodAdapter<M> {
         self.common
             .task_type
             .get_or_insert_with(|| "CAUSAL_LM".into());
+        self
+    }
+
+    fn for_task(mut self: Box<Self>, task: &str) -> Box<dyn Configured> {
+        self.common.for_task(task);
         self
     }
 }

@@ -3,6 +3,7 @@
 use super::Method;
 use super::keys::Keys;
 use crate::beside::{Biases, Wanted, Whole, tied};
+use crate::modules;
 use crate::target::{self, ExcludeModules, Selection, TargetModules};
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result, suggest};
@@ -48,6 +49,8 @@ impl Common {
                 directory,
             )?;
         }
+        let task_type = keys.text("task_type")?;
+        modules::complete_for_task(task_type.as_deref(), &mut modules_to_save);
         Ok(Self {
             target_modules,
             bias: biases::<M>(keys)?,
@@ -56,7 +59,7 @@ impl Common {
             exclude_modules: keys.exclude_modules()?,
             layers_to_transform: keys.layers()?,
             layers_pattern: keys.one_or_more("layers_pattern")?,
-            task_type: keys.text("task_type")?,
+            task_type,
             base_model_name_or_path: keys.text("base_model_name_or_path")?,
             revision: keys.text("revision")?,
         })
@@ -77,6 +80,12 @@ impl Common {
             })?);
         }
         Ok(self)
+    }
+
+    /// The same for a task of PEFT's.
+    pub(crate) fn for_task(&mut self, task: &str) {
+        self.task_type = Some(task.into());
+        modules::complete_for_task(Some(task), &mut self.modules_to_save);
     }
 
     /// What it trains of the base on a model of `sites`.
@@ -122,6 +131,7 @@ impl Common {
             Some(ExcludeModules::Regex(source)) => json!(source),
             Some(ExcludeModules::List(list)) => names(list),
         };
+        let saved = modules::as_in_file(self.task_type.as_deref(), &self.modules_to_save);
         let entries = [
             ("auto_mapping", Value::Null),
             (
@@ -141,10 +151,10 @@ impl Common {
             ("layers_to_transform", json!(self.layers_to_transform)),
             (
                 "modules_to_save",
-                if self.modules_to_save.is_empty() {
+                if saved.is_empty() {
                     Value::Null
                 } else {
-                    json!(self.modules_to_save)
+                    json!(saved)
                 },
             ),
             ("peft_type", json!(M::PEFT_TYPE)),

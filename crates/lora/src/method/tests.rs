@@ -30,7 +30,7 @@ fn sites(base: &str) -> Vec<Site> {
 
 /// The adapter in `directory` on a model of `sites`, its tensors not read.
 fn attached(directory: &Path, sites: &[Site]) -> (Box<dyn Adapter>, FlatBuffer) {
-    let adapter = crate::load(directory, "llama").expect("fixture");
+    let adapter = crate::testing::load(directory).expect("fixture");
     let mut params = ParamLayoutBuilder::new();
     adapter.attach(sites, &mut params).expect("attaches");
     let params = FlatBuffer::zeros(&params.build().expect("unique names"));

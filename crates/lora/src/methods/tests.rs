@@ -24,7 +24,7 @@ fn attached(adapter: &dyn Adapter) -> Result<(Vec<Attachment>, FlatBuffer)> {
 }
 
 fn loaded(directory: &Path) -> Result<(Box<dyn Adapter>, FlatBuffer)> {
-    let adapter = crate::load(directory, "llama")?;
+    let adapter = crate::testing::load(directory)?;
     let (_, mut params) = attached(adapter.as_ref())?;
     adapter.load(&mut params, directory)?;
     Ok((adapter, params))
@@ -73,7 +73,7 @@ fn dropout_of_a_file_is_kept_in_the_files_that_are_written() {
 fn blocks_of_one_input_load_from_a_file() {
     let copy = copy_of("boft");
     edit_config(copy.path(), "boft_block_size", json!(1));
-    let adapter = crate::load(copy.path(), "llama").expect("legal in a file");
+    let adapter = crate::testing::load(copy.path()).expect("legal in a file");
     attached(adapter.as_ref()).expect("attaches");
 }
 

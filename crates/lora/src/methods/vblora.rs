@@ -315,7 +315,7 @@ mod tests {
 
     /// The factors of every linear of the adapter in `directory`.
     fn factors(directory: &Path) -> Result<Vec<Vec<f32>>> {
-        let adapter = crate::load(directory, "llama")?;
+        let adapter = crate::testing::load(directory)?;
         let mut builder = ParamLayoutBuilder::new();
         let attached = adapter.attach(&llama_sites(2), &mut builder)?;
         let mut params = FlatBuffer::zeros(&builder.build()?);

@@ -18,6 +18,7 @@ mod start;
 mod tests;
 
 use crate::method::{Configured, Init, Keys, Source};
+use crate::modules;
 use config::{Kind, PromptConfig};
 use encoder::Encoder;
 use ferrotune_core::adapter::{
@@ -91,6 +92,11 @@ impl Configured for PromptAdapter {
         task.get_or_insert_with(|| "CAUSAL_LM".into());
         self
     }
+
+    fn for_task(mut self: Box<Self>, task: &str) -> Box<dyn Configured> {
+        self.config.task_type = Some(task.into());
+        self
+    }
 }
 
 impl Adapter for PromptAdapter {
@@ -99,6 +105,7 @@ impl Adapter for PromptAdapter {
         sites: &[Site],
         params: &mut ParamLayoutBuilder,
     ) -> Result<Vec<(SiteId, Attachment)>> {
+        modules::require_tokens(self.config.task_type.as_deref(), self.config.peft_type())?;
         let (site, shape) = shape(sites)?;
         let (tokens, width) = (self.config.tokens, self.config.width(&shape)?);
         let mut encoder = Encoder::new(&self.config, &shape, |name, shape| {

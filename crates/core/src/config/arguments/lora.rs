@@ -139,7 +139,8 @@ section! {
         /// Modules trained as a whole and saved with the adapter: every module whose path ends with an
         /// entry, such as lm_head, embed_tokens or norm.
         lora_modules_to_save: Vec<String> = Vec::new(), TRL_MODEL;
-        /// PEFT's task type. Only CAUSAL_LM can be trained.
+        /// PEFT's task type: CAUSAL_LM, or SEQ_CLS to learn the class that each row has in its column `label`, with a
+        /// head that is trained and saved with the adapter.
         lora_task_type: String = "CAUSAL_LM".to_owned(), TRL_MODEL;
         /// Scale by lora_alpha / sqrt(lora_r).
         use_rslora: bool = false, TRL_MODEL;
@@ -191,5 +192,16 @@ section! {
         /// Where head and embedding are one weight and one of them is adapted or trained as a whole, keep
         /// them the same; otherwise the other one keeps the base's values.
         lora_ensure_weight_tying: bool = false, PEFT;
+    }
+}
+
+/// PEFT's task of a classifier of sequences.
+pub(in crate::config) const SEQUENCE_CLASSIFICATION: &str = "SEQ_CLS";
+
+impl LoraArguments {
+    /// Whether the classes of rows are learned, instead of tokens.
+    #[must_use]
+    pub fn classifies(&self) -> bool {
+        self.lora_task_type == SEQUENCE_CLASSIFICATION
     }
 }

@@ -9,6 +9,7 @@ mod runtime;
 mod schedule;
 
 pub use data::{BadRows, DataArguments, PackingStrategy, SamplingStrategy, TruncationMode};
+pub(super) use lora::SEQUENCE_CLASSIFICATION;
 pub use lora::{InitLoraWeights, LoraArguments, LoraBias, TokenIndices};
 pub use model::{Dtype, ModelArguments, QuantType};
 pub use optimizer::{Optim, OptimArgs, OptimizerArguments};

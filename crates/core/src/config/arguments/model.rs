@@ -34,6 +34,9 @@ section! {
         model_name_or_path: Option<String> = None, TRL_MODEL;
         /// Branch, tag or commit of a model from the hub; null for main.
         model_revision: Option<String> = None, TRL_MODEL;
+        /// Number of classes, with `lora_task_type: SEQ_CLS` over a language model, which gets a new head of as many rows;
+        /// null for those of a base that is a classifier.
+        num_labels: Option<usize> = None, OURS;
         /// Data type of the base weights: auto (as stored), float32 or bfloat16. `torch_dtype` is
         /// another name for this key.
         dtype: Dtype = Dtype::Auto, OURS;

@@ -77,6 +77,7 @@ fn row(case: &Value) -> Row {
         record: Record::from_row(row, "text").expect("the row is well formed"),
         path: Arc::from(Path::new("rows.jsonl")),
         line: 1,
+        label: None,
     }
 }
 

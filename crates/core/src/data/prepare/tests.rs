@@ -22,6 +22,7 @@ fn rows(examples: &Value) -> Vec<Row> {
             .expect("the row is well formed"),
         path: path.clone(),
         line: i as u64 + 1,
+        label: None,
     })
     .collect()
 }
@@ -400,6 +401,7 @@ fn a_prompt_may_end_at_any_character_of_the_text() {
                     },
                     path: Arc::from(Path::new("rows.jsonl")),
                     line: 1,
+                    label: None,
                 };
                 let example = preparer.prepare(&row).expect("the row can be prepared");
                 let case = format!("{name}: {prompt:?} and {completion:?}");

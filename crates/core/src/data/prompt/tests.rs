@@ -47,6 +47,7 @@ fn asked_and_trained(tokenizer: &Tokenizer, row: &Value) -> (Vec<u32>, Vec<u32>)
         record: record(row),
         path: Arc::from(Path::new("rows.jsonl")),
         line: 1,
+        label: None,
     };
     let options = PrepareOptions::default();
     let preparer = Preparer::new(tokenizer, &options, row.record.kind()).expect("applies");

@@ -71,6 +71,7 @@ pub struct StepShape {
     /// Blocks of rows that the tables of angles have.
     angle_variants: usize,
     learned_positions: bool,
+    /// Rows of the head.
     vocabulary: usize,
     layers: Vec<LayerShape>,
     /// Columns of the statistics of the final norm.
@@ -195,7 +196,7 @@ impl StepShape {
             rotary_dims: config.ropes.iter().map(|rope| rope.rotary_dim).collect(),
             angle_variants: angles::variants(&config.ropes),
             learned_positions: config.modules.positions.is_some(),
-            vocabulary: config.vocab_size,
+            vocabulary: config.outputs(),
             layers,
             final_norm: config.norm.statistics(),
             embedding,

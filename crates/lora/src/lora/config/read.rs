@@ -2,6 +2,7 @@
 
 use super::{InitLoraWeights, LoraBias, LoraConfig, TokenIndices};
 use crate::method::{Keys, Source};
+use crate::modules;
 use crate::target::{ExcludeModules, PatternMap, TargetModules};
 use crate::unknown_key;
 use ferrotune_core::{Error, Result, suggest};
@@ -117,6 +118,7 @@ impl LoraConfig {
             init = InitLoraWeights::Kaiming;
         }
         config.init_lora_weights = init;
+        modules::complete_for_task(config.task_type.as_deref(), &mut config.modules_to_save);
         config.validate_as_file().map_err(|error| match error {
             Error::Config { key, message } => Error::adapter(path, format!("`{key}`: {message}")),
             other => other,

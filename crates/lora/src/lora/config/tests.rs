@@ -138,7 +138,7 @@ fn an_adapter_of_a_classifier_is_refused_for_a_language_model() {
     for task in ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"] {
         let copy = copy_of("lora_qv");
         edit_config(copy.path(), "task_type", serde_json::json!(task));
-        let error = crate::load(copy.path(), "llama").expect_err("refused");
+        let error = crate::testing::load(copy.path()).expect_err("refused");
         let error = error.to_string();
         for part in ["adapter_config.json", "`task_type`", task, "CAUSAL_LM"] {
             assert!(error.contains(part), "{error}");
@@ -146,7 +146,7 @@ fn an_adapter_of_a_classifier_is_refused_for_a_language_model() {
     }
     let copy = copy_of("lora_qv");
     edit_config(copy.path(), "task_type", serde_json::json!(null));
-    crate::load(copy.path(), "llama").expect("PEFT loads it");
+    crate::testing::load(copy.path()).expect("PEFT loads it");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! To `adapter_config.json`.
 
 use super::{LoraConfig, TokenIndices};
+use crate::modules;
 use crate::target::{ExcludeModules, TargetModules};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ impl LoraConfig {
     /// their order, because the first match wins.
     #[must_use]
     pub fn to_json(&self) -> String {
+        let saved = modules::as_in_file(self.task_type.as_deref(), &self.modules_to_save);
         let mut keys = BTreeMap::from([
             ("auto_mapping", Value::Null),
             (
@@ -28,7 +30,7 @@ impl LoraConfig {
             ("layers_to_transform", json!(self.layers_to_transform)),
             ("lora_alpha", number(self.alpha)),
             ("lora_dropout", json!(self.dropout)),
-            ("modules_to_save", names_or_null(&self.modules_to_save)),
+            ("modules_to_save", names_or_null(&saved)),
             ("peft_type", json!("LORA")),
             ("r", json!(self.rank)),
             ("revision", json!(self.revision)),

@@ -60,7 +60,7 @@ fn a_target_above_the_ranks_is_refused_where_a_run_asks_for_it_alone() {
 #[test]
 fn ranks_that_were_cut_before_count_for_nothing_in_the_term_of_the_loss() {
     let directory = golden("adalora_allocation/final_adapter");
-    let adapter = crate::load(&directory, "llama").expect("fixture");
+    let adapter = crate::testing::load(&directory).expect("fixture");
     let mut builder = ParamLayoutBuilder::new();
     adapter
         .attach(&llama_sites(2), &mut builder)
