@@ -394,12 +394,14 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "C3A", "block_size": 8, "init_weights": "kaiming_uniform"},
         {"peft_type": "FOURIERFT", "n_frequency": 20},
         {"peft_type": "RANDLORA", "r": 3, "randlora_dropout": 0.1},
+        {"peft_type": "ROAD", "group_size": 8},
+        {"peft_type": "ROAD", "group_size": 4, "variant": "road_2"},
+        {"peft_type": "ROAD", "group_size": 8, "variant": "road_4"},
     ]);
     let on_the_host = json!([
         {"peft_type": "OFT", "oft_block_size": 8, "module_dropout": 0.5},
         {"peft_type": "OFT", "oft_block_size": 8, "coft": true},
         {"peft_type": "HRA", "r": 4},
-        {"peft_type": "ROAD", "group_size": 8},
         {"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3},
     ]);
     [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())

@@ -43,6 +43,7 @@ pub mod lora_linear;
 pub mod matmul;
 pub mod noise;
 pub mod optimizer;
+pub mod pair_rotation;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;

@@ -31,6 +31,7 @@ static MODULES: &[&Module] = &[
     &crate::linear_cross_entropy::cuda::MODULE,
     &crate::noise::cuda::MODULE,
     &crate::optimizer::cuda::MODULE,
+    &crate::pair_rotation::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,

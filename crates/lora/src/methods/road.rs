@@ -9,12 +9,13 @@
 //! Liao et al.: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
 //! Composability" (2024); PEFT's `tuners/road`.
 
-use super::matrix::{copy_of, device_of, elements, empty};
+use super::matrix::{device_of, empty, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, CustomLinear, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal};
+use ferrotune_kernels::pair_rotation::{self, Angles, Axis, Pairs, Per};
+use ferrotune_kernels::{Tensor, View, ViewMut};
 use serde_json::{Map, Value, json};
 
 const VARIANTS: [&str; 3] = ["road_1", "road_2", "road_4"];
@@ -61,11 +62,7 @@ impl Method for Road {
             );
             return Err(Error::config("group_size", message));
         }
-        let len = match self.variant {
-            "road_1" => out / 2,
-            "road_2" => out,
-            _ => 2 * out,
-        };
+        let len = self.pairs().angles(out);
         Ok(vec![
             TensorSpec::new("road_theta", [len]),
             TensorSpec::new("road_alpha", [len]),
@@ -85,8 +82,7 @@ impl Method for Road {
         let rotations = Box::new(Rotations {
             theta: at.ids[0],
             alpha: at.ids[1],
-            variant: self.variant,
-            half: self.group / 2,
+            pairs: self.pairs(),
             out: site.out_features,
         });
         // The outputs of the head are never there as a whole.
@@ -97,114 +93,85 @@ impl Method for Road {
     }
 }
 
+impl Road {
+    fn pairs(&self) -> Pairs {
+        let per = match self.variant {
+            "road_1" => Per::Pair,
+            "road_2" => Per::Column,
+            _ => Per::Coefficient,
+        };
+        Pairs {
+            group: self.group,
+            per,
+        }
+    }
+}
+
 /// RoAd on one linear.
 #[derive(Debug)]
 struct Rotations {
     theta: ParamId,
     alpha: ParamId,
-    variant: &'static str,
-    /// Half of a group.
-    half: usize,
+    pairs: Pairs,
     out: usize,
 }
 
 impl Rotations {
-    /// Which θ and α make c and s of output `i`.
-    fn places(&self, i: usize) -> [usize; 2] {
-        let group = 2 * self.half;
-        let (of, within) = (i / group, i % group);
-        match self.variant {
-            "road_1" => [of * self.half + within % self.half; 2],
-            "road_2" => [i; 2],
-            _ => [2 * of * group + within, (2 * of + 1) * group + within],
+    fn angles<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> Angles<'a> {
+        let shape = [1, self.pairs.angles(self.out)];
+        Angles {
+            theta: param(params, self.theta, shape, beside),
+            alpha: param(params, self.alpha, shape, beside),
         }
     }
 
-    /// The other output of the pair, and the sign of s.
-    fn pair(&self, i: usize) -> (usize, f32) {
-        if i % (2 * self.half) < self.half {
-            (i + self.half, -1.0)
-        } else {
-            (i - self.half, 1.0)
-        }
+    /// Rotates outputs, which are columns, or rows of the weight.
+    fn rotate(
+        &self,
+        params: &FlatBuffer,
+        outputs: ViewMut<'_>,
+        axis: Axis,
+        transposed: bool,
+    ) -> Result<()> {
+        let mut coefficients = empty(outputs.as_view(), 2, self.out);
+        let angles = self.angles(params, outputs.as_view());
+        pair_rotation::coefficients(coefficients.view_mut(), angles, self.pairs)?;
+        let of = coefficients.view();
+        Ok(pair_rotation::rotate(
+            outputs, of, self.pairs, axis, transposed,
+        )?)
     }
 
-    /// c and signed s of every output.
-    fn coefficients(&self, params: &FlatBuffer) -> Vec<[f32; 2]> {
-        let (theta, alpha) = (params.get(self.theta), params.get(self.alpha));
-        let of = |i: usize| {
-            let [c, s] = self.places(i);
-            [
-                alpha[c] * theta[c].cos(),
-                self.pair(i).1 * alpha[s] * theta[s].sin(),
-            ]
-        };
-        (0..self.out).map(of).collect()
-    }
-
-    /// What the outputs are multiplied with, or its transpose: the blocks of a block-diagonal matrix below one
-    /// another, `[out, group]`, on the side of `beside`.
-    fn matrix(&self, params: &FlatBuffer, transposed: bool, beside: View<'_>) -> Tensor {
-        let group = 2 * self.half;
-        let mut values = vec![0.0; self.out * group];
-        for (i, [c, s]) in self.coefficients(params).into_iter().enumerate() {
-            let other = self.pair(i).0;
-            values[i * group + i % group] = c;
-            let (row, column) = if transposed { (other, i) } else { (i, other) };
-            values[row * group + column % group] = s;
-        }
-        Tensor::from_f32(values, self.out, group).to_device(&device_of(beside))
-    }
-
-    /// Rotates a weight, which has one row per output, or a bias, which is one row of outputs.
-    fn rotate_outputs(&self, params: &FlatBuffer, matrix: ViewMut<'_>) {
-        let [rows, cols] = matrix.shape();
-        let before = elements(matrix.as_view());
-        let across = if rows == self.out { cols } else { 1 };
-        let mut after = before.clone();
-        for (i, [c, s]) in self.coefficients(params).into_iter().enumerate() {
-            let other = self.pair(i).0;
-            for k in 0..across {
-                after[i * across + k] = c * before[i * across + k] + s * before[other * across + k];
-            }
-        }
-        matrix.copy_from(View::from_f32(&after, rows, cols));
-    }
-
-    /// Adds what output `i` says of θ and α: `sums` are those of its gradient times it, and times the other of its
-    /// pair.
+    /// Adds the gradients of the angles, from that of what was made of `outputs`.
     fn add_gradients(
         &self,
         params: &FlatBuffer,
         grads: &mut FlatBuffer,
-        i: usize,
-        [own, other]: [f32; 2],
-    ) {
-        let (theta, alpha) = (params.get(self.theta), params.get(self.alpha));
-        let ([c, s], sign) = (self.places(i), self.pair(i).1);
-        let (d_c, d_s) = (own, sign * other);
-        let d_theta = grads.get_mut(self.theta);
-        d_theta[c] -= d_c * alpha[c] * theta[c].sin();
-        d_theta[s] += d_s * alpha[s] * theta[s].cos();
-        let d_alpha = grads.get_mut(self.alpha);
-        d_alpha[c] += d_c * theta[c].cos();
-        d_alpha[s] += d_s * theta[s].sin();
+        d: View<'_>,
+        outputs: View<'_>,
+        axis: Axis,
+    ) -> Result<()> {
+        let count = self.pairs.angles(self.out);
+        let to = grads.view_two_mut(self.theta, self.alpha);
+        let to = to.map(|angles| angles.reshaped(1, count));
+        let angles = self.angles(params, d);
+        Ok(pair_rotation::add_gradients(
+            to, d, outputs, angles, self.pairs, axis,
+        )?)
     }
 }
 
-/// Writes to `y` what it holds times a block-diagonal matrix; returns what it held, f32.
-fn rotate(mut y: ViewMut<'_>, matrix: &Tensor) -> Result<Tensor> {
-    let before = copy_of(y.as_view());
-    let mut rotated = empty(before.view(), y.rows(), y.cols());
-    block_diagonal::product(rotated.view_mut(), before.view(), matrix.view())?;
-    y.reborrow().copy_from(rotated.view());
-    Ok(before)
-}
-
 impl CustomLinear for Rotations {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
-        let matrix = self.matrix(params, false, y.as_view());
-        Ok(vec![rotate(y, &matrix)?])
+        let [rows, cols] = y.shape();
+        let mut base = Tensor::temporary(&device_of(y.as_view()), y.dtype(), rows, cols);
+        base.view_mut().copy_from(y.as_view());
+        self.rotate(params, y, Axis::Columns, false)?;
+        Ok(vec![base])
     }
 
     fn backward(
@@ -216,17 +183,9 @@ impl CustomLinear for Rotations {
         dy: ViewMut<'_>,
         _: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        let group = 2 * self.half;
-        let matrix = self.matrix(params, true, dy.as_view());
-        let dy = rotate(dy, &matrix)?;
-        let mut sums = empty(dy.view(), self.out, group);
-        block_diagonal::gradient(sums.view_mut(), dy.view(), saved[0].view())?;
-        let sums = elements(sums.view());
-        for (i, sums) in sums.chunks_exact(group).enumerate() {
-            let other = self.pair(i).0;
-            self.add_gradients(params, grads, i, [sums[i % group], sums[other % group]]);
-        }
-        Ok(())
+        let base = saved[0].view();
+        self.add_gradients(params, grads, dy.as_view(), base, Axis::Columns)?;
+        self.rotate(params, dy, Axis::Columns, true)
     }
 
     fn merge(
@@ -235,18 +194,25 @@ impl CustomLinear for Rotations {
         weight: ViewMut<'_>,
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
-        for matrix in [Some(weight), bias].into_iter().flatten() {
-            self.rotate_outputs(params, matrix);
+        if let Some(bias) = bias {
+            self.rotate(params, bias, Axis::Columns, false)?;
         }
-        Ok(())
+        self.apply(params, weight)
     }
 }
 
 /// The same of the rows of the weight, where there is no bias.
 impl WeightUpdate for Rotations {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        self.rotate_outputs(params, weight);
-        Ok(())
+        self.rotate(params, weight, Axis::Rows, false)
+    }
+
+    fn temporaries(&self) -> usize {
+        0
     }
 
     fn backward(
@@ -256,18 +222,6 @@ impl WeightUpdate for Rotations {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (weight, d_weight, cols) = (elements(weight), elements(d_weight), weight.cols());
-        let product = |of: usize, with: usize| -> f32 {
-            let row = |i: usize| i * cols..(i + 1) * cols;
-            let pairs = d_weight[row(of)].iter().zip(&weight[row(with)]);
-            pairs
-                .map(|(d, w)| f64::from(*d) * f64::from(*w))
-                .sum::<f64>() as f32
-        };
-        for i in 0..self.out {
-            let sums = [product(i, i), product(i, self.pair(i).0)];
-            self.add_gradients(params, grads, i, sums);
-        }
-        Ok(())
+        self.add_gradients(params, grads, d_weight, weight, Axis::Rows)
     }
 }
