@@ -397,11 +397,12 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "ROAD", "group_size": 8},
         {"peft_type": "ROAD", "group_size": 4, "variant": "road_2"},
         {"peft_type": "ROAD", "group_size": 8, "variant": "road_4"},
+        {"peft_type": "HRA", "r": 4},
+        {"peft_type": "HRA", "r": 3, "apply_GS": true},
     ]);
     let on_the_host = json!([
         {"peft_type": "OFT", "oft_block_size": 8, "module_dropout": 0.5},
         {"peft_type": "OFT", "oft_block_size": 8, "coft": true},
-        {"peft_type": "HRA", "r": 4},
         {"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3},
     ]);
     [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())

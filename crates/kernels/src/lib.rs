@@ -26,6 +26,7 @@ pub mod cuda;
 pub mod decompose;
 pub mod dequantise;
 mod device;
+pub mod directions;
 pub mod dora;
 pub mod dropout;
 pub mod embedding;

@@ -20,6 +20,7 @@ static MODULES: &[&Module] = &[
     &crate::circulant::cuda::MODULE,
     &crate::copy::cuda::MODULE,
     &crate::dequantise::cuda::MODULE,
+    &crate::directions::cuda::MODULE,
     &crate::dora::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,

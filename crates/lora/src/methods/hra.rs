@@ -7,12 +7,12 @@
 //! Yuan et al.: "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
 //! Adaptation" (2024); PEFT's `tuners/hra`.
 
-use super::matrix::{copy_of, device_of, elements, empty};
+use super::matrix::{copy_of, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::{Tensor, View, ViewMut, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, directions, matmul};
 use serde_json::{Map, Value, json};
 
 /// HRA's configuration.
@@ -119,94 +119,17 @@ struct Reflections {
     orthogonal: bool,
 }
 
-type Vectors = Vec<Vec<f64>>;
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-/// `v / |v|` and `|v|`.
-fn unit(v: &[f64]) -> (Vec<f64>, f64) {
-    let norm = dot(v, v).sqrt();
-    (v.iter().map(|x| x / norm).collect(), norm)
-}
-
-/// The gradient of `v` from that of `unit = v / norm`.
-fn unit_backward(unit: &[f64], norm: f64, d_unit: &[f64]) -> Vec<f64> {
-    let along = dot(unit, d_unit);
-    unit.iter()
-        .zip(d_unit)
-        .map(|(u, d)| (d - along * u) / norm)
-        .collect()
-}
-
 impl Reflections {
-    fn columns(&self, params: &FlatBuffer) -> Vectors {
-        let u = params.get(self.u);
-        let column = |i: usize| {
-            (0..self.inputs)
-                .map(|r| f64::from(u[r * self.rank + i]))
-                .collect()
-        };
-        (0..self.rank).map(column).collect()
+    fn vectors<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> View<'a> {
+        param(params, self.u, [self.inputs, self.rank], beside)
     }
 
-    /// The directions that are reflected, with what made them: vectors before normalisation.
-    fn directions(&self, params: &FlatBuffer) -> (Vectors, Vectors) {
-        let raw = self.columns(params);
-        let (mut directions, mut before): (Vectors, Vectors) = (Vec::new(), Vec::new());
-        for mut v in raw {
-            if self.orthogonal {
-                for q in &directions {
-                    let along = dot(q, &v);
-                    v.iter_mut().zip(q).for_each(|(v, q)| *v -= along * q);
-                }
-            }
-            directions.push(unit(&v).0);
-            before.push(v);
-        }
-        (directions, before)
-    }
-
-    /// Adds the gradients of the directions, as those of `u`.
-    fn directions_backward(
-        &self,
-        params: &FlatBuffer,
-        grads: &mut FlatBuffer,
-        directions: &Vectors,
-        before: &Vectors,
-        mut d: Vectors,
-    ) {
-        let raw = self.columns(params);
-        let mut d_raw: Vectors = vec![Vec::new(); self.rank];
-        for i in (0..self.rank).rev() {
-            let norm = dot(&before[i], &before[i]).sqrt();
-            let mut d_v = unit_backward(&directions[i], norm, &d[i]);
-            if self.orthogonal {
-                // v_{j+1} = v_j - (q_j . v_j) q_j, from the last j to the first.
-                let mut steps: Vectors = vec![raw[i].clone()];
-                for q in &directions[..i] {
-                    let v = &steps[steps.len() - 1];
-                    let along = dot(q, v);
-                    steps.push(v.iter().zip(q).map(|(v, q)| v - along * q).collect());
-                }
-                for j in (0..i).rev() {
-                    let (q, v) = (directions[j].clone(), &steps[j]);
-                    let (along, back) = (dot(&q, v), dot(&d_v, &q));
-                    for ((d_q, d), v) in d[j].iter_mut().zip(&d_v).zip(v) {
-                        *d_q -= back * v + along * d;
-                    }
-                    d_v.iter_mut().zip(&q).for_each(|(d, q)| *d -= back * q);
-                }
-            }
-            d_raw[i] = d_v;
-        }
-        let target = grads.get_mut(self.u);
-        for (i, d) in d_raw.iter().enumerate() {
-            for (r, d) in d.iter().enumerate() {
-                target[r * self.rank + i] += *d as f32;
-            }
-        }
+    /// The directions that are reflected, `[r, in]`.
+    fn directions(&self, params: &FlatBuffer, beside: View<'_>) -> Result<Tensor> {
+        let mut made = empty(beside, self.rank, self.inputs);
+        let vectors = self.vectors(params, beside);
+        directions::forward(made.view_mut(), vectors, self.orthogonal)?;
+        Ok(made)
     }
 }
 
@@ -223,17 +146,14 @@ fn reflect(weight: &mut Tensor, u: View<'_>) -> Result<()> {
     Ok(matmul::nn(weight.view_mut(), 1.0, -2.0, along.view(), u)?)
 }
 
-/// Vectors as rows, on the side of `beside`.
-fn rows(vectors: &Vectors, beside: View<'_>) -> Tensor {
-    let values: Vec<f32> = vectors.iter().flatten().map(|v| *v as f32).collect();
-    let inputs = values.len() / vectors.len();
-    Tensor::from_f32(values, vectors.len(), inputs).to_device(&device_of(beside))
-}
-
 impl WeightUpdate for Reflections {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let mut reflected = copy_of(weight.as_view());
-        let directions = rows(&self.directions(params).0, weight.as_view());
+        let directions = self.directions(params, weight.as_view())?;
         // Orthogonal directions reflect one by one as they do together.
         for i in 0..self.rank {
             reflect(&mut reflected, directions.view().row_range(i..i + 1))?;
@@ -250,14 +170,13 @@ impl WeightUpdate for Reflections {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let (directions, before) = self.directions(params);
-        let on_side = rows(&directions, weight);
-        let direction = |i: usize| on_side.view().row_range(i..i + 1);
+        let directions = self.directions(params, weight)?;
+        let direction = |i: usize| directions.view().row_range(i..i + 1);
         let (mut state, mut gradient) = (copy_of(weight), copy_of(d_weight));
         for i in 0..self.rank {
             reflect(&mut state, direction(i))?;
         }
-        let mut d: Vectors = vec![Vec::new(); self.rank];
+        let mut d = empty(weight, self.rank, self.inputs);
         for i in (0..self.rank).rev() {
             // A reflection undoes itself.
             reflect(&mut state, direction(i))?;
@@ -266,13 +185,18 @@ impl WeightUpdate for Reflections {
                 along(state.view(), direction(i))?,
                 along(gradient.view(), direction(i))?,
             );
-            let mut d_u = empty(weight, 1, self.inputs);
-            matmul::tn(d_u.view_mut(), 0.0, -2.0, row_u.view(), gradient.view())?;
-            matmul::tn(d_u.view_mut(), 1.0, -2.0, g_u.view(), state.view())?;
-            d[i] = elements(d_u.view()).into_iter().map(f64::from).collect();
+            let mut d_u = d.view_mut().row_range(i..i + 1);
+            matmul::tn(d_u.reborrow(), 0.0, -2.0, row_u.view(), gradient.view())?;
+            matmul::tn(d_u, 1.0, -2.0, g_u.view(), state.view())?;
             reflect(&mut gradient, direction(i))?;
         }
-        self.directions_backward(params, grads, &directions, &before, d);
-        Ok(())
+        let to = grad(grads, self.u, [self.inputs, self.rank], weight);
+        let vectors = self.vectors(params, weight);
+        Ok(directions::add_gradient(
+            to,
+            d.view(),
+            vectors,
+            self.orthogonal,
+        )?)
     }
 }
