@@ -43,6 +43,7 @@ pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod matmul;
 pub mod noise;
+pub mod norm_product;
 pub mod optimizer;
 pub mod pair_rotation;
 pub mod qk_norm;

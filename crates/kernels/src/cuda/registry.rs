@@ -31,6 +31,7 @@ static MODULES: &[&Module] = &[
     &crate::layer_norm::cuda::MODULE,
     &crate::linear_cross_entropy::cuda::MODULE,
     &crate::noise::cuda::MODULE,
+    &crate::norm_product::cuda::MODULE,
     &crate::optimizer::cuda::MODULE,
     &crate::pair_rotation::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,

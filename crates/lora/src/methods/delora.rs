@@ -7,12 +7,13 @@
 //! Bini et al.: "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation" (2025); PEFT's
 //! `tuners/delora`.
 
-use super::matrix::elements;
+use super::matrix::{copy_of, elements, empty, grad, param};
 use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View};
+use ferrotune_kernels::norm_product::{self, Factors};
+use ferrotune_kernels::{Tensor, View, axpby, hadamard};
 use serde_json::{Map, Value, json};
 
 /// The least norm that is divided by.
@@ -127,42 +128,50 @@ struct Bounded {
     dropout: f32,
 }
 
-/// Norms of the rows of A and of the columns of B, as they are divided by.
-struct Lengths {
-    a: Vec<f32>,
-    b: Vec<f32>,
-}
-
 impl Bounded {
-    fn lengths(&self, params: &FlatBuffer) -> Lengths {
-        let [_, rank, inputs] = self.shape;
-        let (a, b) = (params.get(self.a), params.get(self.b));
-        let norm = |values: &mut dyn Iterator<Item = f32>| {
-            values.map(|v| v * v).sum::<f32>().sqrt().max(LEAST)
-        };
-        Lengths {
-            a: a.chunks_exact(inputs)
-                .map(|row| norm(&mut row.iter().copied()))
-                .collect(),
-            b: (0..rank)
-                .map(|k| norm(&mut b.iter().skip(k).step_by(rank).copied()))
-                .collect(),
+    /// A and B, on the side of `beside`.
+    fn pair<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> Factors<'a> {
+        let [out, rank, inputs] = self.shape;
+        Factors {
+            a: param(params, self.a, [rank, inputs], beside),
+            b: param(params, self.b, [out, rank], beside),
+            least: LEAST,
         }
     }
 
-    /// What each pair of A_k and B_k is multiplied by.
-    fn scales(&self, params: &FlatBuffer, lengths: &Lengths) -> Vec<f32> {
-        let strength = params.get(self.lambda)[0] / self.shape[1] as f32;
-        lengths
-            .a
-            .iter()
-            .zip(&lengths.b)
-            .map(|(a, b)| strength / (a * b))
-            .collect()
+    fn norms<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> View<'a> {
+        param(params, self.norms, [1, self.shape[2]], beside)
+    }
+
+    /// λ / r times `of [r, 1]`.
+    fn strengthened(&self, params: &FlatBuffer, of: View<'_>) -> Result<Tensor> {
+        let rank = self.shape[1];
+        let mut strengthened = empty(of, rank, 1);
+        let lambda = param(params, self.lambda, [1, 1], of);
+        hadamard::add(strengthened.view_mut(), 0.0, 1.0 / rank as f32, of, lambda)?;
+        Ok(strengthened)
     }
 }
 
+/// `1 / (|A_k| |B_k|)` `[r, 1]`.
+fn inverses(of: Factors<'_>) -> Result<Tensor> {
+    let mut inverses = empty(of.a, of.a.rows(), 1);
+    norm_product::inverse(inverses.view_mut(), of)?;
+    Ok(inverses)
+}
+
+/// `a ∘ b`, of the shape of `a`.
+fn product(a: View<'_>, b: View<'_>) -> Result<Tensor> {
+    let mut product = empty(a, a.rows(), a.cols());
+    hadamard::add(product.view_mut(), 0.0, 1.0, a, b)?;
+    Ok(product)
+}
+
 impl LowRankFactors for Bounded {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn rank(&self) -> usize {
         self.shape[1]
     }
@@ -172,17 +181,11 @@ impl LowRankFactors for Bounded {
     }
 
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
-        let [out, rank, inputs] = self.shape;
-        let scales = self.scales(params, &self.lengths(params));
-        let norms = params.get(self.norms);
-        let rows = params.get(self.a).chunks_exact(inputs).zip(&scales);
-        let a = rows
-            .flat_map(|(row, scale)| row.iter().zip(norms).map(move |(a, n)| scale * a * n))
-            .collect();
-        Ok([
-            Tensor::from_f32(a, rank, inputs),
-            Tensor::from_f32(params.get(self.b).to_vec(), out, rank),
-        ])
+        let of = self.pair(params, params.home());
+        let scales = self.strengthened(params, inverses(of)?.view())?;
+        let mut a = product(of.a, scales.view())?;
+        hadamard::scale(a.view_mut(), 0.0, self.norms(params, of.a))?;
+        Ok([a, copy_of(of.b)])
     }
 
     fn backward(
@@ -192,54 +195,26 @@ impl LowRankFactors for Bounded {
         d_a: View<'_>,
         d_b: View<'_>,
     ) -> Result<()> {
-        let [out, rank, inputs] = self.shape;
-        let lengths = self.lengths(params);
-        let scales = self.scales(params, &lengths);
-        let (a, b, norms) = (
-            params.get(self.a),
-            params.get(self.b),
-            params.get(self.norms),
-        );
-        let d_a = elements(d_a);
-        // d(scale_k) through the scaled rows of A.
-        let mut d_scales = vec![0.0_f32; rank];
-        let target = grads.get_mut(self.a);
-        for k in 0..rank {
-            let at = k * inputs..(k + 1) * inputs;
-            for ((target, (d, a)), n) in target[at.clone()]
-                .iter_mut()
-                .zip(d_a[at.clone()].iter().zip(&a[at]))
-                .zip(norms)
-            {
-                *target += d * scales[k] * n;
-                d_scales[k] += d * a * n;
-            }
-        }
-        super::matrix::add(grads.get_mut(self.b), &elements(d_b));
-        // scale_k = lambda / (r |A_k| |B_k|)
-        let lambda = params.get(self.lambda)[0];
-        let along: Vec<f32> = d_scales
-            .iter()
-            .zip(&scales)
-            .map(|(d, scale)| d * scale)
-            .collect();
-        grads.get_mut(self.lambda)[0] += along.iter().sum::<f32>() / lambda;
-        for k in 0..rank {
-            if lengths.a[k] > LEAST {
-                let factor = along[k] / (lengths.a[k] * lengths.a[k]);
-                let at = k * inputs..(k + 1) * inputs;
-                let target = &mut grads.get_mut(self.a)[at.clone()];
-                target
-                    .iter_mut()
-                    .zip(&a[at])
-                    .for_each(|(t, a)| *t -= factor * a);
-            }
-            if lengths.b[k] > LEAST {
-                let factor = along[k] / (lengths.b[k] * lengths.b[k]);
-                let target = grads.get_mut(self.b);
-                (0..out).for_each(|row| target[row * rank + k] -= factor * b[row * rank + k]);
-            }
-        }
-        Ok(())
+        let ([out, rank, inputs], of) = (self.shape, self.pair(params, d_a));
+        let inverses = inverses(of)?;
+        let scales = self.strengthened(params, inverses.view())?;
+        let d_rows = product(d_a, self.norms(params, d_a))?;
+        let to_a = grad(grads, self.a, [rank, inputs], d_a);
+        hadamard::add(to_a, 1.0, 1.0, d_rows.view(), scales.view())?;
+        axpby::add(1.0, grad(grads, self.b, [out, rank], d_b), 1.0, d_b)?;
+        // The scale of each row is λ / r times its inverse.
+        let mut d_scales = empty(d_a, rank, 1);
+        d_scales.view_mut().fill(0.0);
+        hadamard::add_row_sums(d_scales.view_mut(), 1.0, d_rows.view(), of.a)?;
+        let d_lambda = grad(grads, self.lambda, [1, 1], d_a);
+        let one_of = 1.0 / rank as f32;
+        hadamard::add_column_sums(d_lambda, one_of, d_scales.view(), inverses.view())?;
+        let d_inverses = self.strengthened(params, d_scales.view())?;
+        let to = grads.view_two_mut(self.a, self.b);
+        Ok(norm_product::add_inverse_gradients(
+            to,
+            d_inverses.view(),
+            of,
+        )?)
     }
 }

@@ -79,10 +79,3 @@ pub(super) fn update(out: ViewMut<'_>, change: impl Fn(usize, usize, f32) -> f32
     }
     out.copy_from(View::from_f32(&values, rows, cols));
 }
-
-/// Adds `values` to `to`.
-pub(super) fn add(to: &mut [f32], values: &[f32]) {
-    for (to, value) in to.iter_mut().zip(values) {
-        *to += value;
-    }
-}
