@@ -400,6 +400,7 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "HRA", "r": 4},
         {"peft_type": "HRA", "r": 3, "apply_GS": true},
         {"peft_type": "DELORA", "r": 4, "module_dropout": 0.1},
+        {"peft_type": "VBLORA", "r": 2, "vector_length": 8, "num_vectors": 12},
     ]);
     let on_the_host = json!([
         {"peft_type": "OFT", "oft_block_size": 8, "module_dropout": 0.5},

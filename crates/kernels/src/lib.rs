@@ -58,6 +58,7 @@ mod tensor;
 mod test_support;
 #[cfg(test)]
 mod twins;
+pub mod vector_bank;
 mod workspace;
 
 pub use allocator::ExitWhenExhausted;

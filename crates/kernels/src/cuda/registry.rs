@@ -38,6 +38,7 @@ static MODULES: &[&Module] = &[
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
     &crate::rotation::cuda::MODULE,
+    &crate::vector_bank::cuda::MODULE,
 ];
 
 /// Every module that an operation launches kernels of, by operation.

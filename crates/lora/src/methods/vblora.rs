@@ -7,13 +7,14 @@
 //! Li et al.: "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks" (2024); PEFT's
 //! `tuners/vblora`.
 
-use super::matrix::elements;
+use super::matrix::{empty, grad, param};
 use crate::files::Weights;
 use crate::fit::{GivenRank, require_rank};
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, LowRankFactors, Site};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::vector_bank::{self, Along, Composition};
 use ferrotune_kernels::{Tensor, View};
 use serde_json::{Map, Value, json};
 
@@ -201,77 +202,31 @@ struct Composed {
 }
 
 impl Composed {
-    /// The vectors of a piece, by the largest logits, and their weights.
-    fn chosen(&self, logits: &[f32]) -> Vec<(usize, f32)> {
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-        order.truncate(self.topk);
-        let largest = order.first().map_or(0.0, |&i| logits[i]);
-        let weights: Vec<f32> = order.iter().map(|&i| (logits[i] - largest).exp()).collect();
-        let total: f32 = weights.iter().sum();
-        order
-            .into_iter()
-            .zip(weights.into_iter().map(|w| w / total))
-            .collect()
+    /// What A and B are put together from: rows of A, columns of B.
+    fn parts<'a>(&self, params: &'a FlatBuffer, beside: View<'_>) -> [Composition<'a>; 2] {
+        let bank = param(params, self.bank, [self.vectors, self.length], beside);
+        let pieces = self.pieces();
+        let part = |number: usize, along| Composition {
+            logits: param(params, self.logits[number], pieces[number], beside),
+            bank,
+            topk: self.topk,
+            along,
+        };
+        [part(0, Along::Rows), part(1, Along::Columns)]
     }
 
-    /// Where element `e` of piece `i` stands: of A, row by row; of B, whose pieces run down a column.
-    fn place(&self, part: usize, i: usize, e: usize) -> usize {
-        let rank = self.shape[1];
-        match part {
-            0 => i * self.length + e,
-            _ => (i / rank * self.length + e) * rank + i % rank,
-        }
-    }
-
-    fn factor(&self, params: &FlatBuffer, part: usize) -> Vec<f32> {
-        let (logits, bank) = (params.get(self.logits[part]), params.get(self.bank));
-        let mut values = vec![0.0; logits.len() / self.vectors * self.length];
-        for (i, logits) in logits.chunks_exact(self.vectors).enumerate() {
-            for (vector, weight) in self.chosen(logits) {
-                for e in 0..self.length {
-                    values[self.place(part, i, e)] += weight * bank[vector * self.length + e];
-                }
-            }
-        }
-        values
-    }
-
-    fn factor_backward(&self, params: &FlatBuffer, grads: &mut FlatBuffer, part: usize, d: &[f32]) {
-        let (logits, bank) = (params.get(self.logits[part]), params.get(self.bank));
-        for (i, logits) in logits.chunks_exact(self.vectors).enumerate() {
-            let piece: Vec<f32> = (0..self.length)
-                .map(|e| d[self.place(part, i, e)])
-                .collect();
-            let chosen = self.chosen(logits);
-            // d(weight) of each chosen vector, then through the softmax.
-            let dots: Vec<f32> = chosen
-                .iter()
-                .map(|(vector, _)| {
-                    let vector = &bank[vector * self.length..(vector + 1) * self.length];
-                    piece.iter().zip(vector).map(|(d, v)| d * v).sum()
-                })
-                .collect();
-            let mean: f32 = chosen
-                .iter()
-                .zip(&dots)
-                .map(|((_, weight), dot)| weight * dot)
-                .sum();
-            for ((vector, weight), dot) in chosen.iter().zip(&dots) {
-                grads.get_mut(self.logits[part])[i * self.vectors + vector] +=
-                    weight * (dot - mean);
-                let target =
-                    &mut grads.get_mut(self.bank)[vector * self.length..(vector + 1) * self.length];
-                target
-                    .iter_mut()
-                    .zip(&piece)
-                    .for_each(|(t, d)| *t += weight * d);
-            }
-        }
+    /// Shapes of the logits of A and B.
+    fn pieces(&self) -> [[usize; 2]; 2] {
+        let [out, rank, inputs] = self.shape;
+        [inputs, out].map(|side| [rank * side / self.length, self.vectors])
     }
 }
 
 impl LowRankFactors for Composed {
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+
     fn rank(&self) -> usize {
         self.shape[1]
     }
@@ -281,11 +236,12 @@ impl LowRankFactors for Composed {
     }
 
     fn factors(&self, params: &FlatBuffer) -> Result<[Tensor; 2]> {
-        let [out, rank, inputs] = self.shape;
-        Ok([
-            Tensor::from_f32(self.factor(params, 0), rank, inputs),
-            Tensor::from_f32(self.factor(params, 1), out, rank),
-        ])
+        let ([out, rank, inputs], beside) = (self.shape, params.home());
+        let mut factors = [[rank, inputs], [out, rank]].map(|[r, c]| empty(beside, r, c));
+        for (factor, of) in factors.iter_mut().zip(self.parts(params, beside)) {
+            vector_bank::compose(factor.view_mut(), of)?;
+        }
+        Ok(factors)
     }
 
     fn backward(
@@ -295,8 +251,13 @@ impl LowRankFactors for Composed {
         d_a: View<'_>,
         d_b: View<'_>,
     ) -> Result<()> {
-        self.factor_backward(params, grads, 0, &elements(d_a));
-        self.factor_backward(params, grads, 1, &elements(d_b));
+        let (pieces, bank) = (self.pieces(), [self.vectors, self.length]);
+        let parts = self.parts(params, d_a);
+        for (number, (d, of)) in [d_a, d_b].into_iter().zip(parts).enumerate() {
+            let d_logits = grad(grads, self.logits[number], pieces[number], d);
+            vector_bank::add_logits_gradient(d_logits, d, of)?;
+            vector_bank::add_bank_gradient(grad(grads, self.bank, bank, d), d, of)?;
+        }
         Ok(())
     }
 }
