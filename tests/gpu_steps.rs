@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::output_scaling::OutputScaling;
 use common::{Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::{KeyValue, Optim, OptimizerArguments};
@@ -374,9 +375,9 @@ fn what_has_a_say_between_gradient_and_update_has_it_beside_graphs() {
     assert!(run(false) == run(true));
 }
 
-/// A configuration of each method that has kernels for all it computes, and of those that compute on the host.
-fn methods() -> [Vec<Value>; 2] {
-    let with_kernels = json!([
+/// A configuration of each method.
+fn methods() -> Vec<Value> {
+    let methods = json!([
         {"peft_type": "IA3"},
         {"peft_type": "VERA", "r": 8, "vera_dropout": 0.1},
         {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3},
@@ -401,13 +402,13 @@ fn methods() -> [Vec<Value>; 2] {
         {"peft_type": "HRA", "r": 3, "apply_GS": true},
         {"peft_type": "DELORA", "r": 4, "module_dropout": 0.1},
         {"peft_type": "VBLORA", "r": 2, "vector_length": 8, "num_vectors": 12},
-    ]);
-    let on_the_host = json!([
         {"peft_type": "OFT", "oft_block_size": 8, "module_dropout": 0.5},
         {"peft_type": "OFT", "oft_block_size": 8, "coft": true},
+        {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 3, "boft_dropout": 0.5},
         {"peft_type": "LOHA", "r": 3, "rank_dropout": 0.3},
+        {"peft_type": "LOKR", "r": 2, "rank_dropout": 0.3, "rank_dropout_scale": true, "module_dropout": 0.2},
     ]);
-    [with_kernels, on_the_host].map(|table| table.as_array().expect("a list").clone())
+    methods.as_array().expect("a list").clone()
 }
 
 /// Steps of one micro-batch with a method, and how many graphs there are then, by whether they may be recorded.
@@ -440,12 +441,14 @@ fn with_adapter(
         reports.extend(train_on(&mut trainer, step..step + 1, 1));
         reports.push(same(&mut trainer));
     }
-    let allocated = device.allocations();
+    let (allocated, waited) = (device.allocations(), device.waits());
     reports.push(same(&mut trainer));
+    let (allocations, waits) = (device.allocations() - allocated, device.waits() - waited);
     let outcome = Outcome {
         bits: bits(&trainer),
         reports,
-        allocations: device.allocations() - allocated,
+        allocations,
+        waits,
     };
     (outcome, trainer.recorded_graphs())
 }
@@ -453,15 +456,15 @@ fn with_adapter(
 struct Outcome {
     reports: Vec<StepReport>,
     bits: Vec<(String, Vec<u8>)>,
-    /// Of a step that is nothing new.
+    /// Of a step that is nothing new, as are waits.
     allocations: u64,
+    waits: u64,
 }
 
 #[test]
-fn a_method_with_kernels_is_replayed_with_the_bits_of_an_issued_one() {
+fn a_method_is_replayed_with_the_bits_of_an_issued_one() {
     let base = base();
-    let [with_kernels, _] = methods();
-    for keys in &with_kernels {
+    for keys in &methods() {
         for dtype in [DType::F32, DType::Bf16] {
             let (issued, none) = with_method(base.path(), keys, dtype, false);
             let (replayed, graphs) = with_method(base.path(), keys, dtype, true);
@@ -472,6 +475,7 @@ fn a_method_with_kernels_is_replayed_with_the_bits_of_an_issued_one() {
             // AdaLoRA's term of the loss has matrices of its own.
             if keys["peft_type"] != "ADALORA" {
                 assert_eq!(replayed.allocations, 0, "{keys} {dtype}");
+                assert_eq!([issued.waits, replayed.waits], [1, 1], "{keys} {dtype}");
                 assert!(issued.allocations > 0, "{keys} {dtype}: nothing to replay");
             }
         }
@@ -505,12 +509,8 @@ fn dora_of_the_head_is_replayed_with_the_bits_of_an_issued_one() {
 
 #[test]
 fn a_method_that_computes_on_the_host_is_issued() {
-    let base = base();
-    let [_, on_the_host] = methods();
-    for keys in &on_the_host {
-        let (_, graphs) = with_method(base.path(), keys, DType::F32, true);
-        assert_eq!(graphs, 0, "{keys}");
-    }
+    let (_, graphs) = with_adapter(base().path(), Box::new(OutputScaling), DType::F32, true);
+    assert_eq!(graphs, 0);
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 pub(crate) mod family;
 pub(crate) mod oracle;
+pub(crate) mod output_scaling;
 
 pub(crate) use family::Family;
 

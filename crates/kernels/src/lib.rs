@@ -46,6 +46,7 @@ pub mod noise;
 pub mod norm_product;
 pub mod optimizer;
 pub mod pair_rotation;
+pub mod parts;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rng;

@@ -8,7 +8,7 @@
 
 use crate::params::FlatBuffer;
 use crate::{Error, Result};
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::{Tensor, View, ViewMut};
 use std::fmt::Debug;
 
@@ -80,9 +80,12 @@ pub trait WeightUpdate: Debug + Send + Sync {
 
     /// The update as it is in one optimizer step, for methods that leave out parts of it in training. `draws` are
     /// those of the step and the site: the same for every micro-batch, forward and backward.
-    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+    ///
+    /// # Errors
+    /// If a kernel refuses its arguments.
+    fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         let _ = draws;
-        None
+        Ok(None)
     }
 
     /// Turns W into what the gradient of x is computed with: f(W), but for comparisons with software that

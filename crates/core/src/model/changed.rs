@@ -120,9 +120,13 @@ impl Changed<'_> {
     }
 
     /// Calls `body` with the method's update, less what is left out of it in this step.
-    fn in_this_step<R>(&self, run: &Run<'_>, body: impl FnOnce(&dyn WeightUpdate) -> R) -> R {
-        let drawn = run.draws(self.part.site);
-        match drawn.and_then(|draws| self.update.drawn(draws)) {
+    fn in_this_step(
+        &self,
+        run: &Run<'_>,
+        body: impl FnOnce(&dyn WeightUpdate) -> Result<()>,
+    ) -> Result<()> {
+        let draws = run.draws(self.part.site);
+        match draws.map_or(Ok(None), |draws| self.update.drawn(draws))? {
             Some(update) => body(update.as_ref()),
             None => body(self.update),
         }

@@ -5,7 +5,9 @@ use super::inputs::Inputs;
 use super::offload::Offloading;
 use crate::Result;
 use crate::params::FlatBuffer;
-use ferrotune_kernels::{DType, Indices, Tensor, View, Workspace, dropout, embedding, noise, rng};
+use ferrotune_kernels::{
+    DType, Indices, Tensor, View, Workspace, dropout, embedding, noise, parts, rng,
+};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -176,12 +178,12 @@ impl<'a> Run<'a> {
     }
 
     /// What is drawn once per step at site `site`, if draws happen: which parts of an update are left out.
-    pub(crate) fn draws(&self, site: usize) -> Option<rng::Stream> {
+    pub(crate) fn draws(&self, site: usize) -> Option<parts::Draws<'a>> {
         match self.mode {
-            Mode::Train { seed, step } => {
-                let site = rng::mix(rng::key_for(seed, "dropout of parts"), site as u64);
-                Some(rng::Stream::new(rng::mix(site, step)))
-            }
+            Mode::Train { seed, .. } => Some(parts::Draws {
+                key: rng::mix(rng::key_for(seed, "dropout of parts"), site as u64),
+                steps: &self.inputs.draws,
+            }),
             Mode::Eval => None,
         }
     }

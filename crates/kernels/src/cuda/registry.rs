@@ -34,6 +34,7 @@ static MODULES: &[&Module] = &[
     &crate::norm_product::cuda::MODULE,
     &crate::optimizer::cuda::MODULE,
     &crate::pair_rotation::cuda::MODULE,
+    &crate::parts::cuda::MODULE,
     &crate::qk_norm::cuda::MODULE,
     &crate::rms_norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,

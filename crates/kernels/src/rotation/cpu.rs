@@ -55,6 +55,17 @@ pub(super) fn add_gradient(
     });
 }
 
+pub(super) fn shorten(vectors: &mut [f32], cols: usize, limit: f64) {
+    vectors.par_chunks_exact_mut(cols.max(1)).for_each(|row| {
+        let squares = row.iter().map(|v| f64::from(*v) * f64::from(*v));
+        let norm = squares.sum::<f64>().sqrt();
+        if norm > limit {
+            let factor = (limit / norm) as f32;
+            row.iter_mut().for_each(|v| *v *= factor);
+        }
+    });
+}
+
 /// Places above the diagonal, row by row.
 fn pairs(n: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n).flat_map(move |i| (i + 1..n).map(move |j| (i, j)))

@@ -96,3 +96,25 @@ pub(super) fn add_gradient(
     };
     params.launch(device, "rotation_gradient", d.rows())
 }
+
+/// `struct Shorten` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Shorten {
+    vectors: u64,
+    limit: f64,
+    cols: u32,
+    unused: u32,
+}
+
+pub(super) fn shorten(device: &CudaDevice, vectors: ViewMut<'_>, limit: f64) -> Result<()> {
+    let [rows, cols] = vectors.shape();
+    let params = Shorten {
+        vectors: vectors.as_view().ptr(),
+        limit,
+        cols: count(cols),
+        unused: 0,
+    };
+    let grid = Grid::new(count(rows), THREADS);
+    device.launch(&MODULE, "rotation_shorten", grid, &params)
+}

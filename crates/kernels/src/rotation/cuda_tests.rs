@@ -1,4 +1,4 @@
-use super::{Map, Source, add_gradient, forward};
+use super::{Map, Source, add_gradient, forward, shorten};
 use crate::DType;
 use crate::twins::assert_cuda_matches;
 
@@ -27,6 +27,20 @@ fn matches_the_cpu() {
                         .into()
                 });
             }
+        }
+    }
+}
+
+#[test]
+fn shortened_rows_match_the_cpu() {
+    for [rows, cols] in [[1, 1], [7, 6], [3, 500]] {
+        // Of some rows, all, or none.
+        for limit in [(cols as f64).sqrt(), 1e-5, 1e5] {
+            assert_cuda_matches(&format!("{rows} {cols} {limit}"), |place| {
+                let mut vectors = place.dense(1, [rows, cols]);
+                shorten(vectors.view_mut(), limit).unwrap();
+                vec![(DType::F32, vectors.to_f32_vec())]
+            });
         }
     }
 }

@@ -1,5 +1,5 @@
 // Rotations made of skew-symmetric matrices: a block of threads has one, between barriers in memory of its own.
-#include "types.cuh"
+#include "reduce.cuh"
 
 constexpr u32 MOST_TERMS = 32;
 
@@ -169,5 +169,26 @@ DEVICE void gradient(const Rotation& p) {
     add_to_parameters(own, total);
 }
 
+struct Shorten {
+    f32* vectors;
+    f64 limit;
+    u32 cols, unused;
+};
+
+// A block of threads has a row.
+DEVICE void shorten(const Shorten& p) {
+    f32* row = p.vectors + static_cast<u64>(blockIdx.x) * p.cols;
+    f64 squares = 0.0;
+    for (u32 i = threadIdx.x; i < p.cols; i += blockDim.x) {
+        const f64 value = row[i];
+        squares += value * value;
+    }
+    const f64 norm = sqrt(block_sum(squares));
+    if (!(norm > p.limit)) return;
+    const f32 factor = static_cast<f32>(p.limit / norm);
+    for (u32 i = threadIdx.x; i < p.cols; i += blockDim.x) row[i] *= factor;
+}
+
 KERNEL(rotation_forward, 256, Rotation, forward)
 KERNEL(rotation_gradient, 256, Rotation, gradient)
+KERNEL(rotation_shorten, 256, Shorten, shorten)

@@ -108,6 +108,21 @@ pub fn add_gradient(
     Ok(())
 }
 
+/// Shortens each row of `vectors` that is longer than `limit` to that length. Lengths are f64.
+///
+/// # Errors
+/// If they are not f32 with rows back to back.
+pub fn shorten(vectors: ViewMut<'_>, limit: f64) -> Result<()> {
+    const OP: &str = "rotation::shorten";
+    let vectors = vectors.dense_f32(OP, "vectors")?;
+    if let Some(device) = vectors.device() {
+        return cuda::shorten(device, vectors, limit);
+    }
+    let cols = vectors.cols();
+    cpu::shorten(vectors.contiguous(OP, "vectors")?, cols, limit);
+    Ok(())
+}
+
 /// The parameters, if they are dense and as many as the rotations need.
 fn check<'a>(
     op: &'static str,

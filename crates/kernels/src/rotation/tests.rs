@@ -142,3 +142,13 @@ fn other_shapes_and_long_series_are_refused() {
     ];
     assert!(refused.iter().all(Result::is_err));
 }
+
+#[test]
+fn rows_that_are_too_long_get_the_length_that_is_allowed() {
+    let mut vectors = Tensor::from_f32(vec![3.0, 4.0, 0.3, 0.4, 0.0, -1.0], 3, 2);
+    super::shorten(vectors.view_mut(), 1.0).unwrap();
+    let got = vectors.to_f32_vec();
+    for (got, want) in got.iter().zip([0.6, 0.8, 0.3, 0.4, 0.0, -1.0]) {
+        assert!((got - want).abs() < 1e-7, "{got} for {want}");
+    }
+}

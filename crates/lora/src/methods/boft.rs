@@ -14,14 +14,14 @@
 //! `tuners/boft`, which without its CUDA extension makes one factor whatever the configuration says.
 
 use super::cayley::{Blocks, Rotation, blocks, require_more_than_one, require_one};
-use super::dropout::left_out;
+use super::dropout::kept;
 use super::matrix::{empty, grad, param};
 use crate::files::Weights;
 use crate::method::{Init, Keys, Method, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::rotation::Source;
 use ferrotune_kernels::{Tensor, View, ViewMut, axpby, block_diagonal, hadamard};
 use serde_json::{Map, Value, json};
@@ -148,7 +148,7 @@ impl Method for Boft {
             count,
             source: Source::Square,
             rotation: Rotation::Cayley,
-            left_out: Vec::new(),
+            kept: None,
         };
         Ok(Attachment::Weight(Box::new(Butterfly {
             r: at.ids[0],
@@ -259,9 +259,8 @@ impl Butterfly {
 }
 
 impl WeightUpdate for Butterfly {
-    /// What is left out is drawn on the host.
     fn computes_on_host(&self) -> bool {
-        self.dropout > 0.0
+        false
     }
 
     /// What each factor but the first reads, and four on the way back through one.
@@ -273,15 +272,12 @@ impl WeightUpdate for Butterfly {
     }
 
     /// Blocks of one factor.
-    fn drawn(&self, mut draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
-        let chosen = match self.factors.len() {
-            1 => 0,
-            several => (draws.uniform() * several as f64) as usize,
-        };
-        let mut drawn = self.clone();
-        let blocks = drawn.factors.get_mut(chosen)?;
-        blocks.left_out = left_out(self.dropout, blocks.count, draws)?;
-        Some(Box::new(drawn))
+    fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
+        let (mut drawn, groups) = (self.clone(), self.factors.len());
+        for (group, blocks) in drawn.factors.iter_mut().enumerate() {
+            blocks.kept = kept(self.dropout, blocks.count, [group, groups], draws)?;
+        }
+        Ok(Some(Box::new(drawn)))
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {

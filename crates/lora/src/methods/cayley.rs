@@ -1,12 +1,12 @@
 //! Blocks of inputs, each with a rotation of its own.
 
-use super::matrix::{device_of, empty};
+use super::matrix::{copy_of, empty};
 use crate::method::Keys;
 use ferrotune_core::adapter::Site;
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::rotation::{self, Map, Source};
-use ferrotune_kernels::{Tensor, View, ViewMut};
-use std::ops::Range;
+use ferrotune_kernels::{Tensor, View, ViewMut, hadamard};
+use std::sync::Arc;
 
 /// Size and number of the blocks that inputs are rotated in: one of them is given, with its key, the
 /// other is 0.
@@ -118,8 +118,8 @@ pub(super) struct Blocks {
     pub(super) count: usize,
     pub(super) source: Source,
     pub(super) rotation: Rotation,
-    /// Blocks that do not rotate; one for each, or none.
-    pub(super) left_out: Vec<bool>,
+    /// A factor for each `[count, 1]`, 0 for those that do not rotate; where there are such.
+    pub(super) kept: Option<Arc<Tensor>>,
 }
 
 impl Blocks {
@@ -132,14 +132,16 @@ impl Blocks {
     pub(super) fn rotations(&self, parameters: View<'_>) -> Result<Tensor> {
         let n = self.size;
         let mut rotations = empty(parameters, self.count * n, n);
+        // Of zeros the identity is made.
+        let thinned = self.kept.as_ref().map(|kept| -> Result<Tensor> {
+            let mut thinned = copy_of(parameters);
+            hadamard::scale(thinned.view_mut(), 0.0, kept.view())?;
+            Ok(thinned)
+        });
+        let thinned = thinned.transpose()?;
+        let parameters = thinned.as_ref().map_or(parameters, Tensor::view);
         let to = rotations.view_mut();
         rotation::forward(to, parameters, self.source, self.rotation.map())?;
-        for rows in self.rows_left_out() {
-            let identity = (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 });
-            let identity = Tensor::from_f32(identity.collect(), n, n);
-            let to = rotations.view_mut().row_range(rows);
-            to.copy_from(identity.to_device(&device_of(parameters)).view());
-        }
         Ok(rotations)
     }
 
@@ -150,8 +152,9 @@ impl Blocks {
         mut d: Tensor,
         parameters: View<'_>,
     ) -> Result<()> {
-        for rows in self.rows_left_out() {
-            d.view_mut().row_range(rows).fill(0.0);
+        if let Some(kept) = &self.kept {
+            let blocks = d.view_mut().reshaped(self.count, self.size * self.size);
+            hadamard::scale(blocks, 0.0, kept.view())?;
         }
         let map = self.rotation.map();
         Ok(rotation::add_gradient(
@@ -161,12 +164,5 @@ impl Blocks {
             self.source,
             map,
         )?)
-    }
-
-    fn rows_left_out(&self) -> impl Iterator<Item = Range<usize>> {
-        let n = self.size;
-        let blocks = self.left_out.iter().enumerate();
-        let left_out = blocks.filter(|(_, left_out)| **left_out);
-        left_out.map(move |(block, _)| block * n..(block + 1) * n)
     }
 }

@@ -1,16 +1,17 @@
 //! Dropout of whole parts of an update, drawn once per optimizer step and linear.
 //!
 //! Of a sum `W' = W + D`, rows of D are left out, or all of it ([`SumDropout`]); of rotations in blocks, blocks
-//! ([`left_out`]). PEFT draws anew in every forward; here all micro-batches of a step share a draw.
+//! ([`kept`]). PEFT draws anew in every forward; here all micro-batches of a step share a draw.
 
-use super::matrix::{device_of, empty};
+use super::matrix::empty;
 use crate::method::Keys;
 use ferrotune_core::Result;
 use ferrotune_core::adapter::WeightUpdate;
 use ferrotune_core::params::FlatBuffer;
-use ferrotune_kernels::rng::Stream;
-use ferrotune_kernels::{Tensor, View, ViewMut, hadamard};
+use ferrotune_kernels::parts::{self, Draws};
+use ferrotune_kernels::{DType, Tensor, View, ViewMut, hadamard};
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
 
 /// `rank_dropout` and `module_dropout` of LyCORIS.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,37 +39,24 @@ impl SumDropout {
         keys.insert("module_dropout".into(), json!(self.module));
     }
 
-    /// Whether there is any; what is left out is drawn on the host.
-    pub(super) fn is_on(&self) -> bool {
-        self.rows > 0.0 || self.module > 0.0
-    }
-
     /// `update`, which adds a D of `rows` rows to W, as `draws` leave it; `None` where nothing is ever left out.
     pub(super) fn drawn<'a>(
         &self,
         update: &'a dyn WeightUpdate,
         rows: usize,
-        draws: Stream,
-    ) -> Option<Box<dyn WeightUpdate + 'a>> {
-        if !self.is_on() {
-            return None;
+        draws: Draws<'_>,
+    ) -> Result<Option<Box<dyn WeightUpdate + 'a>>> {
+        if self.rows == 0.0 && self.module == 0.0 {
+            return Ok(None);
         }
-        let factors = self.factors(rows, draws);
-        Some(Box::new(Thinned { update, factors }))
-    }
-
-    /// A factor for each row of D.
-    fn factors(&self, rows: usize, mut draws: Stream) -> Vec<f32> {
-        let mut stays = |p: f64| draws.uniform() >= p;
-        let module = stays(self.module);
-        let kept: Vec<bool> = (0..rows).map(|_| module && stays(self.rows)).collect();
-        let count = kept.iter().filter(|kept| **kept).count();
-        let factor = match self.scaled && module && count > 0 {
-            true => rows as f32 / count as f32,
-            false => 1.0,
+        let mut factors = Tensor::temporary(&draws.device(), DType::F32, rows, 1);
+        let of = parts::Rows {
+            rows: self.rows,
+            module: self.module,
+            scaled: self.scaled,
         };
-        let of = |kept| if kept { factor } else { 0.0 };
-        kept.into_iter().map(of).collect()
+        parts::rows(factors.view_mut(), draws, of)?;
+        Ok(Some(Box::new(Thinned { update, factors })))
     }
 }
 
@@ -76,24 +64,26 @@ impl SumDropout {
 #[derive(Debug)]
 struct Thinned<'a> {
     update: &'a dyn WeightUpdate,
-    factors: Vec<f32>,
-}
-
-impl Thinned<'_> {
-    /// `D` with its factors, added to `beta out`.
-    fn scale(&self, out: ViewMut<'_>, beta: f32, d: View<'_>) -> Result<()> {
-        let factors = Tensor::from_f32(self.factors.clone(), self.factors.len(), 1);
-        let factors = factors.to_device(&device_of(d));
-        Ok(hadamard::add(out, beta, 1.0, d, factors.view())?)
-    }
+    /// `[rows, 1]`.
+    factors: Tensor,
 }
 
 impl WeightUpdate for Thinned<'_> {
+    fn computes_on_host(&self) -> bool {
+        self.update.computes_on_host()
+    }
+
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
         let mut d = empty(weight.as_view(), weight.rows(), weight.cols());
         d.view_mut().fill(0.0);
         self.update.apply(params, d.view_mut())?;
-        self.scale(weight, 1.0, d.view())
+        Ok(hadamard::add(
+            weight,
+            1.0,
+            1.0,
+            d.view(),
+            self.factors.view(),
+        )?)
     }
 
     fn backward(
@@ -104,18 +94,29 @@ impl WeightUpdate for Thinned<'_> {
         d_weight: View<'_>,
     ) -> Result<()> {
         let mut d = empty(d_weight, d_weight.rows(), d_weight.cols());
-        self.scale(d.view_mut(), 0.0, d_weight)?;
+        hadamard::add(d.view_mut(), 0.0, 1.0, d_weight, self.factors.view())?;
         self.update.backward(params, grads, weight, d.view())
     }
 }
 
-/// Which of `count` blocks are left out: exactly `p count` of them, rounded down; none where that is 0.
-pub(super) fn left_out(p: f64, count: usize, mut draws: Stream) -> Option<Vec<bool>> {
-    let out = (p * count as f64) as usize;
-    if out == 0 {
-        return None;
+/// A factor for each of `count` blocks `[count, 1]`, 0 for exactly `p count` of them, rounded down, where `group` is drawn
+/// of `groups` alike; `None` where that is none.
+pub(super) fn kept(
+    p: f64,
+    count: usize,
+    [group, groups]: [usize; 2],
+    draws: Draws<'_>,
+) -> Result<Option<Arc<Tensor>>> {
+    let left_out = (p * count as f64) as usize;
+    if left_out == 0 {
+        return Ok(None);
     }
-    let mut blocks: Vec<bool> = (0..count).map(|block| block < out).collect();
-    draws.shuffle(&mut blocks);
-    Some(blocks)
+    let mut kept = Tensor::temporary(&draws.device(), DType::F32, count, 1);
+    let of = parts::Blocks {
+        left_out,
+        groups,
+        group,
+    };
+    parts::blocks(kept.view_mut(), draws, of)?;
+    Ok(Some(Arc::new(kept)))
 }

@@ -13,7 +13,7 @@ use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::{Tensor, View, ViewMut, hadamard, matmul};
 use serde_json::{Map, Value, json};
 
@@ -123,7 +123,7 @@ impl Update {
 
 impl WeightUpdate for Update {
     fn computes_on_host(&self) -> bool {
-        self.dropout.is_on()
+        false
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
@@ -139,7 +139,7 @@ impl WeightUpdate for Update {
         )?)
     }
 
-    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+    fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         self.dropout.drawn(self, self.shape[0], draws)
     }
 

@@ -13,7 +13,7 @@ use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::{Tensor, View, ViewMut, axpby, kronecker, matmul};
 use serde_json::{Map, Value, json};
 
@@ -264,7 +264,7 @@ fn second(factor: &Tensor) -> kronecker::Second<'_> {
 
 impl WeightUpdate for Update {
     fn computes_on_host(&self) -> bool {
-        self.dropout.is_on()
+        false
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
@@ -273,7 +273,7 @@ impl WeightUpdate for Update {
         Ok(kronecker::add(weight, self.scale, w1.view(), second(&w2))?)
     }
 
-    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+    fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         let rows = self.shape.out.iter().product();
         self.dropout.drawn(self, rows, draws)
     }

@@ -9,15 +9,15 @@
 //! Finetuning Made Scalable" (2025); PEFT's `tuners/oft`.
 
 use super::cayley::{Blocks, Rotation, blocks, require_more_than_one, require_one};
-use super::dropout::left_out;
-use super::matrix::{copy_of, device_of, empty, grad, param};
+use super::dropout::kept;
+use super::matrix::{copy_of, empty, grad, param};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Attachment, Site, StepDone, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::rotation::{MOST_TERMS, Source};
-use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, kronecker};
+use ferrotune_kernels::{Tensor, View, ViewMut, block_diagonal, kronecker, rotation};
 use serde_json::{Map, Value, json};
 
 /// OFT's configuration.
@@ -167,9 +167,8 @@ impl Method for Oft {
         for Target { site, ids } in targets {
             let [size, _] = self.blocks(site)?;
             let len = (size * (size - 1) / 2).max(1);
-            let vectors = params.get_mut(ids[0]);
-            let limit = eps / ((vectors.len() / len) as f64).sqrt();
-            project(vectors, len, limit);
+            let rows = params.layout().segment(ids[0]).range().len() / len;
+            constrain(params.view_as_matrix_mut(ids[0], [rows, len]), eps)?;
         }
         Ok(())
     }
@@ -188,7 +187,7 @@ impl Method for Oft {
                     true => Rotation::neumann(self.terms),
                     false => Rotation::Cayley,
                 },
-                left_out: Vec::new(),
+                kept: None,
             },
             dropout: if shared { 0.0 } else { self.dropout },
             constraint: self.constraint,
@@ -209,26 +208,21 @@ struct Rotations {
 }
 
 impl Rotations {
-    /// The parameters as they are constrained to be.
-    fn projected(&self, params: &FlatBuffer, beside: View<'_>) -> Option<Tensor> {
-        let [rows, len] = self.blocks.parameters();
-        let limit = self.constraint? / (rows as f64).sqrt();
-        let mut vectors = params.get(self.weight).to_vec();
-        project(&mut vectors, len, limit);
-        Some(Tensor::from_f32(vectors, rows, len).to_device(&device_of(beside)))
-    }
-
-    /// Calls `body` with the parameters, on the side of `beside`.
+    /// Calls `body` with the parameters as they are constrained to be, on the side of `beside`.
     fn with_parameters<T>(
         &self,
         params: &FlatBuffer,
         beside: View<'_>,
-        body: impl FnOnce(View<'_>) -> T,
-    ) -> T {
-        match self.projected(params, beside) {
-            Some(projected) => body(projected.view()),
-            None => body(param(params, self.weight, self.blocks.parameters(), beside)),
-        }
+        body: impl FnOnce(View<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let shape = self.blocks.parameters();
+        let own = param(params, self.weight, shape, beside);
+        let Some(eps) = self.constraint else {
+            return body(own);
+        };
+        let mut projected = copy_of(own);
+        constrain(projected.view_mut(), eps)?;
+        body(projected.view())
     }
 
     /// Ones, one below the other for each block that shares the rotation.
@@ -255,28 +249,22 @@ impl Rotations {
     }
 }
 
-/// Shortens each vector of upper triangles so that its matrix, where each element stands twice, has norm `limit` at most.
-fn project(vectors: &mut [f32], len: usize, limit: f64) {
-    for vector in vectors.chunks_exact_mut(len.max(1)) {
-        let squares = vector.iter().map(|v| 2.0 * f64::from(*v).powi(2));
-        let norm = squares.sum::<f64>().sqrt();
-        if norm > limit {
-            let factor = (limit / norm) as f32;
-            vector.iter_mut().for_each(|v| *v *= factor);
-        }
-    }
+/// Shortens each row of upper triangles so that the matrices have norm `eps` together at most, where all have as much.
+fn constrain(triangles: ViewMut<'_>, eps: f64) -> Result<()> {
+    // Each element stands twice in its matrix.
+    let limit = eps / (2.0 * triangles.rows() as f64).sqrt();
+    Ok(rotation::shorten(triangles, limit)?)
 }
 
 impl WeightUpdate for Rotations {
-    /// What is constrained is projected on the host, and what is left out is drawn there.
     fn computes_on_host(&self) -> bool {
-        self.constraint.is_some() || self.dropout > 0.0
+        false
     }
 
-    fn drawn(&self, draws: Stream) -> Option<Box<dyn WeightUpdate + '_>> {
+    fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         let mut drawn = self.clone();
-        drawn.blocks.left_out = left_out(self.dropout, self.count, draws)?;
-        Some(Box::new(drawn))
+        drawn.blocks.kept = kept(self.dropout, self.count, [0, 1], draws)?;
+        Ok(Some(Box::new(drawn)))
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {

@@ -4,8 +4,9 @@ use crate::testing::{copy_of, edit_config, edit_tensors, llama_sites};
 use ferrotune_core::Result;
 use ferrotune_core::adapter::{Adapter, Attachment, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
-use ferrotune_kernels::Tensor;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::rng::{Stream, key_for};
+use ferrotune_kernels::{Indices, Tensor};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -254,15 +255,20 @@ fn drawn(keys: &Value) -> (Vec<f32>, Vec<f64>, Vec<Vec<f32>>) {
         change.collect::<Vec<f32>>()
     };
     let whole = apply(update.as_ref());
-    let steps = 4000;
+    let steps = 4000_u32;
     let mut mean = vec![0.0_f64; whole.len()];
     let mut first = Vec::new();
     for step in 0..steps {
-        let draws = Stream::new(key_for(step, "step"));
-        let of_step = update.drawn(draws).expect("something is dropped");
+        let table = Indices::host(vec![step]);
+        let draws = Draws {
+            key: key_for(1, "step"),
+            steps: &table,
+        };
+        let of_step = update.drawn(draws).expect("drawn");
+        let of_step = of_step.expect("something is dropped");
         let change = apply(of_step.as_ref());
         let sums = mean.iter_mut().zip(&change);
-        sums.for_each(|(sum, c)| *sum += f64::from(*c) / steps as f64);
+        sums.for_each(|(sum, c)| *sum += f64::from(*c) / f64::from(steps));
         if step < 3 {
             first.push(change);
         }

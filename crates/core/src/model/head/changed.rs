@@ -78,12 +78,12 @@ impl Model {
 }
 
 /// Calls `body` with the method's update, less what is left out of it in this step.
-fn in_this_step<R>(
+fn in_this_step(
     at: &At<'_>,
     update: &dyn WeightUpdate,
-    body: impl FnOnce(&dyn WeightUpdate) -> R,
-) -> R {
-    match at.draws.clone().and_then(|draws| update.drawn(draws)) {
+    body: impl FnOnce(&dyn WeightUpdate) -> Result<()>,
+) -> Result<()> {
+    match at.draws.map_or(Ok(None), |draws| update.drawn(draws))? {
         Some(update) => body(update.as_ref()),
         None => body(update),
     }

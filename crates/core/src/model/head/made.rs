@@ -4,7 +4,7 @@ use crate::model::Pass;
 use crate::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::dropout::Key;
 use ferrotune_kernels::linear_cross_entropy::Update;
-use ferrotune_kernels::rng::Stream;
+use ferrotune_kernels::parts::Draws;
 use ferrotune_kernels::{DType, Device, Indices, Tensor, View, Workspace};
 
 /// A pass over the head, and what is drawn in it.
@@ -15,7 +15,7 @@ pub(super) struct At<'a> {
     /// Of inputs of the update, where some are dropped.
     pub(super) mask: Option<(Key, &'a Indices<'a>)>,
     /// What is drawn once per step, where anything is.
-    pub(super) draws: Option<Stream>,
+    pub(super) draws: Option<Draws<'a>>,
 }
 
 impl At<'_> {
