@@ -22,7 +22,7 @@ fn learning() -> Value {
     json!({"lora_task_type": "SEQ_CLS", "max_steps": 40, "learning_rate": 5e-3, "lr_scheduler_type": "constant"})
 }
 
-fn with(changes: Value) -> Value {
+fn with(changes: &Value) -> Value {
     let mut keys = learning();
     let more = changes.as_object().expect("an object").clone();
     keys.as_object_mut().expect("an object").extend(more);
@@ -68,7 +68,7 @@ fn a_language_model_gets_a_head_that_learns_and_is_saved_as_peft_saves_it() {
     let bench = Workbench::new(0);
     write_rows(&bench.path("rows.jsonl"), &rows(|class| json!(class)));
     bench
-        .train("out", &with(json!({"num_labels": 3})))
+        .train("out", &with(&json!({"num_labels": 3})))
         .expect(0);
     let found = eval(&bench, "base", Some("out"));
     assert_eq!(found["eval_mean_token_accuracy"], 1.0, "{found}");
@@ -93,11 +93,11 @@ fn a_language_model_gets_a_head_that_learns_and_is_saved_as_peft_saves_it() {
     // The same bytes again, and the same result in other micro-batches.
     let bytes = |name: &str| std::fs::read(bench.path(name).join("adapter_model.safetensors"));
     bench
-        .train("again", &with(json!({"num_labels": 3})))
+        .train("again", &with(&json!({"num_labels": 3})))
         .expect(0);
     assert_eq!(bytes("out").expect("read"), bytes("again").expect("read"));
     let split = json!({"num_labels": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2});
-    bench.train("split", &with(split)).expect(0);
+    bench.train("split", &with(&split)).expect(0);
     let difference = eval(&bench, "base", Some("split"))["eval_loss"]
         .as_f64()
         .expect("a number")
@@ -117,7 +117,7 @@ fn other_methods_train_the_head_too() {
         ),
         ("norms", json!({"peft_type": "LN_TUNING"})),
     ] {
-        let keys = with(json!({"num_labels": 3, "peft_config": keys}));
+        let keys = with(&json!({"num_labels": 3, "peft_config": keys}));
         bench.train(name, &keys).expect(0);
         let found = eval(&bench, "base", Some(name));
         assert!(
@@ -134,7 +134,7 @@ fn a_classifier_keeps_its_head_and_its_names_and_merges() {
     let named = |class: usize| json!(["bad", "good", "odd"][class]);
     write_rows(&bench.path("rows.jsonl"), &rows(named));
     let base = json!({"model_name_or_path": bench.path("classifier")});
-    bench.train("out", &with(base)).expect(0);
+    bench.train("out", &with(&base)).expect(0);
     let found = eval(&bench, "classifier", Some("out"));
     assert_eq!(found["eval_mean_token_accuracy"], 1.0, "{found}");
 
@@ -161,9 +161,28 @@ fn long_rows_are_cut_and_keep_their_class() {
     for end in ["keep_start", "keep_end"] {
         let keys =
             json!({"num_labels": 3, "max_length": 4, "truncation_mode": end, "max_steps": 2});
-        let told = bench.train(end, &with(keys)).expect(0);
+        let told = bench.train(end, &with(&keys)).expect(0);
         assert!(!told.stderr.contains("no token"), "{}", told.stderr);
     }
+}
+
+/// Without a `pad_token_id` one token is read, and counts, as any last token.
+#[test]
+fn rows_of_one_token_are_of_a_class_too() {
+    let bench = Workbench::new(0);
+    let letter = |i: usize| ["a", "m", "z"][i % 3];
+    let row = |i: usize| json!({"text": letter(i), "label": i % 3});
+    write_rows(
+        &bench.path("rows.jsonl"),
+        &(0..12).map(row).collect::<Vec<_>>(),
+    );
+    bench
+        .train("out", &with(&json!({"num_labels": 3})))
+        .expect(0);
+    let found = eval(&bench, "base", Some("out"));
+    assert_eq!(found["eval_num_tokens"], 12, "{found}");
+    assert_eq!(found["eval_mean_token_accuracy"], 1.0, "{found}");
+    assert!(found.get("eval_perplexity").is_none(), "{found}");
 }
 
 #[test]
@@ -172,7 +191,7 @@ fn what_is_wrong_with_a_classifier_is_named() {
     classifier(&bench);
     write_rows(&bench.path("rows.jsonl"), &rows(|class| json!(class)));
     let refused = |changes: Value, code: i32, parts: &[&str]| {
-        let finished: Finished = bench.train("refused", &with(changes)).expect(code);
+        let finished: Finished = bench.train("refused", &with(&changes)).expect(code);
         for part in parts {
             assert!(
                 finished.stderr.contains(part),
@@ -187,7 +206,11 @@ fn what_is_wrong_with_a_classifier_is_named() {
     refused(
         json!({"num_labels": 2}),
         65,
-        &["rows.jsonl:3", "`label` is 2", "expected 0 to 1"],
+        &[
+            "rows.jsonl:3",
+            "`label` is 2",
+            "expected a number from 0 to 1",
+        ],
     );
     refused(
         json!({"num_labels": 3, "packing": true}),
@@ -209,6 +232,31 @@ fn what_is_wrong_with_a_classifier_is_named() {
         json!({"lora_task_type": "CAUSAL_LM", "model_name_or_path": classifier}),
         78,
         &["lora_task_type", "set lora_task_type: SEQ_CLS"],
+    );
+    refused(
+        json!({"num_labels": 3, "peft_config": {"peft_type": "IA3", "task_type": "TOKEN_CLS"}}),
+        78,
+        &["peft_config.task_type", "lora_task_type is SEQ_CLS"],
+    );
+    // A head that is trained over a language model is part of no checkpoint of one.
+    bench
+        .train("trained", &with(&json!({"num_labels": 3, "max_steps": 1})))
+        .expect(0);
+    let [base, adapter, merged] = ["base", "trained", "merged"].map(|name| bench.path(name));
+    let model = [
+        "--model_name_or_path",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+    ];
+    let finished = ferrotune(&[&["merge", "--output_dir", text(&merged)][..], &model].concat());
+    let finished = finished.expect(65);
+    assert!(
+        finished
+            .stderr
+            .contains("needs a base that is a classifier"),
+        "{}",
+        finished.stderr
     );
     write_rows(&bench.path("rows.jsonl"), &[json!({"text": "a"})]);
     refused(

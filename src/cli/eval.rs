@@ -224,7 +224,9 @@ fn loss(
         return Err(Error::Numeric { message });
     }
     result.insert("eval_loss", json!(mean));
-    result.insert("eval_perplexity", json!(mean.exp()));
+    if model.model.config().classifier.is_none() {
+        result.insert("eval_perplexity", json!(mean.exp()));
+    }
     result.insert("eval_entropy", json!(sums.entropy / count));
     result.insert(
         "eval_mean_token_accuracy",

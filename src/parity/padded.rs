@@ -52,21 +52,17 @@ impl PaddedBatch {
         (batch, places)
     }
 
-    /// [`Self::pack`] with the padding of right-padded rows, computed as Transformers computes it.
+    /// [`Self::pack`] with all padding, computed as Transformers computes it.
     pub(super) fn pack_with_padding(&self) -> (PackedBatch, Vec<usize>) {
         let (mut batch, places) = self.pack();
-        let rows: Vec<usize> = places.iter().map(|at| at / self.cols).collect();
-        let documents = batch.cu_seqlens.windows(2);
-        let rows_of_documents: Vec<usize> = documents.map(|d| rows[d[0] as usize]).collect();
+        // The row of each document, and the place after its end.
+        let documents = batch.cu_seqlens.windows(2).map(|document| {
+            let last = places[document[1] as usize - 1];
+            (last / self.cols, last + 1)
+        });
+        let documents: Vec<(usize, usize)> = documents.collect();
         for at in (0..self.rows * self.cols).filter(|at| places.binary_search(at).is_err()) {
-            let last = rows_of_documents
-                .iter()
-                .rposition(|&row| row == at / self.cols);
-            let Some(document) =
-                last.filter(|&d| places[batch.cu_seqlens[d + 1] as usize - 1] < at)
-            else {
-                continue;
-            };
+            let before = |&(row, end): &(usize, usize)| row == at / self.cols && end <= at;
             let position = self
                 .position_ids
                 .as_ref()
@@ -74,7 +70,10 @@ impl PaddedBatch {
             batch.input_ids.push(self.input_ids[at] as u32);
             batch.labels.push(IGNORE_INDEX);
             batch.position_ids.push(position as u32);
-            batch.padding_of.push(document as u32);
+            let document = documents.iter().rposition(before);
+            batch
+                .padding_of
+                .push(document.map(|document| document as u32));
         }
         (batch, places)
     }
@@ -121,19 +120,24 @@ mod tests {
     #[test]
     fn padding_that_is_computed_comes_behind_all_documents() {
         let padded = PaddedBatch {
-            rows: 2,
+            rows: 3,
             cols: 4,
-            input_ids: vec![5, 6, 0, 0, 0, 7, 8, 9],
+            input_ids: vec![5, 6, 0, 0, 0, 7, 8, 9, 0, 0, 0, 0],
             labels: None,
             classes: None,
-            attention_mask: Some(vec![1, 1, 0, 0, 0, 1, 1, 1]),
+            attention_mask: Some(vec![1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0]),
             position_ids: None,
         };
         let (batch, places) = padded.pack_with_padding();
-        assert_eq!(batch.input_ids, [5, 6, 7, 8, 9, 0, 0]);
-        assert_eq!(batch.position_ids, [0, 1, 1, 2, 3, 2, 3]);
-        assert_eq!((batch.tokens(), batch.rows()), (5, 7));
-        assert_eq!(batch.padding_of, [0, 0]);
+        assert_eq!(batch.input_ids, [5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(batch.position_ids, [0, 1, 1, 2, 3, 2, 3, 0, 0, 1, 2, 3]);
+        assert_eq!((batch.tokens(), batch.rows()), (5, 12));
+        // Before a document, and where there is none, padding sees nothing.
+        let none = None;
+        assert_eq!(
+            batch.padding_of,
+            [Some(0), Some(0), none, none, none, none, none]
+        );
         assert_eq!(places, [0, 1, 5, 6, 7]);
     }
 

@@ -11,6 +11,8 @@ use ferrotune_lora::{
     ExcludeModules, GivenRank, InitLoraWeights, LoraAdapter, LoraBias, LoraConfig, LoraFa,
     LoraPlus, PeftConfig, Start, TargetModules, TokenIndices, require_rank,
 };
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,6 +41,7 @@ pub(super) fn adapter_from(
     let adapter: Box<dyn Adapter> = match &config.lora.peft_config {
         Some(keys) => {
             require_no_lora_keys(config)?;
+            require_same_task(config, keys)?;
             let object = keys.clone().into_iter().collect();
             let method = PeftConfig::from_config(PEFT_CONFIG, &object)?.for_base(base);
             let method = method.for_task(&config.lora.lora_task_type);
@@ -297,6 +300,20 @@ fn in_trl_names(config: &TrainConfig, error: Error) -> Error {
 
 /// The key of a method beside LoRA.
 const PEFT_CONFIG: &str = "peft_config";
+
+/// Refuses a task of the method's that is not that of the run.
+fn require_same_task(config: &TrainConfig, keys: &BTreeMap<String, Value>) -> Result<()> {
+    let task = &config.lora.lora_task_type;
+    match keys.get("task_type") {
+        None | Some(Value::Null) => Ok(()),
+        Some(Value::String(own)) if own == task => Ok(()),
+        Some(own) => {
+            let message =
+                format!("is {own}, and lora_task_type is {task}; set that one, and leave this out");
+            Err(Error::config(format!("{PEFT_CONFIG}.task_type"), message))
+        }
+    }
+}
 
 /// Refuses keys of LoRA beside the configuration of another method, where they would do nothing.
 fn require_no_lora_keys(config: &TrainConfig) -> Result<()> {

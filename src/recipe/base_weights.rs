@@ -22,13 +22,21 @@ pub(super) fn weights(
     }
     let files = ModelFiles::open(base)?;
     let plan = ModelPlan::new(decoder);
-    match NewHead::is_needed(decoder, &files) && config.model.num_labels.is_some() {
-        true => NewHead {
+    match (NewHead::is_needed(decoder, &files), config.model.num_labels) {
+        (false, _) => files.check(&plan)?,
+        (true, Some(_)) => NewHead {
             rest: &files,
             head: RandomWeights { seed: 0 },
         }
         .check(&plan)?,
-        false => files.check(&plan)?,
+        (true, None) => {
+            let message = format!(
+                "is not set, and {} lacks the head of its classifier (`score.weight`); give the number of classes for a \
+                 new one",
+                base.display()
+            );
+            return Err(Error::config("num_labels", message));
+        }
     }
     if let Some(held) = files.quantisation()
         && !config.lora.use_peft

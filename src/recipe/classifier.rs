@@ -66,6 +66,5 @@ pub fn classes(base: &Path, decoder: &DecoderConfig) -> Result<Option<Classes>> 
         return Ok(None);
     };
     let names = Classifier::names(&HfConfig::open(base)?, classifier.classes);
-    let padding = classifier.padding;
-    Ok(Some(Classes { names, padding }))
+    Ok(Some(Classes { names }))
 }

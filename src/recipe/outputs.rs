@@ -56,7 +56,7 @@ impl<'a> CheckpointFiles<'a> {
     /// Writes `output/checkpoint-N` as a whole and returns its path.
     ///
     /// # Errors
-    /// [`Error::Write`]; nothing of the checkpoint is left then.
+    /// [`Error::Write`], or the first failure of the GPU; nothing of the checkpoint is left then.
     pub fn write(
         &self,
         output: &Path,
@@ -74,7 +74,9 @@ impl<'a> CheckpointFiles<'a> {
             write_optimizer(&directory.join(OPTIMIZER), &trainer.state(), step)?;
             write_file(&directory.join(STATE), state.to_json().as_bytes())?;
             write_algorithms(directory, trainer)?;
-            write_file(&directory.join(RUN_STATE), window.to_json().as_bytes())
+            write_file(&directory.join(RUN_STATE), window.to_json().as_bytes())?;
+            // What could not be read from a GPU is in the files as NaN.
+            trainer.check_device()
         })
     }
 }
@@ -168,10 +170,11 @@ fn refuse_not_finite(trainer: &Trainer) -> Result<()> {
     let params = trainer.params();
     let segments = params.layout().by_name();
     let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
-    let Some((_, segment)) = segments
+    let broken = segments
         .into_iter()
-        .find(|(id, _)| !finite(params.get(*id)))
-    else {
+        .find(|(id, _)| !finite(params.get(*id)));
+    trainer.check_device()?;
+    let Some((_, segment)) = broken else {
         return Ok(());
     };
     let message = format!(

@@ -11,6 +11,8 @@ use std::ops::Range;
 
 /// Longest bar of the histogram.
 const BAR: u64 = 40;
+/// Classes that are listed.
+const MOST_CLASSES: usize = 32;
 
 /// Rows as a model would be trained on them, and what is worth knowing of all of them.
 #[derive(Debug)]
@@ -76,7 +78,10 @@ impl Preflight {
             .map(|i| show(tokenizer, i, &dataset.examples.get(i)?))
             .collect::<Result<Vec<_>>>()?;
         let mut facts = counts(dataset);
-        facts.push(ends.describe(tokenizer, dataset.examples.len()));
+        match dataset.report.classes.is_empty() {
+            true => facts.push(ends.describe(tokenizer, dataset.examples.len())),
+            false => facts.push(classes(&dataset.report.classes)),
+        }
         facts.extend(histogram(&dataset.report.length_histogram));
         let warnings = warnings(dataset, &ends);
         let json = to_json(dataset, &ends, &rows, &warnings);
@@ -131,6 +136,13 @@ fn counts(dataset: &Dataset) -> Vec<String> {
             .map(|m| format!("skipped: {m}")),
     );
     facts
+}
+
+/// Examples of each class.
+fn classes(counts: &BTreeMap<u32, u64>) -> String {
+    let of = |(class, count): (&u32, &u64)| format!("{count} of class {class}");
+    let counts: Vec<String> = counts.iter().take(MOST_CLASSES).map(of).collect();
+    format!("examples: {}", counts.join(", "))
 }
 
 /// Lengths by powers of two, as bars.
@@ -191,7 +203,11 @@ impl Ends {
 fn warnings(dataset: &Dataset, ends: &Ends) -> Vec<String> {
     let (report, examples) = (&dataset.report, dataset.examples.len());
     let mut warnings = Vec::new();
-    if ends.with_stop == 0 {
+    if !report.classes.is_empty() {
+        if report.classes.len() == 1 {
+            warnings.push("all examples are of one class".to_owned());
+        }
+    } else if ends.with_stop == 0 {
         warnings.push(
             "no example trains a token that stops generation, so the model would not learn to end; \
              check eos_token, the end of the chat template's turns, and max_length"
@@ -247,6 +263,7 @@ fn to_json(dataset: &Dataset, ends: &Ends, rows: &[ShownRow], warnings: &[String
         "examples": dataset.examples.len(),
         "examples_with_bos": ends.with_bos,
         "examples_with_stop_token": ends.with_stop,
+        "classes": report.classes,
         "warnings": warnings,
         "shown": rows.iter().map(row).collect::<Vec<_>>(),
     })

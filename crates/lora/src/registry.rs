@@ -12,7 +12,7 @@ use crate::modules::{self, SEQUENCE_CLASSIFICATION};
 use crate::names;
 use crate::parts::{PartsAdapter, PartsConfig};
 use ferrotune_core::adapter::Adapter;
-use ferrotune_core::model::DecoderConfig;
+use ferrotune_core::model::{Classifier, DecoderConfig};
 use ferrotune_core::{Error, Result, suggest};
 use serde_json::{Map, Value};
 use std::io::Read;
@@ -263,8 +263,19 @@ pub fn classes_of(directory: &Path) -> Result<Option<usize>> {
         return Ok(None);
     }
     let weights = Weights::open(directory)?;
-    let shape = weights.file.meta(modules::CLASSIFIER_WEIGHT);
-    Ok(shape.and_then(|meta| meta.shape.first().copied()))
+    let head = weights.file.meta(modules::CLASSIFIER_WEIGHT);
+    let Some(&classes) = head.and_then(|meta| meta.shape.first()) else {
+        return Ok(None);
+    };
+    if !(2..=Classifier::MOST_CLASSES).contains(&classes) {
+        let message = format!(
+            "`{}` has {classes} rows; expected 2 or more. A head of one row is trained by regression, which is not \
+             supported",
+            modules::CLASSIFIER_WEIGHT
+        );
+        return Err(Error::adapter(directory, message));
+    }
+    Ok(Some(classes))
 }
 
 /// [`load`] for comparisons with PEFT: computes what PEFT computes where that is wrong.
@@ -289,18 +300,29 @@ pub(crate) fn require_task(directory: &Path, base_classifies: bool) -> Result<()
     }
     let object = read_object(&path)?;
     let task = object.get("task_type").and_then(Value::as_str);
-    let of_classifier = task == Some(SEQUENCE_CLASSIFICATION);
-    let expected = match (base_classifies, task) {
-        (true, Some("CAUSAL_LM" | "QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS")) => "SEQ_CLS",
-        (false, Some("QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS")) => "CAUSAL_LM",
-        (false, _) if of_classifier => "CAUSAL_LM",
-        _ => return Ok(()),
+    let other = |task: &str, expected: &str| {
+        let message = format!(
+            "`task_type` is {task}: an adapter of a model with another head than this base; expected {expected} or null"
+        );
+        Err(Error::adapter(&path, message))
     };
-    let task = task.unwrap_or_default();
-    let message = format!(
-        "`task_type` is {task}: an adapter of a model with another head than this base; expected {expected} or null"
-    );
-    Err(Error::adapter(path, message))
+    match (base_classifies, task) {
+        (false, Some(SEQUENCE_CLASSIFICATION)) => {
+            let message = format!(
+                "`task_type` is {SEQUENCE_CLASSIFICATION}: an adapter with the head of a classifier, and this base is a \
+                 language model. Alone it runs over one (`eval`); merged, or beside others, it needs a base that is a \
+                 classifier"
+            );
+            Err(Error::adapter(&path, message))
+        }
+        (false, Some(task @ ("QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS"))) => {
+            other(task, "CAUSAL_LM")
+        }
+        (true, Some(task @ ("CAUSAL_LM" | "QUESTION_ANS" | "SEQ_2_SEQ_LM" | "TOKEN_CLS"))) => {
+            other(task, SEQUENCE_CLASSIFICATION)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {

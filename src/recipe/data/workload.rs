@@ -21,7 +21,7 @@ pub(in crate::recipe) fn workload(
     let training = sizes.one_of_each();
     let batches = eval_dataset.map(|d| eval_batches(config, d)).transpose()?;
     for batch in batches.iter().flatten() {
-        sizes.add(size_of_batch(batch));
+        sizes.add(size_of_batch(config, batch));
     }
     let tokens: usize = epochs.examples.lengths().sum();
     Ok(Workload {
@@ -33,10 +33,13 @@ pub(in crate::recipe) fn workload(
     })
 }
 
-fn size_of_batch(batch: &PackedBatch) -> BatchSize {
+fn size_of_batch(config: &TrainConfig, batch: &PackedBatch) -> BatchSize {
     BatchSize {
         tokens: batch.tokens(),
-        label_rows: batch.trained_tokens(),
+        label_rows: match config.lora.classifies() {
+            true => batch.sequences(),
+            false => batch.trained_tokens(),
+        },
         documents: batch.sequences(),
     }
 }

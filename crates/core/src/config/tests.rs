@@ -411,7 +411,8 @@ fn ranges_and_combinations_are_checked() {
         ("dataset_name", "[]", "not set"),
         ("lora_task_type", "TOKEN_CLS", "not supported"),
         ("num_labels", "3", "SEQ_CLS alone"),
-        ("num_labels", "1", "2 or more"),
+        ("num_labels", "1", "expected 2 to"),
+        ("num_labels", "9223372036854775808", "expected 2 to"),
     ] {
         let message = fault(&[(key, value)]);
         assert!(message.contains(part), "{key}={value}: {message}");

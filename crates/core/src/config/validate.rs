@@ -3,6 +3,7 @@
 use super::arguments::SEQUENCE_CLASSIFICATION;
 use super::{IntervalStrategy, TrainConfig, TruncationMode};
 use crate::lr_schedule::{LrSchedule, PlateauSchedule};
+use crate::model::Classifier;
 use crate::optimizer::ADAM_KEYS;
 use crate::run_log::METRICS;
 use crate::suggest::did_you_mean;
@@ -143,9 +144,11 @@ impl TrainConfig {
             format!("{value} is not supported; expected \"CAUSAL_LM\" or \"SEQ_CLS\"")
         })?;
         let classes = self.model.num_labels;
-        self.require(classes.is_none_or(|n| n >= 2), "num_labels", |value| {
+        let range = 2..=Classifier::MOST_CLASSES;
+        self.require(classes.is_none_or(|n| range.contains(&n)), "num_labels", |value| {
             format!(
-                "got {value}, expected 2 or more: one output is regression, which is not supported"
+                "got {value}, expected 2 to {}; one output is regression, which is not supported",
+                Classifier::MOST_CLASSES
             )
         })?;
         if !lora.classifies() {
@@ -153,9 +156,9 @@ impl TrainConfig {
                 format!("{value}, and classes are learned with lora_task_type: SEQ_CLS alone")
             });
         }
-        let packs = data.packing || data.eval_packing == Some(true);
         let of_tokens = [
-            ("packing", packs),
+            ("packing", data.packing),
+            ("eval_packing", data.eval_packing == Some(true)),
             ("assistant_only_loss", data.assistant_only_loss),
             (
                 "completion_only_loss",
@@ -427,7 +430,7 @@ pub(super) fn notes(config: &TrainConfig) -> Vec<String> {
     }
     let adapter_keys: Vec<_> = TrainConfig::keys()
         .iter()
-        .filter(|key| key.section == "lora" && key.name != "use_peft")
+        .filter(|key| key.section == "lora" && !["use_peft", "lora_task_type"].contains(&key.name))
         .map(|key| key.name)
         .filter(|key| config.origin(key).is_some())
         .collect();

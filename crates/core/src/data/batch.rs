@@ -58,10 +58,10 @@ pub struct PackedBatch {
     /// Length by which dynamic RoPE scales each document, `[S]`: its own length, unless a caller
     /// reproduces a padded batch.
     pub rope_lengths: Vec<u32>,
-    /// The document that each row of padding follows, `[rows() - tokens()]`, where padding is computed as
-    /// Transformers computes it: as queries that see the keys of that document. Nothing else depends on them but
-    /// which columns `LLM.int8()` leaves in floating point. Empty where padding is of no document.
-    pub padding_of: Vec<u32>,
+    /// For each row after the last document that is computed although it is padding, the document that it follows, if
+    /// any: it is a query that sees the keys of that document. Nothing depends on such rows but which columns
+    /// `LLM.int8()` leaves in floating point. Empty but to reproduce a padded batch.
+    pub padding_of: Vec<Option<u32>>,
 }
 
 impl PackedBatch {
@@ -123,6 +123,31 @@ impl PackedBatch {
     #[must_use]
     pub fn rows(&self) -> usize {
         self.input_ids.len()
+    }
+
+    /// Rows of padding that are computed, and the length by which dynamic RoPE scales each.
+    pub(crate) fn computed_padding(&self) -> impl Iterator<Item = (usize, u32)> {
+        let longest = self.rope_lengths.iter().copied().max().unwrap_or_default();
+        let length = move |document: &Option<u32>| {
+            let own = document.and_then(|document| self.rope_lengths.get(document as usize));
+            own.copied().unwrap_or(longest)
+        };
+        (self.tokens()..).zip(self.padding_of.iter().map(length))
+    }
+
+    /// The same with the labels of a classifier of sequences: of the first `count` documents, class 0.
+    #[must_use]
+    pub(crate) fn with_classes(mut self, count: usize) -> Self {
+        self.labels.fill(IGNORE_INDEX);
+        let ends = self
+            .cu_seqlens
+            .windows(2)
+            .filter(|d| d[0] < d[1])
+            .take(count);
+        for document in ends {
+            self.labels[document[1] as usize - 1] = 0;
+        }
+        self
     }
 
     /// Documents whose first token has a label, which nothing before it predicts.

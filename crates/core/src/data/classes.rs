@@ -1,6 +1,7 @@
 //! Classes of documents, where those are learned instead of tokens.
 
 use super::batch::{Example, IGNORE_INDEX};
+use super::record::list;
 use crate::suggest;
 use serde_json::{Map, Value};
 
@@ -12,15 +13,13 @@ const COLUMNS: [&str; 2] = ["label", "labels"];
 pub struct Classes {
     /// Their names, by number (`id2label`).
     pub names: Vec<String>,
-    /// `pad_token_id`: behind the last token it is not read.
-    pub padding: Option<u32>,
 }
 
-/// The value of a row that is its class: a number or a name.
+/// The column of a row that holds its class; those of tokens are lists.
 pub(super) fn column(row: &Map<String, Value>) -> Option<&'static str> {
     let is_class = |name: &&&str| {
-        row.get(**name)
-            .is_some_and(|v| v.is_number() || v.is_string())
+        let value = row.get(**name);
+        value.is_some_and(|value| !value.is_null() && !value.is_array())
     };
     COLUMNS.iter().find(is_class).copied()
 }
@@ -37,30 +36,26 @@ impl Classes {
         };
         let number = match label {
             Value::String(name) => self.names.iter().position(|known| known == name),
-            other => other.as_u64().map(|number| number as usize),
-        };
-        match number.filter(|number| *number < self.names.len()) {
-            Some(number) => Ok(number as u32),
-            None => {
-                let names = self.names.iter().map(String::as_str);
-                let near = suggest::did_you_mean(label.as_str().unwrap_or_default(), names.clone());
-                let names: Vec<&str> = names.take(12).collect();
-                Err(format!(
-                    "`label` is {label}; expected 0 to {}, or a name of these: {}{near}",
-                    self.names.len() - 1,
-                    super::record::list(&names)
-                ))
+            other => {
+                let number = other.as_f64().filter(|number| number.fract() == 0.0);
+                (0..self.names.len()).find(|&class| number == Some(class as f64))
             }
-        }
+        };
+        number.map(|number| number as u32).ok_or_else(|| {
+            let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
+            let asked = label.as_str().unwrap_or_default();
+            let near = suggest::did_you_mean(asked, names.iter().copied());
+            format!(
+                "`label` is {label}; expected a number from 0 to {}, or a name of these: {}{near}",
+                names.len().saturating_sub(1),
+                list(&names)
+            )
+        })
     }
 
-    /// Makes `example` one of class `number`: the label of its last token is its class, and no other counts. One
-    /// token alone, on which no loss is taken, gets padding behind it, which is not read.
-    pub(super) fn mark(&self, example: &mut Example, number: u32) {
-        if let ([_], Some(padding)) = (&example.input_ids[..], self.padding) {
-            example.input_ids.push(padding);
-        }
-        example.labels = vec![IGNORE_INDEX; example.input_ids.len()];
+    /// Makes `example` one of class `number`: the label of its last token is its class, and no other counts.
+    pub(super) fn mark(example: &mut Example, number: u32) {
+        example.labels.fill(IGNORE_INDEX);
         if let Some(last) = example.labels.last_mut() {
             *last = number as i32;
         }
@@ -75,22 +70,27 @@ mod tests {
     fn classes() -> Classes {
         Classes {
             names: ["bad", "good", "so-so"].map(str::to_owned).into(),
-            padding: Some(0),
         }
     }
 
     #[test]
     fn a_class_is_a_number_or_a_name() {
-        for (label, number) in [(json!(0), 0), (json!(2), 2), (json!("good"), 1)] {
+        for (label, number) in [
+            (json!(0), 0),
+            (json!(2), 2),
+            (json!(1.0), 1),
+            (json!("good"), 1),
+        ] {
             assert_eq!(classes().number(Some(&label)), Ok(number));
         }
         for (label, part) in [
             (
                 json!(3),
-                "is 3; expected 0 to 2, or a name of these: `bad`, `good`, `so-so`",
+                "is 3; expected a number from 0 to 2, or a name of these: `bad`, `good`, `so-so`",
             ),
             (json!(-1), "is -1"),
             (json!(0.5), "is 0.5"),
+            (json!(true), "is true"),
             (json!("god"), "did you mean `good`"),
         ] {
             let error = classes().number(Some(&label)).expect_err("no class");
@@ -121,16 +121,7 @@ mod tests {
             input_ids: vec![4, 5, 6],
             labels: vec![4, 5, 6],
         };
-        classes().mark(&mut example, 2);
+        Classes::mark(&mut example, 2);
         assert_eq!(example.labels, [IGNORE_INDEX, IGNORE_INDEX, 2]);
-        let mut one = Example {
-            input_ids: vec![4],
-            labels: vec![4],
-        };
-        classes().mark(&mut one, 1);
-        assert_eq!(
-            (one.input_ids, one.labels),
-            (vec![4, 0], vec![IGNORE_INDEX, 1])
-        );
     }
 }

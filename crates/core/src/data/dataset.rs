@@ -236,7 +236,7 @@ impl<'a, 'f> Builder<'a, 'f> {
             match item {
                 Ok((row, prepared)) => {
                     if report.count(&row, &prepared, self.options.keep_unlabelled) {
-                        let pushed = self.collector.push(&prepared.example);
+                        let pushed = self.collector.push(&prepared.example, prepared.trained());
                         pushed.map_err(Error::write("the file of prepared rows"))?;
                     }
                 }
@@ -286,7 +286,13 @@ fn prepare(preparer: Option<&Preparer<'_>>, row: Result<Row>) -> Result<(Row, Pr
         .ok_or_else(|| Error::data(&row.path, row.line, "an earlier row could not be read"))?;
     let mut example = preparer.prepare(&row)?;
     let lost = preparer.truncate(&mut example);
-    Ok((row, Prepared { example, lost }))
+    let classified = preparer.classifies();
+    let prepared = Prepared {
+        example,
+        lost,
+        classified,
+    };
+    Ok((row, prepared))
 }
 
 /// The next rows, bounded in number and bytes, the bad ones too.

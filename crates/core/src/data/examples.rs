@@ -59,7 +59,7 @@ impl FromIterator<Example> for Examples {
     fn from_iter<I: IntoIterator<Item = Example>>(examples: I) -> Self {
         let mut collector = Collector::in_memory();
         for example in examples {
-            collector.hold(&example);
+            collector.hold(&example, example.trained_tokens());
         }
         collector.held()
     }
@@ -212,7 +212,7 @@ impl Examples {
         if !self.places.windows(2).all(follows) {
             let mut collector = Collector::in_memory();
             self.for_each(|_, example| {
-                collector.hold(example);
+                collector.hold(example, example.trained_tokens());
                 Ok(())
             })?;
             return collector.held().wrap(max_length);
@@ -280,8 +280,9 @@ impl<'f> Collector<'f> {
         }
     }
 
-    pub(super) fn push(&mut self, example: &Example) -> io::Result<()> {
-        self.hold(example);
+    /// Takes one of which so many labels are trained.
+    pub(super) fn push(&mut self, example: &Example, trained: usize) -> io::Result<()> {
+        self.hold(example, trained);
         let Some(file) = &mut self.to else {
             return Ok(());
         };
@@ -290,9 +291,8 @@ impl<'f> Collector<'f> {
         Ok(())
     }
 
-    fn hold(&mut self, example: &Example) {
-        self.sizes
-            .push([example.len() as u32, example.trained_tokens() as u32]);
+    fn hold(&mut self, example: &Example, trained: usize) {
+        self.sizes.push([example.len() as u32, trained as u32]);
         let pairs = example.input_ids.iter().zip(&example.labels);
         self.held
             .extend(pairs.map(|(id, label)| [*id, *label as u32]));

@@ -172,6 +172,11 @@ impl<'a> Preparer<'a> {
         })
     }
 
+    /// Whether classes are learned.
+    pub(super) fn classifies(&self) -> bool {
+        self.options.classes.is_some()
+    }
+
     /// Token ids and labels of a row, not truncated.
     ///
     /// # Errors
@@ -195,7 +200,7 @@ impl<'a> Preparer<'a> {
         if let Some(classes) = &self.options.classes {
             let number = classes.number(row.label.as_ref());
             let number = number.map_err(|message| Error::data(&row.path, row.line, message))?;
-            classes.mark(&mut example, number);
+            Classes::mark(&mut example, number);
         }
         Ok(example)
     }

@@ -76,6 +76,12 @@ pub(crate) fn by_row(ropes: &[RopeConfig], batch: &PackedBatch, device: &Device)
             let first = rows.start;
             angles.fill(rope, frequencies, &batch.position_ids[rows], first);
         }
+        for (row, length) in batch.computed_padding() {
+            let frequencies = by_length
+                .entry(length)
+                .or_insert_with(|| rope.inverse_frequencies(length));
+            angles.fill(rope, frequencies, &batch.position_ids[row..=row], row);
+        }
         angles.on(device)
     };
     ropes.iter().map(table).collect()

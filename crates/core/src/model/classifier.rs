@@ -13,6 +13,9 @@ const CLASS: &str = "ForSequenceClassification";
 /// Path of the head, in every architecture.
 pub(super) const HEAD: &str = "score";
 
+/// Architectures that Transformers has no such class of.
+const WITHOUT: [&str; 1] = ["granite"];
+
 /// What makes a decoder a classifier of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Classifier {
@@ -54,26 +57,37 @@ impl Classifier {
             );
             return Err(config.error("problem_type", message));
         }
-        if classes < 2 {
-            let key = if labels.is_some() {
-                "id2label"
-            } else {
-                "num_labels"
-            };
-            let message = format!(
-                "makes {classes} classes, and a head of one is trained by regression, which is not supported; \
-                 expected 2 or more"
-            );
-            return Err(config.error(key, message));
-        }
         Ok(Some(Self::over(config, classes)?))
     }
+
+    /// More classes than any head has: rows times their width can be counted.
+    pub const MOST_CLASSES: usize = 1 << 24;
 
     /// A head of `classes` over the model of `config`.
     ///
     /// # Errors
-    /// [`crate::Error::Model`] if its `pad_token_id` is no token id.
+    /// [`crate::Error::Model`] for fewer than 2 classes, which is regression, and for more than any head has; for a
+    /// `pad_token_id` that is no token id; for an architecture of which Transformers has no classifier.
     pub fn over(config: &HfConfig, classes: usize) -> Result<Self> {
+        if !(2..=Self::MOST_CLASSES).contains(&classes) {
+            let key = match config.get("id2label") {
+                Some(_) => "id2label",
+                None => "num_labels",
+            };
+            let message = format!(
+                "makes {classes} classes; expected 2 to {}. A head of one row is trained by regression, which is not \
+                 supported",
+                Self::MOST_CLASSES
+            );
+            return Err(config.error(key, message));
+        }
+        let name = config.text_or("model_type", "")?;
+        if WITHOUT.contains(&name) {
+            let message = format!(
+                "`{name}` has no classifier of sequences in Transformers, and so none here; take another model"
+            );
+            return Err(config.error("model_type", message));
+        }
         let padding = config.get("pad_token_id").map(|value| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
             let wrong = || config.error("pad_token_id", format!("is {value}; expected a token id"));

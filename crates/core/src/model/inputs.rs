@@ -194,7 +194,7 @@ impl<'a> Inputs<'a> {
     /// Bounds whose last one ends the rows that are computed.
     pub(crate) fn computed_rows(&self) -> &Indices<'_> {
         let padding = self.padding.as_ref();
-        padding.map_or(&self.cu_seqlens, |padding| &padding.counted)
+        padding.map_or(&self.cu_seqlens, |padding| &padding.computed)
     }
 
     /// Where updates do not act, and a row of zeros `[1, rank]`; none if they act everywhere.
@@ -266,6 +266,10 @@ fn angle_rows<'a>(
         let first = variant.unwrap_or(0) as u32 * positions_each;
         let document = bounds[0] as usize..bounds[1] as usize;
         rows[document].iter_mut().for_each(|row| *row += first);
+    }
+    for (row, length) in batch.computed_padding() {
+        let variant = ropes.iter().map(|rope| rope.variant(length)).max();
+        rows[row] += variant.unwrap_or(0) as u32 * positions_each;
     }
     Some(rows.into())
 }

@@ -1,8 +1,8 @@
-//! Padding that is computed as Transformers computes it.
+//! Padding that is computed as Transformers computes it, with PyTorch's own attention (`sdpa`).
 //!
-//! There a row of padding after a document is a query like any other: it sees the keys of the document, and not
-//! its own, which is masked. No output of a document depends on that, but for `LLM.int8()`, where a large value
-//! in any row keeps a column of all rows in floating point.
+//! There a row of padding is a query like any other: behind a document it sees the keys of that document that its
+//! window reaches, and not its own, which is masked; where it sees none, its attention is 0. No output of a document
+//! depends on that, but for `LLM.int8()`, where a large value in any row keeps a column of all rows in floating point.
 
 use crate::data::PackedBatch;
 use ferrotune_kernels::{Device, Indices, Result, View, ViewMut, attention};
@@ -11,9 +11,10 @@ use std::ops::Range;
 /// The rows of padding of a batch that has [`PackedBatch::padding_of`].
 #[derive(Debug)]
 pub(crate) struct Padding {
+    /// Those that see keys.
     rows: Vec<PaddingRow>,
     /// Bounds of all rows that are computed.
-    pub(crate) counted: Indices<'static>,
+    pub(crate) computed: Indices<'static>,
 }
 
 #[derive(Debug)]
@@ -26,28 +27,30 @@ struct PaddingRow {
 }
 
 impl Padding {
-    /// That of `batch`, if it is to be computed.
+    /// That of `batch`, if any of it is to be computed.
     pub(crate) fn of(batch: &PackedBatch, device: &Device) -> Option<Self> {
         if batch.padding_of.is_empty() {
             return None;
         }
         let first = batch.tokens();
-        let mut seen = vec![0; batch.sequences()];
-        let rows = batch.padding_of.iter().enumerate().map(|(i, &document)| {
-            let document = document as usize;
+        let mut before = vec![0; batch.sequences()];
+        let mut rows = Vec::new();
+        for (row, document) in (first..).zip(&batch.padding_of) {
+            let Some(document) = document.map(|document| document as usize) else {
+                continue;
+            };
             let bounds = &batch.cu_seqlens[document..document + 2];
-            let rows = bounds[0] as usize..bounds[1] as usize;
-            seen[document] += 1;
-            PaddingRow {
-                row: first + i,
-                place: rows.len() + seen[document] - 1,
-                document: rows,
-            }
-        });
-        let rows: Vec<PaddingRow> = rows.collect();
-        let end = (first + rows.len()) as u32;
-        let counted = Indices::new(vec![0, end], device);
-        Some(Self { rows, counted })
+            let keys = bounds[0] as usize..bounds[1] as usize;
+            rows.push(PaddingRow {
+                row,
+                place: keys.len() + before[document],
+                document: keys,
+            });
+            before[document] += 1;
+        }
+        let end = (first + batch.padding_of.len()) as u32;
+        let computed = Indices::new(vec![0, end], device);
+        Some(Self { rows, computed })
     }
 
     /// Attention of its rows: `q`, `k` and `v`, and what [`attention::forward`] writes of documents.

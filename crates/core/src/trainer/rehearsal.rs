@@ -24,7 +24,11 @@ impl Trainer {
         // Buffers of the longest do for the others.
         sizes.sort_by_key(|size| std::cmp::Reverse((size.tokens, size.label_rows)));
         for size in sizes {
-            self.add_gradient(&size.invented(), false)?;
+            let batch = match self.model.config().classifier {
+                Some(_) => size.invented().with_classes(size.label_rows),
+                None => size.invented(),
+            };
+            self.add_gradient(&batch, false)?;
         }
         self.share_algorithms()?;
         self.grads.zero();

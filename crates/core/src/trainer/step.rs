@@ -462,6 +462,18 @@ impl Trainer {
         Ok(())
     }
 
+    /// Fails if the GPU has: values that could not be read from it are NaN ([`FlatBuffer::as_slice`]), which nobody
+    /// should keep.
+    ///
+    /// # Errors
+    /// The first failure of the GPU.
+    pub fn check_device(&self) -> Result<()> {
+        match &self.options.device {
+            Device::Cpu => Ok(()),
+            Device::Cuda(device) => Ok(device.check()?),
+        }
+    }
+
     /// Compares the bits of the parameters with every peer's.
     ///
     /// # Errors

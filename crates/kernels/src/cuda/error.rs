@@ -68,8 +68,10 @@ pub(super) fn cublaslt(cublaslt: &CublasLt, op: &str, status: u32) -> Result<()>
             ErrorKind::Environment,
             "libcublasLt does not fit the driver; install the one of the driver's CUDA version",
         ),
+        // ALLOC_FAILED
+        3 => (ErrorKind::OutOfMemory, SMALLER),
         // EXECUTION_FAILED
-        13 => (ErrorKind::DeviceFault, ""),
+        13 => (ErrorKind::DeviceFault, DEVICE_FIX),
         _ => (ErrorKind::Internal, ""),
     };
     Err(Error::Cuda {
@@ -105,8 +107,6 @@ fn classify(status: u32) -> (ErrorKind, &'static str) {
         code::CUDA_ERROR_SYSTEM_NOT_READY,
         code::CUDA_ERROR_UNKNOWN,
     ];
-    const DEVICE_FIX: &str = "the GPU or this process's state on it is lost; `dmesg | grep Xid` \
-                              names the cause, and a restart resumes from the last checkpoint";
     const ENVIRONMENT: [(code, &str); 9] = [
         (
             code::CUDA_ERROR_NO_DEVICE,
@@ -134,10 +134,7 @@ fn classify(status: u32) -> (ErrorKind, &'static str) {
         (code::CUDA_ERROR_NOT_SUPPORTED, "update the NVIDIA driver"),
     ];
     if is_out_of_memory(status) {
-        return (
-            ErrorKind::OutOfMemory,
-            "a smaller micro-batch or a shorter max_length needs less",
-        );
+        return (ErrorKind::OutOfMemory, SMALLER);
     }
     // Contained faults are newer than the oldest headers that can be built against.
     const CONTAINED: u32 = 721;
@@ -151,6 +148,11 @@ fn classify(status: u32) -> (ErrorKind, &'static str) {
             (ErrorKind::Environment, fix)
         })
 }
+
+const SMALLER: &str = "a smaller micro-batch or a shorter max_length needs less";
+
+const DEVICE_FIX: &str = "the GPU or this process's state on it is lost; `dmesg | grep Xid` names the cause, and a \
+                          restart resumes from the last checkpoint";
 
 const OLD_DRIVER: &str = "the driver is too old for these kernels, or they are for another GPU: \
                           update the driver, or compile them with the libnvrtc of its CUDA version";

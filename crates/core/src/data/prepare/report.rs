@@ -11,6 +11,23 @@ pub(crate) struct Prepared {
     pub(crate) example: Example,
     /// Tokens that truncation took.
     pub(crate) lost: usize,
+    /// Whether its class is learned.
+    pub(crate) classified: bool,
+}
+
+impl Prepared {
+    /// Labels that count. A class is the label of the last token, which may be the first, that nothing predicts.
+    pub(crate) fn trained(&self) -> usize {
+        match self.class() {
+            Some(_) => 1,
+            None => self.example.trained_tokens(),
+        }
+    }
+
+    fn class(&self) -> Option<u32> {
+        let last = self.example.labels.last().filter(|_| self.classified);
+        last.and_then(|label| u32::try_from(*label).ok())
+    }
 }
 
 /// How many dropped rows a report names.
@@ -48,6 +65,8 @@ pub struct PrepareReport {
     pub unused_columns: BTreeMap<PathBuf, BTreeSet<String>>,
     /// The names in `dataset_columns` of which no row had a column.
     pub missing_columns: BTreeSet<String>,
+    /// Examples of each class by its number, where classes are learned.
+    pub classes: BTreeMap<u32, u64>,
 }
 
 impl PrepareReport {
@@ -70,11 +89,11 @@ impl PrepareReport {
 
     /// Counts a row that was prepared; whether it is kept, as one without labels is if `keep_unlabelled`.
     pub(crate) fn count(&mut self, row: &Row, prepared: &Prepared, keep_unlabelled: bool) -> bool {
-        let Prepared { example, lost } = prepared;
+        let Prepared { example, lost, .. } = prepared;
         self.rows += 1;
         self.truncated_rows += u64::from(*lost > 0);
         self.tokens_lost += *lost as u64;
-        let trained = example.trained_tokens();
+        let trained = prepared.trained();
         let is_labelled = example.labels.iter().any(|label| *label != IGNORE_INDEX);
         if !is_labelled && !keep_unlabelled {
             self.dropped_rows += 1;
@@ -82,6 +101,9 @@ impl PrepareReport {
                 self.dropped_lines.push((row.path.to_path_buf(), row.line));
             }
             return false;
+        }
+        if let Some(class) = prepared.class() {
+            *self.classes.entry(class).or_default() += 1;
         }
         self.untrained_rows += u64::from(trained == 0);
         self.add(example.len(), trained);

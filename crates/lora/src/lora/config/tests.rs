@@ -140,7 +140,11 @@ fn an_adapter_of_a_classifier_is_refused_for_a_language_model() {
         edit_config(copy.path(), "task_type", serde_json::json!(task));
         let error = crate::testing::load(copy.path()).expect_err("refused");
         let error = error.to_string();
-        for part in ["adapter_config.json", "`task_type`", task, "CAUSAL_LM"] {
+        let expected = match task {
+            "SEQ_CLS" => "language model",
+            _ => "CAUSAL_LM",
+        };
+        for part in ["adapter_config.json", "`task_type`", task, expected] {
             assert!(error.contains(part), "{error}");
         }
     }
