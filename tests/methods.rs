@@ -465,6 +465,10 @@ fn mistakes_in_a_configuration_are_named() {
             json!({"peft_type": "ADALORA", "init_r": 4}),
             "ranks are only cut",
         ),
+        (
+            json!({"peft_type": "OFT", "oft_block_size": 8, "coft": true, "eps": -0.01}),
+            "a number above 0",
+        ),
         (json!({"peft_type": "ADALORA", "beta2": 1.0}), "less than 1"),
         (
             json!({"peft_type": "ADALORA", "orth_reg_weight": -0.1}),

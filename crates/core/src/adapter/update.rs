@@ -118,6 +118,12 @@ pub trait CustomLinear: Debug + Send + Sync {
         true
     }
 
+    /// Columns of all that [`CustomLinear::forward`] returns, `[T, columns]` in the dtype of the outputs, which plans of
+    /// memory count; 0 if it returns nothing.
+    fn kept_columns(&self) -> usize {
+        0
+    }
+
     /// `y` `[T, out]` holds the base output on entry and the adapted output on return.
     ///
     /// Returns what backward needs; x `[T, in]` need not be in it. The same operands must give the

@@ -39,6 +39,11 @@ impl SumDropout {
         keys.insert("module_dropout".into(), json!(self.module));
     }
 
+    /// Whether anything is ever left out.
+    pub(super) fn is_on(&self) -> bool {
+        self.rows > 0.0 || self.module > 0.0
+    }
+
     /// `update`, which adds a D of `rows` rows to W, as `draws` leave it; `None` where nothing is ever left out.
     pub(super) fn drawn<'a>(
         &self,
@@ -46,7 +51,7 @@ impl SumDropout {
         rows: usize,
         draws: Draws<'_>,
     ) -> Result<Option<Box<dyn WeightUpdate + 'a>>> {
-        if self.rows == 0.0 && self.module == 0.0 {
+        if !self.is_on() {
             return Ok(None);
         }
         let mut factors = Tensor::temporary(&draws.device(), DType::F32, rows, 1);

@@ -140,29 +140,40 @@ impl Method for Ia3 {
 
     fn attach(&self, site: &Site, at: &Place<'_>) -> Result<Attachment> {
         let id = at.ids[0];
+        let outputs = Outputs {
+            factors: id,
+            out: site.out_features,
+        };
         Ok(match (self.scales_inputs(site)?, site.output_head) {
             (true, _) => Attachment::Weight(Box::new(Inputs(id))),
             // Whose outputs are never there as a whole.
-            (false, true) => Attachment::Weight(Box::new(Outputs(id))),
-            (false, false) => Attachment::Custom(Box::new(Outputs(id))),
+            (false, true) => Attachment::Weight(Box::new(outputs)),
+            (false, false) => Attachment::Custom(Box::new(outputs)),
         })
     }
 }
 
 /// A factor per output.
 #[derive(Debug)]
-struct Outputs(ParamId);
+struct Outputs {
+    factors: ParamId,
+    out: usize,
+}
 
 impl CustomLinear for Outputs {
     fn computes_on_host(&self) -> bool {
         false
     }
 
+    fn kept_columns(&self) -> usize {
+        self.out
+    }
+
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
         let [rows, cols] = y.shape();
         let mut base = Tensor::temporary(&device_of(y.as_view()), y.dtype(), rows, cols);
         base.view_mut().copy_from(y.as_view());
-        let l = param(params, self.0, [1, cols], y.as_view());
+        let l = param(params, self.factors, [1, cols], y.as_view());
         hadamard::scale(y, 0.0, l)?;
         Ok(vec![base])
     }
@@ -177,9 +188,9 @@ impl CustomLinear for Outputs {
         _: Option<ViewMut<'_>>,
     ) -> Result<()> {
         let shape = [1, dy.cols()];
-        let d_l = grad(grads, self.0, shape, dy.as_view());
+        let d_l = grad(grads, self.factors, shape, dy.as_view());
         hadamard::add_column_sums(d_l, 1.0, dy.as_view(), saved[0].view())?;
-        let l = param(params, self.0, shape, dy.as_view());
+        let l = param(params, self.factors, shape, dy.as_view());
         Ok(hadamard::scale(dy, 0.0, l)?)
     }
 
@@ -190,7 +201,7 @@ impl CustomLinear for Outputs {
         bias: Option<ViewMut<'_>>,
     ) -> Result<()> {
         if let Some(bias) = bias {
-            let l = param(params, self.0, [1, weight.rows()], bias.as_view());
+            let l = param(params, self.factors, [1, weight.rows()], bias.as_view());
             hadamard::scale(bias, 0.0, l)?;
         }
         self.apply(params, weight)
@@ -204,7 +215,7 @@ impl WeightUpdate for Outputs {
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let l = param(params, self.0, [weight.rows(), 1], weight.as_view());
+        let l = param(params, self.factors, [weight.rows(), 1], weight.as_view());
         Ok(hadamard::scale(weight, 0.0, l)?)
     }
 
@@ -215,7 +226,7 @@ impl WeightUpdate for Outputs {
         weight: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let d_l = grad(grads, self.0, [weight.rows(), 1], weight);
+        let d_l = grad(grads, self.factors, [weight.rows(), 1], weight);
         Ok(hadamard::add_row_sums(d_l, 1.0, weight, d_weight)?)
     }
 }

@@ -139,6 +139,11 @@ impl WeightUpdate for Update {
         )?)
     }
 
+    /// As many as there are by default, and D where rows of it are left out.
+    fn temporaries(&self) -> usize {
+        2 + usize::from(self.dropout.is_on())
+    }
+
     fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         self.dropout.drawn(self, self.shape[0], draws)
     }

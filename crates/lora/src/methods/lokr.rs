@@ -273,6 +273,11 @@ impl WeightUpdate for Update {
         Ok(kronecker::add(weight, self.scale, w1.view(), second(&w2))?)
     }
 
+    /// As many as there are by default, and D where rows of it are left out.
+    fn temporaries(&self) -> usize {
+        2 + usize::from(self.dropout.is_on())
+    }
+
     fn drawn(&self, draws: Draws<'_>) -> Result<Option<Box<dyn WeightUpdate + '_>>> {
         let rows = self.shape.out.iter().product();
         self.dropout.drawn(self, rows, draws)

@@ -84,6 +84,12 @@ impl Method for Oft {
             ));
         }
         let (coft, eps) = (keys.boolean("coft", false)?, keys.number("eps", 6e-5)?);
+        if coft && eps <= 0.0 {
+            let message = format!(
+                "is {eps}, and with `coft` blocks are held within it; expected a number above 0"
+            );
+            return Err(keys.error("eps", message));
+        }
         Ok(Self {
             rank,
             block_size,

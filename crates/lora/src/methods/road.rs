@@ -166,6 +166,10 @@ impl CustomLinear for Rotations {
         false
     }
 
+    fn kept_columns(&self) -> usize {
+        self.out
+    }
+
     fn forward(&self, params: &FlatBuffer, _: View<'_>, y: ViewMut<'_>) -> Result<Vec<Tensor>> {
         let [rows, cols] = y.shape();
         let mut base = Tensor::temporary(&device_of(y.as_view()), y.dtype(), rows, cols);

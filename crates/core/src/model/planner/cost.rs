@@ -72,7 +72,7 @@ fn linears_of_step(group: &GroupShape) -> f64 {
     let parts = group.parts.iter().map(|part| {
         let weight = (part.in_features * part.out_features) as f64;
         match part.method {
-            Method::Frozen | Method::TrainBias | Method::Changed { .. } | Method::Custom => {
+            Method::Frozen | Method::TrainBias | Method::Changed { .. } | Method::Custom { .. } => {
                 4.0 * weight
             }
             Method::TrainBase => 6.0 * weight,

@@ -7,6 +7,7 @@
 mod cost;
 mod host;
 mod pool;
+mod saved;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -303,7 +304,9 @@ impl StepShape {
                     .saturating_add(held.fixed)
                     .saturating_add(self.qk_norm_bytes()),
                 loss: self.loss_bytes(),
-                other: self.other_bytes(),
+                other: self
+                    .other_bytes()
+                    .saturating_add(held.own.saturating_mul(rows)),
             },
             extra_compute: again.sum::<f64>() / step.max(1.0),
             write_ahead: false,

@@ -69,7 +69,7 @@ impl PartShape {
     pub(super) fn changes_output(&self) -> bool {
         matches!(
             self.method,
-            Method::Custom | Method::LowRank { scaled: true, .. }
+            Method::Custom { .. } | Method::LowRank { scaled: true, .. }
         )
     }
 }
@@ -115,7 +115,11 @@ pub(super) enum Method {
     Changed {
         dropout: bool,
     },
-    Custom,
+    /// A forward of its own.
+    Custom {
+        /// Columns that it keeps.
+        kept: usize,
+    },
 }
 
 /// The layers of `config` with `attachments`, and what stands at the embedding, at the head and at the
@@ -226,7 +230,9 @@ fn method(attachment: &Attachment) -> Method {
         Attachment::Weight(update) => Method::Changed {
             dropout: update.dropout() > 0.0,
         },
-        Attachment::Custom(_) => Method::Custom,
+        Attachment::Custom(method) => Method::Custom {
+            kept: method.kept_columns(),
+        },
     }
 }
 

@@ -193,3 +193,23 @@ fn more_memory_costs_no_more() {
         with_less = Some(plans);
     }
 }
+
+/// Of a layer that is computed again, as long as it is.
+#[test]
+fn what_methods_keep_by_themselves_is_counted() {
+    let plain = step();
+    let mut own = step();
+    for layer in &mut own.layers {
+        layer.qkv.parts[0].method = Method::Custom { kept: 4096 };
+        layer.gate_up.parts[0].method = Method::Custom { kept: 14336 };
+    }
+    let other = |step: &StepShape, keep| step.predict(&[keep; LAYERS]).bytes.other;
+    for (keep, columns) in [
+        (Keep::All, LAYERS * (4096 + 14336)),
+        (Keep::DropGateUp, LAYERS * 4096 + 14336),
+        (Keep::Input, 4096 + 14336),
+    ] {
+        let more = other(&own, keep) - other(&plain, keep);
+        assert_eq!(more, (columns * 2 * TOKENS) as u64, "{keep:?}");
+    }
+}

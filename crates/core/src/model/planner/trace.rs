@@ -3,6 +3,7 @@
 
 use super::StepShape;
 use super::pool::{Pool, Slot, row_bytes};
+use super::saved::{Attention, Down, GateUp, NormedOutput, Parts, Saved};
 use super::shape::{GroupShape, LayerShape, Method, NormShape, PartShape};
 use crate::model::{Keep, QkNorm};
 use ferrotune_kernels::{DType, Workspace};
@@ -18,6 +19,8 @@ pub(super) struct Held {
     pub(super) host: Vec<u64>,
     /// All buffers that are as large whatever the rows.
     pub(super) fixed: u64,
+    /// What methods with a forward of their own keep, outside of the pool.
+    pub(super) own: u64,
 }
 
 /// Runs one micro-batch over counted buffers.
@@ -26,6 +29,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         shape,
         pool: Pool::default(),
         fixed: Pool::default(),
+        own: Pool::default(),
     };
     let act = shape.activations;
     let width = shape.hidden;
@@ -96,6 +100,7 @@ pub(super) fn run(shape: &StepShape, keep: &[Keep]) -> Held {
         all: trace.pool.held(),
         host,
         fixed: trace.fixed.held(),
+        own: trace.own.held(),
     }
 }
 
@@ -104,6 +109,8 @@ struct Trace<'a> {
     pool: Pool,
     /// Buffers that are as large whatever the rows, as if each were one row.
     fixed: Pool,
+    /// Of methods with a forward of their own.
+    own: Pool,
 }
 
 /// What goes from layer to layer: a stream, its norm and the norm's statistics.
@@ -120,60 +127,6 @@ impl Flow {
             .into_iter()
             .chain(self.y)
             .chain(self.statistics)
-    }
-}
-
-/// Slots of a layer's saved activations.
-struct Saved {
-    /// The input stream and its norm's statistics.
-    input: Vec<Slot>,
-    attention: Option<Attention>,
-    gate_up: Option<GateUp>,
-    down: Down,
-}
-
-struct Attention {
-    /// q/k/v, the attention output, log-sum-exp.
-    core: [Slot; 3],
-    qkv_parts: Parts,
-    o_parts: Parts,
-    output: NormedOutput,
-    /// The stream before the mlp and its norm's statistics.
-    middle: Vec<Slot>,
-}
-
-struct GateUp {
-    values: Slot,
-    parts: Parts,
-}
-
-struct Down {
-    parts: Parts,
-    output: NormedOutput,
-}
-
-/// What the parts of a group keep: low-rank intermediates with the outputs that DoRA scales, and of those
-/// the norms, which do not grow with the rows.
-#[derive(Default)]
-struct Parts {
-    rows: Vec<Slot>,
-    norms: Vec<Slot>,
-}
-
-/// A block's output before its norm and the norm's statistics; nothing where it has no norm.
-type NormedOutput = Vec<Slot>;
-
-impl Saved {
-    fn slots(&self) -> Vec<Slot> {
-        let attention = self.attention.iter().flat_map(|a| {
-            let parts = a.qkv_parts.rows.iter().chain(&a.o_parts.rows);
-            a.core.iter().chain(parts).chain(&a.output).chain(&a.middle)
-        });
-        let gate_up = self.gate_up.iter();
-        let gate_up = gate_up.flat_map(|g| g.parts.rows.iter().chain([&g.values]));
-        let down = self.down.parts.rows.iter().chain(&self.down.output);
-        let all = self.input.iter().chain(attention);
-        all.chain(gate_up).chain(down).copied().collect()
     }
 }
 
@@ -198,6 +151,7 @@ impl Trace<'_> {
             .norms
             .into_iter()
             .for_each(|slot| self.fixed.give(slot));
+        parts.own.into_iter().for_each(|slot| self.own.give(slot));
     }
 
     fn give_gate_up(&mut self, gate_up: GateUp) {
@@ -543,6 +497,13 @@ impl Trace<'_> {
             kept.norms.push(self.norms_of(shape, Some(cross), 0));
         }
         for part in &group.parts {
+            if let Method::Custom {
+                kept: columns @ 1..,
+            } = part.method
+            {
+                kept.own
+                    .push(self.own.take(self.shape.activations, columns));
+            }
             if let Method::LowRank {
                 rank,
                 dropout,
