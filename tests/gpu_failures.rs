@@ -118,8 +118,30 @@ fn what_fails_before_the_first_step_leaves_everything_as_it_is() {
     let failed = |after| failing(&bench, "out", ("sync", 214), [after]).len() == 1;
     assert!((1..MOST).any(|after| failed(after) && checkpoint.exists()));
     let before = contents(&bench.path("out"));
+    // A driver and a compiler, and no library of products.
+    let folder = bench.path("libraries");
+    std::fs::create_dir(&folder).expect("writable");
+    for library in ["libcuda.so.1", "libnvrtc.so.13"] {
+        std::fs::copy(host_cuda::libraries().join(library), folder.join(library)).expect("copied");
+    }
+    let alone = text(&folder);
     for (variable, value, code, words) in [
         (FAIL, "copy:5:719", 175, "CUDA_ERROR_LAUNCH_FAILED"),
+        // Another process has the memory that a plan has counted on.
+        (FAIL, "alloc:5:2:on", 71, "out of memory"),
+        (
+            FAIL,
+            "load:0:222:on",
+            78,
+            "the driver is too old for these kernels",
+        ),
+        (
+            "FERROTUNE_HOST_DRIVER",
+            "11080",
+            78,
+            "the driver offers CUDA 11.8, at least 12.0",
+        ),
+        ("FERROTUNE_CUDA_LIBRARIES", alone, 78, "libcublasLt"),
         (
             "FERROTUNE_HOST_CAPABILITY",
             "7.5",

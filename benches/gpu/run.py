@@ -24,7 +24,9 @@ from sampler import Sampler  # noqa: E402
 PEERS = HERE.parent / "peers"
 # What the exit code of a side means; anything else is a failure.
 NO_RESULT = {3: "not installed", 71: "out of memory", 124: "timed out"}
+# Seconds after which a model is given up, and what one takes as a rule.
 MADE_IN = 600
+MAKING = 200
 # What ferrotune says of a variable that this GPU cannot follow.
 OTHER_GPU = "which only compute capability"
 
@@ -43,7 +45,7 @@ def main():
     for cell in cells:
         if cell.name in ledger.results:
             continue
-        if not budget.allows(args.limit + (0 if case_folder(args, cell.workload).exists() else MADE_IN)):
+        if not budget.allows(args.limit + (0 if case_folder(args, cell.workload).exists() else MAKING)):
             left += 1
             continue
         print(f"{cell.name} ...", flush=True)

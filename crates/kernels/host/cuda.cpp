@@ -202,7 +202,7 @@ API int cuInit(unsigned) {
 }
 
 API int cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = static_cast<int>(number("FERROTUNE_HOST_DRIVER", 13000));
     return SUCCESS;
 }
 

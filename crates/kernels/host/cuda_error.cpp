@@ -58,24 +58,32 @@ bool is_sticky(int code) {
            (code >= 709 && code <= LAUNCH_FAILED) || code == UNKNOWN;
 }
 
-// "OPERATION:AFTER:CODE": that operation fails with CODE after AFTER successes. Operations: alloc,
-// copy, fill, launch, gemm, graph, load, sync.
+// "OPERATION:AFTER:CODE": that operation fails with CODE after AFTER successes, once, or, with ":on"
+// behind it, from then on. Operations: alloc, copy, fill, launch, gemm, graph, load, sync.
 struct Injection {
     std::string operation;
     long after = -1;
     int code = 0;
+    bool goes_on = false;
 
     bool parse(const char* text) {
-        char name[16];
-        const bool whole = sscanf(text, "%15[a-z]:%ld:%d", name, &after, &code) == 3;
+        char name[16], more[8] = "";
+        const int parts = sscanf(text, "%15[a-z]:%ld:%d:%7s", name, &after, &code, more);
+        goes_on = parts == 4;
+        const bool whole = parts == 3 || (goes_on && std::string(more) == "on");
         operation = whole ? name : "";
         return whole;
     }
     // The code if `name` fails now.
     int take(const char* name) {
-        if (after < 0 || operation != name || after-- > 0) {
+        if (after < 0 || operation != name) {
             return SUCCESS;
         }
+        if (after > 0) {
+            after--;
+            return SUCCESS;
+        }
+        after = goes_on ? 0 : -1;
         return code;
     }
 };
@@ -98,7 +106,7 @@ void report(const std::string& text) {
 void read_injection() {
     const char* text = getenv("FERROTUNE_HOST_FAIL");
     if (text != nullptr && !everywhere.parse(text)) {
-        report("FERROTUNE_HOST_FAIL is OPERATION:AFTER:CODE");
+        report("FERROTUNE_HOST_FAIL is OPERATION:AFTER:CODE, or that and :on");
     }
 }
 
