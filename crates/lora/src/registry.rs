@@ -267,7 +267,7 @@ pub fn classes_of(directory: &Path) -> Result<Option<usize>> {
     let Some(&classes) = head.and_then(|meta| meta.shape.first()) else {
         return Ok(None);
     };
-    if !(2..=Classifier::MOST_CLASSES).contains(&classes) {
+    if !Classifier::CLASSES.contains(&classes) {
         let message = format!(
             "`{}` has {classes} rows; expected 2 or more. A head of one row is trained by regression, which is not \
              supported",

@@ -144,11 +144,11 @@ impl TrainConfig {
             format!("{value} is not supported; expected \"CAUSAL_LM\" or \"SEQ_CLS\"")
         })?;
         let classes = self.model.num_labels;
-        let range = 2..=Classifier::MOST_CLASSES;
+        let range = Classifier::CLASSES;
         self.require(classes.is_none_or(|n| range.contains(&n)), "num_labels", |value| {
             format!(
                 "got {value}, expected 2 to {}; one output is regression, which is not supported",
-                Classifier::MOST_CLASSES
+                range.end()
             )
         })?;
         if !lora.classifies() {

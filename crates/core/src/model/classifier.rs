@@ -7,11 +7,14 @@ use super::hf_config::HfConfig;
 use crate::Result;
 use crate::data::{IGNORE_INDEX, PackedBatch};
 use serde_json::Value;
+use std::ops::RangeInclusive;
 
 /// End of the names of the classes of such models.
 const CLASS: &str = "ForSequenceClassification";
 /// Path of the head, in every architecture.
 pub(super) const HEAD: &str = "score";
+/// Its tensor.
+pub(super) const HEAD_WEIGHT: &str = "score.weight";
 
 /// Architectures that Transformers has no such class of.
 const WITHOUT: [&str; 1] = ["granite"];
@@ -37,6 +40,9 @@ pub(super) fn is_classifier(config: &HfConfig) -> bool {
 }
 
 impl Classifier {
+    /// How many classes there can be: a head of one row is trained by regression, and none has more rows than that.
+    pub const CLASSES: RangeInclusive<usize> = 2..=1 << 24;
+
     /// That of a config, if its class is one.
     ///
     /// # Errors
@@ -60,16 +66,13 @@ impl Classifier {
         Ok(Some(Self::over(config, classes)?))
     }
 
-    /// More classes than any head has: rows times their width can be counted.
-    pub const MOST_CLASSES: usize = 1 << 24;
-
     /// A head of `classes` over the model of `config`.
     ///
     /// # Errors
     /// [`crate::Error::Model`] for fewer than 2 classes, which is regression, and for more than any head has; for a
     /// `pad_token_id` that is no token id; for an architecture of which Transformers has no classifier.
     pub fn over(config: &HfConfig, classes: usize) -> Result<Self> {
-        if !(2..=Self::MOST_CLASSES).contains(&classes) {
+        if !Self::CLASSES.contains(&classes) {
             let key = match config.get("id2label") {
                 Some(_) => "id2label",
                 None => "num_labels",
@@ -77,7 +80,7 @@ impl Classifier {
             let message = format!(
                 "makes {classes} classes; expected 2 to {}. A head of one row is trained by regression, which is not \
                  supported",
-                Self::MOST_CLASSES
+                Self::CLASSES.end()
             );
             return Err(config.error(key, message));
         }

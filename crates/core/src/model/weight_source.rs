@@ -1,5 +1,6 @@
 //! Where base weights come from, and which tensors a model wants of there.
 
+use super::classifier::HEAD_WEIGHT;
 use super::config::DecoderConfig;
 use super::plan::ModelPlan;
 use crate::adapter::SiteKind;
@@ -91,10 +92,8 @@ impl NewHead<'_> {
     /// Whether `files` lack the head of a classifier.
     #[must_use]
     pub fn is_needed(config: &DecoderConfig, files: &ModelFiles) -> bool {
-        config.classifier.is_some() && files.meta(Self::TENSOR).is_none()
+        config.classifier.is_some() && files.meta(HEAD_WEIGHT).is_none()
     }
-
-    const TENSOR: &'static str = "score.weight";
 }
 
 impl WeightSource for NewHead<'_> {
@@ -107,7 +106,7 @@ impl WeightSource for NewHead<'_> {
 
     fn read(&self, name: &str, to: ViewMut<'_>) -> Result<()> {
         match name {
-            Self::TENSOR => self.head.read(name, to),
+            HEAD_WEIGHT => self.head.read(name, to),
             _ => self.rest.read(name, to),
         }
     }
@@ -122,7 +121,7 @@ impl WeightSource for NewHead<'_> {
 
     fn read_quantised(&self, name: &str) -> Result<Option<Quantised>> {
         match name {
-            Self::TENSOR => Ok(None),
+            HEAD_WEIGHT => Ok(None),
             _ => self.rest.read_quantised(name),
         }
     }
