@@ -2,7 +2,7 @@
 # sanitize.sh [FILTER]: the tests of the kernels on the host stand-in, kernels and stand-in built under the
 # address and undefined-behaviour sanitizers. FILTER picks tests by a part of their name; default: all that
 # name cuda. What passes reads and writes nothing outside of its buffers on the shapes of the tests.
-# Minutes when its kernels are not in the cache beside the test programs yet, so no stage of .ci/run.
+# Minutes; more when its kernels are not in the cache beside the test programs yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

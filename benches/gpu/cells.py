@@ -40,13 +40,31 @@ WORKLOADS = [
 TRIALS = ("tiny", "tiny-mixed")
 
 OURS = "ferrotune"
-# The same with variables set, beside the first while these are not the default.
-OURS_WITH = {"ferrotune_wgmma": {"FERROTUNE_ATTENTION": "wgmma"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class With:
+    """ferrotune with variables set, or other options of `ferrotune bench`."""
+
+    label: str
+    options: tuple = ()
+    variables: dict = dataclasses.field(default_factory=dict)
+
+
+# Beside the first: what is not the default, and may become it.
+OURS_WITH = {
+    "ferrotune_wgmma": With("attention by wgmma", variables={"FERROTUNE_ATTENTION": "wgmma"}),
+    "ferrotune_issued": With("no recorded steps", ("--no-cuda-graph",)),
+    "ferrotune_measured": With("products by measured algorithms", ("--gemm-tuning", "measure")),
+    "ferrotune_drop_gate_up": With("gate and up computed again", ("--keep", "drop-gate-up")),
+    "ferrotune_recomputing": With("layers computed again", ("--keep", "input")),
+    "ferrotune_offloading": With("activations in host memory", ("--activation-offloading",)),
+}
 ROOFLINE = "roofline"
 # Label of every side in the tables; peers are variants of ../peers/peft_step.py.
 SIDES = {
     OURS: "ferrotune",
-    "ferrotune_wgmma": "ferrotune, attention by wgmma",
+    **{side: f"ferrotune, {other.label}" for side, other in OURS_WITH.items()},
     "bf16_adapters": "peft, adapters in bf16, no checkpointing",
     "compiled": "the same under torch.compile",
     ROOFLINE: "bare products and SDPA in a CUDA graph",
@@ -56,8 +74,10 @@ SIDES = {
     "unsloth": "Unsloth, its defaults",
     "unsloth_style": "a substitute in Unsloth's style; says nothing of Unsloth",
 }
-FIRST = (OURS, *OURS_WITH, "bf16_adapters", "compiled", ROOFLINE)
+FIRST = (OURS, "ferrotune_wgmma", "bf16_adapters", "compiled", ROOFLINE)
 THEN = ("eager", "trl_defaults", "liger", "unsloth", "unsloth_style")
+# Those without which no table is made; the rest where they are asked for.
+DEFAULT_SIDES = FIRST + THEN
 FIRST_WORKLOADS = 3
 
 # (workload, side): tokens/s of ferrotune over those of the side, at least.
@@ -83,6 +103,8 @@ MEMORY_GOALS = {
     ("8B-8k", "liger"): 0.7,
     ("1B-4k", "eager"): 0.6,
 }
+# (workload, another): ms/step of ferrotune on the one over those on the other, at most.
+STEP_GOALS = {("8B-16k-nf4", "8B-16k"): 1.04, ("8B-4k-nf4", "8B-4k"): 1.04}
 # Model FLOP/s of ferrotune over the rate of a large product in the same process, at least.
 PEAK_GOALS = {"1B-16k": 0.6, "8B-16k": 0.75}
 
@@ -111,9 +133,10 @@ def find(names):
 
 def ordered(workloads, sides, repeats):
     """Cells in order of worth; the sides of a group take turns."""
-    groups = [(w, FIRST) for w in workloads[:FIRST_WORKLOADS]]
+    more = tuple(side for side in SIDES if side not in DEFAULT_SIDES)
+    groups = [(w, FIRST + more) for w in workloads[:FIRST_WORKLOADS]]
     groups += [(w, (OURS, *THEN)) for w in workloads[:FIRST_WORKLOADS]]
-    groups += [(w, FIRST + THEN) for w in workloads[FIRST_WORKLOADS:]]
+    groups += [(w, FIRST + more + THEN) for w in workloads[FIRST_WORKLOADS:]]
     cells = {}
     for workload, group in groups:
         for repeat in range(repeats):

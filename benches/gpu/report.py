@@ -120,6 +120,11 @@ def table(head, sides):
             goal = plan.PEAK_GOALS.get(workload)
             text = f"{workload}: {100 * ours['share_of_gemm_peak']:.1f} % of the rate of a large product"
             lines.append(f"- {text}{f' (goal {100 * goal:.0f} %)' if goal else ''}")
+    for (workload, other), goal in plan.STEP_GOALS.items():
+        steps = [sides.get(name, {}).get(plan.OURS, {}).get("ms_per_step") for name in (workload, other)]
+        if all(steps):
+            value = steps[0]["median"] / steps[1]["median"]
+            lines.append(f"- {workload}: {value:.3f} of a step of {other} (goal at most {goal:.2f})")
     return "\n".join(lines) + "\n"
 
 

@@ -67,7 +67,8 @@ def arguments():
     parser.add_argument("--dry-run", action="store_true", help="list the cells in order, and stop")
     parser.add_argument("--budget", type=float, help="begin no cell that may end after this many seconds")
     parser.add_argument("--limit", type=float, default=280, help="seconds of one cell")
-    parser.add_argument("--sides", default=",".join(plan.SIDES), help="of " + ", ".join(plan.SIDES))
+    sides, usual = ", ".join(plan.SIDES), ",".join(plan.DEFAULT_SIDES)
+    parser.add_argument("--sides", default=usual, help=f"of {sides} [default: those of the goals]")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each side")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
@@ -77,7 +78,7 @@ def arguments():
     )
     parser.add_argument("--state", type=pathlib.Path, help="kept results [default: WORK/cells.json]")
     parser.add_argument("--out", type=pathlib.Path, help="JSON and table go here [default: $OUT, else benches/results]")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.work = args.work or pathlib.Path(tempfile.gettempdir()) / "ferrotune-bench"
     args.out = args.out or pathlib.Path(os.environ.get("OUT") or record.ROOT / "benches" / "results")
     args.sides = args.sides.split(",")
@@ -108,7 +109,8 @@ def run(args, cell):
         case = make_case(args, cell.workload, log)
     except RuntimeError as error:
         return {"status": f"failed: {error}"}
-    environment = record.with_cuda_libraries(os.environ) | plan.OURS_WITH.get(cell.side, {})
+    variant = plan.OURS_WITH.get(cell.side)
+    environment = record.with_cuda_libraries(os.environ) | (variant.variables if variant else {})
     with Sampler() as sampler:
         code, output, seconds = run_limited(command(args, cell, case), args.limit, log, env=environment)
     if code != 0 and cell.side in plan.OURS_WITH and OTHER_GPU in log.read_text(errors="replace"):
@@ -136,7 +138,8 @@ def command(args, cell, case):
     files = ["--model", model_folder(args, w), "--adapter", case / "adapter", "--rows", case / "rows.jsonl"]
     common = [*files, "--batch", w.batch, *steps]
     if is_ours(cell):
-        return [args.binary, "bench", "--json", *common, *w.options]
+        variant = plan.OURS_WITH.get(cell.side, plan.With(""))
+        return [args.binary, "bench", "--json", *common, *w.options, *variant.options]
     return [sys.executable, PEERS / "peft_step.py", *common, "--variant", cell.side]
 
 

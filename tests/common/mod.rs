@@ -430,9 +430,18 @@ impl Finished {
     }
 }
 
-/// The binary under test, with a clean environment for logs and threads.
+/// The folder with `tests/fixtures`. Cargo sets the variable for a program that it starts, and `tests/gpu/run.sh`
+/// for one that was carried.
+pub(crate) fn root() -> PathBuf {
+    let carried = std::env::var_os("CARGO_MANIFEST_DIR");
+    carried.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
+/// The binary under test, with a clean environment for logs and threads. Its variable is as that of [`root`].
 pub(crate) fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotune"));
+    let carried = std::env::var_os("CARGO_BIN_EXE_ferrotune");
+    let mut command =
+        Command::new(carried.unwrap_or_else(|| env!("CARGO_BIN_EXE_ferrotune").into()));
     command
         .args(arguments)
         // No test asks a server that it did not start.

@@ -36,17 +36,19 @@ for line in sys.stdin:
 print(found or sys.exit("pack.sh: cargo built no " + " ".join(sys.argv[1:])))' "$@"
 }
 
-# In one call, so that dependencies are built once: the library tests, and a test that needs the binary.
-messages=$(cargo test --locked --no-run --workspace --lib --test demo --profile "$profile" --message-format=json-render-diagnostics)
+# In one call, so that dependencies are built once: the tests of the kernels, and of the engine, which need the binary.
+messages=$(cargo test --locked --no-run --workspace --lib --test on_gpu --profile "$profile" --message-format=json-render-diagnostics)
 binary=$(executable bin ferrotune <<<"$messages")
-tests=$(executable test ferrotune_kernels <<<"$messages")
+kernel_tests=$(executable test ferrotune_kernels <<<"$messages")
+engine_tests=$(executable test on_gpu <<<"$messages")
 
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib" "$out/tests/fixtures" "$out/examples" "$out/benches/results"
 strip -o "$out/bin/ferrotune" "$binary"
-strip -o "$out/bin/kernel-tests" "$tests"
+strip -o "$out/bin/kernel-tests" "$kernel_tests"
+strip -o "$out/bin/engine-tests" "$engine_tests"
 cc -shared -fPIC -O1 -o "$out/lib/libhide.so" tests/gpu/hide_library.c
-cp -r tests/fixtures/golden "$out/tests/fixtures/golden"
+cp -r tests/fixtures/{golden,method_dropout,quantised} "$out/tests/fixtures/"
 cp -r examples/demo "$out/examples/demo"
 cp -r tests/gpu "$out/tests/gpu"
 cp -r benches/gpu benches/peers "$out/benches/"

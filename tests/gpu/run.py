@@ -59,7 +59,7 @@ def arguments():
     parser.add_argument("--work", type=pathlib.Path, help="runs, logs, kept results [default: in the temporary folder]")
     parser.add_argument("--state", type=pathlib.Path, help="kept results [default: WORK/results.json]")
     parser.add_argument("--out", type=pathlib.Path, help="JSON, table and log go here [default: $OUT, else WORK]")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.work = (args.work or pathlib.Path(tempfile.gettempdir()) / "ferrotune-gpu").absolute()
     args.out = args.out or pathlib.Path(os.environ.get("OUT") or args.work)
     args.pack = args.pack.absolute()

@@ -7,26 +7,22 @@ mod measure;
 mod report;
 mod rows;
 mod shapes;
+mod trainer;
 
-use super::quantise::QuantiseArgs;
 use super::{Failure, Outcome, print, print_line};
-use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::Device as Choice;
-use ferrotune::core::io::ModelFiles;
-use ferrotune::core::model::{DecoderConfig, RandomWeights, WeightFormat, WeightSource};
-use ferrotune::core::process_group::{ProcessGroup, Solo};
-use ferrotune::core::trainer::{Trainer, TrainerOptions};
+use ferrotune::core::model::DecoderConfig;
+use ferrotune::core::process_group::Solo;
+use ferrotune::core::trainer::Trainer;
 use ferrotune::core::{ExitCode, Result};
-use ferrotune::hub;
-use ferrotune::kernels::cuda::GemmTuning;
 use ferrotune::kernels::{DType, Device};
-use ferrotune::lora::{LoraAdapter, LoraConfig, TargetModules};
 use flops::flops_per_token;
 use measure::{Measured, Plan, measure};
 use report::{Percentiles, Report};
 use rows::Steps;
 use shapes::Shape;
 use std::path::PathBuf;
+use trainer::{TrainerArgs, trainer};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -48,9 +44,6 @@ pub(super) struct Args {
     /// Bytes of the buffer of `--collective`
     #[arg(long, default_value_t = 4_000_000)]
     bytes: usize,
-    /// Start from this adapter (a directory or a name on the hub), which also says what is trained
-    #[arg(long)]
-    adapter: Option<String>,
     /// JSON Lines of `{"input_ids": [...]}` instead of random tokens, every token trained
     #[arg(long)]
     rows: Option<PathBuf>,
@@ -66,26 +59,14 @@ pub(super) struct Args {
     /// Tokens of a random row [default: as is usual for the shape, else 256]
     #[arg(long)]
     seq: Option<usize>,
-    /// LoRA rank on every linear of the layers, alpha twice that
-    #[arg(long, default_value_t = 16)]
-    rank: usize,
-    /// Train magnitudes too
-    #[arg(long, conflicts_with = "adapter")]
-    use_dora: bool,
-    /// Element type of weights and activations
-    #[arg(long, value_enum, default_value_t = Dtype::Float32)]
-    dtype: Dtype,
     #[command(flatten)]
-    quantise: QuantiseArgs,
+    trainer: TrainerArgs,
     /// Where to train: auto, cpu or cuda
     #[arg(long, default_value = "cpu")]
     device: Choice,
     /// After the timed steps, time each kernel of a few more (GPU only; no step is then recorded as a graph)
     #[arg(long)]
     profile: bool,
-    /// How the algorithm of a product is chosen on a GPU
-    #[arg(long, value_enum, default_value_t = Tuning::Heuristic)]
-    gemm_tuning: Tuning,
     /// Learning rate, constant
     #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
@@ -101,31 +82,6 @@ pub(super) struct Args {
     /// Print the `config.json` of the shape, and stop
     #[arg(long, requires = "shape")]
     config: bool,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Dtype {
-    /// 32-bit floats
-    Float32,
-    /// Brain floats
-    Bfloat16,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Tuning {
-    /// As cublasLt expects
-    Heuristic,
-    /// The fastest of a few, timed
-    Measure,
-}
-
-impl Dtype {
-    fn kernel(self) -> DType {
-        match self {
-            Self::Float32 => DType::F32,
-            Self::Bfloat16 => DType::Bf16,
-        }
-    }
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
@@ -202,62 +158,6 @@ fn steps(args: &Args, shape: Option<&Shape>, decoder: &DecoderConfig) -> Result<
     Ok(Steps::random(args.seed, batch, seq, decoder.vocab_size))
 }
 
-fn trainer(
-    args: &Args,
-    device: &Device,
-    decoder: &DecoderConfig,
-    max_tokens: usize,
-    group: Box<dyn ProcessGroup>,
-) -> Result<Trainer> {
-    let files = args.model.as_deref().map(ModelFiles::open).transpose()?;
-    let random = RandomWeights { seed: args.seed };
-    let source: &dyn WeightSource = match &files {
-        Some(files) => files,
-        None => &random,
-    };
-    let options = TrainerOptions {
-        device: device.clone(),
-        seed: args.seed,
-        weights: WeightFormat {
-            dtype: args.dtype.kernel(),
-            quantise: args.quantise.quantise(),
-        },
-        activation_dtype: args.dtype.kernel(),
-        max_tokens,
-        // One after the other, so that each has its own time.
-        write_ahead: !args.profile,
-        cuda_graph: !args.profile,
-        gemm_tuning: match args.gemm_tuning {
-            Tuning::Heuristic => GemmTuning::Heuristic,
-            Tuning::Measure => GemmTuning::Measure,
-        },
-        ..TrainerOptions::default()
-    };
-    let method = adapter(args, decoder)?;
-    let mut trainer = Trainer::new(decoder, source, method, group, options)?;
-    if let Some(name) = &args.adapter {
-        let directory = hub::adapter(name, "adapter")?;
-        adapter(args, decoder)?.load(trainer.params_mut(), &directory)?;
-    }
-    Ok(trainer)
-}
-
-/// The adapter of `--adapter`, else LoRA on every linear of the layers.
-fn adapter(args: &Args, decoder: &DecoderConfig) -> Result<Box<dyn Adapter>> {
-    if let Some(name) = &args.adapter {
-        let directory = &hub::adapter(name, "adapter")?;
-        return ferrotune::lora::load(directory, decoder);
-    }
-    let config = LoraConfig {
-        rank: args.rank,
-        alpha: 2.0 * args.rank as f64,
-        use_dora: args.use_dora,
-        target_modules: Some(TargetModules::AllLinear),
-        ..LoraConfig::default()
-    };
-    Ok(Box::new(LoraAdapter::new(config, &decoder.model_type)?))
-}
-
 /// What is known before the first step.
 struct Start {
     device: Device,
@@ -271,7 +171,7 @@ struct Start {
 fn peak(args: &Args, device: &Device) -> Result<machine::Peak> {
     match device {
         Device::Cpu => machine::gemm_peak(device, DType::F32),
-        Device::Cuda(_) => machine::gemm_peak(device, args.dtype.kernel()),
+        Device::Cuda(_) => machine::gemm_peak(device, args.trainer.dtype()),
     }
 }
 
@@ -299,7 +199,7 @@ fn report(
         model: model_name(args),
         method: trainer.adapter().describe(),
         dtype: trainer.model().weight_dtype().to_string(),
-        quantised: args.quantise.quantise().map(|q| q.format.name()),
+        quantised: args.trainer.quantise().map(|q| q.format.name()),
         device: start.device.to_string(),
         threads: rayon::current_num_threads(),
         parameters: decoder.parameters(),

@@ -51,6 +51,7 @@ pub use hf_config::HfConfig;
 pub use inputs::{InputShape, Inputs};
 pub use keep::Keep;
 pub use modules::ModuleNames;
+pub use offload::offloadable;
 pub use plan::{LayerPlan, ModelPlan};
 pub use planner::{ActivationPlan, StepBytes, StepMemory, StepShape, Workload};
 pub use rope::{RopeConfig, RopeScaling};

@@ -14,7 +14,13 @@ use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Last layers whose activations stay: as many are on the GPU at a time in any case, one at work and one on its way.
-pub(crate) const STAYING: usize = 2;
+const STAYING: usize = 2;
+
+/// Of how many of `layers` the activations may lie in host memory: all but the last two.
+#[must_use]
+pub fn offloadable(layers: usize) -> usize {
+    layers.saturating_sub(STAYING)
+}
 
 /// What a model has for it.
 #[derive(Debug)]

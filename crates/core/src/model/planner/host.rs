@@ -39,7 +39,7 @@ impl StepShape {
             return staying;
         }
         let first = self.first_reached();
-        let most = self.layers.len().saturating_sub(offload::STAYING);
+        let most = offload::offloadable(self.layers.len());
         let moved = most.saturating_sub(first);
         let numbers: BTreeSet<usize> = (1..=TRIED).map(|n| first + moved * n / TRIED).collect();
         let moved = numbers.into_iter().filter(|&layers| layers > first);

@@ -223,7 +223,7 @@ impl StepShape {
     /// The same with what layers keep in host memory, of all but the last few; on a CPU as it is.
     #[must_use]
     pub fn with_offloading(self) -> Self {
-        let layers = self.layers.len().saturating_sub(offload::STAYING);
+        let layers = offload::offloadable(self.layers.len());
         self.with_offloaded(layers)
     }
 

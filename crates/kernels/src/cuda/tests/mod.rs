@@ -1,5 +1,6 @@
 //! Tests of the device through the driver's interface: on the stand-in, or on a GPU.
 
+mod bandwidth;
 mod device;
 mod gemm;
 mod graph;

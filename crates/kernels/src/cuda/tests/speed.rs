@@ -13,12 +13,12 @@ use std::sync::Arc;
 const RUNS: usize = 10;
 
 /// Whether this is a GPU; what stands in for one gets small shapes.
-fn on_gpu() -> bool {
+pub(super) fn on_gpu() -> bool {
     std::env::var("FERROTUNE_TEST_DEVICE").as_deref() == Ok("cuda")
 }
 
 /// Values in -1..1 without a pattern that matters.
-fn matrix(device: &Device, dtype: DType, rows: usize, cols: usize) -> Tensor {
+pub(super) fn matrix(device: &Device, dtype: DType, rows: usize, cols: usize) -> Tensor {
     let value = |i: usize| (i as u32).wrapping_mul(2_654_435_761) as i32 as f32 / 2_f32.powi(31);
     let values = (0..rows * cols).map(value).collect();
     let host = Tensor::from_f32(values, rows, cols).to_dtype(dtype);
@@ -26,7 +26,7 @@ fn matrix(device: &Device, dtype: DType, rows: usize, cols: usize) -> Tensor {
 }
 
 /// Times of the launches of `run`, which runs once before.
-fn times(device: &Arc<CudaDevice>, mut run: impl FnMut()) -> Vec<LaunchTime> {
+pub(super) fn times(device: &Arc<CudaDevice>, mut run: impl FnMut()) -> Vec<LaunchTime> {
     run();
     device.start_profile().expect("works");
     for _ in 0..RUNS {

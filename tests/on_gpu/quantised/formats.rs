@@ -6,9 +6,7 @@ const CASES: [&str; 5] = ["gptq4", "gptq8", "awq4", "fp8_block", "fp8_channel"];
 const MODULE: &str = "model.layers.0.mlp.down_proj";
 
 fn case(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/quantised")
-        .join(name)
+    common::root().join("tests/fixtures/quantised").join(name)
 }
 
 /// Values of the linears by name, which another program multiplied out.
@@ -178,8 +176,7 @@ fn eight_bit_floats_made_as_they_are_read_are_planned_and_evaluated() {
 
 #[test]
 fn a_configuration_of_codes_over_files_of_values_is_refused() {
-    let base =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/adapters/_bases/llama");
+    let base = common::root().join("tests/fixtures/golden/adapters/_bases/llama");
     for settings in [
         json!({"quant_method": "gptq", "bits": 4}),
         json!({"load_in_4bit": true}),

@@ -1,10 +1,8 @@
 //! What a step on a GPU costs besides its kernels: nothing is allocated, the host waits once, and a
 //! micro-step that is replayed from a graph has the bits of one that is issued.
 
-mod common;
-
-use common::output_scaling::OutputScaling;
-use common::{Shape, Stored, examples, write_model};
+use crate::common::output_scaling::OutputScaling;
+use crate::common::{Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::{KeyValue, Optim, OptimizerArguments};
 use ferrotune::core::data::{BatchSize, Example, PackedBatch};

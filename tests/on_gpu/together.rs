@@ -1,8 +1,6 @@
 //! Several adapters over one base in one run: each is what it would be alone.
 
-mod common;
-
-use common::{Shape, Stored, examples, write_model};
+use crate::common::{Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::io::ModelFiles;

@@ -1,8 +1,6 @@
 //! Prompts before documents: what they are equal to, their gradients, files, generation.
 
-mod common;
-
-use common::{Family, Stored, assert_close, examples, write_model};
+use crate::common::{Family, Stored, assert_close, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::io::ModelFiles;

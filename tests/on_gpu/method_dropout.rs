@@ -1,7 +1,6 @@
 //! Dropout of the methods beside LoRA: in training what PEFT's modules make of the same masks, elsewhere nothing.
 
-mod common;
-
+use crate::common;
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::io::{ModelFiles, SafetensorsFile};
@@ -13,7 +12,7 @@ use ferrotune::kernels::linear_cross_entropy::Accumulator;
 use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
 use ferrotune::lora::{PeftConfig, load};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const CASES: [&str; 17] = [
     "adalora",
@@ -41,7 +40,7 @@ const LOSS: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    common::root().join("tests/fixtures")
 }
 
 fn base() -> PathBuf {

@@ -1,8 +1,7 @@
 //! Activations in host memory between forward and backward: the same bits, in whatever order streams run.
 
-mod common;
-
-use common::{Shape, Stored, examples, write_model};
+use crate::common;
+use crate::common::{Shape, Stored, examples, write_model};
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::io::ModelFiles;
 use ferrotune::core::model::{DecoderConfig, Keep, WeightFormat};
@@ -19,7 +18,7 @@ use std::process::Command;
 const SEED: u64 = 7;
 const LAYERS: usize = 5;
 /// A name of this file, by which another process runs it.
-const SAME_BITS: &str = "offloaded_activations_give_the_same_bits";
+const SAME_BITS: &str = "offload::offloaded_activations_give_the_same_bits";
 
 /// What differs from case to case.
 #[derive(Clone, Debug)]

@@ -1,8 +1,7 @@
 //! Rows of padding change no bit of a loss or a gradient, whatever stands in them.
 
-mod common;
-
-use common::{Family, Stored, examples, write_model};
+use crate::common;
+use crate::common::{Family, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::full::FullFineTuning;

@@ -1,8 +1,6 @@
 //! Tokens one at a time, with keys and values kept, give the logits of the whole document.
 
-mod common;
-
-use common::{Family, Stored, assert_close, examples, write_model};
+use crate::common::{Family, Stored, assert_close, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::PackedBatch;
 use ferrotune::core::io::ModelFiles;

@@ -1,8 +1,7 @@
 //! Several adapters over one base answer and are evaluated as each does alone, and change while the base stays.
 
-mod common;
-
-use common::{Workbench, chat_rows, ferrotune, text, write_rows};
+use crate::common;
+use crate::common::{Workbench, chat_rows, ferrotune, text, write_rows};
 use ferrotune::TextModel;
 use ferrotune::core::Result;
 use ferrotune::core::data::PackedBatch;

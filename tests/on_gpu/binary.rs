@@ -1,9 +1,8 @@
 //! The binary on a GPU: the one `FERROTUNE_TEST_DEVICE=cuda` asks for, else the stand-in that runs
 //! the same kernels on the host.
 
-mod common;
-
-use common::{
+use crate::common;
+use crate::common::{
     Finished, Shape, Stored, Workbench, command, entries, read, read_json, text, write_model,
 };
 use ferrotune::kernels::host_cuda;
@@ -162,6 +161,51 @@ fn answers_of_a_gpu_are_those_of_the_cpu() {
     });
     assert!(!answers[0].is_empty());
     assert_eq!(answers[0], answers[1]);
+}
+
+#[test]
+fn an_evaluation_on_a_gpu_is_that_on_the_cpu() {
+    let bench = Workbench::new(24);
+    train(&bench, "out", "cpu", &changes()).expect(0);
+    let (base, rows, adapter) = (
+        bench.path("base"),
+        bench.path("rows.jsonl"),
+        bench.path("out"),
+    );
+    let eval = |device: &str, more: &[&str]| -> Value {
+        let of = [
+            "eval",
+            "--model_name_or_path",
+            text(&base),
+            "--data",
+            text(&rows),
+        ];
+        let on = ["--adapter", text(&adapter), "--device", device];
+        let scored = run(&[&of[..], &on, more].concat(), &[]).expect(0);
+        serde_json::from_str(&scored.stdout).expect("JSON")
+    };
+    let same = |tolerance: f64, more: &[&str]| {
+        let [cpu, gpu] = ["cpu", "cuda"].map(|device| eval(device, more));
+        let keys = |report: &Value| report.as_object().expect("an object").clone();
+        let (cpu, gpu) = (keys(&cpu), keys(&gpu));
+        assert!(cpu.contains_key("eval_loss"), "{cpu:?}");
+        assert!(cpu.keys().eq(gpu.keys()), "{cpu:?} and {gpu:?}");
+        for (key, a) in &cpu {
+            // Of two logits that are near, the larger may be the other in bf16.
+            if key == "eval_mean_token_accuracy" && tolerance > SAME_LOSS {
+                continue;
+            }
+            let [a, b] = [a, &gpu[key]].map(|value| value.as_f64().expect("a number"));
+            assert!(
+                (a - b).abs() <= tolerance * a.abs(),
+                "{more:?}, {key}: {a} and {b}"
+            );
+        }
+    };
+    same(SAME_LOSS, &["--exact_match", "--max_new_tokens", "4"]);
+    same(SAME_LOSS, &["--load_in_4bit"]);
+    write_model(&bench.path("base"), &Shape::default(), Stored::Bf16, 7);
+    same(BF16_LOSS, &["--any_base"]);
 }
 
 #[test]

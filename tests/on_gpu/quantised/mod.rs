@@ -1,14 +1,13 @@
 //! A base that is held as codes: quantised as it is read, or so in its files.
 
 mod ahead;
-#[path = "../common/mod.rs"]
-mod common;
 mod formats;
 mod four_bit;
 mod gguf;
 mod int8;
 
-use common::{
+use crate::common;
+use crate::common::{
     Finished, Shape, Stored, Workbench, copy_dir, examples, ferrotune, read_json, text, write_json,
     write_model, write_weights,
 };
@@ -161,7 +160,7 @@ fn merge(bench: &Workbench) -> Finished {
 }
 
 fn golden(name: &str) -> PathBuf {
-    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/quant");
+    let cases = common::root().join("tests/fixtures/golden/quant");
     cases.join(name)
 }
 

@@ -11,7 +11,7 @@ use ferrotune::lora::PeftConfig;
 use std::process::Command;
 
 /// A name of this test, by which another process runs it.
-const SAME_BITS: &str = "ahead::values_written_ahead_give_the_same_bits";
+const SAME_BITS: &str = "quantised::ahead::values_written_ahead_give_the_same_bits";
 
 /// What differs from case to case.
 struct Case {

@@ -1,10 +1,9 @@
 //! What layers keep changes the memory of a step and no bit of its result; and the planner knows the
 //! memory before anything is allocated.
 
-mod common;
-
-use common::output_scaling::OutputScaling;
-use common::{Family, Shape, Stored, examples, write_model};
+use crate::common;
+use crate::common::output_scaling::OutputScaling;
+use crate::common::{Family, Shape, Stored, examples, write_model};
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::data::{Example, PackedBatch};
 use ferrotune::core::full::FullFineTuning;

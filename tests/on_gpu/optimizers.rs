@@ -1,8 +1,7 @@
 //! Optimizers beyond AdamW in whole runs: on a CPU, on a GPU, on several ranks, and where a step fails.
 
-mod common;
-
-use common::{Shape, Stored, Workbench, examples, read_json, text, write_model};
+use crate::common;
+use crate::common::{Shape, Stored, Workbench, examples, read_json, text, write_model};
 use ferrotune::core::Error;
 use ferrotune::core::adapter::Adapter;
 use ferrotune::core::config::{KeyValue, Optim, OptimArgs, OptimizerArguments};
