@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Finished, Workbench, command, entries, read, read_json, text};
+use ferrotune::kernels::host_cuda;
 use serde_json::{Value, json};
 use std::net::TcpListener;
 use std::path::Path;
@@ -184,6 +185,49 @@ fn the_launcher_starts_ranks_that_train_the_same() {
         "{}",
         finished.stdout
     );
+}
+
+/// Their gradients are summed by NCCL's stand-in: `deterministic_reduction` keeps the order of one process.
+#[test]
+fn processes_with_a_gpu_each_train_what_one_process_trains() {
+    let bench = Workbench::new(21);
+    let train = |name: &str, ranks: usize, more: Value| {
+        let config = bench.config(name, &on(ranks, &more));
+        let number = ranks.to_string();
+        let mut command = plain(&["launch", "--nproc", &number, "--", "train", text(&config)]);
+        command
+            .env("FERROTUNE_CUDA_LIBRARIES", host_cuda::libraries())
+            .env("FERROTUNE_HOST_DEVICES", &number);
+        Finished::from(command.output().expect("the binary starts")).expect(0)
+    };
+    let adapter = |name: &str| read(&bench.path(name).join("adapter_model.safetensors"));
+    train("one", 1, json!({"device": "cuda"}));
+    let two = json!({"device": "cuda", "ddp_backend": "nccl", "ddp_timeout": 60});
+    let finished = train("two", 2, two.clone());
+    assert!(
+        finished.stdout.contains("\"world_size\":2"),
+        "{}",
+        finished.stdout
+    );
+    assert!(adapter("one") == adapter("two"));
+    // Without it NCCL sums buckets while backward goes on.
+    let mut buckets = two;
+    buckets["deterministic_reduction"] = json!(false);
+    train("buckets", 2, buckets);
+    let losses =
+        |name: &str| read_json(&bench.path(name).join("trainer_state.json"))["log_history"].clone();
+    let (one, buckets) = (losses("one"), losses("buckets"));
+    let pairs = one
+        .as_array()
+        .expect("steps")
+        .iter()
+        .zip(buckets.as_array().expect("steps"));
+    for (one, two) in pairs {
+        let [one, two] = [one, two].map(|step| step["loss"].as_f64());
+        if let (Some(one), Some(two)) = (one, two) {
+            assert!((one - two).abs() < 1e-4, "{one} and {two}");
+        }
+    }
 }
 
 #[test]

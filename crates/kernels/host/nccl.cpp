@@ -1,5 +1,5 @@
-// libnccl.so.2: the calls of crates/dist/src/nccl, between ranks that are threads of one process, on the
-// memory of the stand-in devices.
+// libnccl.so.2: the calls of crates/dist/src/nccl, between ranks that are threads or processes of one
+// machine, on the memory of the stand-in devices.
 //
 // As in NCCL, a call of a communicator with `blocking = 0` only begins something; a call before the
 // previous one came to its end is refused; a sum starts at another rank from part to part of a buffer, so
@@ -26,17 +26,20 @@
 #include <climits>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <fstream>
 #include <map>
-#include <memory>
 #include <mutex>
+#include <random>
 #include <sstream>
 #include <string>
+#include <sys/mman.h>
 #include <thread>
-#include <vector>
+#include <unistd.h>
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -100,58 +103,122 @@ struct Misbehaviour {
     }
 };
 
-// One collective: every rank brings its buffer, the last one does the work for all.
-struct Collective {
-    const char* name;
-    size_t count;
-    int root;
-    std::vector<float*> buffers;
-    int arrived = 0;
-    bool mismatch = false, done = false;
+// Floats that ranks exchange at a time.
+constexpr size_t PART = 1 << 16;
 
-    void sum() {
-        const size_t ranks = buffers.size();
-        std::vector<float> result(count);
-        for (size_t i = 0; i < count; i++) {
-            const size_t first = i * ranks / count;
-            float value = buffers[first][i];
-            for (size_t r = 1; r < ranks; r++) {
-                value += buffers[(first + r) % ranks][i];
+// The ranks of one unique id, threads or processes, and the memory they share: a call of each, and a part of
+// its buffer.
+class Group {
+  public:
+    Group(const UniqueId& id, int ranks, int rank, const std::atomic<bool>& aborted)
+        : name_("/ferrotune-nccl-" + std::string(id.bytes)), ranks_(static_cast<size_t>(ranks)),
+          rank_(static_cast<size_t>(rank)), aborted_(aborted) {
+        const int file = shm_open(name_.c_str(), O_CREAT | O_RDWR, 0600);
+        if (file < 0) {
+            return;
+        }
+        if (ftruncate(file, static_cast<off_t>(bytes())) == 0) {
+            void* const memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+            places_ = memory != MAP_FAILED ? static_cast<Place*>(memory) : nullptr;
+        }
+        close(file);
+    }
+    Group(const Group&) = delete;
+    Group& operator=(const Group&) = delete;
+    ~Group() {
+        shm_unlink(name_.c_str());
+        if (places_ != nullptr) {
+            munmap(places_, bytes());
+        }
+    }
+
+    bool is_shared() const { return places_ != nullptr; }
+
+    // Waits until all ranks are there. False if the communicator was aborted first.
+    bool join() {
+        const bool all = meet();
+        // Whoever has it keeps it; nobody else is to come.
+        shm_unlink(name_.c_str());
+        return all;
+    }
+
+    // One collective, as `join`.
+    bool run(const char* name, float* buffer, size_t count, size_t root) {
+        const bool sums = strcmp(name, "all_reduce") == 0;
+        const Call call{sums, count, root};
+        size_t at = 0;
+        do {
+            const size_t floats = std::min(PART, count - at);
+            places_[rank_].call = call;
+            if (sums || rank_ == root) {
+                memcpy(part(rank_), buffer + at, floats * sizeof(float));
             }
-            result[i] = value;
-        }
-        for (float* buffer : buffers) {
-            memcpy(buffer, result.data(), count * sizeof(float));
-        }
+            if (!meet() || !all_call(call)) {
+                return false;
+            }
+            for (size_t i = 0; i < floats; i++) {
+                buffer[at + i] = sums ? sum(at + i, count) : part(root)[i];
+            }
+            if (!meet()) {
+                return false;
+            }
+            at += floats;
+        } while (at < count);
+        return true;
     }
-    void copy() {
-        const float* from = buffers[static_cast<size_t>(root)];
-        for (float* buffer : buffers) {
-            if (buffer != from) {
-                memcpy(buffer, from, count * sizeof(float));
+
+  private:
+    struct Call {
+        bool sums;
+        size_t count, root;
+        bool operator==(const Call&) const = default;
+    };
+    struct Place {
+        std::atomic<uint64_t> met; // how often this rank was where all others come too
+        Call call;
+    };
+    static_assert(std::atomic<uint64_t>::is_always_lock_free, "processes share it");
+
+    size_t bytes() const { return ranks_ * (sizeof(Place) + PART * sizeof(float)); }
+    float* part(size_t rank) const { return reinterpret_cast<float*>(places_ + ranks_) + rank * PART; }
+
+    bool meet() {
+        const uint64_t mine = ++places_[rank_].met;
+        for (size_t rank = 0; rank < ranks_; rank++) {
+            while (places_[rank].met < mine) {
+                if (aborted_) {
+                    return false;
+                }
+                std::this_thread::sleep_for(std::chrono::microseconds(50));
             }
         }
+        return true;
     }
-};
 
-// The ranks of one unique id.
-struct Group {
-    std::mutex mutex;
-    std::condition_variable changed;
-    int joined = 0;
-    std::map<uint64_t, std::shared_ptr<Collective>> collectives;
-};
-
-std::shared_ptr<Group> group_of(const UniqueId& id) {
-    static std::mutex mutex;
-    static std::map<std::string, std::shared_ptr<Group>> groups;
-    std::lock_guard lock(mutex);
-    auto& group = groups[std::string(id.bytes, sizeof id.bytes)];
-    if (group == nullptr) {
-        group = std::make_shared<Group>();
+    // Whether all ranks want the same. What does not fit never ends, as in NCCL.
+    bool all_call(const Call& call) const {
+        const bool all = std::all_of(places_, places_ + ranks_, [&](const Place& place) { return place.call == call; });
+        while (!all && !aborted_) {
+            std::this_thread::sleep_for(milliseconds(1));
+        }
+        return all;
     }
-    return group;
-}
+
+    // Of element `i` of `count`, from the rank at which its part of the buffer starts.
+    float sum(size_t i, size_t count) const {
+        const size_t first = i * ranks_ / count;
+        float value = part(first)[i % PART];
+        for (size_t r = 1; r < ranks_; r++) {
+            value += part((first + r) % ranks_)[i % PART];
+        }
+        return value;
+    }
+
+    std::string name_;
+    size_t ranks_, rank_;
+    const std::atomic<bool>& aborted_;
+    Place* places_ = nullptr;
+};
 
 thread_local std::string last_error;
 
@@ -167,7 +234,8 @@ struct Issued {
 
 struct Communicator {
     int ranks, rank;
-    std::shared_ptr<Group> group;
+    std::atomic<bool> ready{false}, aborted{false};
+    Group group;
     Misbehaviour misbehaviour;
     bool log;
     std::mutex mutex{};
@@ -177,11 +245,10 @@ struct Communicator {
     Result failure = SUCCESS;
     bool finalizing = false;
     Clock::time_point begun_until{};
-    std::atomic<bool> ready{false}, aborted{false};
     std::thread worker{};
 
-    Communicator(int ranks, int rank, std::shared_ptr<Group> group)
-        : ranks(ranks), rank(rank), group(std::move(group)),
+    Communicator(int ranks, int rank, const UniqueId& id)
+        : ranks(ranks), rank(rank), group(id, ranks, rank, aborted),
           log(misbehaviour.wishes.count("log") != 0) {
         if (misbehaviour.number("rank", rank) != rank) {
             misbehaviour.wishes.clear();
@@ -230,11 +297,8 @@ struct Communicator {
     }
 
     void join() {
-        std::unique_lock lock(group->mutex);
-        group->joined++;
-        group->changed.notify_all();
-        group->changed.wait(lock, [&] { return aborted || group->joined == ranks; });
-        if (misbehaviour.is("init", "fail")) {
+        const bool shared = group.is_shared() && group.join();
+        if (!shared || misbehaviour.is("init", "fail")) {
             std::lock_guard mine(mutex);
             failure = SYSTEM_ERROR;
         }
@@ -242,28 +306,13 @@ struct Communicator {
     }
 
     // False if the communicator was aborted first.
-    bool run(uint64_t number, const Issued& issued_here) {
-        std::unique_lock lock(group->mutex);
+    bool run(uint64_t number, const Issued& next) {
         if (misbehaviour.number("stuck", -1) == static_cast<long>(number)) {
-            group->changed.wait(lock, [&] { return aborted.load(); });
+            std::unique_lock lock(mutex);
+            changed.wait(lock, [&] { return aborted.load(); });
             return false;
         }
-        auto& place = group->collectives[number];
-        if (place == nullptr) {
-            place = std::make_shared<Collective>(Collective{issued_here.name, issued_here.count, issued_here.root, {}});
-            place->buffers.resize(static_cast<size_t>(ranks));
-        }
-        const std::shared_ptr<Collective> together = place;
-        together->mismatch |= strcmp(together->name, issued_here.name) != 0 || together->count != issued_here.count;
-        together->buffers[static_cast<size_t>(rank)] = issued_here.buffer;
-        if (++together->arrived == ranks && !together->mismatch) {
-            strcmp(together->name, "all_reduce") == 0 ? together->sum() : together->copy();
-            together->done = true;
-            group->collectives.erase(number);
-            group->changed.notify_all();
-        }
-        group->changed.wait(lock, [&] { return aborted || together->done; });
-        return together->done;
+        return group.run(next.name, next.buffer, next.count, static_cast<size_t>(next.root));
     }
 
     Result issue(const char* name, float* buffer, size_t count, int root, void* stream) {
@@ -291,11 +340,10 @@ struct Communicator {
 
     void end() {
         {
-            std::scoped_lock lock(mutex, group->mutex);
+            std::lock_guard lock(mutex);
             aborted = true;
         }
         changed.notify_all();
-        group->changed.notify_all();
         worker.join();
         for (const Issued& left : queue) {
             left.finish();
@@ -330,10 +378,9 @@ API const char* ncclGetErrorString(int result) {
 API const char* ncclGetLastError(const Communicator*) { return last_error.c_str(); }
 
 API int ncclGetUniqueId(UniqueId* id) {
-    static std::atomic<uint64_t> made{0};
     *id = {};
-    const uint64_t number = ++made;
-    memcpy(id->bytes, &number, sizeof number);
+    std::random_device random;
+    snprintf(id->bytes, sizeof id->bytes, "%08x%08x%08x%08x", random(), random(), random(), random());
     return SUCCESS;
 }
 
@@ -349,7 +396,7 @@ API int ncclCommInitRankConfig(Communicator** communicator, int ranks, UniqueId 
         last_error = "rank out of range";
         return INVALID_ARGUMENT;
     }
-    *communicator = new Communicator(ranks, rank, group_of(id));
+    *communicator = new Communicator(ranks, rank, id);
     (*communicator)->note("init");
     if ((*communicator)->misbehaviour.is("init", "block")) {
         std::this_thread::sleep_for(milliseconds((*communicator)->misbehaviour.number("block", 0)));
