@@ -75,22 +75,27 @@ fn method(init: &str, settings: &Value, rank: usize, alpha: f64, targets: &[&str
 /// What `method` starts from after the recorded micro-batches, over and over, `most` at most.
 fn observed(method: &LoraAdapter, most: usize) -> Start {
     let decoder = DecoderConfig::open(&base()).expect("a model");
-    let files = ModelFiles::open(base()).expect("weights");
-    let plan = ModelPlan::new(&decoder);
+    let start = observed_on((&base(), &decoder), method, &batches(), most);
+    start.expect("enough was seen")
+}
+
+/// The same of `batches`, over and over, with another base.
+fn observed_on(
+    (base, decoder): (&Path, &DecoderConfig),
+    method: &LoraAdapter,
+    batches: &[PackedBatch],
+    most: usize,
+) -> ferrotune::core::Result<Start> {
+    let files = ModelFiles::open(base).expect("weights");
+    let plan = ModelPlan::new(decoder);
     let mut seen = method
         .observation(&plan)
         .expect("attaches")
         .expect("from data");
     let layout = ParamLayoutBuilder::new().build().expect("empty");
     let (mut params, mut grads) = (FlatBuffer::zeros(&layout), FlatBuffer::zeros(&layout));
-    let model = Model::load(
-        &decoder,
-        seen.attachments(),
-        &files,
-        &mut params,
-        DType::F32,
-    )
-    .expect("loads");
+    let model =
+        Model::load(decoder, seen.attachments(), &files, &mut params, DType::F32).expect("loads");
     let workspace = Workspace::new(64);
     let pass = Pass {
         workspace: &workspace,
@@ -98,9 +103,8 @@ fn observed(method: &LoraAdapter, most: usize) -> Start {
         mode: Mode::Eval,
     };
     let mut sums = Accumulator::new(&Device::Cpu);
-    let batches = batches();
     for batch in batches.iter().cycle().take(most) {
-        seen.begin(batch);
+        seen.begin(&model, batch);
         if seen.needs_gradients() {
             model
                 .loss_and_gradients(pass, &params, &mut grads, batch, &mut sums)
@@ -112,7 +116,7 @@ fn observed(method: &LoraAdapter, most: usize) -> Start {
             break;
         }
     }
-    seen.start(&model).expect("enough was seen")
+    seen.start(&model)
 }
 
 /// A linear's weight before and after `method` has started.
@@ -243,6 +247,23 @@ fn lora_ga_finds_the_directions_that_peft_finds() {
             assert!(furthest(&taken(&model, module), &lost) < 1e-4);
         }
     }
+}
+
+/// The class of a document is the label of its last token, which may be its only one.
+#[test]
+fn lora_ga_counts_documents_of_one_token_of_a_classifier() {
+    let base = fixtures().join("golden/adapters/_bases/llama_seqcls");
+    let decoder = DecoderConfig::open(&base).expect("a model");
+    let row = |token: u32| Example {
+        input_ids: vec![token],
+        labels: vec![(token % 3) as i32],
+    };
+    let rows: Vec<Example> = (5..13).map(row).collect();
+    let batch = PackedBatch::pack((0..).zip(&rows));
+    let settings = json!({"stable_gamma": 16});
+    let method = method("lora_ga", &settings, 2, 4.0, &["v_proj"]);
+    let start = observed_on((&base, &decoder), &method, &[batch], 1);
+    start.expect("eight labels are seen");
 }
 
 #[test]

@@ -93,7 +93,7 @@ fn observe(recipe: &Recipe, adapter: &LoraAdapter) -> Result<Option<Start>> {
     let (mut count, mut enough) = (0, false);
     for batch in batches(recipe).take(most) {
         let batch = batch?;
-        seen.begin(&batch);
+        seen.begin(&model, &batch);
         if seen.needs_gradients() {
             model.loss_and_gradients(pass, &params, &mut grads, &batch, &mut sums)?;
         } else {

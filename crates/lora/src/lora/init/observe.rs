@@ -8,7 +8,7 @@ use super::start::{Factors, Start};
 use super::{InitLoraWeights, KEY, Linear, linears, lora_ga, parts, site};
 use ferrotune_core::adapter::{Attachment, BaseWeights, CustomLinear, SiteId};
 use ferrotune_core::data::{IGNORE_INDEX, PackedBatch};
-use ferrotune_core::model::ModelPlan;
+use ferrotune_core::model::{Model, ModelPlan};
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use ferrotune_core::{Error, Result};
 use ferrotune_kernels::decompose::Matrix;
@@ -132,8 +132,8 @@ impl Observation {
         self.inputs.iter().map(of_input).sum()
     }
 
-    /// Says which micro-batch comes.
-    pub fn begin(&mut self, batch: &PackedBatch) {
+    /// Says which micro-batch comes, over `model`.
+    pub fn begin(&mut self, model: &Model, batch: &PackedBatch) {
         let bounds = batch.cu_seqlens.windows(2);
         let documents = bounds
             .map(|pair| pair[0] as usize..pair[1] as usize)
@@ -145,7 +145,7 @@ impl Observation {
         let shows = |row: &usize| !masks || batch.labels[*row] != IGNORE_INDEX;
         let rows = (0..batch.tokens()).filter(shows).collect();
         *lock(&self.batch) = Batch { documents, rows };
-        self.trained_tokens += batch.trained_tokens();
+        self.trained_tokens += model.trained_tokens(batch);
     }
 
     /// Whether enough has been seen, however many micro-batches there are.
