@@ -96,7 +96,9 @@ pub(super) fn product<D: Element>(
         unsafe { tiles.compute(i..m.min(i + tile_rows), j..n.min(j + tile_cols)) }
     };
     let count = row_tiles * n.div_ceil(tile_cols);
-    if m * n * product.k < PARALLEL_WORK {
+    // The tiles are those of the product alone, so that its bits are.
+    let others = beside.iter().map(|of| of.a.rows() * of.rows.len());
+    if (m * n + others.sum::<usize>()) * product.k < PARALLEL_WORK {
         (0..count).for_each(run);
     } else {
         (0..count).into_par_iter().with_max_len(1).for_each(run);

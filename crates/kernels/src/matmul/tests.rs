@@ -277,6 +277,7 @@ fn products_beside_one_another_are_those_alone() {
             [256, 700, 1024, 0], // b is transposed first
             [256, 700, 1023, 3],
             [1, 500, 1024, 0],
+            [2, 400, 600, 0], // little work without those beside
             [0, 40, 64, 0],
             [700, 390, 600, 1],
             [3, 6, 7, 1],
