@@ -15,7 +15,7 @@ namespace ferrotune_host {
 namespace {
 
 constexpr int64_t ROWS = 32, COLUMNS = 4; // of D at once, in registers
-constexpr int64_t DEPTH = 256;            // of k at once: the panel of A stays in cache
+constexpr int64_t DEPTH = 256;            // of k at once: the panel of A stays in cache, and sums stay exact
 
 float widen(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -33,11 +33,10 @@ uint16_t round(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// sums[j][i] += sum over k of a[k][i] * b[k][j]
+// sums[j][i] += sum over k of a[k][i] * b[k][j], which is made by itself: a sum over a long k is one of short sums.
 WIDE void tile(float* __restrict sums, const float* __restrict a, const float* __restrict b,
                int64_t depth) {
-    float acc[COLUMNS][ROWS];
-    memcpy(acc, sums, sizeof(acc));
+    float acc[COLUMNS][ROWS] = {};
     for (int64_t k = 0; k < depth; k++) {
         for (int64_t j = 0; j < COLUMNS; j++) {
             const float factor = b[k * COLUMNS + j];
@@ -46,7 +45,11 @@ WIDE void tile(float* __restrict sums, const float* __restrict a, const float* _
             }
         }
     }
-    memcpy(sums, acc, sizeof(acc));
+    for (int64_t j = 0; j < COLUMNS; j++) {
+        for (int64_t i = 0; i < ROWS; i++) {
+            sums[j * ROWS + i] += acc[j][i];
+        }
+    }
 }
 
 // Panels of `width` rows (of A) or columns (of B), k by k, filled up with zeros.

@@ -159,6 +159,39 @@ fn products_are_those_of_the_cpu() {
 }
 
 #[test]
+fn a_sum_of_many_products_stays_exact() {
+    // Of the root of the sum of squares. One sum after the other in f32 is 3e-5 off.
+    const TOLERANCE: f64 = 1e-5;
+    let (device, k, n) = (cuda_device(), 140_000, 4);
+    let [a, b] = [1, 2].map(|seed| normal(seed, n * k));
+    let on_device = |values: &[f32]| {
+        let tensor = Tensor::from_f32(values.to_vec(), n, k);
+        tensor.to_device(&crate::Device::Cuda(Arc::clone(&device)))
+    };
+    let mut got = Tensor::from_f32(vec![0.0; n * n], n, n);
+    got = got.to_device(&crate::Device::Cuda(Arc::clone(&device)));
+    matmul::nt(
+        got.view_mut(),
+        0.0,
+        1.0,
+        on_device(&a).view(),
+        on_device(&b).view(),
+    )
+    .expect("multiplies");
+    for (at, got) in got.to_f32_vec().into_iter().enumerate() {
+        let [row, column] = [&a[at / n * k..][..k], &b[at % n * k..][..k]];
+        let terms = row
+            .iter()
+            .zip(column)
+            .map(|(&x, &y)| f64::from(x) * f64::from(y));
+        let (want, squares) =
+            terms.fold((0.0, 0.0), |(sum, squares), t| (sum + t, squares + t * t));
+        let off = (f64::from(got) - want).abs() / f64::sqrt(squares);
+        assert!(off < TOLERANCE, "{at}: {off:e}");
+    }
+}
+
+#[test]
 fn empty_products_are_legal() {
     let device = cuda_device();
     for layout in LAYOUTS {
