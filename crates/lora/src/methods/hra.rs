@@ -60,9 +60,20 @@ impl Method for Hra {
     }
 
     /// Refuses more reflections than inputs, which PEFT computes without `apply_GS`: they do what fewer do, and of more
-    /// orthogonal directions there are none.
+    /// orthogonal directions there are none. As many orthogonal ones as inputs, which PEFT trains, are always all of
+    /// them: the weight becomes its negative, and no gradient is left.
     fn check(&self, targets: &[&Site]) -> Result<()> {
         let rank = self.rank;
+        let all = |site: &&&Site| self.asked && self.orthogonal && rank == site.in_features;
+        if let Some(site) = targets.iter().find(all) {
+            let message = format!(
+                "is {rank}, and `{}` has as many inputs: with `apply_GS` as many directions are all there are, and \
+                 nothing can be learned; take at most {}, or leave `apply_GS` out",
+                site.name,
+                rank - 1
+            );
+            return Err(Error::config("r", message));
+        }
         let more = |site: &&&Site| (self.asked || self.orthogonal) && rank > site.in_features;
         let Some(site) = targets.iter().find(more) else {
             return Ok(());

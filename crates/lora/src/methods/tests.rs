@@ -153,6 +153,10 @@ fn a_rank_above_a_weight_is_refused_where_it_is_asked_for() {
         ),
         (json!({"peft_type": "HRA", "r": 33}), "32 inputs"),
         (
+            json!({"peft_type": "HRA", "r": 32, "apply_GS": true, "init_weights": false}),
+            "nothing can be learned; take at most 31, or leave `apply_GS` out",
+        ),
+        (
             json!({"peft_type": "OFT", "oft_block_size": 0, "r": 33}),
             "rotate nothing",
         ),
@@ -177,6 +181,7 @@ fn a_rank_above_a_weight_is_refused_where_it_is_asked_for() {
         json!({"peft_type": "RANDLORA", "r": 100}),
         json!({"peft_type": "OFT", "oft_block_size": 100}),
         json!({"peft_type": "HRA", "r": 32}),
+        json!({"peft_type": "HRA", "r": 31, "apply_GS": true}),
         json!({"peft_type": "LOHA", "r": 32}),
     ] {
         let mut keys = keys;
