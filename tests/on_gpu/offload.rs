@@ -139,3 +139,49 @@ fn offloaded_activations_give_the_same_bits_in_every_order_of_streams() {
         assert!(said.contains("1 passed"), "{order}: {said}");
     }
 }
+
+/// A name of this file, by which another process runs it.
+const FAILS: &str = "offload::a_pass_that_fails_frees_nothing_that_is_being_copied";
+
+/// Where there is no memory for the next layer, here or on the host, copies of the one before are still in progress: their
+/// buffers go when these have ended.
+#[test]
+fn a_pass_that_fails_frees_nothing_that_is_being_copied() {
+    const FAIL: &str = "FERROTUNE_HOST_FAIL";
+    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+        eprintln!("not tried: a real GPU does not fail on request");
+        return;
+    }
+    if std::env::var_os(FAIL).is_some() {
+        let base = tempfile::tempdir().expect("temporary directory");
+        write_model(base.path(), &shape(), Stored::Bf16, SEED);
+        let case = Case {
+            dtype: DType::Bf16,
+            codes: false,
+            keep: Vec::new(),
+        };
+        train(base.path(), &case, LAYERS, false);
+        return;
+    }
+    // Each piece of pinned memory in turn, and every seventh of the GPU's, those of the trainer too, until there are no
+    // more.
+    for (operation, step) in [("host", 1), ("alloc", 7)] {
+        for after in (0..).step_by(step) {
+            let mut again = Command::new(std::env::current_exe().expect("a path"));
+            again.args(["--exact", FAILS]);
+            again.env("FERROTUNE_HOST_STREAMS", "early");
+            again.env(FAIL, format!("{operation}:{after}:2:on"));
+            let output = again.output().expect("starts");
+            let [out, err] = [output.stdout, output.stderr]
+                .map(|said| String::from_utf8_lossy(&said).into_owned());
+            let place = format!("{operation} {after}");
+            assert!(!err.contains("not allocated"), "{place}: {err}");
+            if output.status.success() {
+                assert!(after > LAYERS, "no layer has failed");
+                break;
+            }
+            let said = out.to_lowercase().replace(' ', "");
+            assert!(said.contains("outofmemory"), "{place}: {out}");
+        }
+    }
+}

@@ -69,6 +69,9 @@ API int cuMemHostAlloc(void** address, size_t bytes, unsigned) {
     if (const int code = ready()) {
         return code;
     }
+    if (const int code = injected("host")) {
+        return current->fault.stick(code);
+    }
     *address = malloc(bytes);
     return *address != nullptr ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -78,10 +81,19 @@ API int cuMemFreeHost(void* address) {
     return SUCCESS;
 }
 
+namespace {
+
+int of_nobody() {
+    report("a copy from or to memory that is not allocated");
+    return INVALID_VALUE;
+}
+
+} // namespace
+
 API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
-    return issue_on(stream, "copy", [=] {
+    return issue_on(stream, "copy", [=]() -> int {
         if (!on_device(stream, pointer(to), bytes)) {
-            return INVALID_VALUE;
+            return of_nobody();
         }
         memcpy(pointer(to), from, bytes);
         return SUCCESS;
@@ -89,9 +101,9 @@ API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream
 }
 
 API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
-    return issue_on(stream, "copy", [=] {
+    return issue_on(stream, "copy", [=]() -> int {
         if (!on_device(stream, pointer(from), bytes)) {
-            return INVALID_VALUE;
+            return of_nobody();
         }
         memcpy(to, pointer(from), bytes);
         return SUCCESS;

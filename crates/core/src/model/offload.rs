@@ -54,6 +54,11 @@ impl Offload {
 
     /// Copies `tensors` of `layer` out, behind everything issued so far.
     fn store(&self, layer: usize, tensors: Vec<Tensor>) -> Result<Moving> {
+        let copied = self.issue_store(layer, &tensors);
+        self.moving(layer, tensors, copied)
+    }
+
+    fn issue_store(&self, layer: usize, tensors: &[Tensor]) -> Result<Event> {
         let bytes = tensors.iter().map(Tensor::buffer_bytes).sum();
         let mut host = self.host();
         let held = host[layer].take().filter(|memory| memory.bytes() >= bytes);
@@ -64,32 +69,46 @@ impl Offload {
         let memory = host[layer].insert(memory);
         self.stream.wait(&self.stream.device().event()?)?;
         let mut at = 0;
-        for tensor in &tensors {
+        for tensor in tensors {
             memory.store(at, tensor)?;
             at += tensor.bytes();
         }
-        self.moving(layer, tensors)
+        Ok(self.stream.event()?)
     }
 
     /// Copies what `layer` keeps into `tensors`, behind what last used their buffers.
     fn load(&self, layer: usize, mut tensors: Vec<Tensor>) -> Result<Moving> {
+        let copied = self.issue_load(layer, &mut tensors);
+        self.moving(layer, tensors, copied)
+    }
+
+    fn issue_load(&self, layer: usize, tensors: &mut [Tensor]) -> Result<Event> {
         self.stream.wait(&self.stream.device().event()?)?;
         let mut at = 0;
         if let Some(memory) = &self.host()[layer] {
-            for tensor in &mut tensors {
+            for tensor in tensors {
                 memory.load(at, tensor)?;
                 at += tensor.bytes();
             }
         }
-        self.moving(layer, tensors)
+        Ok(self.stream.event()?)
     }
 
-    fn moving(&self, layer: usize, tensors: Vec<Tensor>) -> Result<Moving> {
+    /// `tensors` until they are `copied`. Where that failed, some of them may be on their way.
+    fn moving(&self, layer: usize, tensors: Vec<Tensor>, copied: Result<Event>) -> Result<Moving> {
+        let copied = copied.inspect_err(|_| self.stream.drain())?;
         Ok(Moving {
             layer,
             tensors,
-            copied: self.stream.event()?,
+            copied,
         })
+    }
+
+    /// What was moving, for operations issued from now on.
+    fn copied(&self, moving: Moving) -> Result<Vec<Tensor>> {
+        let ordered = self.stream.device().wait(&moving.copied);
+        ordered.inspect_err(|_| self.stream.drain())?;
+        Ok(moving.tensors)
     }
 }
 
@@ -135,8 +154,7 @@ impl<'a> Offloading<'a> {
     /// Gives back what is leaving.
     pub(crate) fn left(&self, run: &Run<'_>) -> Result<()> {
         if let Some(moving) = self.leaving.take() {
-            self.of.stream.device().wait(&moving.copied)?;
-            run.give(moving.tensors);
+            run.give(self.of.copied(moving)?);
         }
         Ok(())
     }
@@ -151,10 +169,9 @@ impl<'a> Offloading<'a> {
         self.fetch(run, layer, saved)?;
         let mut arriving = self.arriving.borrow_mut();
         if let Some(moving) = arriving.take_if(|moving| moving.layer == layer) {
-            self.of.stream.device().wait(&moving.copied)?;
             let places = saved.tensors_mut().into_iter();
             places
-                .zip(moving.tensors)
+                .zip(self.of.copied(moving)?)
                 .for_each(|(place, tensor)| *place = tensor);
         }
         Ok(())
@@ -175,14 +192,11 @@ impl<'a> Offloading<'a> {
 }
 
 impl Drop for Offloading<'_> {
-    /// On the way out of a failure: nothing else gets the buffers before the copies are done.
+    /// On the way out of a failure: nothing else gets the buffers before the copies are done. The device orders nothing
+    /// any more once it has failed.
     fn drop(&mut self) {
-        for moving in [self.leaving.take(), self.arriving.take()]
-            .into_iter()
-            .flatten()
-        {
-            // A failure is remembered by the device and reported by its next operation.
-            let _ = self.of.stream.device().wait(&moving.copied);
+        if self.leaving.get_mut().is_some() || self.arriving.get_mut().is_some() {
+            self.of.stream.drain();
         }
     }
 }

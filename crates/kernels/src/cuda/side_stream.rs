@@ -146,6 +146,17 @@ impl SideStream {
         self.device.wait_on(self.stream, event)
     }
 
+    /// Waits for everything issued here so far, also after a failure of the device: what the copies in progress use may
+    /// go then.
+    pub fn drain(&self) {
+        // What fails here has failed before.
+        // SAFETY: context and stream are open.
+        unsafe {
+            (self.device.driver.context_set_current)(self.device.context.0);
+            (self.device.driver.stream_synchronize)(self.stream.0);
+        }
+    }
+
     /// Calls `body`, whose kernels, copies within the device and fills run here. It neither allocates nor multiplies
     /// matrices, nor touches host memory.
     pub fn issue<R>(&self, body: impl FnOnce() -> R) -> R {
