@@ -93,6 +93,7 @@ impl Adapter for OutputScaling {
     }
 
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        params.read_back()?;
         let tensor = |(id, segment): (ParamId, &ferrotune::core::params::Segment)| {
             let spec = &segment.spec;
             let data = TensorData::from_f32(params.get(id), spec.shape.clone());

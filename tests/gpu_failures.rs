@@ -5,8 +5,19 @@
 
 mod common;
 
-use common::{Finished, Workbench, command, entries, read, text};
-use ferrotune::kernels::host_cuda;
+use common::{
+    Finished, Shape, Stored, Workbench, command, entries, examples, read, text, write_model,
+};
+use ferrotune::core::adapter::Adapter;
+use ferrotune::core::data::PackedBatch;
+use ferrotune::core::full::FullFineTuning;
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::DecoderConfig;
+use ferrotune::core::process_group::Solo;
+use ferrotune::core::trainer::{Trainer, TrainerOptions};
+use ferrotune::kernels::cuda::CudaDevice;
+use ferrotune::kernels::{Device, host_cuda};
+use ferrotune::lora::{InitLoraWeights, LoraAdapter, LoraConfig, PeftConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -188,4 +199,72 @@ fn two_processes_on_one_gpu_do_not_disturb_each_other() {
     });
     let [one, other] = ["one", "other"].map(|name| read(&bench.path(name).join(FILE)));
     assert!(one == other, "other bytes");
+}
+
+/// Each way in which the library writes a file of its own.
+fn adapters() -> Vec<(String, Box<dyn Adapter>)> {
+    let methods = [
+        json!({"peft_type": "HRA", "r": 4, "target_modules": ["q_proj"]}),
+        json!({"peft_type": "RANDLORA", "r": 3, "target_modules": ["q_proj"]}),
+        json!({"peft_type": "LN_TUNING"}),
+        json!({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}),
+    ];
+    let of = |keys: &Value| {
+        let config = PeftConfig::from_config("peft_config", keys.as_object().expect("an object"));
+        let adapter = config.expect("a known method").into_adapter("llama");
+        (keys.to_string(), adapter.expect("valid"))
+    };
+    let lora = |start: &str| {
+        let config = LoraConfig {
+            init_lora_weights: InitLoraWeights::from_name(start).expect("a start"),
+            ..LoraConfig::default()
+        };
+        let adapter = LoraAdapter::new(config, "llama").expect("valid");
+        (start.to_owned(), Box::new(adapter) as Box<dyn Adapter>)
+    };
+    let full: Box<dyn Adapter> = Box::new(FullFineTuning);
+    let mut adapters: Vec<_> = methods.iter().map(of).collect();
+    adapters.extend(["gaussian", "pissa"].map(lora));
+    adapters.push(("full".into(), full));
+    adapters
+}
+
+#[test]
+fn what_a_gpu_could_not_give_is_not_saved() {
+    if !is_stand_in() {
+        return;
+    }
+    let base = tempfile::tempdir().expect("temporary directory");
+    write_model(base.path(), &Shape::default(), Stored::F32, 24);
+    let config = DecoderConfig::open(base.path()).expect("config");
+    let files = ModelFiles::open(base.path()).expect("weights");
+    let rows = examples(2, Shape::default().vocab, 24);
+    let batch = PackedBatch::pack([(0, &rows[0]), (1, &rows[1])]);
+    for (name, adapter) in adapters() {
+        let ordinal = host_cuda::device().ordinal();
+        let options = TrainerOptions {
+            device: Device::Cuda(CudaDevice::open(ordinal).expect("opens twice")),
+            max_tokens: batch.tokens(),
+            ..TrainerOptions::default()
+        };
+        let trainer = Trainer::new(&config, &files, adapter, Box::new(Solo), options);
+        let mut trainer = trainer.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let output = tempfile::tempdir().expect("temporary directory");
+        let save = |trainer: &Trainer| trainer.adapter().save(trainer.params(), output.path());
+        trainer
+            .step(std::slice::from_ref(&batch), 1e-2)
+            .expect("step");
+        save(&trainer).expect("saved");
+        let before = contents(output.path());
+        trainer
+            .step(std::slice::from_ref(&batch), 1e-2)
+            .expect("step");
+        assert!(host_cuda::inject("copy:0:214"), "the stand-in can fail");
+        let error = save(&trainer).map_or_else(|error| error.to_string(), |()| "none".into());
+        assert!(
+            error.contains("CUDA_ERROR_ECC_UNCORRECTABLE"),
+            "{name}: {error}"
+        );
+        assert!(before == contents(output.path()), "{name}: another file");
+    }
 }

@@ -323,10 +323,11 @@ pub trait Adapter: Debug + Send + Sync {
         let _ = params;
     }
 
-    /// Writes the method's files (for PEFT: `adapter_config.json`, `adapter_model.safetensors`).
+    /// Writes the method's files (for PEFT: `adapter_config.json`, `adapter_model.safetensors`), if `params` can be
+    /// read ([`FlatBuffer::read_back`]).
     ///
     /// # Errors
-    /// [`crate::Error::Write`].
+    /// [`crate::Error::Write`]; the first failure of the GPU, before a file is touched.
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()>;
 
     /// Reads what [`Adapter::save`] wrote, strictly: every tensor of the file must land, every

@@ -47,6 +47,7 @@ impl Adapter for FullFineTuning {
     }
 
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        params.read_back()?;
         let tensors: BTreeMap<String, TensorData<'_>> = params
             .layout()
             .by_name()

@@ -316,6 +316,7 @@ impl Adapter for PartsAdapter {
     }
 
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        params.read_back()?;
         write_tensors(params, directory)?;
         let text = self.config.to_json();
         io::write_file(&directory.join(CONFIG_FILE), text.as_bytes())?;

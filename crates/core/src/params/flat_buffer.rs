@@ -1,6 +1,7 @@
 //! The buffer itself, in host memory or a GPU's.
 
 use super::{ParamId, ParamLayout};
+use crate::Result;
 use ferrotune_kernels::{DType, Device, Tensor, View, ViewMut};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -122,6 +123,19 @@ impl FlatBuffer {
             Some(tensor) => tensor.to_f32_vec(),
             None => vec![0.0; self.layout.len()],
         })
+    }
+
+    /// Brings the whole buffer to host memory, as whoever writes it to a file needs it: [`FlatBuffer::as_slice`] and the
+    /// tensors in it hold the values then.
+    ///
+    /// # Errors
+    /// The first failure of the GPU, after which values are NaN.
+    pub fn read_back(&self) -> Result<&[f32]> {
+        let values = self.as_slice();
+        if let Device::Cuda(device) = &self.device {
+            device.check()?;
+        }
+        Ok(values)
     }
 
     /// The whole buffer in host memory, to be written. Alignment gaps must stay zero.

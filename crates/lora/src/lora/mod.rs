@@ -211,6 +211,7 @@ impl Adapter for LoraAdapter {
 
     /// Also opens the files again and compares them: see [`LoraAdapter::verify_saved`].
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        params.read_back()?;
         let subtracted = self.config.init_lora_weights.subtracts();
         match self.start.get().filter(|_| subtracted) {
             Some(start) if self.converts => {

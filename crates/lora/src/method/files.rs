@@ -69,6 +69,8 @@ pub(super) fn save<M: Method>(
     method.write_parts(&parts, &mut keys);
     let sorted: BTreeMap<String, Value> = keys.into_iter().collect();
     let object: Map<String, Value> = sorted.into_iter().collect();
+    // Behind everything that is read from a GPU.
+    params.read_back()?;
     write(directory, &tensors, &format!("{:#}", Value::Object(object)))
 }
 

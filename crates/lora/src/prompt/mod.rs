@@ -180,6 +180,7 @@ impl Adapter for PromptAdapter {
     }
 
     fn save(&self, params: &FlatBuffer, directory: &Path) -> Result<()> {
+        params.read_back()?;
         let attached = self.attached.get().ok_or_else(not_attached)?;
         files::save(
             &self.config,
