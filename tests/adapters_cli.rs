@@ -4,6 +4,8 @@
 mod common;
 
 use common::{Workbench, command, entries, ferrotune, read_json, tensors, text};
+use ferrotune::core::config::{Runs, load_runs};
+use ferrotune::recipe::Together;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -110,6 +112,30 @@ fn every_adapter_of_a_run_is_the_one_trained_alone() {
         &json!({"resume_from_checkpoint": "auto"}),
     );
     bench.train("all", &again).expect(0);
+}
+
+/// Norms of DoRA are there from forward to backward for each adapter that has them.
+#[test]
+fn a_plan_counts_what_each_adapter_makes_of_its_own() {
+    let bench = Workbench::new(8);
+    let working = |second_has_dora: bool| {
+        let names = json!([
+            {"name": "first", "use_dora": true},
+            {"name": "second", "use_dora": second_has_dora},
+        ]);
+        let keys = json!({"adapters": names, "lora_target_modules": ["q_proj", "down_proj"], "device": "cpu"});
+        let config = bench.config(&format!("plan_{second_has_dora}"), &keys);
+        let Runs::Several(configs) = load_runs(&config, &[], &[]).expect("valid") else {
+            panic!("two adapters are several runs");
+        };
+        let together = Together::prepare(configs).expect("fits");
+        together.activations().bytes.working
+    };
+    let shape = common::Shape::default();
+    // An f32 for each row of q_proj and of down_proj in each layer.
+    let norms = 4 * shape.layers * (shape.heads * shape.head_dim + shape.hidden);
+    let more = working(true) - working(false);
+    assert!(more >= norms as u64, "{more} of at least {norms}");
 }
 
 #[test]

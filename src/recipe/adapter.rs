@@ -119,6 +119,7 @@ pub(super) fn attach(
         trainable: layout.trainable(),
         layout,
         frozen: adapter.frozen_bytes(),
+        saved_frozen: adapter.saved_frozen_bytes(),
         notes: notes(config, &sites, &attachments),
         sites,
         attachments,
@@ -183,6 +184,8 @@ pub(super) struct Attached {
     pub(super) layout: Arc<ParamLayout>,
     /// Bytes of tensors that a method draws and nobody trains.
     pub(super) frozen: u64,
+    /// Of those, bytes that are saved with what is trained.
+    pub(super) saved_frozen: u64,
     /// The modules of the base.
     pub(super) sites: Vec<Site>,
     /// What stands at which site.

@@ -151,6 +151,14 @@ impl<'a> Base<'a> {
         }
     }
 
+    /// Bytes of a method that are there for each adapter over one base: [what it trains and draws, what it makes of that
+    /// in a pass].
+    pub(super) fn method_bytes(&self, config: &TrainConfig, attached: &Attached) -> [u64; 2] {
+        let [_, trained] = self.fixed_bytes(config, attached);
+        let step = self.step(config, attached, &Workload::default());
+        [trained + attached.frozen, step.of_method()]
+    }
+
     /// Bytes of the weights, and of the trained values with gradients and the optimizer's state.
     pub(super) fn fixed_bytes(&self, config: &TrainConfig, attached: &Attached) -> [u64; 2] {
         let format = weight_format(config, self.files, self.device);

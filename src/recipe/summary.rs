@@ -29,7 +29,7 @@ impl Summary {
         let step = activations.bytes;
         let state = memory::state_bytes(&config.optimizer.choice()?, &attached.layout);
         // Values are f32.
-        let checkpoint = recipe.trainable as u64 * 4 + state;
+        let checkpoint = recipe.trainable as u64 * 4 + attached.saved_frozen + state;
         let method = recipe.adapter()?.describe();
         let modules = matched::table(&attached);
         let mut lines = vec![

@@ -71,6 +71,12 @@ impl Together {
             .map(|(name, recipe)| (name.as_str(), recipe))
     }
 
+    /// What each layer keeps for its backward, and what a step of all takes.
+    #[must_use]
+    pub fn activations(&self) -> &ActivationPlan {
+        &self.activations
+    }
+
     /// Trains all. `observers` makes those of a run by its name, in the thread of that run.
     ///
     /// Writes `adapters.json` beside the directories of the runs.
@@ -235,19 +241,19 @@ fn plan(runs: &mut [(String, Recipe)]) -> Result<ActivationPlan> {
     let mut attached = Vec::with_capacity(runs.len());
     for (_, recipe) in runs.iter() {
         let of = adapter::attach(&recipe.config, &recipe.base, &recipe.decoder)?;
-        let trained = Base::of(recipe).fixed_bytes(&recipe.config, &of)[1];
-        attached.push((of, trained));
+        let bytes = Base::of(recipe).method_bytes(&recipe.config, &of);
+        attached.push((of, bytes));
     }
-    let all_trained: u64 = attached.iter().map(|(_, trained)| trained).sum();
+    let all = [0, 1].map(|i| attached.iter().map(|(_, bytes)| bytes[i]).sum::<u64>());
     let mut joint: Option<ActivationPlan> = None;
-    for ((_, recipe), (attached, trained)) in runs.iter_mut().zip(attached) {
+    for ((_, recipe), (attached, bytes)) in runs.iter_mut().zip(attached) {
         let alone = std::mem::replace(&mut recipe.workload, workload.clone());
-        let available = recipe
-            .available_memory
-            .saturating_sub(all_trained - trained);
+        let [held, made] = [0, 1].map(|i| all[i] - bytes[i]);
+        let available = recipe.available_memory.saturating_sub(held + made);
         let planned = memory::plan(recipe, &attached, available);
         recipe.workload = alone;
-        let (plan, note) = planned?;
+        let (mut plan, note) = planned?;
+        plan.bytes.working += made;
         if joint.is_none() {
             recipe.config.notes.extend(note);
         }

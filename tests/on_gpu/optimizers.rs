@@ -187,6 +187,25 @@ fn a_plan_counts_the_state_of_the_optimizer() {
     assert_eq!(bytes("sgd"), [8 * trainable, 4 * trainable, trainable]);
 }
 
+#[test]
+fn a_plan_counts_what_is_saved_beside_what_is_trained() {
+    let bench = workbench(4);
+    let plan = |save: bool| {
+        let randlora = json!({"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj"], "save_projection": save});
+        let small = json!({"optim": "sgd", "peft_config": randlora});
+        let config = bench.config("randlora", &small);
+        let finished = common::ferrotune(&["plan", text(&config), "--json"]).expect(0);
+        serde_json::from_str::<Value>(&finished.stdout).expect("JSON")
+    };
+    let bytes = |plan: &Value| plan["checkpoint_bytes"].as_u64().expect("a number");
+    let (with, without) = (plan(true), plan(false));
+    let trained = without["trainable_parameters"].as_u64().expect("a number");
+    assert_eq!(bytes(&without), 4 * trained);
+    // A [r, 1, min] and B [max, bases, r], of matrices that are square here.
+    let side = common::Shape::default().hidden as u64;
+    assert_eq!(bytes(&with) - bytes(&without), 4 * (4 * side + side * side));
+}
+
 /// A device of its own: nothing else may use it while a graph is recorded.
 fn own_gpu() -> Device {
     Device::Cuda(CudaDevice::open(host_cuda::device().ordinal()).expect("opens twice"))

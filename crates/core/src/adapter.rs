@@ -230,6 +230,11 @@ pub trait Adapter: Debug + Send + Sync {
         0
     }
 
+    /// Bytes of those that [`Adapter::save`] writes too.
+    fn saved_frozen_bytes(&self) -> u64 {
+        0
+    }
+
     /// Declares what is trained and where it attaches, from names and shapes alone.
     ///
     /// # Errors

@@ -79,6 +79,10 @@ impl<A: Above> Adapter for Over<A> {
         self.method.frozen_bytes()
     }
 
+    fn saved_frozen_bytes(&self) -> u64 {
+        self.method.saved_frozen_bytes()
+    }
+
     fn prepare(&self, params: &mut FlatBuffer, base: &mut dyn BaseWeights) -> Result<()> {
         self.method.prepare(params, base)
     }

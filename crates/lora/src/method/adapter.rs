@@ -146,6 +146,18 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         attached.map_or(0, |attached| attached.frozen.bytes())
     }
 
+    fn saved_frozen_bytes(&self) -> u64 {
+        let attached = self.attached.get();
+        let saved = self.method.saved_frozen();
+        let of = |attached: &Attached| {
+            saved
+                .iter()
+                .map(|name| attached.frozen.bytes_of(name))
+                .sum()
+        };
+        attached.map_or(0, of)
+    }
+
     fn init(&self, params: &mut FlatBuffer, seed: u64) -> Result<()> {
         let layout = params.layout().clone();
         for (_, segment) in layout.by_name() {

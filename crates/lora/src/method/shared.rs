@@ -46,9 +46,16 @@ impl Frozen {
 
     /// Bytes of all of them.
     pub(crate) fn bytes(&self) -> u64 {
-        let tensors = self.tensors.values().map(|tensor| tensor.host.view());
-        let elements = tensors.map(|view| view.rows() * view.cols() * view.dtype().bytes());
-        elements.sum::<usize>() as u64
+        self.tensors.keys().map(|name| self.bytes_of(name)).sum()
+    }
+
+    /// Bytes of the tensor called `name`.
+    ///
+    /// # Panics
+    /// If the method did not make it.
+    pub(crate) fn bytes_of(&self, name: &str) -> u64 {
+        let host = self.get(name);
+        (host.rows() * host.cols() * host.dtype().bytes()) as u64
     }
 
     /// The tensor called `name`, in host memory.

@@ -283,6 +283,12 @@ impl StepShape {
         self.layers.len()
     }
 
+    /// Bytes that a method makes of its parameters in a pass, as many whatever the rows: norms of DoRA, and what is between.
+    #[must_use]
+    pub fn of_method(&self) -> u64 {
+        trace::run(self, &[]).fixed
+    }
+
     /// What policies take; layers without one keep everything.
     #[must_use]
     pub fn predict(&self, keep: &[Keep]) -> ActivationPlan {
