@@ -3,9 +3,16 @@
 
 use crate::common;
 use crate::common::{
-    Finished, Shape, Stored, Workbench, command, entries, read, read_json, text, write_model,
+    Finished, Shape, Stored, Workbench, command, entries, examples, read, read_json, text,
+    write_model,
 };
-use ferrotune::kernels::host_cuda;
+use ferrotune::core::data::PackedBatch;
+use ferrotune::core::io::ModelFiles;
+use ferrotune::core::model::{DecoderConfig, Mode, Model, Pass};
+use ferrotune::core::trainer::attach;
+use ferrotune::kernels::cuda::CudaDevice;
+use ferrotune::kernels::{DType, Device, Workspace, host_cuda};
+use ferrotune::lora::PeftConfig;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -318,4 +325,49 @@ fn where_a_run_does_not_fit_on_the_gpu_a_plan_moves_activations_to_the_host() {
         report(Value::Null, MEMORY)["activation_plan"]["offloaded_layers"],
         0
     );
+}
+
+/// What a method draws and nobody trains is brought to each device that asks for it.
+#[test]
+fn an_adapter_on_two_devices_has_what_it_draws_on_both() {
+    let base = tempfile::tempdir().expect("temporary directory");
+    write_model(base.path(), &Shape::default(), Stored::F32, 3);
+    let config = DecoderConfig::open(base.path()).expect("config");
+    let files = ModelFiles::open(base.path()).expect("weights");
+    let row = examples(1, Shape::default().vocab, 3);
+    let batch = PackedBatch::pack([(0, &row[0])]);
+    for method in [
+        json!({"peft_type": "VERA", "r": 4, "target_modules": ["q_proj"], "d_initial": 1.0}),
+        json!({"peft_type": "FOURIERFT", "n_frequency": 20, "target_modules": ["q_proj"]}),
+    ] {
+        let keys = method.as_object().expect("an object");
+        let adapter = PeftConfig::from_config("peft_config", keys).expect("a known method");
+        let adapter = adapter.into_adapter("llama").expect("valid");
+        let loss = |device: Device| {
+            let (attachments, mut params) = attach(&config, adapter.as_ref()).expect("attaches");
+            adapter.init(&mut params, 3).expect("starts");
+            params
+                .as_mut_slice()
+                .iter_mut()
+                .for_each(|value| *value += 0.5);
+            params.move_to(&device);
+            let model = Model::load(&config, attachments, &files, &mut params, DType::F32);
+            let pass = Pass {
+                workspace: &Workspace::on(device, batch.tokens()),
+                dtype: DType::F32,
+                mode: Mode::Eval,
+            };
+            let sums = model.expect("loads").loss(pass, &params, &batch);
+            sums.unwrap_or_else(|error| panic!("{method}: {error}"))
+                .loss
+        };
+        let ordinal = host_cuda::device().ordinal();
+        let gpu = || Device::Cuda(CudaDevice::open(ordinal).expect("opens twice"));
+        let [cpu, one, other] = [Device::Cpu, gpu(), gpu()].map(loss);
+        assert_eq!(one.to_bits(), other.to_bits(), "{method}");
+        assert!(
+            (one - cpu).abs() <= SAME_LOSS * cpu,
+            "{method}: {one} and {cpu}"
+        );
+    }
 }

@@ -17,7 +17,7 @@ pub(crate) use common::Common;
 pub(crate) use files::tensor_name;
 pub(crate) use init::Init;
 pub(crate) use keys::{Keys, Patterned, Source};
-pub(crate) use shared::{Frozen, Placed};
+pub(crate) use shared::{Frozen, OnGpus, Placed};
 
 use crate::files::{Part, Weights};
 use crate::target::{TargetModules, default_target_modules};

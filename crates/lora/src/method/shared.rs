@@ -1,14 +1,60 @@
 //! Tensors that nobody trains and all targets share.
 
+use ferrotune_kernels::cuda::CudaDevice;
 use ferrotune_kernels::{Device, Tensor, View};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-/// A frozen tensor, in host memory and, once it was asked for there, in a GPU's.
+/// What is made once for each GPU that asks for it.
+#[derive(Debug)]
+pub(crate) struct OnGpus<T> {
+    first: OnceLock<Box<OnGpu<T>>>,
+}
+
+#[derive(Debug)]
+struct OnGpu<T> {
+    gpu: Arc<CudaDevice>,
+    made: T,
+    others: OnGpus<T>,
+}
+
+impl<T> Default for OnGpus<T> {
+    fn default() -> Self {
+        Self {
+            first: OnceLock::new(),
+        }
+    }
+}
+
+impl<T> OnGpus<T> {
+    /// What is there for `gpu`; `make` makes it.
+    pub(crate) fn get(&self, gpu: &Arc<CudaDevice>, make: impl FnOnce() -> T) -> &T {
+        let mut make = Some(make);
+        let mut at = self;
+        loop {
+            let here = at.first.get_or_init(|| {
+                let Some(make) = make.take() else {
+                    unreachable!("what was made here is found here")
+                };
+                Box::new(OnGpu {
+                    gpu: Arc::clone(gpu),
+                    made: make(),
+                    others: Self::default(),
+                })
+            });
+            if Arc::ptr_eq(&here.gpu, gpu) {
+                return &here.made;
+            }
+            at = &here.others;
+        }
+    }
+}
+
+/// A frozen tensor, in host memory and, once it was asked for there, in that of GPUs.
 #[derive(Debug)]
 pub(crate) struct Placed {
     host: Arc<Tensor>,
-    on_gpu: OnceLock<Tensor>,
+    on_gpus: OnGpus<Tensor>,
 }
 
 impl Placed {
@@ -18,7 +64,7 @@ impl Placed {
             None => self.host.view(),
             Some(gpu) => {
                 let upload = || self.host.to_device(&Device::Cuda(Arc::clone(gpu)));
-                self.on_gpu.get_or_init(upload).view()
+                self.on_gpus.get(gpu, upload).view()
             }
         }
     }
@@ -35,7 +81,7 @@ impl Frozen {
         let placed = |host| {
             Arc::new(Placed {
                 host,
-                on_gpu: OnceLock::new(),
+                on_gpus: OnGpus::default(),
             })
         };
         let tensors = tensors.into_iter().map(|(name, host)| (name, placed(host)));

@@ -6,12 +6,13 @@
 //! Gao et al.: "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform" (2024); PEFT's
 //! `tuners/fourierft`.
 
-use super::matrix::{device_of, elements, empty, grad, nn, param, update};
+use super::matrix::{elements, empty, grad, nn, param, update};
 use super::torch_random::TorchRandom;
-use crate::method::{Init, Keys, Method, Patterned, Place, TensorSpec};
+use crate::method::{Init, Keys, Method, OnGpus, Patterned, Place, TensorSpec};
 use ferrotune_core::adapter::{Attachment, Site, WeightUpdate};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_core::{Error, Result};
+use ferrotune_kernels::cuda::CudaDevice;
 use ferrotune_kernels::{Device, Tensor, View, ViewMut, hadamard, matmul};
 use rayon::prelude::*;
 use rustfft::FftPlanner;
@@ -19,7 +20,7 @@ use rustfft::num_complex::Complex;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// FourierFT's configuration.
 #[derive(Clone, Debug)]
@@ -112,7 +113,7 @@ impl FourierFt {
             Arc::new(Basis {
                 places,
                 shape,
-                waves: OnceLock::new(),
+                waves: OnGpus::default(),
             })
         });
         Arc::clone(basis)
@@ -126,7 +127,7 @@ struct Basis {
     places: Vec<usize>,
     shape: [usize; 2],
     /// On a GPU, see [`Basis::waves`].
-    waves: OnceLock<[Tensor; 2]>,
+    waves: OnGpus<[Tensor; 2]>,
 }
 
 impl Basis {
@@ -151,12 +152,13 @@ impl Basis {
 
     /// `[out, 2 n]` and `[in, 2 n]` on a GPU: the real part of the transform is the product of the first, scaled by
     /// the coefficients, and the second, transposed. `cos(a + b) = cos a cos b - sin a sin b`.
-    fn waves(&self, gpu: &Device) -> &[Tensor; 2] {
-        self.waves.get_or_init(|| {
+    fn waves(&self, gpu: &Arc<CudaDevice>) -> &[Tensor; 2] {
+        self.waves.get(gpu, || {
             let [rows, cols] = self.shape;
             let down: Vec<usize> = self.places.iter().map(|place| place / cols).collect();
             let along: Vec<usize> = self.places.iter().map(|place| place % cols).collect();
-            [wave(rows, &down, -1.0), wave(cols, &along, 1.0)].map(|tensor| tensor.to_device(gpu))
+            [wave(rows, &down, -1.0), wave(cols, &along, 1.0)]
+                .map(|tensor| tensor.to_device(&Device::Cuda(Arc::clone(gpu))))
         })
     }
 }
@@ -199,7 +201,12 @@ impl Spectrum {
         [0..count, count..2 * count]
     }
 
-    fn apply_on_gpu(&self, params: &FlatBuffer, weight: ViewMut<'_>, gpu: &Device) -> Result<()> {
+    fn apply_on_gpu(
+        &self,
+        params: &FlatBuffer,
+        weight: ViewMut<'_>,
+        gpu: &Arc<CudaDevice>,
+    ) -> Result<()> {
         let [left, right] = self.basis.waves(gpu);
         let count = self.basis.places.len();
         let spectrum = param(params, self.spectrum, [1, count], weight.as_view());
@@ -221,7 +228,7 @@ impl Spectrum {
         &self,
         grads: &mut FlatBuffer,
         d_weight: View<'_>,
-        gpu: &Device,
+        gpu: &Arc<CudaDevice>,
     ) -> Result<()> {
         let [left, right] = self.basis.waves(gpu);
         let d = nn(d_weight, right.view())?;
@@ -240,9 +247,8 @@ impl WeightUpdate for Spectrum {
     }
 
     fn apply(&self, params: &FlatBuffer, weight: ViewMut<'_>) -> Result<()> {
-        let device = device_of(weight.as_view());
-        if device.is_cuda() {
-            return self.apply_on_gpu(params, weight, &device);
+        if let Some(gpu) = weight.as_view().device().map(Arc::clone) {
+            return self.apply_on_gpu(params, weight, &gpu);
         }
         let [rows, cols] = self.basis.shape;
         let mut values = vec![Complex::default(); rows * cols];
@@ -263,9 +269,8 @@ impl WeightUpdate for Spectrum {
         _: View<'_>,
         d_weight: View<'_>,
     ) -> Result<()> {
-        let device = device_of(d_weight);
-        if device.is_cuda() {
-            return self.backward_on_gpu(grads, d_weight, &device);
+        if let Some(gpu) = d_weight.device() {
+            return self.backward_on_gpu(grads, d_weight, gpu);
         }
         let mut values: Vec<Complex<f32>> = elements(d_weight)
             .into_iter()
