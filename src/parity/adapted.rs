@@ -154,7 +154,8 @@ impl Adapted {
         if let Some(method) = &self.method
             && method.completes_gradients()
         {
-            loss += method.complete_gradients(&self.params, 1.0, &mut grads)?;
+            let penalty = method.complete_gradients(&self.params, 1.0, &mut grads)?;
+            loss += penalty.value()?;
         }
         Ok(Recomputed {
             logits,

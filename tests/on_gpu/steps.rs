@@ -470,8 +470,11 @@ fn a_method_is_replayed_with_the_bits_of_an_issued_one() {
             assert!(graphs >= 1, "{keys} {dtype}: no graph");
             assert_eq!(issued.reports, replayed.reports, "{keys} {dtype}");
             assert!(issued.bits == replayed.bits, "{keys} {dtype}: other values");
-            // AdaLoRA's term of the loss has matrices of its own.
-            if keys["peft_type"] != "ADALORA" {
+            // AdaLoRA's term of the loss has matrices of its own and is read after the update; importance is measured
+            // on the host, for which values and gradients come there.
+            if keys["peft_type"] == "ADALORA" {
+                assert_eq!([issued.waits, replayed.waits], [4, 4], "{keys} {dtype}");
+            } else {
                 assert_eq!(replayed.allocations, 0, "{keys} {dtype}");
                 assert_eq!([issued.waits, replayed.waits], [1, 1], "{keys} {dtype}");
                 assert!(issued.allocations > 0, "{keys} {dtype}: nothing to replay");

@@ -1,9 +1,11 @@
 //! The port that PEFT methods implement: where they attach and what they do there.
 
 mod merge;
+mod penalty;
 mod prompt;
 mod update;
 
+pub use penalty::Penalty;
 pub use prompt::{Prompt, PromptOf};
 pub use update::{CustomLinear, LowRankFactors, WeightUpdate};
 
@@ -285,8 +287,8 @@ pub trait Adapter: Debug + Send + Sync {
 
     /// Has the last word on the gradient of a step, once it is summed over all micro-batches and ranks.
     ///
-    /// A term of the objective beside the mean loss over the data is returned, and `weight` times its gradient
-    /// added to `grads`. The gradient of values that the method makes of its parameters is turned into theirs.
+    /// A term of the objective beside the mean loss over the data is returned, to be read after the update, and `weight`
+    /// times its gradient added to `grads`. The gradient of values that the method makes of its parameters is turned into theirs.
     ///
     /// # Errors
     /// If a value cannot be computed.
@@ -295,9 +297,9 @@ pub trait Adapter: Debug + Send + Sync {
         params: &FlatBuffer,
         weight: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         let _ = (params, weight, grads);
-        Ok(0.0)
+        Ok(Penalty::default())
     }
 
     /// Whether [`Adapter::precondition`] is to be called.

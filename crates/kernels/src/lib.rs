@@ -34,6 +34,7 @@ mod error;
 pub mod hadamard;
 #[doc(hidden)]
 pub mod host_cuda;
+pub mod identity_distance;
 pub mod int8_linear;
 pub mod khatri_rao;
 pub mod kronecker;

@@ -1,7 +1,7 @@
 //! A method on top of another one: what it changes, and everything else as that one has it.
 
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, StepDone};
+use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Penalty, Site, SiteId, StepDone};
 use ferrotune_core::model::DecoderConfig;
 use ferrotune_core::params::{FlatBuffer, ParamLayoutBuilder};
 use std::fmt::Debug;
@@ -108,7 +108,7 @@ impl<A: Above> Adapter for Over<A> {
         params: &FlatBuffer,
         weight: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         let penalty = self.method.complete_gradients(params, weight, grads)?;
         self.above.complete_gradients(grads);
         Ok(penalty)

@@ -4,7 +4,7 @@ use super::graphs::Graphs;
 use super::optimizer::{self, Inputs, State, StateTensors};
 use super::ranks::{self, Totals};
 use super::together::Seat;
-use crate::adapter::{Adapter, Attachment, SiteId, StepDone};
+use crate::adapter::{Adapter, Attachment, Penalty, SiteId, StepDone};
 use crate::data::{PackedBatch, padded_rows};
 use crate::model::{
     DecoderConfig, Keep, LoadedBase, Mode, Model, ModelPlan, Pass, WeightFormat, WeightSource,
@@ -262,9 +262,10 @@ impl Trainer {
                 self.adapter
                     .complete_gradients(&self.params, weight, &mut self.grads)?
             }
-            false => 0.0,
+            false => Penalty::default(),
         };
         let (grad_norm, sums) = self.update(lr, divisor)?;
+        let penalty = penalty.value()?;
         Ok(Updated {
             totals: reduced.unwrap_or_else(|| Totals::of(sums, micro_batches)),
             trained_tokens,

@@ -25,6 +25,7 @@ static MODULES: &[&Module] = &[
     &crate::dropout::cuda::MODULE,
     &crate::embedding::cuda::MODULE,
     &crate::hadamard::cuda::MODULE,
+    &crate::identity_distance::cuda::MODULE,
     &crate::int8_linear::cuda::MODULE,
     &crate::khatri_rao::cuda::MODULE,
     &crate::kronecker::cuda::MODULE,

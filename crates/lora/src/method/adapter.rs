@@ -2,7 +2,9 @@
 
 use super::{Common, Frozen, Keys, Method, Place, Source, Target, files};
 use crate::beside::Whole;
-use ferrotune_core::adapter::{Adapter, Attachment, BaseWeights, Site, SiteId, SiteKind, StepDone};
+use ferrotune_core::adapter::{
+    Adapter, Attachment, BaseWeights, Penalty, Site, SiteId, SiteKind, StepDone,
+};
 use ferrotune_core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value};
@@ -202,7 +204,7 @@ impl<M: Method> Adapter for MethodAdapter<M> {
         params: &FlatBuffer,
         weight: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         self.method
             .complete_gradients(self.targets(), params, weight, grads)
     }

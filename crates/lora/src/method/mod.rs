@@ -22,7 +22,7 @@ pub(crate) use shared::{Frozen, OnGpus, Placed};
 use crate::files::{Part, Weights};
 use crate::target::{TargetModules, default_target_modules};
 use ferrotune_core::Result;
-use ferrotune_core::adapter::{Attachment, Site, StepDone};
+use ferrotune_core::adapter::{Attachment, Penalty, Site, StepDone};
 use ferrotune_core::params::{FlatBuffer, ParamId};
 use ferrotune_kernels::View;
 use serde_json::{Map, Value};
@@ -151,9 +151,9 @@ pub(crate) trait Method: Clone + Debug + Send + Sync + 'static {
         params: &FlatBuffer,
         weight: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         let _ = (targets, params, weight, grads);
-        Ok(0.0)
+        Ok(Penalty::default())
     }
 
     /// [`Adapter::after_step`](ferrotune_core::adapter::Adapter::after_step).

@@ -22,7 +22,8 @@ use crate::modules;
 use config::{Kind, PromptConfig};
 use encoder::Encoder;
 use ferrotune_core::adapter::{
-    Adapter, Attachment, BaseWeights, KeyHeads, Prompt, PromptOf, Site, SiteId, SiteKind, StepDone,
+    Adapter, Attachment, BaseWeights, KeyHeads, Penalty, Prompt, PromptOf, Site, SiteId, SiteKind,
+    StepDone,
 };
 use ferrotune_core::params::{FlatBuffer, ParamId, ParamLayoutBuilder, ParamSpec};
 use ferrotune_core::{Error, Result};
@@ -161,7 +162,7 @@ impl Adapter for PromptAdapter {
         params: &FlatBuffer,
         _: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         if let Some(Attached {
             rows,
             encoder: Some(encoder),
@@ -172,7 +173,7 @@ impl Adapter for PromptAdapter {
             grads.get_mut(*rows).fill(0.0);
             encoder.backward(params, grads, &d_rows)?;
         }
-        Ok(0.0)
+        Ok(Penalty::default())
     }
 
     fn after_step(&self, params: &mut FlatBuffer, _: StepDone<'_>) -> Result<()> {

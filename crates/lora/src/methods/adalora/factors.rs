@@ -1,11 +1,11 @@
 //! The update of one linear, and the term of the loss that keeps its vectors orthogonal.
 
-use super::super::matrix::{self, elements, grad, param};
+use super::super::matrix::{self, grad, param};
 use crate::method::Target;
 use ferrotune_core::Result;
 use ferrotune_core::adapter::LowRankFactors;
 use ferrotune_core::params::{FlatBuffer, ParamId};
-use ferrotune_kernels::{Tensor, View, axpby, hadamard, matmul};
+use ferrotune_kernels::{Tensor, View, ViewMut, axpby, hadamard, identity_distance, matmul};
 
 /// `scale * B (A ⊙ E)`.
 #[derive(Debug)]
@@ -80,52 +80,29 @@ impl LowRankFactors for Triplets {
     }
 }
 
-/// |A A^T - I| + |B^T B - I| of one module, over the vectors it has; adds `weight` times the gradient to `grads`.
+/// Adds to `grads` `weight` times the gradient of |A A^T - I| + |B^T B - I| of one module, over the vectors it has: a rank
+/// that was cut before has vectors of zeros and counts for nothing, as PEFT has none there. Both go to `distances [1, 2]`.
 pub(super) fn orthogonality(
     target: &Target,
     rank: usize,
     params: &FlatBuffer,
     weight: f32,
     grads: &mut FlatBuffer,
-) -> Result<f64> {
+    distances: ViewMut<'_>,
+) -> Result<()> {
     let (a, b) = (target.ids[0], target.ids[1]);
     let (inputs, out) = (target.site.in_features, target.site.out_features);
+    let [of_a, of_b] = distances.split_columns(1);
     let vectors = param(params, a, [rank, inputs], params.home());
     let mut gram = matrix::empty(vectors, rank, rank);
     matmul::nt(gram.view_mut(), 0.0, 1.0, vectors, vectors)?;
-    let (of_a, gram) = away_from_identity(&gram);
+    identity_distance::direction(gram.view_mut(), of_a)?;
     let d = grad(grads, a, [rank, inputs], vectors);
-    matmul::nn(d, 1.0, slope(of_a, weight), gram.view(), vectors)?;
+    matmul::nn(d, 1.0, 2.0 * weight, gram.view(), vectors)?;
 
     let vectors = param(params, b, [out, rank], params.home());
-    let (of_b, gram) = away_from_identity(&matrix::tn(vectors, vectors)?);
+    let mut gram = matrix::tn(vectors, vectors)?;
+    identity_distance::direction(gram.view_mut(), of_b)?;
     let d = grad(grads, b, [out, rank], vectors);
-    matmul::nn(d, 1.0, slope(of_b, weight), vectors, gram.view())?;
-    Ok(of_a + of_b)
-}
-
-/// `G - I` and its norm. A rank that was cut before has vectors of zeros, and counts for nothing: PEFT has none there.
-fn away_from_identity(gram: &Tensor) -> (f64, Tensor) {
-    let [rows, cols] = gram.view().shape();
-    let mut values = elements(gram.view());
-    let on_diagonal = values.iter_mut().step_by(cols + 1).take(rows);
-    on_diagonal
-        .filter(|square| **square > 0.0)
-        .for_each(|square| *square -= 1.0);
-    let norm = values
-        .iter()
-        .map(|&v| f64::from(v) * f64::from(v))
-        .sum::<f64>()
-        .sqrt();
-    let away = Tensor::from_f32(values, rows, cols);
-    (norm, away.to_device(&gram.device()))
-}
-
-/// d|M M^T - I| = 2 (M M^T - I) M / |M M^T - I|; none where the norm has a corner.
-fn slope(norm: f64, weight: f32) -> f32 {
-    if norm > 0.0 {
-        (2.0 * f64::from(weight) / norm) as f32
-    } else {
-        0.0
-    }
+    Ok(matmul::nn(d, 1.0, 2.0 * weight, vectors, gram.view())?)
 }

@@ -16,13 +16,14 @@ mod rank_pattern;
 #[cfg(test)]
 mod tests;
 
+use super::matrix;
 use crate::files::Part;
 use crate::fit::{GivenRank, require_rank};
 use crate::method::{Init, Keys, Method, Place, Target, TensorSpec};
 use crate::target::{TargetModules, default_target_modules};
 use budget::Budget;
 use factors::Triplets;
-use ferrotune_core::adapter::{Attachment, Site, StepDone};
+use ferrotune_core::adapter::{Attachment, Penalty, Site, StepDone};
 use ferrotune_core::params::FlatBuffer;
 use ferrotune_core::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -181,14 +182,15 @@ impl Method for AdaLora {
         params: &FlatBuffer,
         weight: f32,
         grads: &mut FlatBuffer,
-    ) -> Result<f64> {
+    ) -> Result<Penalty> {
         let each = self.orth_reg_weight / (2 * targets.len()) as f64;
-        let mut sum = 0.0;
-        for target in targets {
-            sum +=
-                factors::orthogonality(target, self.init_r, params, weight * each as f32, grads)?;
+        let weight = weight * each as f32;
+        let mut distances = matrix::empty(params.home(), 1, 2 * targets.len());
+        for (i, target) in targets.iter().enumerate() {
+            let both = distances.view_mut().columns(2 * i..2 * (i + 1));
+            factors::orthogonality(target, self.init_r, params, weight, grads, both)?;
         }
-        Ok(each * sum)
+        Ok(Penalty::new(each, distances))
     }
 
     fn after_step(
