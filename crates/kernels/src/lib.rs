@@ -31,6 +31,8 @@ pub mod dora;
 pub mod dropout;
 pub mod embedding;
 mod error;
+#[cfg(test)]
+mod golden_ops;
 pub mod hadamard;
 #[doc(hidden)]
 pub mod host_cuda;
