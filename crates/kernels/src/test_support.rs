@@ -2,10 +2,11 @@
 
 use crate::cuda::CudaDevice;
 pub(crate) use crate::host_cuda::device as cuda_device;
-use crate::rng::Stream;
+use crate::rng::{Stream, mix};
 use crate::{DType, Tensor, View, ViewMut};
 use candle_core::{Device, Var};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::{env, panic};
 
 pub(crate) const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
@@ -23,9 +24,38 @@ pub(crate) fn tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// Environment variable with a number that all draws of the tests depend on; 0 and none are the same.
+const SEED_VARIABLE: &str = "FERROTUNE_TEST_SEED";
+
+/// That number. Every failure says it from then on.
+fn seed_of_the_run() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| {
+        let text = env::var(SEED_VARIABLE).unwrap_or_else(|_| "0".into());
+        let seed = (text.parse())
+            .unwrap_or_else(|_| panic!("{SEED_VARIABLE} is {text:?}, expected a whole number"));
+        if seed != 0 {
+            let others = panic::take_hook();
+            panic::set_hook(Box::new(move |failure| {
+                others(failure);
+                eprintln!("repeat it with {SEED_VARIABLE}={seed}");
+            }));
+        }
+        seed
+    })
+}
+
+/// Random numbers, the same in every run of one [`SEED_VARIABLE`].
+pub(crate) fn stream(seed: u64) -> Stream {
+    match seed_of_the_run() {
+        0 => Stream::new(seed),
+        run => Stream::new(mix(run, seed)),
+    }
+}
+
 /// Standard normal values.
 pub(crate) fn normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut stream = Stream::new(seed);
+    let mut stream = stream(seed);
     (0..len).map(|_| stream.normal() as f32).collect()
 }
 

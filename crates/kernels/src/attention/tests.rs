@@ -1,5 +1,6 @@
 use super::Config;
 use crate::rng::Stream;
+use crate::test_support::stream;
 use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut, Workspace};
 use candle_core::{D, DType as CandleDType, Device, IndexOp, Tensor as Oracle, Var};
 
@@ -189,7 +190,7 @@ const LENGTHS: [&[usize]; 5] = [&[1], &[0, 3, 1, 0, 17], &[123], &[64, 65, 0], &
 
 /// Inputs rounded to `dtype`, all wide with NaN around them: q, k, v and the gradient of the output.
 fn inputs(config: &Config, queries: usize, keys: usize, dtype: DType) -> [Tensor; 4] {
-    let mut stream = Stream::new((queries * 31 + keys) as u64);
+    let mut stream = stream((queries * 31 + keys) as u64);
     let (q, kv) = (
         config.heads * config.head_dim,
         config.kv_heads * config.head_dim,

@@ -1,8 +1,9 @@
 use super::{Matrix, Svd};
 use crate::rng::Stream;
+use crate::test_support::stream;
 
 fn random(rows: usize, cols: usize) -> Matrix {
-    let mut stream = Stream::new((rows * 1000 + cols) as u64);
+    let mut stream = stream((rows * 1000 + cols) as u64);
     let values = (0..rows * cols).map(|_| stream.normal()).collect();
     Matrix::new(rows, cols, values).expect("as many values")
 }

@@ -42,12 +42,14 @@ fn norms_are_those_of_the_weight_with_its_update() {
             let weight = weight.to_f32_vec();
             for (i, norm) in norms.iter().enumerate() {
                 let row = i * inputs..(i + 1) * inputs;
-                let squares = row.map(|at| (f64::from(weight[at]) + 1.5 * update[at]).powi(2));
-                let want = squares.sum::<f64>().sqrt();
-                assert!(
-                    (f64::from(*norm) - want).abs() < 1e-5 * want,
-                    "{norm} and {want}"
-                );
+                let pairs = row.map(|at| (f64::from(weight[at]), 1.5 * update[at]));
+                let squares = |sum: f64, (w, u): (f64, f64)| sum + (w + u).powi(2);
+                let apart = |sum: f64, (w, u): (f64, f64)| sum + w.powi(2) + u.powi(2);
+                let want = pairs.clone().fold(0.0, squares);
+                // What is summed is as large as weight and update, however much of one the other takes away.
+                let summed = pairs.fold(0.0, apart);
+                let error = (f64::from(*norm).powi(2) - want).abs();
+                assert!(error < 1e-5 * summed, "{norm}^2 and {want}");
             }
         }
     }

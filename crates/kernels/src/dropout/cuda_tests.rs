@@ -1,6 +1,5 @@
 use super::{Key, add_masked, forward};
-use crate::rng::Stream;
-use crate::test_support::{DTYPES, assert_same_bits, cuda_device};
+use crate::test_support::{DTYPES, assert_same_bits, cuda_device, stream};
 use crate::twins::assert_cuda_matches;
 use crate::{DType, Device, Indices, Tensor};
 
@@ -12,7 +11,7 @@ const KEY: Key = Key {
 
 /// Sequence and position of `count` tokens, and a step.
 fn tokens(count: usize) -> Vec<u32> {
-    let mut stream = Stream::new(9);
+    let mut stream = stream(9);
     (0..=2 * count).map(|_| stream.bits() as u32).collect()
 }
 

@@ -1,8 +1,8 @@
 use super::Key;
-use crate::rng::{Stream, philox4x32};
+use crate::rng::philox4x32;
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_bits, assert_same_on_any_thread_count,
-    oracle_gradients, tolerance, var,
+    oracle_gradients, stream, tolerance, var,
 };
 use crate::{DType, Indices, Result, Tensor, View, ViewMut};
 
@@ -36,7 +36,7 @@ const KEY: Key = Key {
 };
 
 fn tokens(count: usize) -> Vec<[u32; 2]> {
-    let mut stream = Stream::new(9);
+    let mut stream = stream(9);
     (0..count)
         .map(|_| [stream.bits() as u32, stream.bits() as u32])
         .collect()

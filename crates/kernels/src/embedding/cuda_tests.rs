@@ -1,7 +1,6 @@
 use super::{backward, forward, overlay, overlay_backward};
 use crate::DType;
-use crate::rng::Stream;
-use crate::test_support::DTYPES;
+use crate::test_support::{DTYPES, stream};
 use crate::twins::assert_cuda_matches;
 
 const VOCAB: usize = 13;
@@ -36,7 +35,7 @@ fn matches_the_cpu() {
 /// More tokens than a block compares at a time, with ids that come back after that many.
 #[test]
 fn tokens_far_apart_are_summed_in_order() {
-    let mut stream = Stream::new(5);
+    let mut stream = stream(5);
     let ids: Vec<u32> = (0..1100).map(|_| stream.below(VOCAB) as u32).collect();
     assert_cuda_matches("1100 tokens", |place| {
         let (d_out, mut d_table) = (

@@ -1,7 +1,6 @@
-use crate::rng::Stream;
 use crate::test_support::{
     DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_on_any_thread_count, flat, normal,
-    oracle_gradients, tolerance, var,
+    oracle_gradients, stream, tolerance, var,
 };
 use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut};
 use candle_core::Device;
@@ -54,7 +53,7 @@ fn both_directions_match_candle() {
 #[test]
 fn results_do_not_depend_on_the_thread_count() {
     let (tokens, vocab, cols) = (3_000, 400, 123);
-    let mut stream = Stream::new(5);
+    let mut stream = stream(5);
     let ids: Vec<u32> = (0..tokens).map(|_| stream.below(vocab) as u32).collect();
     let table = Pitched::normal(1, [vocab, cols], DType::F32);
     let d_out = Pitched::normal(2, [tokens, cols], DType::F32);

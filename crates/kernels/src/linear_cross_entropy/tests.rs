@@ -1,5 +1,5 @@
 use super::{Accumulator, Labels, Sums};
-use crate::rng::Stream;
+use crate::test_support::stream;
 use crate::{DType, Error, Indices, Result, Tensor, View, ViewMut, Workspace};
 use candle_core::{D, Device, Tensor as Oracle, Var};
 
@@ -53,7 +53,7 @@ pub(super) struct Case {
 }
 
 pub(super) fn case([tokens, width, vocabulary, labels]: [usize; 4], dtypes: [DType; 2]) -> Case {
-    let mut stream = Stream::new((tokens + width * 1000 + vocabulary) as u64);
+    let mut stream = stream((tokens + width * 1000 + vocabulary) as u64);
     let mut random = |rows: usize, dtype| {
         let cols = width + 3;
         let values = (0..rows * cols)
@@ -397,7 +397,7 @@ fn a_head_in_pieces_with_an_update_is_the_sum_of_them() {
         head.view().columns(0..width),
     );
     let normal = |seed, rows: usize, cols: usize| {
-        let mut stream = Stream::new(seed);
+        let mut stream = stream(seed);
         let values = (0..rows * cols).map(|_| stream.normal() as f32).collect();
         Tensor::from_f32(values, rows, cols)
     };

@@ -63,6 +63,7 @@ struct Case {
 
 impl Case {
     fn random(sizes: Sizes, dtype: DType) -> Self {
+        // The same numbers in every run: of one row and column, the terms of a sum may cancel.
         let mut stream = Stream::new((sizes.tokens * 7 + sizes.rank) as u64);
         let mut random = |rows: usize, cols: usize| {
             let values = (0..rows * cols).map(|_| stream.normal() as f32).collect();

@@ -1,5 +1,6 @@
 use super::{Beside, nn, nt, nt_beside, tn};
 use crate::rng::Stream;
+use crate::test_support::stream;
 use crate::{DType, Error, Tensor, View, ViewMut};
 
 type Op = fn(ViewMut<'_>, f32, f32, View<'_>, View<'_>) -> crate::Result<()>;
@@ -79,7 +80,7 @@ impl Padded {
 }
 
 fn check(kind: Kind, [m, n, k]: [usize; 3], dtypes: [DType; 3], [beta, alpha]: [f32; 2]) {
-    let mut stream = Stream::new((m * 1_000_003 + n * 1009 + k) as u64);
+    let mut stream = stream((m * 1_000_003 + n * 1009 + k) as u64);
     let [a_shape, b_shape] = kind.shapes(m, n, k);
     let a = Padded::random(dtypes[1], a_shape, 5, &mut stream);
     let b = Padded::random(dtypes[2], b_shape, 3, &mut stream);
@@ -187,7 +188,7 @@ fn no_tokens_and_no_depth_are_legal() {
 
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
-    let mut stream = Stream::new(3);
+    let mut stream = stream(3);
     for kind in Kind::ALL {
         for shape @ [m, n, k] in [
             [1024, 256, 256],
@@ -230,7 +231,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 /// A token's result must not depend on which tokens share its batch.
 #[test]
 fn bits_of_a_row_do_not_depend_on_the_number_of_rows() {
-    let mut stream = Stream::new(4);
+    let mut stream = stream(4);
     for kind in [Kind::Nt, Kind::Nn] {
         for [n, k] in [
             [16, 64],
@@ -267,7 +268,7 @@ fn bits_of_a_row_do_not_depend_on_the_number_of_rows() {
 /// Products beside one another are those that stand alone, to the bit, on any number of threads.
 #[test]
 fn products_beside_one_another_are_those_alone() {
-    let mut stream = Stream::new(5);
+    let mut stream = stream(5);
     for (dst_type, a_type, b_type) in [
         (DType::F32, DType::F32, DType::F32),
         (DType::Bf16, DType::F32, DType::Bf16),

@@ -1,13 +1,12 @@
 use super::add;
-use crate::rng::Stream;
-use crate::test_support::DTYPES;
+use crate::test_support::{DTYPES, stream};
 use crate::twins::assert_cuda_matches;
 
 const ROWS: usize = 5;
 
 #[test]
 fn matches_the_cpu() {
-    let mut stream = Stream::new(9);
+    let mut stream = stream(9);
     let rows: Vec<u32> = (0..=2 * ROWS).map(|_| stream.bits() as u32).collect();
     let scales = [0.5, 0.0, 1e-3, 7.0, 1.0_f32].map(f32::to_bits);
     for dtype in DTYPES {

@@ -1,7 +1,7 @@
 use super::add;
-use crate::rng::{Stream, philox4x32};
+use crate::rng::philox4x32;
 use crate::test_support::{
-    DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_on_any_thread_count, tolerance,
+    DTYPES, ODD_COLUMNS, Pitched, assert_close, assert_same_on_any_thread_count, stream, tolerance,
 };
 use crate::{Indices, Tensor};
 
@@ -11,7 +11,7 @@ const STEP: u32 = 6;
 
 /// Sequence and position of every row, and the step.
 fn rows() -> Vec<u32> {
-    let mut stream = Stream::new(9);
+    let mut stream = stream(9);
     let mut rows: Vec<u32> = (0..2 * ROWS).map(|_| stream.bits() as u32).collect();
     rows.push(STEP);
     rows
