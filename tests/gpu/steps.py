@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import subprocess
 import time
@@ -123,24 +124,36 @@ def modules(program):
 
 
 def tests(pack, limit, program, module):
-    """A fault breaks the device for all tests of its process: what failed is tried once more, alone."""
-    begin = time.monotonic()
+    """Those of the kernels draw other inputs in every run. A fault breaks the device for all tests of its process: what
+    failed is tried once more, alone, on the same inputs."""
+    begin, seed = time.monotonic(), str(1 + secrets.randbits(63))
+    drawn = f", inputs of FERROTUNE_TEST_SEED={seed}" if program == pack.kernel_tests else ""
     names = [name for name in gpu_tests(program) if name.split("::")[0] == module]
     greedy = [name for name in names if GREEDY in name]
     together = [name for name in names if name not in greedy]
-    code, output, _ = pack.run([program, "--exact", "--test-threads=4", *together], limit)
+    command = [program, "--exact", "--test-threads=4", "--show-output", *together]
+    code, output, _ = pack.run(command, limit, FERROTUNE_TEST_SEED=seed)
     if code == 0 and not greedy:
-        return tally(output, names)
+        return f"{tally(output, names)}{beside_pytorch(output)}{drawn}"
     passed = set(re.findall(r"^test (\S+) \.\.\. ok$", output, re.MULTILINE))
     failed = [name for name in names if name not in passed]
     alone = []
     for name in failed:
         left = max(1, limit - (time.monotonic() - begin))
-        if pack.run([program, "--exact", name], left)[0] != 0:
+        if pack.run([program, "--exact", name], left, FERROTUNE_TEST_SEED=seed)[0] != 0:
             alone.append(name)
     if alone:
-        raise Failed(f"{len(alone)} of {len(names)} fail: {', '.join(alone)}")
-    return f"{len(names)} pass, {len(failed)} of them only in a process of their own"
+        raise Failed(f"{len(alone)} of {len(names)} fail: {', '.join(alone)}{drawn}")
+    return f"{len(names)} pass, {len(failed)} of them only in a process of their own{drawn}"
+
+
+def beside_pytorch(output):
+    """The largest ratio of an error in bf16 to PyTorch's own, if the tests say any."""
+    ratios = re.findall(r"^(\w+_bf16 \w+) on \w+: .*, ratio ([\d.]+)$", output, re.MULTILINE)
+    if not ratios:
+        return ""
+    what, ratio = max(ratios, key=lambda found: float(found[1]))
+    return f", at most {ratio} times PyTorch's own error ({what})"
 
 
 def tally(output, names):
