@@ -29,12 +29,12 @@ exec 9>"$out/lock"
 flock 9
 
 stamp=$(cat "$here"/*.h "$here"/*.cpp "$here/build.sh" "$include/types.cuh" "$include/ptx.cuh" \
-    <(echo "$compiler $flags $("$compiler" --version)") | cksum | cut -d' ' -f1)
+    "$include/tma.cuh" <(echo "$compiler $flags $("$compiler" --version)") | cksum | cut -d' ' -f1)
 if [[ -f $out/stamp && $(<"$out/stamp") == "$stamp" ]]; then
     exit 0
 fi
 rm -f "$out/stamp"
-cp "$here/shim.h" "$here/wgmma.h" "$out"
+cp "$here/shim.h" "$here/wgmma.h" "$here/tma.h" "$out"
 
 # library NAME SOURCES...: compiled aside and renamed, for processes that have the old one open.
 library() {
@@ -49,8 +49,8 @@ library() {
     mv "$out/$name.new" "$out/$name"
 }
 cd "$here"
-library libcuda.so.1 cuda.cpp lanes.cpp cuda_memory.cpp cuda_module.cpp cuda_error.cpp memory.cpp \
-    runtime.cpp worker.cpp wgmma.cpp
+library libcuda.so.1 cuda.cpp lanes.cpp cuda_memory.cpp cuda_module.cpp cuda_tensor_map.cpp \
+    cuda_error.cpp memory.cpp runtime.cpp worker.cpp wgmma.cpp tma.cpp
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp
 library libnccl.so.2 nccl.cpp "$out/libcuda.so.1"

@@ -2,6 +2,7 @@
 #include "runtime.h"
 #include "state.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 #include <elf.h>
@@ -176,13 +177,16 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
     if (block_x > function->threads) {
         return LAUNCH_OUT_OF_RESOURCES;
     }
-    const auto* first = static_cast<const char*>(params[0]);
-    std::vector<char> copied(first, first + function->params);
-    return issue_on(stream, "launch", [=, copied = std::move(copied)] {
+    // Aligned as far as the struct of any kernel.
+    constexpr size_t ALIGNMENT = 64;
+    const size_t bytes = (function->params + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const std::shared_ptr<void> copied(std::aligned_alloc(ALIGNMENT, bytes), free);
+    memcpy(copied.get(), params[0], function->params);
+    return issue_on(stream, "launch", [=] {
         ferrotune_host::Launch launch;
         launch.name = function->name.c_str();
         launch.kernel = function->kernel;
-        launch.params = copied.data();
+        launch.params = copied.get();
         launch.grid[0] = grid_x;
         launch.grid[1] = grid_y;
         launch.grid[2] = grid_z;

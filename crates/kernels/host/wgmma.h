@@ -18,6 +18,7 @@ void ferrotune_host_wgmma(const HostWgmma* mine);
 void ferrotune_host_wgmma_commit();
 void ferrotune_host_wgmma_wait(u32 groups);
 void ferrotune_host_fence_async_shared();
+void ferrotune_host_wrote_shared(const void* shared);
 }
 #pragma GCC visibility pop
 
@@ -36,6 +37,11 @@ template <u32 M>
 DEVICE void wgmma_settle(f32 (&)[M][4]) {}
 DEVICE void wgmma_hold(u32) {}
 DEVICE void fence_async_shared() { ferrotune_host_fence_async_shared(); }
+DEVICE void clear_shared_16(void* shared) {
+    host_aligned_16(shared, "16-byte access");
+    std::memset(shared, 0, 16);
+    ferrotune_host_wrote_shared(shared);
+}
 
 template <bool FIRST, u32 M>
 DEVICE void wgmma_shared(f32 (&d)[M][4], u64 a, u64 b) {

@@ -27,6 +27,7 @@ constexpr size_t STACK = 128 << 10;
 constexpr size_t MARGIN = 256; // behind the dynamic shared memory
 #endif
 constexpr u8 MARGIN_BYTE = 0xa5;
+constexpr u32 COPYING = ~0u;
 
 thread_local Worker* worker = nullptr;
 
@@ -218,8 +219,8 @@ void Worker::fail(const std::string& reason) {
 std::string Worker::stuck() const {
     std::string text = "deadlock:";
     const char* names[] = {"ready", "wait at __syncthreads", "wait at a barrier of their team",
-                           "wait in a warp operation", "exited"};
-    for (State state : {State::barrier, State::team, State::warp, State::exited}) {
+                           "wait at an mbarrier", "wait in a warp operation", "exited"};
+    for (State state : {State::barrier, State::team, State::mbarrier, State::warp, State::exited}) {
         u32 count = 0, first = 0;
         for (u32 i = 0; i < launch_->threads; i++) {
             if (fibers_[i]->state == state && count++ == 0) {
@@ -231,6 +232,9 @@ std::string Worker::stuck() const {
                     ") " + names[static_cast<int>(state)];
             if (state == State::barrier) {
                 text += " (line " + std::to_string(barrier_line_) + ")";
+            }
+            if (state == State::mbarrier) {
+                text += boxes_.missing(fibers_[first]->mbarrier);
             }
             if (state == State::warp) {
                 text += std::string(" (") + warps_[first / 32].operation + ")";
@@ -258,6 +262,7 @@ void Worker::poison_shared() {
 
 void Worker::prepare(const Launch& launch, u32 block) {
     waiting_ = exited_ = 0;
+    boxes_.clear();
     error_.clear();
     ready_.clear();
     warps_.assign((launch.threads + 31) / 32, Warp{});
@@ -318,6 +323,12 @@ void Worker::check_products() {
     }
 }
 
+void Worker::check_boxes() {
+    if (boxes_.left()) {
+        error_ = "load_box: a block ended without waiting for its copies";
+    }
+}
+
 void Worker::wrote_shared(const void* to) {
     const u64 at = reinterpret_cast<u64>(to) - reinterpret_cast<u64>(shared_);
     if (at < launch_->shared) {
@@ -333,6 +344,7 @@ void Worker::fence_async_shared() {
         }
     }
     current->unfenced.clear();
+    boxes_.fence(current->index);
 }
 
 void Worker::check_async_read(u64 address) {
@@ -340,9 +352,51 @@ void Worker::check_async_read(u64 address) {
     if (at >= launch_->shared) {
         fail("wgmma reads outside of dynamic shared memory");
     }
+    if (unfenced_[at / 16] == COPYING) {
+        fail("wgmma reads what a copy of a box is yet to bring");
+    }
     if (unfenced_[at / 16] != 0) {
         fail("wgmma reads what thread " + std::to_string(unfenced_[at / 16] - 1) +
-             " copied without fence_async_shared behind its wait");
+             " wrote without fence_async_shared behind it");
+    }
+}
+
+void Worker::begin_async_write(u64 address, u32 bytes) {
+    const u64 at = address - reinterpret_cast<u64>(shared_);
+    if (at >= launch_->shared || bytes > launch_->shared - at) {
+        fail("load_box writes outside of dynamic shared memory");
+    }
+    for (u64 chunk = at / 16; chunk < (at + bytes + 15) / 16; chunk++) {
+        if (unfenced_[chunk] == COPYING) {
+            fail("load_box to where another one is on its way");
+        }
+        if (unfenced_[chunk] != 0) {
+            fail("load_box to what thread " + std::to_string(unfenced_[chunk] - 1) +
+                 " wrote without fence_async_shared behind it");
+        }
+        unfenced_[chunk] = COPYING;
+    }
+}
+
+void Worker::end_async_write(u64 address, u32 bytes) {
+    const u64 at = address - reinterpret_cast<u64>(shared_);
+    for (u64 chunk = at / 16; chunk < (at + bytes + 15) / 16; chunk++) {
+        unfenced_[chunk] = 0;
+    }
+}
+
+void Worker::block_at_mbarrier(const u64* at) {
+    current->state = State::mbarrier;
+    current->mbarrier = at;
+    next();
+}
+
+void Worker::release_mbarrier(const u64* at) {
+    for (u32 i = 0; i < launch_->threads; i++) {
+        if (fibers_[i]->state == State::mbarrier && fibers_[i]->mbarrier == at) {
+            fibers_[i]->state = State::ready;
+            ready_.push_back(i);
+        }
     }
 }
 
@@ -360,6 +414,9 @@ std::string Worker::run_block(const Launch& launch, const ThreadLocals& locals, 
     next();
     if (error_.empty()) {
         check_products();
+    }
+    if (error_.empty()) {
+        check_boxes();
     }
     if (error_.empty()) {
         check_margin();
@@ -396,6 +453,8 @@ void ferrotune_host_cp_async(void* shared, const void* global, u32 valid_bytes) 
     auto* fiber = worker->current;
     fiber->copies.push_back({shared, global, valid_bytes, fiber->group});
 }
+
+void ferrotune_host_wrote_shared(const void* shared) { worker->wrote_shared(shared); }
 
 void ferrotune_host_cp_async_commit() { worker->current->group++; }
 

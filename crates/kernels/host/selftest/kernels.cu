@@ -1,5 +1,6 @@
 // Kernels of the self test: right ones, and wrong ones that must be caught.
 #include "reduce.cuh"
+#include "tma.cuh"
 #include "wgmma.cuh"
 
 struct Tile {
@@ -300,3 +301,104 @@ DEVICE void group_product(const Group& p) {
 }
 KERNEL(group_shared_1, 128, Group, group_product<false>)
 KERNEL(group_registers_1, 128, Group, group_product<true>)
+
+// Two boxes of 64 columns of a tensor, one after the other to the same place, read back as they lie there.
+// `wrong` leaves something out or does something else.
+struct Boxed {
+    TensorMap map; // of boxes [rows][64]
+    f32* out;      // [2][rows][64]
+    u32 rows, head, row[2];
+    u32 wrong, bytes; // that are expected of a box
+};
+enum WrongBox : u32 {
+    NO_INIT = 1,
+    NO_INIT_FENCE,
+    NO_WAIT,
+    NO_ARRIVE,
+    TWO_ARRIVALS,
+    WRITTEN_OVER,
+    WRONG_PARITY,
+    MISALIGNED,
+    BEYOND,
+    NO_FENCE,
+    TWICE,
+    NO_BARRIER,
+};
+
+DEVICE void two_boxes(const Boxed& p) {
+    SHARED u64 barrier;
+    u8* const start = dynamic_shared<u8>();
+    bf16* const shared = reinterpret_cast<bf16*>(start + (0u - shared_address(start)) % 1024u);
+    if (threadIdx.x == 0) {
+        if (p.wrong != NO_INIT) mbarrier_init(&barrier, 1);
+        if (p.wrong != NO_INIT_FENCE) fence_async_shared();
+    }
+    if (p.wrong != NO_BARRIER) __syncthreads();
+    for (u32 turn = 0; turn < 2; turn++) {
+        if (threadIdx.x == 0) {
+            bf16* const to = shared + (p.wrong == MISALIGNED ? 32 : p.wrong == BEYOND ? 64 * 64 : 0);
+            if (p.wrong == WRITTEN_OVER) barrier = 1;
+            mbarrier_expect(&barrier, p.bytes);
+            load_box(to, p.map, 64, p.head, p.row[turn], &barrier);
+            if (p.wrong == TWICE) load_box(to, p.map, 64, p.head, p.row[turn], &barrier);
+            if (p.wrong != NO_ARRIVE) mbarrier_arrive(&barrier);
+            if (p.wrong == TWO_ARRIVALS) mbarrier_arrive(&barrier);
+        }
+        if (p.wrong != NO_WAIT) mbarrier_wait(&barrier, p.wrong == WRONG_PARITY ? 1 - turn : turn);
+        for (u32 at = threadIdx.x; at < p.rows * 64; at += blockDim.x) {
+            const u32 row = at / 64, column = at % 64;
+            p.out[turn * p.rows * 64 + at] = to_f32(shared[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8]);
+        }
+        __syncthreads();
+        for (u32 at = threadIdx.x; at < p.rows * 8; at += blockDim.x) clear_shared_16(shared + at * 8);
+        if (p.wrong != NO_FENCE) fence_async_shared();
+        __syncthreads();
+    }
+}
+KERNEL(two_boxes_1, 64, Boxed, two_boxes)
+
+// a b^T of boxes [64][64]; with `wrong` a product that begins before the boxes are there, or goes on when the next
+// one is on its way.
+struct BoxedProduct {
+    TensorMap map;
+    f32* d; // [64][64]
+    u32 wrong, unused;
+};
+DEVICE void box_product(const BoxedProduct& p) {
+    SHARED u64 barrier;
+    u8* const start = dynamic_shared<u8>();
+    bf16* const a = reinterpret_cast<bf16*>(start + (0u - shared_address(start)) % 1024u);
+    bf16* const b = a + 64 * 64;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&barrier, 1);
+        fence_async_shared();
+        mbarrier_expect(&barrier, 2 * 64 * 128);
+        load_box(a, p.map, 0, 0, 0, &barrier);
+        load_box(b, p.map, 0, 0, 64, &barrier);
+        mbarrier_arrive(&barrier);
+    }
+    __syncthreads();
+    if (p.wrong != 1) mbarrier_wait(&barrier, 0);
+    f32 d[8][4];
+    wgmma_fence();
+    wgmma_shared<true>(d, wgmma_operand(a, 16, 1024), wgmma_operand(b, 16, 1024));
+    for (u32 k = 1; k < 4; k++) {
+        wgmma_shared<false>(d, wgmma_operand(a + k * 16, 16, 1024), wgmma_operand(b + k * 16, 16, 1024));
+    }
+    wgmma_commit();
+    if (p.wrong == 1) mbarrier_wait(&barrier, 0);
+    if (p.wrong == 2) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            mbarrier_expect(&barrier, 64 * 128);
+            load_box(b, p.map, 0, 0, 0, &barrier);
+            mbarrier_arrive(&barrier);
+        }
+    }
+    wgmma_wait<0>();
+    wgmma_settle(d);
+    if (p.wrong == 2) mbarrier_wait(&barrier, 1);
+    const u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    for (u32 i = 0; i < 32; i++) p.d[(row + i % 4 / 2 * 8) * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i / 4][i % 4];
+}
+KERNEL(box_product_1, 128, BoxedProduct, box_product)

@@ -80,15 +80,15 @@ struct Gpu {
         open();
     }
     template <typename P>
-    int launch(const char* name, u32 blocks, u32 threads, u32 shared, P params) {
+    int launch(const char* name, u32 blocks, u32 threads, u32 shared, const P& params) {
         void* function;
         CHECK(cuModuleGetFunction(&function, module, name) == 0);
-        void* pointers[] = {&params};
+        void* pointers[] = {const_cast<P*>(&params)};
         return cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
     }
     // Launches and waits; the message of a failed launch.
     template <typename P>
-    std::string failure(const char* name, u32 threads, u32 shared, P params) {
+    std::string failure(const char* name, u32 threads, u32 shared, const P& params) {
         CHECK(launch(name, 1, threads, shared, params) == 0);
         CHECK(cuStreamSynchronize(stream) == LAUNCH_FAILED);
         reopen();
@@ -123,6 +123,22 @@ struct Array {
 struct Group {
     const bf16* a;
     const bf16* b;
+    f32* d;
+    u32 wrong, unused;
+};
+// As the driver numbers them.
+constexpr unsigned BF16 = 9, SWIZZLE_128 = 3;
+struct alignas(64) Map {
+    u64 words[16];
+};
+struct Boxed {
+    Map map;
+    f32* out;
+    u32 rows, head, row[2];
+    u32 wrong, bytes;
+};
+struct BoxedProduct {
+    Map map;
     f32* d;
     u32 wrong, unused;
 };
@@ -211,11 +227,154 @@ void warpgroups() {
             CHECK(gpu.launch(name, 1, 128, 32 << 10, group(0)) == 0);
             CHECK(d.values() == want);
         }
-        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(1)), "without fence_async_shared"));
+        CHECK(contains(gpu.failure(name, 128, 32 << 10, group(1)), "without fence_async_shared behind it"));
         CHECK(contains(gpu.failure(name, 128, 32 << 10, group(2)), "without wgmma_fence"));
         CHECK(contains(gpu.failure(name, 128, 32 << 10, group(3)), "without waiting for its products"));
         CHECK(contains(gpu.failure(name, 128, 32 << 10, group(4)), "512 bytes behind a multiple of 1024"));
     }
+}
+
+// A tensor [rows][heads][columns] whose rows are `pitch` elements, and boxes of 64 columns.
+struct Tensor {
+    uint64_t address, sizes[3], strides[2];
+    uint32_t box[3], steps[3] = {1, 1, 1};
+    unsigned type = BF16, swizzle = SWIZZLE_128;
+    Tensor(uint64_t address, uint64_t rows, uint64_t heads, uint64_t columns, uint64_t pitch, uint32_t box_rows)
+        : address(address), sizes{columns, heads, rows}, strides{2 * columns, 2 * pitch}, box{64, 1, box_rows} {}
+    int encode(void* map) const {
+        return cuTensorMapEncodeTiled(map, type, 3, reinterpret_cast<void*>(address), sizes, strides, box, steps, 0,
+                                      swizzle, 2, 0);
+    }
+    Map map() const {
+        Map map;
+        CHECK(encode(&map) == 0);
+        return map;
+    }
+};
+
+void tensor_maps_are_checked() {
+    Array<bf16> x(10 * 400);
+    const Tensor good(x.at, 10, 4, 96, 400, 16);
+    CHECK(good.map().words[0] != 0);
+    const auto refused = [&](const char* why, auto change) {
+        Tensor tensor = good;
+        change(tensor);
+        Map map;
+        CHECK(tensor.encode(&map) == INVALID_VALUE);
+        CHECK(contains(ferrotune_host_last_error(), why));
+    };
+    refused("not aligned to 64 bytes, or the tensor not to 16", [](Tensor& t) { t.address += 8; });
+    refused("not aligned to 64 bytes, or the tensor not to 16", [](Tensor& t) { t.address = 0; });
+    refused("dimension 2 has 0 elements", [](Tensor& t) { t.sizes[2] = 0; });
+    refused("dimension 1 has a stride of 200 bytes", [](Tensor& t) { t.strides[0] = 200; });
+    refused("dimension 2 has a stride of 1099511627776 bytes", [](Tensor& t) { t.strides[1] = uint64_t(1) << 40; });
+    refused("dimension 2 has a box of 257", [](Tensor& t) { t.box[2] = 257; });
+    refused("dimension 1 has a box of 0", [](Tensor& t) { t.box[1] = 0; });
+    refused("in steps of 9", [](Tensor& t) { t.steps[2] = 9; });
+    refused("a row of 144 bytes", [](Tensor& t) { t.box[0] = 72; });
+    refused("a row of 24 bytes", [](Tensor& t) { t.box[0] = 12; });
+    refused("a row of 128 bytes of the box, at most 64", [](Tensor& t) { t.swizzle = 2; });
+    refused("a type, rank, swizzle", [](Tensor& t) { t.type = 40; });
+    refused("no allocation holds", [](Tensor& t) { t.sizes[2] = 11; });
+    alignas(64) u8 bytes[192];
+    CHECK(good.encode(bytes + 32) == INVALID_VALUE);
+}
+
+// How many of `runs` seeds find out that a kernel is wrong; not every order shows it.
+template <typename P>
+int failures(const char* name, u32 threads, u32 shared, const P& params, int runs) {
+    int failed = 0;
+    for (int seed = 0; seed < runs; seed++) {
+        set_seed(seed);
+        CHECK(gpu.launch(name, 1, threads, shared, params) == 0);
+        if (cuStreamSynchronize(gpu.stream) != 0) {
+            failed++;
+            gpu.reopen();
+        }
+    }
+    return failed;
+}
+
+// Boxes of a tensor, what they have beyond its columns and rows, and what must be caught.
+void boxes() {
+    constexpr u32 COLUMNS = 96, HEADS = 3, ROWS = 20, PITCH = 304, BOX = 16;
+    const std::vector<f32> values = integers(ROWS * PITCH, 11);
+    Array<bf16> x(as_bf16(values, ROWS, PITCH, false));
+    const Map map = Tensor(x.at, ROWS, HEADS, COLUMNS, PITCH, BOX).map();
+    Array<f32> out(2 * BOX * 64);
+    const auto boxed = [&](u32 wrong) { return Boxed{map, out.ptr(), BOX, 1, {2, 13}, wrong, BOX * 128}; };
+    for (int seed = 0; seed < 20; seed++) {
+        set_seed(seed);
+        CHECK(gpu.launch("two_boxes_1", 1, 64, 4 << 10, boxed(0)) == 0);
+        const std::vector<f32> got = out.values();
+        for (u32 at = 0; at < 2 * BOX * 64; at++) {
+            const u32 row = at / 64 % BOX + (at < BOX * 64 ? 2 : 13), column = 64 + at % 64;
+            CHECK(got[at] == (row < ROWS && column < COLUMNS ? values[row * PITCH + COLUMNS + column] : 0));
+        }
+    }
+    const struct {
+        u32 wrong;
+        const char* caught;
+    } cases[] = {{1, "without mbarrier_init"},
+                 {2, "without fence_async_shared behind its mbarrier_init"},
+                 {4, "64 threads (the first is 0) wait at an mbarrier (phase 0, which misses 1 arrivals and 0 bytes)"},
+                 {6, "a barrier that was written over"},
+                 {7, ""}, // waits for ever, or not at all
+                 {8, "64 bytes behind a multiple of 128"},
+                 {9, "outside of dynamic shared memory"},
+                 {10, "without fence_async_shared behind it"}};
+    for (const auto& c : cases) {
+        for (int seed = 0; seed < 5; seed++) {
+            set_seed(seed);
+            CHECK(contains(gpu.failure("two_boxes_1", 64, 4 << 10, boxed(c.wrong)), c.caught));
+        }
+    }
+    for (const u32 wrong : {3, 5, 11, 12}) {
+        CHECK(failures("two_boxes_1", 64, 4 << 10, boxed(wrong), 20) > 5);
+    }
+    for (const int more : {-128, 128}) {
+        Boxed wrong = boxed(0);
+        wrong.bytes = static_cast<u32>(static_cast<int>(wrong.bytes) + more);
+        const std::string misses = "which misses 0 arrivals and " + std::to_string(more) + " bytes";
+        CHECK(contains(gpu.failure("two_boxes_1", 64, 4 << 10, wrong), misses.c_str()));
+    }
+    Boxed none = boxed(0);
+    none.map = {};
+    CHECK(contains(gpu.failure("two_boxes_1", 64, 4 << 10, none), "without a tensor map"));
+}
+
+// Products of boxes, and those that begin too early or end too late.
+void products_of_boxes() {
+    const std::vector<f32> values = integers(128 * 64, 12);
+    std::vector<f32> want(64 * 64);
+    for (int i = 0; i < 64; i++) {
+        for (int j = 0; j < 64; j++) {
+            for (int k = 0; k < 64; k++) {
+                want[i * 64 + j] += values[i * 64 + k] * values[(64 + j) * 64 + k];
+            }
+        }
+    }
+    Array<bf16> x(as_bf16(values, 128, 64, false));
+    Array<f32> d(64 * 64);
+    const Map map = Tensor(x.at, 128, 1, 64, 64, 64).map();
+    const auto product = [&](u32 wrong) { return BoxedProduct{map, d.ptr(), wrong, 0}; };
+    for (int seed = 0; seed < 20; seed++) {
+        set_seed(seed);
+        CHECK(gpu.launch("box_product_1", 1, 128, 18 << 10, product(0)) == 0);
+        CHECK(d.values() == want);
+    }
+    CHECK(failures("box_product_1", 128, 18 << 10, product(1), 20) > 5);
+    int wrong = failures("box_product_1", 128, 18 << 10, product(2), 20);
+    for (int seed = 0; seed < 20; seed++) {
+        set_seed(seed);
+        CHECK(gpu.launch("box_product_1", 1, 128, 18 << 10, product(2)) == 0);
+        if (cuStreamSynchronize(gpu.stream) != 0) {
+            gpu.reopen();
+        } else {
+            wrong += d.values() != want;
+        }
+    }
+    CHECK(wrong > 10);
 }
 
 void reductions() {
@@ -634,6 +793,9 @@ int main(int argc, char** argv) {
     memory();
     fragments();
     warpgroups();
+    tensor_maps_are_checked();
+    boxes();
+    products_of_boxes();
     reductions();
     shuffles();
     conversions();

@@ -36,6 +36,7 @@ pub(super) static HEADERS: &[(&str, &str)] = &[
     ("columns.cuh", include_str!("include/columns.cuh")),
     ("convert.cuh", include_str!("include/convert.cuh")),
     ("wgmma.cuh", include_str!("include/wgmma.cuh")),
+    ("tma.cuh", include_str!("include/tma.cuh")),
 ];
 
 /// Flags of every compilation, beside the architecture.

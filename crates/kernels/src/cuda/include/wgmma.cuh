@@ -49,6 +49,8 @@ DEVICE void wgmma_hold(u32 never) {
 // What this thread wrote to shared memory, cp.async included once it was waited for, is there for products
 // that are issued behind a barrier.
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Makes 16 bytes of shared memory zero.
+DEVICE void clear_shared_16(void* shared) { *static_cast<uint4*>(shared) = make_uint4(0, 0, 0, 0); }
 
 // clang-format off
 #define WGMMA_4(is, i) is(d[i][0]), is(d[i][1]), is(d[i][2]), is(d[i][3])
