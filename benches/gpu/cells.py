@@ -54,6 +54,7 @@ class With:
 # Beside the first: what is not the default, and may become it.
 OURS_WITH = {
     "ferrotune_wgmma": With("attention by wgmma", variables={"FERROTUNE_ATTENTION": "wgmma"}),
+    "ferrotune_tma": With("attention by wgmma and TMA", variables={"FERROTUNE_ATTENTION": "tma"}),
     "ferrotune_issued": With("no recorded steps", ("--no-cuda-graph",)),
     "ferrotune_measured": With("products by measured algorithms", ("--gemm-tuning", "measure")),
     "ferrotune_drop_gate_up": With("gate and up computed again", ("--keep", "drop-gate-up")),

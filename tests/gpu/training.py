@@ -24,10 +24,18 @@ def bf16_curves_agree(pack, limit):
     return curves(pack, limit, "bf16", "--bf16", "true")
 
 
-def hopper_curves_agree(pack, limit):
-    """As in bf16, with the attention kernels that only compute capability 9.0 runs."""
+def wgmma_curves_agree(pack, limit):
+    return hopper_curves_agree(pack, limit, "wgmma")
+
+
+def tma_curves_agree(pack, limit):
+    return hopper_curves_agree(pack, limit, "tma")
+
+
+def hopper_curves_agree(pack, limit, attention):
+    """As in bf16, with attention kernels that only compute capability 9.0 runs."""
     try:
-        return curves(pack, limit, "bf16", "--bf16", "true", FERROTUNE_ATTENTION="wgmma")
+        return curves(pack, limit, "bf16", "--bf16", "true", FERROTUNE_ATTENTION=attention)
     except Failed:
         if "only compute capability 9.0 has" in pack.log.read_text():
             raise Skipped("another compute capability than 9.0") from None
@@ -76,7 +84,8 @@ def stopped_run_resumes_bitwise(pack, limit):
 CHECKS = {
     "training/curve f32": curves_agree,
     "training/curve bf16": bf16_curves_agree,
-    "training/curve bf16, wgmma": hopper_curves_agree,
+    "training/curve bf16, wgmma": wgmma_curves_agree,
+    "training/curve bf16, tma": tma_curves_agree,
     "training/two runs": two_runs_are_bitwise_equal,
     "training/stop and resume": stopped_run_resumes_bitwise,
 }

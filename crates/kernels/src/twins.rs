@@ -46,6 +46,14 @@ impl Place {
         self.store(&values, shape, dtype)
     }
 
+    /// The layouts in memory that tests try, on `device`.
+    pub(crate) fn each_on(device: &Device) -> impl Iterator<Item = Self> {
+        MARGINS.into_iter().map(|margins| Self {
+            margins,
+            ..Self::dense_on(device.clone())
+        })
+    }
+
     /// An output: NaN wherever the operation does not write.
     pub(crate) fn poisoned(&self, shape: [usize; 2], dtype: DType) -> Matrix {
         self.store(&vec![f32::NAN; shape[0] * shape[1]], shape, dtype)
@@ -61,7 +69,8 @@ impl Place {
         Indices::new(values.to_vec(), &self.device)
     }
 
-    fn store(&self, values: &[f32], [rows, cols]: [usize; 2], dtype: DType) -> Matrix {
+    /// A matrix of `values`.
+    pub(crate) fn store(&self, values: &[f32], [rows, cols]: [usize; 2], dtype: DType) -> Matrix {
         let [before, after] = self.margins;
         let pitch = before + cols + after;
         let mut wide = vec![OUTSIDE; rows * pitch];

@@ -25,7 +25,8 @@
 //!
 //! On a GPU a head is at most 256 wide. If every matrix is bf16 the products run on tensor cores, and
 //! `P` and `dS` are rounded to bf16 for them. On compute capability 9.0 and with `FERROTUNE_ATTENTION=wgmma`
-//! these are products of warpgroups, for heads of up to 64 and of 97 to 128.
+//! these are products of warpgroups, for heads of up to 64 and of 97 to 128; with `FERROTUNE_ATTENTION=tma` the
+//! copy engine brings their tiles.
 //!
 //! # Source
 //! Vaswani et al. (2017); Dao: "FlashAttention-2" (2023) for the backward from `lse`; Shah et al.:

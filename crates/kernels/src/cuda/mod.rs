@@ -23,6 +23,7 @@ pub(crate) mod rows;
 mod side_stream;
 mod staging;
 mod temporary;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +45,7 @@ pub use pinned::PinnedMemory;
 pub use profile::LaunchTime;
 pub use registry::modules;
 pub use side_stream::{Event, SideStream};
+pub(crate) use tensor_map::{BoxedTensor, TensorMap};
 
 use crate::{Error, Result};
 use bindings::{Driver, Raw};

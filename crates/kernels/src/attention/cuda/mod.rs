@@ -102,11 +102,13 @@ enum Engine {
     Mma,
     /// `wgmma`, for bf16 on Hopper.
     Wgmma,
+    /// The same, with tiles that the copy engine brings.
+    Tma,
 }
 
 /// Which kernels run: those of one width and engine.
 struct Kernels {
-    /// That of kernels without products, and of all but [`Engine::Wgmma`].
+    /// That of kernels without products, and of all engines but Hopper's.
     module: &'static Module,
     width: u32,
     engine: Engine,
@@ -129,9 +131,7 @@ impl Kernels {
         let bf16 = matrices.iter().all(|m| m.dtype() == DType::Bf16);
         let engine = match bf16 {
             false => Engine::Fma,
-            true if hopper::wanted(op, device)? && hopper::module(*width).is_some() => {
-                Engine::Wgmma
-            }
+            true if hopper::module(*width).is_some() => hopper::wanted(op, device)?,
             true => Engine::Mma,
         };
         Ok(Self {
@@ -144,7 +144,7 @@ impl Kernels {
     /// As in kernel.cu. A newer GPU may stream smaller tiles.
     fn forward(&self) -> Tiles {
         let (rows, columns) = match (self.engine, self.width) {
-            (Engine::Wgmma, width) => return hopper::forward(width),
+            (Engine::Wgmma | Engine::Tma, width) => return hopper::forward(width),
             (Engine::Fma, _) => (16, 16),
             (Engine::Mma, 128) => (128, 48),
             (Engine::Mma, ..=128) => (128, 64),
@@ -176,13 +176,13 @@ impl Kernels {
 
     fn backward_q(&self) -> Tiles {
         match self.engine {
-            Engine::Wgmma => hopper::backward_q(self.width),
+            Engine::Wgmma | Engine::Tma => hopper::backward_q(self.width),
             _ => self.backward(if self.width <= 128 { 128 } else { 64 }),
         }
     }
 
     fn backward_kv(&self) -> Tiles {
-        if self.engine == Engine::Wgmma {
+        if matches!(self.engine, Engine::Wgmma | Engine::Tma) {
             return hopper::backward_kv(self.width);
         }
         let tiles = self.backward(if self.width <= 64 { 128 } else { 64 });
@@ -207,8 +207,9 @@ impl Kernels {
         kernel: &str,
         tiles: Tiles,
         [heads, passes]: [u32; 2],
-        params: &Params,
+        arguments: &Arguments<'_>,
     ) -> Result<()> {
+        let params = &arguments.params;
         let rows = params.queries;
         let sequences = params.sequences + u32::from(kernel == "forward");
         let blocks = match rows.min(sequences) {
@@ -222,20 +223,22 @@ impl Kernels {
             );
             return Err(Error::Invalid { op, message });
         }
-        let wgmma = hopper::module(self.width).filter(|_| self.engine == Engine::Wgmma);
-        let (module, engine, pitch, more) = match (self.engine, wgmma) {
-            (Engine::Wgmma, Some(module)) => (module, "wgmma", 2 * self.width, hopper::ALIGNMENT),
-            (Engine::Fma, _) => (self.module, "f32", 4 * (self.width + 1), 0),
-            (_, _) => (self.module, "bf16", 2 * self.width, 0),
+        let (module, engine, pitch, more) = match self.engine {
+            Engine::Fma => (self.module, "f32", 4 * (self.width + 1), 0),
+            Engine::Mma => (self.module, "bf16", 2 * self.width, 0),
+            Engine::Wgmma | Engine::Tma => {
+                let module = hopper::module(self.width).unwrap_or(self.module);
+                (module, "wgmma", 2 * self.width, hopper::ALIGNMENT)
+            }
         };
         let shared = (tiles.kept * tiles.rows + tiles.streamed * tiles.columns) * pitch + more;
         let grid = Grid::new([heads, blocks, passes], tiles.threads).with_shared(shared);
-        device.launch(
-            module,
-            &format!("attention_{kernel}_{engine}"),
-            grid,
-            params,
-        )
+        if self.engine == Engine::Tma && hopper::can_be_mapped(arguments) && blocks > 0 {
+            let mapped = hopper::mapped(device, arguments, kernel, tiles)?;
+            return device.launch(module, &format!("attention_{kernel}_tma"), grid, &mapped);
+        }
+        let kernel = format!("attention_{kernel}_{engine}");
+        device.launch(module, &kernel, grid, params)
     }
 }
 
@@ -246,14 +249,26 @@ struct Matrices<'a> {
     gradients: Option<[View<'a>; 2]>,
 }
 
-impl Matrices<'_> {
-    fn params(&self, config: &Config, lse: u64, cu_q: &Indices<'_>, cu_k: &Indices<'_>) -> Params {
+/// What the kernels of a pass are given.
+struct Arguments<'a> {
+    params: Params,
+    matrices: Matrices<'a>,
+}
+
+impl<'a> Matrices<'a> {
+    fn arguments(
+        self,
+        config: &Config,
+        lse: u64,
+        cu_q: &Indices<'_>,
+        cu_k: &Indices<'_>,
+    ) -> Arguments<'a> {
         let [q, k, v] = self.inputs.map(Matrix::of);
         let out = Matrix::of(self.out);
         let [d_out, d_qkv] = self.gradients.map_or([out; 2], |both| both.map(Matrix::of));
         let matrices = [q, k, v, out, d_out, d_qkv];
         let access = Access::of(&matrices, &[], &[config.head_dim]);
-        Params {
+        let params = Params {
             q,
             k,
             v,
@@ -276,6 +291,10 @@ impl Matrices<'_> {
             softcap: config.softcap.unwrap_or(0.0),
             packed: u32::from(access == Access::Bf16),
             never: 0,
+        };
+        Arguments {
+            params,
+            matrices: self,
         }
     }
 }
@@ -296,9 +315,10 @@ pub(super) fn forward(
     };
     let [q, k, v] = inputs;
     let kernels = Kernels::new(op, device, config.head_dim, &[q, k, v, matrices.out])?;
-    let params = matrices.params(config, lse.ptr(), cu_q, cu_k);
-    let grid = [params.heads, 1];
-    kernels.launch(op, device, "forward", kernels.forward(), grid, &params)
+    let arguments = matrices.arguments(config, lse.ptr(), cu_q, cu_k);
+    let grid = [arguments.params.heads, 1];
+    let tiles = kernels.forward();
+    kernels.launch(op, device, "forward", tiles, grid, &arguments)
 }
 
 /// What the forward pass left, and the gradient of its output.
@@ -327,13 +347,14 @@ pub(super) fn backward(
     let all = [q, k, v, out, d_out, d_qkv.as_view()];
     let kernels = Kernels::new(op, device, config.head_dim, &all)?;
     let delta = workspace.take(DType::F32, saved.lse.rows(), config.heads);
-    let mut params = matrices.params(config, saved.lse.ptr(), cu_seqlens, cu_seqlens);
-    params.delta = delta.view().ptr();
+    let mut arguments = matrices.arguments(config, saved.lse.ptr(), cu_seqlens, cu_seqlens);
+    arguments.params.delta = delta.view().ptr();
+    let params = &arguments.params;
 
     // Eight threads for each head of each query.
     let threads = 8 * params.queries as usize * config.heads;
     let grid = Grid::new(count(threads.div_ceil(THREADS as usize)), THREADS);
-    device.launch(kernels.module, "attention_backward_delta", grid, &params)?;
+    device.launch(kernels.module, "attention_backward_delta", grid, params)?;
     let grid = [params.heads, 1];
     kernels.launch(
         op,
@@ -341,7 +362,7 @@ pub(super) fn backward(
         "backward_q",
         kernels.backward_q(),
         grid,
-        &params,
+        &arguments,
     )?;
     // dk and dv together fill the registers beyond a width of 128: one pass each.
     let wide = kernels.engine != Engine::Fma && kernels.width > 128;
@@ -353,7 +374,7 @@ pub(super) fn backward(
         "backward_kv",
         kernels.backward_kv(),
         grid,
-        &params,
+        &arguments,
     )?;
     workspace.give(delta);
     Ok(())

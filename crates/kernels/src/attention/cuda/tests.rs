@@ -2,14 +2,15 @@
 
 use super::with_each;
 use crate::attention::{Config, backward, forward};
-use crate::test_support::{assert_same_bits, cuda_device};
-use crate::twins::{Place, assert_cuda_matches};
+use crate::test_support::{assert_same_bits, cuda_device, normal};
+use crate::twins::{Matrix, Place, assert_cuda_matches};
 use crate::{DType, Device, Error, Indices, Tensor, Workspace};
+use std::ops::Range;
 
 /// Heads, key heads, head width.
 type Heads = [usize; 3];
 
-fn config([heads, kv_heads, head_dim]: Heads) -> Config {
+pub(super) fn config([heads, kv_heads, head_dim]: Heads) -> Config {
     Config {
         heads,
         kv_heads,
@@ -20,7 +21,7 @@ fn config([heads, kv_heads, head_dim]: Heads) -> Config {
     }
 }
 
-fn bounds(lengths: &[u32]) -> Vec<u32> {
+pub(super) fn bounds(lengths: &[u32]) -> Vec<u32> {
     let ends = lengths.iter().scan(0, |end, length| {
         *end += length;
         Some(*end)
@@ -29,7 +30,7 @@ fn bounds(lengths: &[u32]) -> Vec<u32> {
 }
 
 /// out, lse and the gradients dq, dk and dv.
-fn both_passes(
+pub(super) fn both_passes(
     place: &Place,
     config: &Config,
     lengths: &[u32],
@@ -46,16 +47,27 @@ fn padded_passes(
     padding: usize,
     dtype: DType,
 ) -> Vec<(DType, Vec<f32>)> {
+    let matrix = |seed, shape| place.matrix(seed, shape, dtype);
+    passes(place, config, lengths, padding, dtype, matrix)
+}
+
+/// [`padded_passes`] of the matrices that `matrix` makes of a seed and a shape.
+pub(super) fn passes(
+    place: &Place,
+    config: &Config,
+    lengths: &[u32],
+    padding: usize,
+    dtype: DType,
+    matrix: impl Fn(u64, [usize; 2]) -> Matrix,
+) -> Vec<(DType, Vec<f32>)> {
     let cu_seqlens = place.indices(&bounds(lengths));
     let rows = lengths.iter().sum::<u32>() as usize + padding;
     let (width, kv_width) = (
         config.heads * config.head_dim,
         config.kv_heads * config.head_dim,
     );
-    let q = place.matrix(1, [rows, width], dtype);
-    let k = place.matrix(2, [rows, kv_width], dtype);
-    let v = place.matrix(3, [rows, kv_width], dtype);
-    let d_out = place.matrix(4, [rows, width], dtype);
+    let [q, d_out] = [1, 4].map(|seed| matrix(seed, [rows, width]));
+    let [k, v] = [2, 3].map(|seed| matrix(seed, [rows, kv_width]));
     let mut out = place.poisoned([rows, width], dtype);
     let mut lse = place.dense(5, [rows, config.heads]);
     let workspace = Workspace::on(place.device().clone(), rows);
@@ -259,6 +271,48 @@ fn padding_is_zero_and_changes_no_bit_of_the_rest() {
             one_each([2, 1, 16], dtype, &[], &[3]);
         }
     });
+}
+
+#[test]
+fn what_other_rows_hold_changes_no_bit() {
+    let place = Place::dense_on(Device::Cuda(cuda_device()));
+    for (heads, lengths, padding) in [
+        ([2, 1, 64], &[70, 33, 150][..], 9),
+        ([2, 1, 104], &[70, 40], 0),
+        ([1, 1, 40], &[100], 90),
+    ] {
+        let config = config(heads);
+        let all = lengths.iter().sum::<u32>() as usize + padding;
+        let others = |seed: u64, shape: [usize; 2], rows: Range<usize>| {
+            let mut values = normal(seed, shape[0] * shape[1]);
+            for (row, values) in values.chunks_mut(shape[1]).enumerate() {
+                if !rows.contains(&row) {
+                    values.fill(if seed.is_multiple_of(2) {
+                        f32::NAN
+                    } else {
+                        f32::INFINITY
+                    });
+                }
+            }
+            place.store(&values, shape, DType::Bf16)
+        };
+        with_each(|| {
+            let both = |rows: &Range<usize>| {
+                let matrix = |seed, shape| others(seed, shape, rows.clone());
+                passes(&place, &config, lengths, padding, DType::Bf16, matrix)
+            };
+            let plain = both(&(0..all));
+            for bounds in bounds(lengths).windows(2) {
+                let rows = bounds[0] as usize..bounds[1] as usize;
+                for ((_, plain), (_, got)) in plain.iter().zip(&both(&rows)) {
+                    let width = plain.len() / all;
+                    let own = rows.start * width..rows.end * width;
+                    let what = format!("{heads:?} {lengths:?} {rows:?}");
+                    assert_same_bits(&got[own.clone()], &plain[own], &what);
+                }
+            }
+        });
+    }
 }
 
 #[test]

@@ -82,10 +82,12 @@ fn time_attention(device: &Arc<CudaDevice>, head_dim: usize, documents: usize, l
     let product = (documents * length * length * width) as f64;
     let what = format!("{documents} x {length}, head {head_dim}");
     for time in times {
-        let products = match time.name.as_str() {
-            "attention_forward_bf16" | "attention_forward_wgmma" => 2.0,
-            "attention_backward_q_bf16" | "attention_backward_q_wgmma" => 3.0,
-            "attention_backward_kv_bf16" | "attention_backward_kv_wgmma" => 4.0,
+        let kernel = ["_bf16", "_wgmma", "_tma"].iter();
+        let mut kernel = kernel.filter_map(|engine| time.name.strip_suffix(engine));
+        let products = match kernel.next() {
+            Some("attention_forward") => 2.0,
+            Some("attention_backward_q") => 3.0,
+            Some("attention_backward_kv") => 4.0,
             _ => {
                 print(&what, &time, (4 * rows * width) as f64, "GB/s");
                 continue;

@@ -1,15 +1,17 @@
 // The backward pass on Hopper, as in backward.cuh. The product of a tile's dS is under way while the next
 // tile's scores are made.
 
-template <typename Engine>
-DEVICE void backward_q_async(const Attention& p) {
+template <typename Loads>
+DEVICE void backward_q_async(const typename Loads::Params& params) {
+    using Engine = typename Loads::Engine;
     constexpr u32 M = Engine::BLOCK_ROWS, N = Engine::BLOCK_COLUMNS, ROWS = Engine::ROWS;
     using Own = typename Engine::Own;
     using Streamed = typename Engine::Streamed;
     SHARED Block block;
+    const Loads loads(params);
+    const Attention& p = loads.p;
     if (!find_queries(p, p.sequences, M, N, gridDim.y - 1 - blockIdx.y, block)) return;
-    const u32 head = blockIdx.x, width = p.head_dim;
-    const u32 column = head * width, kv_column = head / (p.heads / p.kv_heads) * width;
+    const u32 head = blockIdx.x, kv_head = head / (p.heads / p.kv_heads);
     bf16* const shared = swizzled_shared();
     const Own q{shared}, d_out{shared + Engine::OWN};
     bf16* const streamed = shared + 2 * Engine::OWN;
@@ -20,13 +22,13 @@ DEVICE void backward_q_async(const Attention& p) {
     const auto load = [&](u32 step) {
         const u32 first = (block.begin + step) * N;
         const u32 row = block.other_row + first, rows = block.other_rows - first;
-        Engine::load(p, keys(step), p.k, row, rows, kv_column);
-        Engine::load(p, values(step), p.v, row, rows, kv_column);
-        cp_async_commit();
+        loads.begin(keys(step), loads.from.k, row, rows, kv_head);
+        loads.begin(values(step), loads.from.v, row, rows, kv_head);
+        loads.commit();
     };
 
-    Engine::load(p, q, p.q, block.row, block.rows, column);
-    Engine::load(p, d_out, p.d_out, block.row, block.rows, column);
+    loads.begin(q, loads.from.q, block.row, block.rows, head);
+    loads.begin(d_out, loads.from.d_out, block.row, block.rows, head);
     load(0);
     f32 lse[ROWS], delta[ROWS];
 #pragma unroll
@@ -41,8 +43,11 @@ DEVICE void backward_q_async(const Attention& p) {
     clear(sums);
     typename Engine::Weights weights;
     for (u32 step = 0; step < steps; ++step) {
-        cp_async_wait<0>();
-        Engine::sync_loaded();  // this tile is there, nobody reads the one before the last
+        loads.wait(step);
+        const u32 rows = block.other_rows - (block.begin + step) * N;
+        loads.clear_rest(keys(step), rows);
+        loads.clear_rest(values(step), rows);
+        __syncthreads();  // this tile is there, nobody reads the one before the last
         typename Engine::Scores scores, d_scores;
         wgmma_fence();
         Engine::begin_transposed(scores, q, keys(step));
@@ -80,18 +85,21 @@ DEVICE void backward_q_async(const Attention& p) {
     wgmma_wait<0>();
     wgmma_settle(sums.c[0]);
     scale_sums<Engine>(sums, p.scale);
-    Engine::store(p, sums, q, p.d_qkv, block.row, block.rows, column);
+    Engine::store(p, sums, q, p.d_qkv, block.row, block.rows, head * p.head_dim);
 }
 
 // All groups of the block read the same tiles of queries, each against its own 64 keys.
-template <typename Engine>
-DEVICE void backward_kv_async(const Attention& p) {
+template <typename Loads>
+DEVICE void backward_kv_async(const typename Loads::Params& params) {
+    using Engine = typename Loads::Engine;
     constexpr u32 M = Engine::BLOCK_ROWS, N = Engine::BLOCK_COLUMNS;
     using Own = typename Engine::Own;
     using Streamed = typename Engine::Streamed;
     SHARED Block block;
+    const Loads loads(params);
+    const Attention& p = loads.p;
     if (!find_keys(p, M, N, blockIdx.y, block)) return;
-    const u32 group = p.heads / p.kv_heads, width = p.head_dim, column = blockIdx.x * width;
+    const u32 group = p.heads / p.kv_heads;
     const u32 tiles = block.end - block.begin, steps = group * tiles;
     bf16* const shared = swizzled_shared();
     const Own k{shared}, v{shared + Engine::OWN};
@@ -103,9 +111,9 @@ DEVICE void backward_kv_async(const Attention& p) {
     const auto first_query = [&](u32 step) { return (block.begin + step % tiles) * N; };
     const auto load = [&](u32 step) {
         const u32 first = first_query(step), row = block.other_row + first, rows = block.other_rows - first;
-        Engine::load(p, queries(step), p.q, row, rows, head(step) * width);
-        Engine::load(p, d_outs(step), p.d_out, row, rows, head(step) * width);
-        cp_async_commit();
+        loads.begin(queries(step), loads.from.q, row, rows, head(step));
+        loads.begin(d_outs(step), loads.from.d_out, row, rows, head(step));
+        loads.commit();
     };
     // lse and delta of a tile of queries, and of the one after it. Thread i of the first N has lse of query
     // i, of the next N delta.
@@ -120,8 +128,8 @@ DEVICE void backward_kv_async(const Attention& p) {
         return is_lse ? p.lse[at] * LOG2E : p.delta[at];
     };
 
-    Engine::load(p, k, p.k, block.row, block.rows, column);
-    Engine::load(p, v, p.v, block.row, block.rows, column);
+    loads.begin(k, loads.from.k, block.row, block.rows, blockIdx.x);
+    loads.begin(v, loads.from.v, block.row, block.rows, blockIdx.x);
     typename Engine::Sums d_k, d_v;
     clear(d_k);
     clear(d_v);
@@ -130,8 +138,10 @@ DEVICE void backward_kv_async(const Attention& p) {
     const f32 factor = score_factor(p);
     for (u32 step = 0;; ++step) {
         const bool more = step + 1 < steps;
-        cp_async_wait<0>();
-        Engine::sync_loaded();  // this tile is there, nobody reads the one before the last
+        loads.wait(step);
+        loads.clear_rest(queries(step), block.other_rows - first_query(step));
+        loads.clear_rest(d_outs(step), block.other_rows - first_query(step));
+        __syncthreads();  // this tile is there, nobody reads the one before the last
         if (more) load(step + 1);
         const f32 next_statistic = more && thread < 2 * N ? statistic(step + 1) : 0.0f;
         const f32* lse = statistics[step % 2];
@@ -168,7 +178,7 @@ DEVICE void backward_kv_async(const Attention& p) {
     wgmma_wait<0>();
     wgmma_settle(d_k.c[0]);
     wgmma_settle(d_v.c[0]);
-    const u32 k_column = p.heads * width + column, v_column = k_column + p.kv_heads * width;
+    const u32 k_column = (p.heads + blockIdx.x) * p.head_dim, v_column = k_column + p.kv_heads * p.head_dim;
     scale_sums<Engine>(d_k, p.scale);
     Engine::store(p, d_k, k, p.d_qkv, block.row, block.rows, k_column);
     Engine::store(p, d_v, v, p.d_qkv, block.row, block.rows, v_column);

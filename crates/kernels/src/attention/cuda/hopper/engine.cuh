@@ -47,41 +47,6 @@ struct Wgmma : Mma<1, N> {
     static DEVICE u32 warp_row() { return threadIdx.x / 32 * 16; }
     static DEVICE u32 row(u32 r) { return warp_row() + r * 8 + threadIdx.x % 32 / 4; }
 
-    // As Mma::load, by all groups. They go down by a multiple of 8 rows, so a thread keeps its columns and its
-    // place in the swizzle, and addresses are sums of constants.
-    template <u32 TILE_ROWS>
-    static DEVICE void load(const Attention& p, SwizzledTile<TILE_ROWS> tile, const Matrix& m, u32 row, u32 rows,
-                            u32 column) {
-        constexpr u32 STEP = ALL_THREADS / CHUNKS;
-        static_assert(STEP % 8 == 0, "the swizzle repeats");
-        const bf16* const start = row_of<const bf16>(m, row) + column;
-        if (!p.packed) {
-#pragma unroll 1
-            for (u32 at = threadIdx.x; at < TILE_ROWS * WIDTH; at += ALL_THREADS) {
-                const u32 r = at / WIDTH, c = at % WIDTH;
-                const bool inside = r < rows && c < p.head_dim;
-                tile.chunk(r, c / CHUNK)[c % CHUNK] = inside ? start[r * m.pitch + c] : from_f32<bf16>(0.0f);
-            }
-            return;
-        }
-        const u32 first = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
-        const u32 valid = c * CHUNK < p.head_dim ? rows : 0;
-        const bf16* from = start + first * m.pitch + c * CHUNK;
-        bf16* const to = tile.chunk(first, c);
-#pragma unroll
-        for (u32 r = 0; r < TILE_ROWS; r += STEP, from += STEP * m.pitch) {
-            if (TILE_ROWS % STEP != 0 && r + first >= TILE_ROWS) break;
-            const bool inside = r + first < valid;
-            cp_async_16(to + r * SwizzledTile<TILE_ROWS>::COLUMNS, inside ? from : start, inside ? 16 : 0);
-        }
-    }
-
-    // Behind cp_async_wait: what all threads have loaded is there for products.
-    static DEVICE void sync_loaded() {
-        fence_async_shared();
-        __syncthreads();
-    }
-
     // Begins scores = a[this group's rows] b^T.
     static DEVICE void begin_transposed(Scores& scores, Own a, Streamed b) {
         wgmma_shared<true>(scores.c[0], a.summed_columns(group() * 64, 0), b.summed_columns(0, 0));
