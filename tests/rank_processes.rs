@@ -275,6 +275,26 @@ fn a_killed_rank_ends_the_others_with_175_and_its_number() {
     }
 }
 
+/// The one that is left waits within NCCL for the other.
+#[test]
+fn a_killed_rank_on_a_gpu_ends_the_other() {
+    let bench = Workbench::new(21);
+    let mut changes = endless();
+    for (key, value) in [("device", "cuda"), ("ddp_backend", "nccl")] {
+        changes[key] = json!(value);
+    }
+    let config = bench.config("killed", &changes);
+    let mut ranks = Ranks::start_with(&[&config, &config], |_, command| {
+        command
+            .env("FERROTUNE_CUDA_LIBRARIES", host_cuda::libraries())
+            .env("FERROTUNE_HOST_DEVICES", "2");
+    });
+    wait_for_checkpoint(&bench.path("killed"));
+    ranks.signal(1, "-KILL");
+    let finished = ranks.end(0).expect(175);
+    assert!(finished.stderr.contains("rank 1"), "{}", finished.stderr);
+}
+
 #[test]
 fn a_frozen_rank_ends_the_others_with_175() {
     let bench = Workbench::new(21);

@@ -111,9 +111,10 @@ def run(args, cell):
         return {"status": f"failed: {error}"}
     variant = plan.OURS_WITH.get(cell.side)
     environment = record.with_cuda_libraries(os.environ) | (variant.variables if variant else {})
+    before = len(log.read_text(errors="replace")) if log.exists() else 0
     with Sampler() as sampler:
         code, output, seconds = run_limited(command(args, cell, case), args.limit, log, env=environment)
-    if code != 0 and cell.side in plan.OURS_WITH and OTHER_GPU in log.read_text(errors="replace"):
+    if code != 0 and is_ours(cell) and OTHER_GPU in log.read_text(errors="replace")[before:]:
         return {"status": "for another GPU", "seconds": seconds}
     if code != 0:
         return {"status": NO_RESULT.get(code, f"failed: exit code {code}"), "seconds": seconds}

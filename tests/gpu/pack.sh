@@ -49,6 +49,8 @@ strip -o "$out/bin/kernel-tests" "$kernel_tests"
 strip -o "$out/bin/engine-tests" "$engine_tests"
 cc -shared -fPIC -O1 -o "$out/lib/libhide.so" tests/gpu/hide_library.c
 cp -r tests/fixtures/{golden,method_dropout,quantised} "$out/tests/fixtures/"
+# They are in the tests of the kernels.
+rm -r "$out/tests/fixtures/golden/ops"
 cp -r examples/demo "$out/examples/demo"
 cp -r tests/gpu "$out/tests/gpu"
 cp -r benches/gpu benches/peers "$out/benches/"

@@ -34,10 +34,11 @@ def tma_curves_agree(pack, limit):
 
 def hopper_curves_agree(pack, limit, attention):
     """As in bf16, with attention kernels that only compute capability 9.0 runs."""
+    before = len(pack.log.read_text()) if pack.log.exists() else 0
     try:
         return curves(pack, limit, "bf16", "--bf16", "true", FERROTUNE_ATTENTION=attention)
     except Failed:
-        if "only compute capability 9.0 has" in pack.log.read_text():
+        if "only compute capability 9.0 has" in pack.log.read_text()[before:]:
             raise Skipped("another compute capability than 9.0") from None
         raise
 

@@ -31,7 +31,28 @@ fn lora() -> Box<dyn Adapter> {
 #[derive(Debug, PartialEq)]
 struct Outcome {
     sums: Sums,
-    gradient: Vec<u32>,
+    gradient: Vec<f32>,
+}
+
+/// The same bits; of a real GPU values that are near, as its library may sum the products of more rows in another order.
+fn assert_equal(device: &Device, dtype: DType, got: &Outcome, want: &Outcome, what: &str) {
+    let real = std::env::var("FERROTUNE_TEST_DEVICE").is_ok_and(|device| device == "cuda");
+    if !(real && device.is_cuda()) {
+        let bits = |of: &Outcome| of.gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>();
+        assert_eq!(got.sums, want.sums, "{what}");
+        assert!(bits(got) == bits(want), "{what}");
+        return;
+    }
+    let tolerance = if dtype == DType::F32 { 1e-5 } else { 2e-2 };
+    let norm = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+    };
+    let pairs = got.gradient.iter().zip(&want.gradient);
+    let apart = norm(&mut pairs.map(|(a, b)| a - b)) / norm(&mut want.gradient.iter().copied());
+    assert!(apart <= tolerance, "{what}: gradients {apart:e} apart");
+    let apart = (got.sums.loss - want.sums.loss).abs() / want.sums.loss;
+    assert!(apart <= tolerance, "{what}: losses {apart:e} apart");
+    assert_eq!(got.sums.count, want.sums.count, "{what}");
 }
 
 fn run(
@@ -74,7 +95,7 @@ fn run(
     assert_eq!(evaluated.count, sums.count);
     Outcome {
         sums,
-        gradient: grads.as_slice().iter().map(|g| g.to_bits()).collect(),
+        gradient: grads.as_slice().to_vec(),
     }
 }
 
@@ -103,12 +124,11 @@ fn assert_same(
         let run =
             |batch: &PackedBatch| run(directory.path(), method().as_ref(), device, &format, batch);
         let plain = run(&batch);
-        assert!(plain.gradient.iter().any(|g| f32::from_bits(*g) != 0.0));
+        assert!(plain.gradient.iter().any(|g| *g != 0.0));
         for (more, token) in [(1, 0), (1, 3), (40, 9)] {
             let other = run(&padded(&batch, more, token));
             let what = format!("{family:?}, {dtype}, {more} rows");
-            assert_eq!(other.sums, plain.sums, "{what}");
-            assert!(other.gradient == plain.gradient, "{what}");
+            assert_equal(device, dtype, &other, &plain, &what);
         }
     }
 }

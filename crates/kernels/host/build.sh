@@ -53,6 +53,7 @@ library libcuda.so.1 cuda.cpp lanes.cpp cuda_memory.cpp cuda_module.cpp cuda_ten
     cuda_error.cpp memory.cpp runtime.cpp worker.cpp wgmma.cpp tma.cpp
 library libcublasLt.so.13 -O3 cublaslt.cpp gemm.cpp "$out/libcuda.so.1"
 library libnvrtc.so.13 nvrtc.cpp
-library libnccl.so.2 nccl.cpp "$out/libcuda.so.1"
-library libnccl-incomplete.so.2 -DFERROTUNE_HOST_NCCL_WITHOUT_FINALIZE nccl.cpp "$out/libcuda.so.1"
+# Before glibc 2.34 shared memory is in librt.
+library libnccl.so.2 nccl.cpp "$out/libcuda.so.1" -lrt
+library libnccl-incomplete.so.2 -DFERROTUNE_HOST_NCCL_WITHOUT_FINALIZE nccl.cpp "$out/libcuda.so.1" -lrt
 echo "$stamp" >"$out/stamp"

@@ -60,7 +60,7 @@ bool is_sticky(int code) {
 
 // "OPERATION:AFTER:CODE": that operation fails with CODE after AFTER successes, once, or, with ":on"
 // behind it, from then on. Operations: alloc, host, copy, fill, launch, gemm, graph,
-// load, sync.
+// capture, load, sync, event.
 struct Injection {
     std::string operation;
     long after = -1;

@@ -117,7 +117,8 @@ class Group {
         if (file < 0) {
             return;
         }
-        if (ftruncate(file, static_cast<off_t>(bytes())) == 0) {
+        // Memory that is not there is an error here, not a signal later.
+        if (posix_fallocate(file, 0, static_cast<off_t>(bytes())) == 0) {
             void* const memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
             places_ = memory != MAP_FAILED ? static_cast<Place*>(memory) : nullptr;
         }

@@ -1,4 +1,4 @@
-//! For tests: a library of our own that sums between threads, and misbehaves on demand, and ranks on
+//! For tests: a library of our own that sums between threads or processes, and misbehaves on demand, and ranks on
 //! stand-in GPUs. See `crates/kernels/host/nccl.cpp`.
 
 use super::{Nccl, NcclOptions};

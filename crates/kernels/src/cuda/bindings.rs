@@ -84,7 +84,6 @@ table! {
             module_function = "cuModuleGetFunction" (*mut Raw, Raw, *const c_char) -> u32;
             function_set_attribute = "cuFuncSetAttribute" (Raw, c_int, c_int) -> u32;
             launch_kernel = "cuLaunchKernel" (Raw, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Raw, *mut *mut c_void, *mut *mut c_void) -> u32;
-            tensor_map_encode = "cuTensorMapEncodeTiled" (*mut c_void, u32, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint, u32, u32, u32, u32) -> u32;
             event_create = "cuEventCreate" (*mut Raw, c_uint) -> u32;
             event_destroy = "cuEventDestroy_v2" (Raw) -> u32;
             event_record = "cuEventRecord" (Raw, Raw) -> u32;
@@ -100,6 +99,7 @@ table! {
         }
         optional {
             function_parameter = "cuFuncGetParamInfo" (Raw, usize, *mut usize, *mut usize) -> u32;
+            tensor_map_encode = "cuTensorMapEncodeTiled" (*mut c_void, u32, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint, u32, u32, u32, u32) -> u32;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Tensors as the copy engine of Hopper reads them.
 
 use super::{CudaDevice, error};
-use crate::Result;
+use crate::{Error, Result};
 use cudarc::driver::sys as cu;
 
 /// `struct TensorMap` of the kernels: a tensor in the memory of a GPU and a box of it. Only the driver knows
@@ -30,13 +30,22 @@ impl CudaDevice {
     /// What `tensor` is to the copy engine, for a parameter of a kernel.
     ///
     /// # Errors
-    /// If the driver refuses it, because its numbers are not as they have to be.
+    /// If the driver refuses it, because its numbers are not as they have to be, or is older than CUDA 12.
     pub(crate) fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap> {
+        self.enter()?;
+        let Some(encode) = self.driver.tensor_map_encode else {
+            return Err(Error::Library {
+                library: "libcuda".into(),
+                problem: "it has no cuTensorMapEncodeTiled".into(),
+                fix: "install a driver of CUDA 12 or later, or take another FERROTUNE_ATTENTION"
+                    .into(),
+            });
+        };
         let mut map = TensorMap([0; 16]);
         // SAFETY: the map is aligned to 64 bytes and has those of the driver's; the arrays have as many
         // values as three dimensions need. The address is kept and not read.
         let status = unsafe {
-            (self.driver.tensor_map_encode)(
+            encode(
                 (&raw mut map).cast(),
                 cu::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as u32,
                 3,
