@@ -136,6 +136,11 @@ fn what_fails_before_the_first_step_leaves_everything_as_it_is() {
         std::fs::copy(host_cuda::libraries().join(library), folder.join(library)).expect("copied");
     }
     let alone = text(&folder);
+    // A compiler, and no driver.
+    let without_driver = bench.path("compiler");
+    std::fs::create_dir(&without_driver).expect("writable");
+    let compiler = "libnvrtc.so.13";
+    std::fs::copy(folder.join(compiler), without_driver.join(compiler)).expect("copied");
     for (variable, value, code, words) in [
         (FAIL, "copy:5:719", 175, "CUDA_ERROR_LAUNCH_FAILED"),
         // Another process has the memory that a plan has counted on.
@@ -146,6 +151,10 @@ fn what_fails_before_the_first_step_leaves_everything_as_it_is() {
             78,
             "the driver is too old for these kernels",
         ),
+        (FAIL, "load:0:200:on", 78, "the driver is too old"),
+        (FAIL, "load:0:209:on", 78, "the driver is too old"),
+        // As a GPU of one process at a time answers a second.
+        (FAIL, "alloc:0:46:on", 78, "another process has this GPU"),
         (
             "FERROTUNE_HOST_DRIVER",
             "11080",
@@ -153,6 +162,12 @@ fn what_fails_before_the_first_step_leaves_everything_as_it_is() {
             "the driver offers CUDA 11.8, at least 12.0",
         ),
         ("FERROTUNE_CUDA_LIBRARIES", alone, 78, "libcublasLt"),
+        (
+            "FERROTUNE_CUDA_LIBRARIES",
+            text(&without_driver),
+            78,
+            "libcuda: not found",
+        ),
         (
             "FERROTUNE_HOST_CAPABILITY",
             "7.5",

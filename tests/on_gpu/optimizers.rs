@@ -214,7 +214,19 @@ fn own_gpu() -> Device {
 #[test]
 fn a_gpu_updates_to_the_values_of_the_host() {
     let base = base();
-    for optim in ["sgd", "adafactor", "adamw_8bit", "lion_8bit"] {
+    for optim in [
+        "sgd",
+        "adafactor",
+        "adamw_8bit",
+        "lion_8bit",
+        "adagrad",
+        "adadelta",
+        "adamax",
+        "ademamix",
+        "nadam",
+        "radam",
+        "rmsprop",
+    ] {
         let run = |device: Device| {
             let mut trainer = trainer(base.path(), optim, device, Box::new(Solo));
             let batch = batch();
@@ -229,7 +241,13 @@ fn a_gpu_updates_to_the_values_of_the_host() {
         };
         let (host, gpu) = (run(Device::Cpu), run(own_gpu()));
         let apart = apart(&gpu, &host);
-        assert!(apart < DEVICES, "{optim}: {apart}");
+        // Its first step is 10 times as long as Adam's, also where a gradient is next to nothing but rounding.
+        let most = if optim == "rmsprop" {
+            10.0 * DEVICES
+        } else {
+            DEVICES
+        };
+        assert!(apart < most, "{optim}: {apart}");
     }
 }
 

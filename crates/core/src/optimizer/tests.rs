@@ -283,7 +283,7 @@ const WITH_KERNELS: [(&str, &[(&str, bool)]); 17] = [
 ];
 
 #[test]
-fn a_gpu_changes_values_and_state_by_the_same_bits() {
+fn cuda_changes_values_and_state_by_the_same_bits() {
     let device = Device::Cuda(host_cuda::device());
     let Device::Cuda(cuda) = &device else {
         unreachable!("a stand-in is one");
@@ -367,7 +367,7 @@ fn a_gpu_changes_values_and_state_by_the_same_bits() {
 }
 
 #[test]
-fn a_gpu_changes_nothing_by_what_is_not_finite() {
+fn cuda_changes_nothing_by_what_is_not_finite() {
     let device = Device::Cuda(host_cuda::device());
     let Device::Cuda(cuda) = &device else {
         unreachable!("a stand-in is one");

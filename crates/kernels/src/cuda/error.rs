@@ -70,8 +70,8 @@ pub(super) fn cublaslt(cublaslt: &CublasLt, op: &str, status: u32) -> Result<()>
         ),
         // ALLOC_FAILED
         3 => (ErrorKind::OutOfMemory, SMALLER),
-        // EXECUTION_FAILED
-        13 => (ErrorKind::DeviceFault, DEVICE_FIX),
+        // EXECUTION_FAILED, and INTERNAL_ERROR, as which a fault of the device can come back
+        13 | 14 => (ErrorKind::DeviceFault, DEVICE_FIX),
         _ => (ErrorKind::Internal, ""),
     };
     Err(Error::Cuda {
@@ -92,7 +92,7 @@ pub(super) fn is_out_of_memory(status: u32) -> bool {
 
 /// What a status of the driver means for the process, and what helps.
 fn classify(status: u32) -> (ErrorKind, &'static str) {
-    const DEVICE: [code; 13] = [
+    const DEVICE: [code; 12] = [
         code::CUDA_ERROR_ECC_UNCORRECTABLE,
         code::CUDA_ERROR_NVLINK_UNCORRECTABLE,
         code::CUDA_ERROR_ILLEGAL_ADDRESS,
@@ -103,14 +103,17 @@ fn classify(status: u32) -> (ErrorKind, &'static str) {
         code::CUDA_ERROR_MISALIGNED_ADDRESS,
         code::CUDA_ERROR_INVALID_ADDRESS_SPACE,
         code::CUDA_ERROR_INVALID_PC,
-        code::CUDA_ERROR_DEVICE_UNAVAILABLE,
         code::CUDA_ERROR_SYSTEM_NOT_READY,
         code::CUDA_ERROR_UNKNOWN,
     ];
-    const ENVIRONMENT: [(code, &str); 9] = [
+    const ENVIRONMENT: [(code, &str); 10] = [
         (
             code::CUDA_ERROR_NO_DEVICE,
             "no GPU is visible: check CUDA_VISIBLE_DEVICES, and the container's GPU access",
+        ),
+        (
+            code::CUDA_ERROR_DEVICE_UNAVAILABLE,
+            "another process has this GPU for itself: end it, or see `nvidia-smi -q -d COMPUTE` for the compute mode",
         ),
         (
             code::CUDA_ERROR_STUB_LIBRARY,
