@@ -28,7 +28,7 @@ const MOST: usize = 100;
 
 /// Whether failures can be asked for.
 fn is_stand_in() -> bool {
-    let real = std::env::var("FERROTUNE_TEST_DEVICE").as_deref() == Ok("cuda");
+    let real = common::on_real_gpu();
     if real {
         eprintln!("not run: a GPU does not fail on request, only the stand-in does");
     }

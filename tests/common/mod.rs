@@ -430,6 +430,29 @@ impl Finished {
     }
 }
 
+/// Whether the GPU of the tests is one, and not what stands in for it.
+pub(crate) fn on_real_gpu() -> bool {
+    std::env::var("FERROTUNE_TEST_DEVICE").is_ok_and(|device| device == "cuda")
+}
+
+/// Runs the test called `name` of this program again where the stand-in holds the work of all streams back, and does it
+/// as late or as early as waits allow: where one is missing, it finds other values.
+pub(crate) fn assert_passes_in_every_order_of_streams(name: &str) {
+    if on_real_gpu() {
+        eprintln!("not tried: a real GPU runs streams in its own order");
+        return;
+    }
+    for order in ["late", "early"] {
+        let mut again = Command::new(std::env::current_exe().expect("a path"));
+        again.args(["--exact", name]);
+        again.env("FERROTUNE_HOST_STREAMS", order);
+        let output = again.output().expect("starts");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{order}: {said}");
+        assert!(said.contains("1 passed"), "{order}: {said}");
+    }
+}
+
 /// The folder with `tests/fixtures`. Cargo sets the variable for a program that it starts, and `tests/gpu/run.sh`
 /// for one that was carried.
 pub(crate) fn root() -> PathBuf {

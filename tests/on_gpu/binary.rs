@@ -23,7 +23,7 @@ const BF16_LOSS: f64 = 2e-2;
 
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Finished {
     let mut command = command(arguments);
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_none_or(|device| device != "cuda") {
+    if !common::on_real_gpu() {
         command.env("FERROTUNE_CUDA_LIBRARIES", host_cuda::libraries());
     }
     command.envs(environment.iter().copied());
@@ -217,7 +217,7 @@ fn an_evaluation_on_a_gpu_is_that_on_the_cpu() {
 
 #[test]
 fn a_run_that_does_not_fit_on_the_gpu_is_refused_before_a_weight_is_read() {
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+    if common::on_real_gpu() {
         eprintln!("not tried: the memory of a real GPU cannot be made small");
         return;
     }
@@ -278,7 +278,7 @@ fn activations_in_host_memory_change_the_plan_and_no_byte_of_the_result() {
 #[test]
 fn where_a_run_does_not_fit_on_the_gpu_a_plan_moves_activations_to_the_host() {
     const MEMORY: u64 = 1 << 30;
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+    if common::on_real_gpu() {
         eprintln!("not tried: the memory of a real GPU cannot be made small");
         return;
     }

@@ -121,23 +121,9 @@ fn offloaded_activations_give_the_same_bits() {
     }
 }
 
-/// The stand-in holds work back on all streams, and runs it as late or as early as waits allow: where one is missing,
-/// a copy takes or leaves other values.
 #[test]
 fn offloaded_activations_give_the_same_bits_in_every_order_of_streams() {
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
-        eprintln!("not tried: a real GPU runs streams in its own order");
-        return;
-    }
-    for order in ["late", "early"] {
-        let mut again = Command::new(std::env::current_exe().expect("a path"));
-        again.args(["--exact", SAME_BITS]);
-        again.env("FERROTUNE_HOST_STREAMS", order);
-        let output = again.output().expect("starts");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "{order}: {said}");
-        assert!(said.contains("1 passed"), "{order}: {said}");
-    }
+    common::assert_passes_in_every_order_of_streams(SAME_BITS);
 }
 
 /// A name of this file, by which another process runs it.
@@ -148,7 +134,7 @@ const FAILS: &str = "offload::a_pass_that_fails_frees_nothing_that_is_being_copi
 #[test]
 fn a_pass_that_fails_frees_nothing_that_is_being_copied() {
     const FAIL: &str = "FERROTUNE_HOST_FAIL";
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+    if common::on_real_gpu() {
         eprintln!("not tried: a real GPU does not fail on request");
         return;
     }

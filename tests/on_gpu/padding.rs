@@ -36,8 +36,7 @@ struct Outcome {
 
 /// The same bits; of a real GPU values that are near, as its library may sum the products of more rows in another order.
 fn assert_equal(device: &Device, dtype: DType, got: &Outcome, want: &Outcome, what: &str) {
-    let real = std::env::var("FERROTUNE_TEST_DEVICE").is_ok_and(|device| device == "cuda");
-    if !(real && device.is_cuda()) {
+    if !(common::on_real_gpu() && device.is_cuda()) {
         let bits = |of: &Outcome| of.gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>();
         assert_eq!(got.sums, want.sums, "{what}");
         assert!(bits(got) == bits(want), "{what}");

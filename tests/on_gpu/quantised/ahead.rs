@@ -8,7 +8,6 @@ use ferrotune::core::run_log::StepReport;
 use ferrotune::core::trainer::{Trainer, TrainerOptions};
 use ferrotune::kernels::cuda::CudaDevice;
 use ferrotune::lora::PeftConfig;
-use std::process::Command;
 
 /// A name of this test, by which another process runs it.
 const SAME_BITS: &str = "quantised::ahead::values_written_ahead_give_the_same_bits";
@@ -132,23 +131,9 @@ fn values_written_ahead_give_the_same_bits() {
     }
 }
 
-/// The stand-in holds work back on both streams, and runs it as late or as early as waits allow: where one is missing,
-/// a product reads another matrix.
 #[test]
 fn values_written_ahead_give_the_same_bits_in_every_order_of_streams() {
-    if std::env::var_os("FERROTUNE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
-        eprintln!("not tried: a real GPU runs streams in its own order");
-        return;
-    }
-    for order in ["late", "early"] {
-        let mut again = Command::new(std::env::current_exe().expect("a path"));
-        again.args(["--exact", SAME_BITS]);
-        again.env("FERROTUNE_HOST_STREAMS", order);
-        let output = again.output().expect("starts");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "{order}: {said}");
-        assert!(said.contains("1 passed"), "{order}: {said}");
-    }
+    common::assert_passes_in_every_order_of_streams(SAME_BITS);
 }
 
 #[test]
